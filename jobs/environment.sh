@@ -1,0 +1,220 @@
+# shellcheck shell=bash
+# Makes and checks .venv, and sets the variables every process of a job should see. Sourced, never run:
+#     source jobs/environment.sh
+# Says what is missing and exits with 2 before it touches anything. A second time it installs nothing.
+#
+#   PYTHON=/path/to/python           use this interpreter (otherwise the first fitting one on PATH)
+#   PEAR_RAY_PLATFORM=cpu|gpu        which lock: docker/requirements-cpu.lock (default) or -gpu.lock
+#   PEAR_RAY_INSTALL=dependencies    stop before the package itself (a layer of the images)
+
+environment_root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+environment_platform=${PEAR_RAY_PLATFORM:-cpu}
+environment_lock=$environment_root/docker/requirements-$environment_platform.lock
+environment_venv=$environment_root/.venv
+environment_log=$environment_venv/install.log
+environment_ops=$environment_venv/torch_extensions
+case $environment_platform in
+  cpu) environment_python=3.11 environment_disk_gb=8 ;;
+  gpu) environment_python=3.12 environment_disk_gb=25 ;;
+  *) echo "environment: PEAR_RAY_PLATFORM is '$environment_platform'; it must be cpu or gpu" >&2; exit 2 ;;
+esac
+
+# PyTorch's own index of CPU builds, asked only where the configured indexes have no torch +cpu.
+environment_torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+environment_version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+environment_free_gb() { df -Pk -- "$1" 2>/dev/null | awk 'NR == 2 { printf "%d", $4 / 1048576 }'; }
+
+environment_stamp() {
+  printf '%s %s python%s ' "$environment_platform" "$environment_root" "$environment_python"
+  sha256sum < "$environment_lock" | cut -d' ' -f1
+}
+
+environment_dependencies_ready() {
+  [[ -x $environment_venv/bin/python && ! -e $environment_venv/installing ]] &&
+    [[ $(cat "$environment_venv/dependencies.stamp" 2>/dev/null) == "$(environment_stamp)" ]]
+}
+
+environment_package_ready() {
+  [[ ${PEAR_RAY_INSTALL:-} == dependencies ]] ||
+    [[ $(cat "$environment_venv/package.stamp" 2>/dev/null) == "$(sha256sum < "$environment_root/pyproject.toml")" ]]
+}
+
+environment_find_python() {
+  local candidate found="" candidates=("python$environment_python" python3 python)
+  [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
+    candidate=$(type -P "$candidate") || continue
+    if [[ $(environment_version_of "$candidate") == "$environment_python" ]]; then
+      environment_base_python=$candidate
+      return 0
+    fi
+    found+="${found:+, }$candidate is $("$candidate" -V 2>&1 | head -n 1)"
+  done
+  environment_problems+=("Python $environment_python is needed; found: ${found:-no ${PYTHON:-Python on PATH}}. Install it with its venv module and headers, or set PYTHON=/path/to/python$environment_python")
+  return 1
+}
+
+# Everything that can be known to be missing, all at once, before any work.
+environment_check() {
+  environment_problems=()
+  local system compiler missing include free path
+  system="$(uname -s) $(uname -m)"
+  [[ $system == "Linux x86_64" ]] ||
+    environment_problems+=("Linux x86_64 is needed (the locked builds are for it); found $system")
+  compiler=${CXX:-c++}
+  compiler=${compiler%% *}
+  if ! type -P "$compiler" >/dev/null; then
+    environment_problems+=("a C++ compiler is needed (DeepSpeed compiles a part of itself); found no '$compiler' on PATH. Install g++, or set CXX to one")
+  elif ! echo '#include <concepts>' | "$compiler" -std=c++20 -x c++ -fsyntax-only - >/dev/null 2>&1; then
+    environment_problems+=("a compiler that knows C++20 is needed; found $("$compiler" --version 2>&1 | head -n 1), which does not compile '#include <concepts>'. Install g++ 10 or later, or set CXX")
+  fi
+  if ! environment_dependencies_ready; then
+    if environment_find_python; then
+      missing=$("$environment_base_python" -c 'import importlib.util as u; print(*[m for m in ("venv", "ensurepip") if not u.find_spec(m)])')
+      [[ -z $missing ]] ||
+        environment_problems+=("$environment_base_python lacks the module(s) $missing; install python$environment_python-venv")
+      include=$("$environment_base_python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+      [[ -e $include/Python.h ]] ||
+        environment_problems+=("the C headers of Python $environment_python are needed; found no $include/Python.h. Install python$environment_python-dev")
+      [[ $environment_platform != cpu ]] || "$environment_base_python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        environment_problems+=("the library libnuma.so.1 is needed (vLLM's CPU kernels link to it); found none. Install libnuma1 or numactl-libs")
+    fi
+    free=$(environment_free_gb "$environment_root")
+    ((${free:-0} >= environment_disk_gb)) ||
+      environment_problems+=("$environment_disk_gb GB of free disk are needed for the first install; found ${free:-?} GB at $environment_root")
+    path=${TMPDIR:-/tmp}
+    free=$(environment_free_gb "$path")
+    ((${free:-0} >= 2)) ||
+      environment_problems+=("2 GB of free disk are needed for temporary files; found ${free:-?} GB at $path. Set TMPDIR to a roomier folder")
+  fi
+  if ((${#environment_problems[@]})); then
+    printf 'environment: %s\n' "${environment_problems[@]}" >&2
+    exit 2
+  fi
+}
+
+# Runs a command with its output in the log, and a line of progress every 20 seconds.
+environment_step() {
+  local title=$1 status=0 ticker pipe started=$SECONDS
+  shift
+  echo "environment: $title"
+  printf '\n== %s\n' "$title" >> "$environment_log"
+  (
+    exec {pipe}<> <(:)
+    while read -r -t 20 -u "$pipe" || kill -0 $$ 2>/dev/null; do
+      printf '   %4d s, %3d packages in place: %s\n' $((SECONDS - started)) \
+        "$(find "$environment_venv/lib" -maxdepth 3 -name '*.dist-info' | wc -l)" \
+        "$(tail -n 50 "$environment_log" | grep -v '^WARNING' | tail -n 1 | cut -c 1-60)"
+    done
+  ) & ticker=$!
+  "$@" >> "$environment_log" 2>&1 || status=$?
+  kill "$ticker" 2>/dev/null || true
+  wait "$ticker" 2>/dev/null || true
+  return "$status"
+}
+
+environment_fail() {
+  echo "environment: $1 failed; the end of $environment_log:" >&2
+  tail -n 15 "$environment_log" | cut -c 1-300 >&2
+  exit 1
+}
+
+# Bytecode is made at first import, of what is imported: a minute less. An image has it made once for all containers.
+environment_pip() {
+  local bytecode=--no-compile
+  [[ ${PEAR_RAY_INSTALL:-} != dependencies ]] || bytecode=--compile
+  "$environment_venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
+    --no-deps "$bytecode" "$@"
+}
+
+# The lines of the lock that belong to the named packages, as a lock of their own.
+environment_lock_of() {
+  awk -v names="$1" 'BEGIN { split(names, n, " "); for (i in n) want[n[i]] = 1 }
+    /^[a-z0-9]/ { split($1, pin, "=="); keep = pin[1] in want } keep' "$environment_lock"
+}
+
+environment_install_dependencies() {
+  local part=$environment_venv/part.lock
+  if [[ -e $environment_venv/pyvenv.cfg && ! -e $environment_venv/installing ]] &&
+    [[ $(environment_version_of "$environment_venv/bin/python") == "$environment_python" ]] &&
+    grep -qF "$environment_venv" "$environment_venv/bin/activate"; then
+    echo "environment: $environment_venv does not match $environment_lock: bringing it up to date"
+  elif [[ -e $environment_venv ]]; then
+    [[ -e $environment_venv/pyvenv.cfg || -e $environment_venv/installing ]] ||
+      { echo "environment: $environment_venv exists and is no virtual environment; move it away" >&2; exit 2; }
+    echo "environment: $environment_venv is from an interrupted install, another Python or another folder: making it again"
+    rm -rf -- "$environment_venv"
+  fi
+  mkdir -p "$environment_venv"
+  touch "$environment_venv/installing"
+  : > "$environment_log"
+  if [[ ! -e $environment_venv/pyvenv.cfg || ! -x $environment_venv/bin/python ]]; then
+    environment_step "making .venv with $environment_base_python" \
+      "$environment_base_python" -m venv "$environment_venv" || environment_fail "making .venv"
+  fi
+
+  # What the source packages of the lock are built with, from the lock as well: no unpinned build environment.
+  environment_lock_of "setuptools packaging ninja" > "$part"
+  environment_step "1/3 build tools" environment_pip --require-hashes -r "$part" || environment_fail "pip install"
+
+  environment_lock_of torch > "$part"
+  if ! environment_step "2/3 PyTorch" environment_pip --require-hashes -r "$part"; then
+    if [[ $environment_platform != cpu ]] || ! grep -q "No matching distribution found for torch" "$environment_log"; then
+      environment_fail "pip install"
+    fi
+    environment_step "2/3 PyTorch: not in the configured indexes, trying PyTorch's own index of CPU builds" \
+      environment_pip --require-hashes --extra-index-url "$environment_torch_cpu_index" -r "$part" ||
+      environment_fail "pip install"
+  fi
+
+  environment_step "3/3 the others of $(grep -c '^[a-z0-9]' "$environment_lock") packages (2-5 minutes; log: $environment_log)" \
+    environment_pip --require-hashes --no-build-isolation --use-pep517 -r "$environment_lock" ||
+    environment_fail "pip install"
+
+  # Compiled here and not by the first job: a job killed while it compiles leaves a lock on which the next waits for ever.
+  local made_of
+  made_of=$(environment_lock_of "torch deepspeed" | sha256sum)
+  if [[ $environment_platform == cpu && $(cat "$environment_ops/stamp" 2>/dev/null) != "$made_of" ]]; then
+    rm -rf -- "$environment_ops"
+    mkdir -p "$environment_ops"
+    environment_step "compiling DeepSpeed's shared-memory op (1-2 minutes)" \
+      env DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$environment_ops" PATH="$environment_venv/bin:$PATH" \
+      "$environment_venv/bin/python" -c \
+      'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=True)' ||
+      environment_fail "compiling DeepSpeed's shared-memory op"
+    echo "$made_of" > "$environment_ops/stamp"
+  fi
+  rm -f -- "$part" "$environment_venv/package.stamp"
+  environment_stamp > "$environment_venv/dependencies.stamp"
+  rm -f -- "$environment_venv/installing"
+}
+
+environment_install_package() {
+  environment_step "installing pear_ray itself, editable" \
+    environment_pip --no-build-isolation -e "$environment_root" || environment_fail "pip install -e ."
+  sha256sum < "$environment_root/pyproject.toml" > "$environment_venv/package.stamp"
+}
+
+environment_main() {
+  local lock_fd
+  environment_check
+  if ! { environment_dependencies_ready && environment_package_ready; }; then
+    exec {lock_fd}< "$environment_lock"
+    flock -n "$lock_fd" || { echo "environment: another install is at work here; waiting for it" >&2; flock "$lock_fd"; }
+    environment_dependencies_ready || environment_install_dependencies
+    environment_package_ready || environment_install_package
+    exec {lock_fd}<&-
+    echo "environment: ready ($(du -sm "$environment_venv" | cut -f1) MB in $environment_venv)"
+  fi
+  [[ :$PATH: == *:$environment_venv/bin:* ]] || export PATH=$environment_venv/bin:$PATH
+  export VIRTUAL_ENV=$environment_venv
+  if [[ $environment_platform == cpu ]]; then export TORCH_EXTENSIONS_DIR=$environment_ops; fi
+  # Ray's start turns token authentication on by default; its clients have to be told so.
+  export RAY_AUTH_MODE=token
+  # Nothing reports home.
+  export DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
+}
+
+environment_main

@@ -1,0 +1,108 @@
+"""The command line: `pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run]`.
+
+Exit codes: 0 done; 2 bad input, with a message that says where; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import tyro
+from pydantic import ValidationError
+
+from pear_ray.config import BadInput, Job, describe, read_job
+
+STAGES = {
+    "pretrain": "make the models which the job wants made from nothing",
+    "sample": "write a corpus with the behaviour policies of the job",
+    "score": "log-probability of every response token under the policy that wrote it",
+    "sft": "supervised fine-tuning under PEAR's importance weights",
+    "rl": "reinforcement learning on verified answers",
+    "evaluate": "pass@k of the run's checkpoints on held-out problems",
+    "report": "one HTML page and one table of everything the run measured",
+    "pipeline": "all of these in order, for every arm of the job",
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        sys.exit(command(sys.argv[1:]))
+    except BadInput as error:
+        print(f"pear-ray: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command(arguments: list[str]) -> int:
+    """Run one command line without its program name.
+
+    Raises:
+        BadInput: the stage, the job file or an override cannot be used.
+        SystemExit: tyro refused an override (code 2), or help was asked for (code 0).
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    stage, *rest = arguments
+    if stage not in STAGES:
+        raise BadInput(f"stage: read {stage!r}; expected one of {', '.join(STAGES)}")
+    if not rest or rest[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    path, *overrides = rest
+    dry_run = "--dry-run" in overrides
+    job = resolve(stage, Path(path), [word for word in overrides if word != "--dry-run"])
+    manifest = importlib.import_module("pear_ray.manifest")
+    manifest.check_inputs(job, stage)
+    if dry_run:
+        print(job.model_dump_json(indent=2))
+        return 0
+    with manifest.open_run(job) as run:
+        run.perform(stage, importlib.import_module(f"pear_ray.stages.{stage}").run)
+    return 0
+
+
+def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
+    """The job of a file, with the overrides of the command line laid over it.
+
+    Raises:
+        BadInput: the file or the result says something a job cannot say.
+    """
+    job = read_job(path)
+    if not overrides:
+        return job
+    try:
+        laid_over = tyro.cli(
+            Job,
+            prog=f"pear-ray {stage} {path}",
+            default=job,
+            args=overrides,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        return Job.model_validate(laid_over.model_dump())
+    except ValidationError as error:
+        raise BadInput(describe(f"{path} with {' '.join(overrides)}", error)) from error
+
+
+def usage() -> str:
+    """What the bare command says."""
+    stages = "\n".join(f"  {name:<10}{purpose}" for name, purpose in STAGES.items())
+    return f"""usage: pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run]
+
+stages:
+{stages}
+
+  pear-ray pipeline jobs/laptop.toml            run everything
+  pear-ray sft JOB.toml --sft.level block       override a key of the job
+  pear-ray sft JOB.toml --help                  every key, with its value in this job
+  pear-ray pipeline JOB.toml --dry-run          check the job and print it, without a cluster
+
+A finished stage is not repeated. Exit codes: 0 done, 2 bad input, 1 anything else."""
+
+
+if __name__ == "__main__":
+    main()

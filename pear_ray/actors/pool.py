@@ -1,0 +1,111 @@
+"""A pool of vLLM engines, each in a Ray actor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import ray
+
+from pear_ray.config import Generator as Settings
+from pear_ray.engines.generator import Generator, Request
+from pear_ray.records import Completion
+from pear_ray.weights.assemble import fetch
+from pear_ray.weights.manifest import WeightVersion
+
+
+@ray.remote
+class GeneratorActor:
+    """One engine in a process of its own."""
+
+    def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
+        self._generator = Generator(path, dtype, settings, seed)
+
+    def sample(
+        self, requests: Sequence[Request], temperature: float
+    ) -> list[tuple[Completion, ...]]:
+        return self._generator.sample(requests, temperature)
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        return self._generator.score(rows)
+
+    def update(self, version: WeightVersion, deadline_seconds: float) -> float:
+        """Pull a version, then load it: generation pauses only for the second. Returns the
+        seconds of the pause."""
+        return self._generator.load(fetch(version, deadline_seconds), version.version)
+
+    def load_folder(self, path: str, version: int) -> None:
+        self._generator.load_folder(path, version)
+
+    def ready(self) -> bool:
+        return True
+
+
+class GeneratorPool:
+    """`settings.replicas` engines of one model, started together and ended with the block."""
+
+    def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
+        self._settings = settings
+        # Under tensor parallelism on GPUs vLLM's own Ray workers hold them.
+        num_gpus = settings.num_gpus if settings.tensor_parallel == 1 else 0
+        actor = GeneratorActor.options(num_cpus=settings.num_cpus, num_gpus=num_gpus)
+        self._actors = [actor.remote(path, dtype, settings, seed) for _ in range(settings.replicas)]
+        self._wait([actor.ready.remote() for actor in self._actors], f"engines of {path} to start")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def sample(
+        self, requests: Sequence[Request], temperature: float
+    ) -> list[tuple[Completion, ...]]:
+        """The answers to each request, in order."""
+        shares = self._shares(requests)
+        calls = [a.sample.remote(s, temperature) for a, s in zip(self._actors, shares, strict=True)]
+        return interleave(self._wait(calls, f"answers to {len(requests)} prompts"))
+
+    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """Log-probs of the response tokens of each (prompt_ids, response_ids), in order."""
+        shares = self._shares(rows)
+        calls = [a.score.remote(s) for a, s in zip(self._actors, shares, strict=True)]
+        return interleave(self._wait(calls, f"scores of {len(rows)} rows"))
+
+    def update(self, version: WeightVersion, deadline_seconds: float) -> float:
+        """Have every engine serve a version; returns the longest pause in seconds."""
+        calls = [actor.update.remote(version, deadline_seconds) for actor in self._actors]
+        return max(self._wait(calls, f"engines to load weights version {version.version}"))
+
+    def load_folder(self, path: str, version: int) -> None:
+        """Have every engine serve a folder of the same architecture."""
+        calls = [actor.load_folder.remote(path, version) for actor in self._actors]
+        self._wait(calls, f"engines to load {path}")
+
+    def _shares(self, items: Sequence[Any]) -> list[Sequence[Any]]:
+        return [items[i :: len(self._actors)] for i in range(len(self._actors))]
+
+    def _wait(self, calls: list[Any], what: str) -> list[Any]:
+        deadline = self._settings.deadline_seconds
+        try:
+            return ray.get(calls, timeout=deadline)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(
+                f"waited {deadline:.0f} s (generator.deadline_seconds) for {what}"
+            ) from error
+
+
+def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Undo a deal of items to shares in turn."""
+    whole: list[Any] = [None] * sum(len(share) for share in shares)
+    for start, share in enumerate(shares):
+        whole[start :: len(shares)] = share
+    return whole

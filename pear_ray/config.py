@@ -1,0 +1,402 @@
+"""What a job may say. One frozen section per part of the job, one docstring per field.
+
+A job is a TOML file; `--section.key value` on the command line overrides it. Paths in a job are
+relative to the folder in which the command is given.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = float
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used. The message names file, field, what was read and
+    what was expected. The command line turns it into exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: str
+    """Run folder: everything the job writes. Made if absent."""
+    seed: int = 0
+    """Seed of everything random in the job: order of data, sampling, problems."""
+    wait_seconds: float = Field(3600.0, gt=0)
+    """How long to wait for another process that is working in the same run folder."""
+
+
+class Pretrain(Section):
+    """Makes a small Qwen3 from nothing, on demonstrations which the job's first task writes."""
+
+    styles: dict[str, float]
+    """Weight of each demonstration style of the task."""
+    solved_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of the demonstrations that reach the right answer; the others are legal play."""
+    steps: int = Field(600, gt=0)
+    """Optimiser steps."""
+    examples_per_step: int = Field(128, gt=0)
+    """Demonstrations in one step."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak of the cosine schedule."""
+    seed: int = 0
+    """Seed of the initial weights and of the demonstrations."""
+    hidden_size: int = Field(128, gt=0)
+    """Width of the network."""
+    intermediate_size: int = Field(256, gt=0)
+    """Width of the feed-forward layers."""
+    num_layers: int = Field(3, gt=0)
+    """Decoder layers."""
+    num_heads: int = Field(2, gt=0)
+    """Attention heads, as many key-value heads; the head size is 64."""
+    tie_word_embeddings: bool = False
+    """Whether the output head is the input embedding."""
+
+
+class ModelSource(Section):
+    path: str | None = None
+    """Hugging Face folder or hub name."""
+    pretrain: Pretrain | None = None
+    """How to make the model when there is none to download."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSource:
+        if (self.path is None) == (self.pretrain is None):
+            raise ValueError("give either path (a folder or a hub name) or pretrain, not both")
+        return self
+
+
+class Model(ModelSource):
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in which weights are trained and served. CPUs want float32."""
+
+
+class CorpusSample(Section):
+    """Makes the corpus by sampling the behaviour policies, keeping the log-probs."""
+
+    num_examples: dict[str, int]
+    """How many right answers to keep from each source of [behaviour]."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    max_attempts_per_example: int = Field(20, gt=0)
+    """Gives up, with an error, when so many answers were needed for each one kept."""
+
+
+class Corpus(Section):
+    path: str | None = None
+    """Parquet or JSONL file, or folder of them, with Example rows."""
+    sample: CorpusSample | None = None
+    """Sample the corpus from the policies of [behaviour] instead of reading one."""
+    scored_path: str | None = None
+    """Folder of ScoredExample rows; without it, the `scored` folder of the run."""
+    heldout_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows held out by hash where the corpus has no `split` column."""
+    max_rejected_fraction: float = Field(0.0, ge=0, le=1)
+    """Stage `score` stops, with nothing written, when a larger share of the rows is unusable."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Corpus:
+        if self.path is not None and self.sample is not None:
+            raise ValueError("give either path or sample, not both")
+        return self
+
+
+class Sft(Section):
+    level: Literal["none", "token", "block", "sequence"] = "token"
+    """PEAR's importance weights; "none" is plain SFT."""
+    discount: float = Field(0.999, gt=0, le=1)
+    """Discount of the weights per token of suffix."""
+    block_size: int = Field(4, gt=0)
+    """Tokens in a block, for level "block"."""
+    clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
+    """Bounds of each token's log-ratio, in nats."""
+    clip_log_weight: tuple[float, float] = (-10.0, 5.0)
+    """Bounds of each token's log-weight, in nats."""
+    epochs: int = Field(1, gt=0)
+    """Passes over the corpus."""
+    examples_per_step: int = Field(64, gt=0)
+    """Sequences in one optimiser step, over all ranks."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which the gradient is scaled down."""
+
+
+class Rl(Section):
+    steps: int = Field(200, gt=0)
+    """Optimiser steps; each learns from one batch of fresh rollouts."""
+    problems_per_step: int = Field(128, gt=0)
+    """Problems in one step."""
+    group_size: int = Field(8, gt=1)
+    """Answers to each problem."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """How the rewards of a group become advantages."""
+    clip_ratio: tuple[float, float] = (0.2, 0.28)
+    """The ratio to the sampling policy is clipped to [1 - low, 1 + high]."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    max_staleness: int = Field(0, ge=0)
+    """Learner steps by which sampling may run ahead of learning; 0 is on-policy."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which the gradient is scaled down."""
+
+
+class Generator(Section):
+    """vLLM engines, for sampling, scoring and evaluation alike."""
+
+    replicas: int = Field(1, gt=0)
+    """Engines."""
+    tensor_parallel: int = Field(1, gt=0)
+    """GPUs (or CPU processes) that share one engine."""
+    num_cpus: float = Field(1.0, ge=0)
+    """CPUs an engine reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs an engine reserves in Ray."""
+    threads: int = Field(1, gt=0)
+    """Compute threads of an engine that runs on CPUs."""
+    max_new_tokens: int = Field(gt=0)
+    """Longest answer, in tokens."""
+    max_model_len: int = Field(gt=0)
+    """Longest prompt and answer together, in tokens."""
+    max_concurrent: int = Field(256, gt=0)
+    """Requests an engine works on at once."""
+    memory_fraction: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that an engine may take."""
+    kv_cache_gib: int = Field(1, gt=0)
+    """Memory for the key-value cache of an engine that runs on CPUs."""
+    deadline_seconds: float = Field(600.0, gt=0)
+    """Longest wait for an engine to start, or to finish one batch of work."""
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Generator:
+        if self.max_new_tokens >= self.max_model_len:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in"
+                f" max_model_len {self.max_model_len}"
+            )
+        return self
+
+
+class Learner(Section):
+    """DeepSpeed ZeRO-3 ranks under Ray Train."""
+
+    num_workers: int = Field(2, gt=0)
+    """Ranks over which parameters, gradients and optimiser states are partitioned."""
+    cpus_per_worker: float = Field(1.0, ge=0)
+    """CPUs a rank reserves in Ray."""
+    use_gpu: bool = False
+    """One GPU per rank, NCCL; otherwise CPU threads and gloo."""
+    tokens_per_micro_batch: int = Field(8192, gt=0)
+    """Packed tokens in one forward and backward pass of one rank."""
+    tokens_per_logits_chunk: int = Field(1024, gt=0)
+    """Tokens whose logits exist at the same time."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass, for less memory."""
+    deadline_seconds: float = Field(600.0, gt=0)
+    """Longest wait for another rank, for rollouts or for a checkpoint."""
+    max_failures: int = Field(2, ge=0)
+    """How often Ray Train restarts the ranks after one of them died."""
+    steps_per_checkpoint: int = Field(50, gt=0)
+    """Optimiser steps between two checkpoints from which a broken run goes on."""
+
+
+class Weights(Section):
+    """From learners to generators, through the object store."""
+
+    bucket_mib: int = Field(512, gt=0)
+    """Size of one object in the store; a rank's share of the model is cut into such buckets."""
+    deadline_seconds: float = Field(300.0, gt=0)
+    """Longest wait for a version."""
+    max_probe_gap: float = Field(0.1, gt=0)
+    """Stage `rl` stops when generator and learner disagree by more nats on the probe."""
+
+
+class Evaluation(Section):
+    num_problems: int = Field(256, gt=0)
+    """Held-out problems of each task."""
+    samples_per_problem: int = Field(16, gt=0)
+    """Answers to each problem."""
+    ks: tuple[int, ...] = (1, 8)
+    """k of the reported pass@k."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    checkpoints: dict[str, str] = {}
+    """Further models to evaluate beside those of this run: name and Hugging Face folder."""
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Evaluation:
+        for k in self.ks:
+            if not 1 <= k <= self.samples_per_problem:
+                raise ValueError(
+                    f"ks holds {k}, which must lie between 1 and samples_per_problem"
+                    f" {self.samples_per_problem}"
+                )
+        return self
+
+
+class Tracking(Section):
+    tensorboard: bool = False
+    """Also write TensorBoard events to RUN/tensorboard."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+
+
+class TaskSpec(Section):
+    name: Literal["countdown"]
+    """Which family of problems."""
+    options: dict[str, Any] = {}
+    """The family's own options."""
+
+
+class Arm(Section):
+    """One way through `sft` and `rl`; arms share everything else."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Folder and label of the arm."""
+    sft: dict[str, Any] = {}
+    """Keys of [sft] which this arm sets differently."""
+    rl: dict[str, Any] = {}
+    """Keys of [rl] which this arm sets differently."""
+
+
+class Job(Section):
+    run: Run
+    """Where the run lives, and its seed."""
+    model: Model
+    """The policy to be trained."""
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    """Problems for `sample`, `rl` and `evaluate`."""
+    corpus: Corpus = Corpus()
+    """The offline traces."""
+    behaviour: dict[str, ModelSource] = {}
+    """The model that wrote the rows of each `source`."""
+    sft: Sft = Sft()
+    """Stage `sft`."""
+    rl: Rl = Rl()
+    """Stage `rl`."""
+    generator: Generator
+    """The vLLM engines."""
+    learner: Learner = Learner()
+    """The DeepSpeed ranks."""
+    weights: Weights = Weights()
+    """Weight hand-over."""
+    evaluation: Evaluation = Evaluation()
+    """Stage `evaluate`."""
+    tracking: Tracking = Tracking()
+    """Where numbers go besides metrics.jsonl."""
+    arms: tuple[Arm, ...] = ()
+    """Arms of stage `pipeline`; without any, the job itself is the only one."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Job:
+        if self.corpus.sample is not None:
+            for source in self.corpus.sample.num_examples:
+                if source not in self.behaviour:
+                    raise ValueError(
+                        f"corpus.sample.num_examples names source {source!r}, expected one of"
+                        f" [behaviour]: {sorted(self.behaviour)}"
+                    )
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arms: each name once, read {names}")
+        for arm in self.arms:
+            Sft(**{**self.sft.model_dump(), **arm.sft})
+            Rl(**{**self.rl.model_dump(), **arm.rl})
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir)
+
+    def model_path(self, source: str | None = None) -> str:
+        """Folder or hub name of the model to be trained, or of the behaviour model of `source`."""
+        origin = self.model if source is None else self.behaviour[source]
+        if origin.path is not None:
+            return origin.path
+        return str((self.folder / "pretrain" / (source or "base")).absolute())
+
+    @property
+    def scored_folder(self) -> Path:
+        return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
+
+    def of_arm(self, arm: Arm) -> Job:
+        """The job of one arm: its own run folder below this one's, on this one's scored corpus."""
+        document = self.model_dump()
+        document["run"]["dir"] = str(self.folder / "arms" / arm.name)
+        document["model"] = {"path": self.model_path(), "dtype": self.model.dtype}
+        document["behaviour"] = {}
+        document["corpus"] |= {"sample": None, "path": None}
+        document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
+        document["sft"] |= arm.sft
+        document["rl"] |= arm.rl
+        document["arms"] = ()
+        return Job(**document)
+
+
+def read_job(path: Path) -> Job:
+    """The job that a TOML file describes, or the JSON file of a resolved job.
+
+    Raises:
+        BadInput: the file is missing, is not TOML, or says something a job cannot say.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); expected a job file") from error
+    try:
+        if path.suffix == ".json":
+            return Job.model_validate_json(text)
+        return Job.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: is not TOML: {error}") from error
+    except ValidationError as error:
+        raise BadInput(describe(path, error)) from error
+
+
+def describe(path: Path | str, error: ValidationError) -> str:
+    """One line per mistake: file, field, what was expected, what was read."""
+    lines = []
+    for mistake in error.errors():
+        field = ".".join(str(part) for part in mistake["loc"]) or "(whole job)"
+        if mistake["type"] == "extra_forbidden":
+            message = f"unknown key; expected one of: {', '.join(known_keys(mistake['loc'][:-1]))}"
+        else:
+            message = mistake["msg"]
+        read = mistake["input"]
+        shown = "" if isinstance(read, dict | BaseModel) else f"; read {read!r}"
+        lines.append(f"{path}: {field}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys which a job may have at `location`, a path of keys and list positions."""
+    here: Any = Job
+    for part in location:
+        fields = getattr(here, "model_fields", {})
+        if isinstance(part, int) or part not in fields:
+            continue
+        annotation = fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        here = next((c for c in candidates if hasattr(c, "model_fields")), here)
+    return sorted(here.model_fields)

@@ -1,0 +1,74 @@
+"""Makes a small network from nothing, in one process: what a user would download instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import get_scheduler
+
+from pear_ray.algorithms.packing import pack
+from pear_ray.config import Pretrain
+from pear_ray.engines.attention import unfolding
+from pear_ray.engines.export import write_folder
+from pear_ray.engines.model import conversation_ids, load_policy, load_tokenizer, write_new_model
+from pear_ray.records import Problem, TrainingSequence
+from pear_ray.tasks.task import Demonstrator
+
+
+def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: int) -> float:
+    """Train a new Qwen3 in float32 on the answers of `task`'s demonstrations.
+
+    Returns:
+        Mean loss of the last tenth of the steps, nats per answer token.
+    """
+    torch.set_num_threads(num_threads)
+    blank = folder.with_name(folder.name + ".untrained")
+    write_new_model(blank, settings, task.vocabulary())
+    tokenizer = load_tokenizer(str(blank))
+    policy = load_policy(str(blank), "float32", tokens_per_logits_chunk=65536)
+    optimiser = torch.optim.AdamW(
+        policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    scheduler = get_scheduler("cosine", optimiser, settings.steps // 20, settings.steps)
+    demonstrations = task.demonstrations(settings.styles, settings.solved_fraction, settings.seed)
+    losses = []
+    for _ in range(settings.steps):
+        sequences = [
+            sequence(tokenizer, *pair)
+            for pair in islice(demonstrations, settings.examples_per_step)
+        ]
+        num_tokens = sum(len(s.token_ids) for s in sequences)
+        # Sorted by length, in two packs, each is unfolded with little padding.
+        ((batch, *more),) = pack(
+            sequences, 1, num_tokens // 2 + max(len(s.token_ids) for s in sequences)
+        )
+        optimiser.zero_grad()
+        loss = 0.0
+        for part in (batch, *more):
+            predicted = torch.from_numpy(np.flatnonzero(part.trainable_T))
+            logprobs, _ = policy(
+                torch.from_numpy(part.token_ids_T),
+                torch.from_numpy(part.position_ids_T),
+                *unfolding(part.sequence_ids_T),
+                predicted,
+            )
+            part_loss = -logprobs.sum() / part.num_trainable_tokens_global
+            part_loss.backward()
+            loss += float(part_loss)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimiser.step()
+        scheduler.step()
+        losses.append(loss)
+    write_folder(policy.language_model, policy.language_model.state_dict(), folder, str(blank))
+    return float(np.mean(losses[-max(1, settings.steps // 10) :]))
+
+
+def sequence(tokenizer: object, problem: Problem, answer: str) -> TrainingSequence:
+    """A demonstration as tokens, its answer trainable."""
+    messages = [*problem.messages, {"role": "assistant", "content": answer}]
+    prompt, response = conversation_ids(tokenizer, messages)
+    return TrainingSequence.of(prompt, response, np.zeros(len(response)), 1.0, problem.problem_id)

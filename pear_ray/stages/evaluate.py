@@ -1,0 +1,211 @@
+"""pass@k of the run's checkpoints on held-out problems, with intervals over problems.
+
+Every checkpoint answers the same problems with the same seeds, so that two of them are compared
+pair by pair.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_ray.actors.cluster import connect
+from pear_ray.actors.pool import GeneratorPool
+from pear_ray.actors.verifiers import Verifier
+from pear_ray.algorithms.seeds import seed_of
+from pear_ray.algorithms.statistics import bootstrap_interval, mean_pass_at_k
+from pear_ray.config import BadInput, Job
+from pear_ray.engines.generator import Request
+from pear_ray.engines.model import load_tokenizer, prompt_ids
+from pear_ray.manifest import Run, write_json
+from pear_ray.records import ATTEMPT_SCHEMA, Problem
+from pear_ray.tasks import make_tasks, mixed_problems
+
+log = logging.getLogger(__name__)
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Evaluate the model the run starts from and every export of it and of its arms."""
+    checkpoints = checkpoints_of(job, run.folder)
+    connect()
+    wanted = job.evaluation.num_problems * len(job.tasks)
+    stream = mixed_problems(make_tasks(job.tasks), "heldout", seed_of(job.run.seed, "evaluate"))
+    problems = list(islice(stream, wanted))
+    if len(problems) < wanted:
+        raise BadInput(
+            f"evaluation.num_problems: read {job.evaluation.num_problems}; the tasks hold out only"
+            f" {len(problems) // len(job.tasks)} each; expected at most as many"
+        )
+    heldout = heldout_rows(job.scored_folder)
+    rows: list[dict[str, Any]] = []
+    cards: dict[str, Any] = {}
+    verifier = Verifier(job.tasks)
+    try:
+        for alike in by_architecture(checkpoints):
+            first = next(iter(alike.values()))
+            with GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool:
+                for number, (label, path) in enumerate(alike.items()):
+                    if number:
+                        pool.load_folder(path, number)
+                    attempts, parts = attempt(job, label, path, problems, pool, verifier)
+                    rows += attempts
+                    cards[label] = card(job, path, attempts, parts)
+                    cards[label]["heldout_nll"] = heldout_nll(pool, heldout)
+                    best = cards[label]["pass_at_k"]
+                    log.info(
+                        "evaluate: %s: %s",
+                        label,
+                        {k: round(v["value"], 4) for k, v in best.items()},
+                    )
+    finally:
+        verifier.close()
+    with run.new_folder("evaluate") as folder:
+        pq.write_table(pa.Table.from_pylist(rows, ATTEMPT_SCHEMA), folder / "attempts.parquet")
+        write_json(folder / "scorecard.json", scorecard(job, len(problems), cards, rows))
+    return {label: {k: v["value"] for k, v in c["pass_at_k"].items()} for label, c in cards.items()}
+
+
+def checkpoints_of(job: Job, folder: Path) -> dict[str, str]:
+    """Label and folder of every model to evaluate, in the order in which they came to be."""
+    found = {"base": job.model_path()}
+    for home in [folder, *(folder / "arms" / arm.name for arm in job.arms)]:
+        for stage in ("sft", "rl"):
+            export = home / stage / "export"
+            if export.exists():
+                found[stage if home == folder else f"{home.name}/{stage}"] = str(export)
+    return found | job.evaluation.checkpoints
+
+
+def by_architecture(checkpoints: dict[str, str]) -> list[dict[str, str]]:
+    """Checkpoints that one engine can serve in turn, as groups."""
+    groups: dict[str, dict[str, str]] = {}
+    for label, path in checkpoints.items():
+        file = Path(path) / "config.json"
+        config = json.loads(file.read_text()) if file.exists() else {"hub": path}
+        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+            config.pop(key, None)
+        groups.setdefault(json.dumps(config, sort_keys=True), {})[label] = path
+    return list(groups.values())
+
+
+def attempt(
+    job: Job,
+    label: str,
+    path: str,
+    problems: list[Problem],
+    pool: GeneratorPool,
+    verifier: Verifier,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Attempt rows of one checkpoint, and the mean of each part of its verdicts."""
+    tokenizer = load_tokenizer(path)
+    requests = [
+        Request(
+            tuple(prompt_ids(tokenizer, problem.messages)),
+            job.evaluation.samples_per_problem,
+            seed_of(job.run.seed, "evaluate", problem.problem_id),
+        )
+        for problem in problems
+    ]
+    answers = pool.sample(requests, job.evaluation.temperature)
+    pairs = [
+        (problem, number, answer)
+        for problem, group in zip(problems, answers, strict=True)
+        for number, answer in enumerate(group)
+    ]
+    verdicts = verifier.judge([(problem, answer.text) for problem, _, answer in pairs])
+    rows = [
+        {
+            "checkpoint": label,
+            "problem_id": problem.problem_id,
+            "task": problem.task,
+            "sample": number,
+            "text": answer.text,
+            "correct": verdict.correct,
+            "reward": verdict.reward,
+            "num_tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "mean_logprob": float(np.mean(answer.logprobs)),
+            "note": verdict.note,
+        }
+        for (problem, number, answer), verdict in zip(pairs, verdicts, strict=True)
+    ]
+    names = sorted({name for verdict in verdicts for name in verdict.parts})
+    parts = {n: float(np.mean([v.parts.get(n, 0.0) for v in verdicts])) for n in names}
+    return rows, parts
+
+
+def card(
+    job: Job, path: str, rows: list[dict[str, Any]], parts: dict[str, float]
+) -> dict[str, Any]:
+    """What the scorecard says of one checkpoint."""
+    num_samples = job.evaluation.samples_per_problem
+    num_correct = np.array([row["correct"] for row in rows]).reshape(-1, num_samples).sum(axis=1)
+    pass_at_k = {}
+    for k in job.evaluation.ks:
+        values = mean_pass_at_k(num_samples, num_correct, k)
+        low, high = bootstrap_interval(values, job.run.seed)
+        pass_at_k[str(k)] = {"value": float(values.mean()), "low": low, "high": high}
+    return {
+        "path": path,
+        "pass_at_k": pass_at_k,
+        "response_tokens_mean": float(np.mean([row["num_tokens"] for row in rows])),
+        "truncated_share": float(np.mean([row["finish_reason"] == "length" for row in rows])),
+        "mean_logprob": float(np.mean([row["mean_logprob"] for row in rows])),
+        "parts": parts,
+    }
+
+
+def heldout_rows(folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids of the held-out rows of the scored corpus, if there is one."""
+    columns = ["prompt_ids", "response_ids", "split"]
+    rows = [
+        row
+        for file in sorted(folder.glob("*.parquet"))
+        for row in pq.read_table(file, columns=columns).to_pylist()
+    ]
+    return [(row["prompt_ids"], row["response_ids"]) for row in rows if row["split"] == "heldout"]
+
+
+def heldout_nll(pool: GeneratorPool, rows: list[tuple[list[int], list[int]]]) -> float | None:
+    """Mean loss over the response tokens of the held-out rows, in nats."""
+    return float(-np.concatenate(pool.score(rows)).mean()) if rows else None
+
+
+def scorecard(
+    job: Job, num_problems: int, cards: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The whole document, with paired differences between checkpoints of one kind."""
+    num_samples = job.evaluation.samples_per_problem
+    correct = {
+        label: np.array([r["correct"] for r in rows if r["checkpoint"] == label])
+        .reshape(-1, num_samples)
+        .sum(axis=1)
+        for label in cards
+    }
+    differences = []
+    for a, b in combinations(cards, 2):
+        if a.rsplit("/", 1)[-1] != b.rsplit("/", 1)[-1] or "/" not in a or "/" not in b:
+            continue
+        for k in job.evaluation.ks:
+            paired = mean_pass_at_k(num_samples, correct[b], k) - mean_pass_at_k(
+                num_samples, correct[a], k
+            )
+            low, high = bootstrap_interval(paired, job.run.seed)
+            differences.append(
+                {"a": b, "b": a, "k": k, "value": float(paired.mean()), "low": low, "high": high}
+            )
+    return {
+        "num_problems": num_problems,
+        "samples_per_problem": num_samples,
+        "temperature": job.evaluation.temperature,
+        "seed": job.run.seed,
+        "checkpoints": cards,
+        "differences": differences,
+    }

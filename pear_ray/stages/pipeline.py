@@ -1,0 +1,36 @@
+"""Everything in order: models, corpus, scores, then `sft` and `rl` for each arm, evaluation of all
+checkpoints together, and the report."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from pear_ray.config import Job
+from pear_ray.manifest import Run, open_run
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Perform every stage that is not done yet."""
+    if job.model.pretrain or any(origin.pretrain for origin in job.behaviour.values()):
+        run.perform("pretrain", stage("pretrain"))
+    if job.corpus.sample:
+        run.perform("sample", stage("sample"))
+    if not job.corpus.scored_path:
+        run.perform("score", stage("score"))
+    if not job.arms:
+        run.perform("sft", stage("sft"))
+        run.perform("rl", stage("rl"))
+    for arm in job.arms:
+        with open_run(job.of_arm(arm)) as own:
+            own.perform("sft", stage("sft"))
+            own.perform("rl", stage("rl"))
+    run.perform("evaluate", stage("evaluate"))
+    run.perform("report", stage("report"))
+    return {"arms": [arm.name for arm in job.arms]}
+
+
+def stage(name: str) -> Callable[[Job, Run], dict[str, Any]]:
+    """The function of a stage, by name."""
+    return importlib.import_module(f"pear_ray.stages.{name}").run

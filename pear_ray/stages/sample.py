@@ -1,0 +1,103 @@
+"""Write an offline corpus: each behaviour policy answers training problems, right answers are
+kept with the log-probs they were sampled with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_ray.actors.cluster import connect
+from pear_ray.actors.pool import GeneratorPool
+from pear_ray.actors.verifiers import Verifier
+from pear_ray.algorithms.seeds import seed_of
+from pear_ray.config import BadInput, CorpusSample, Job
+from pear_ray.engines.generator import Request
+from pear_ray.engines.model import load_tokenizer, prompt_ids
+from pear_ray.manifest import Run
+from pear_ray.records import EXAMPLE_SCHEMA
+from pear_ray.tasks import make_tasks, endless_problems
+from pear_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Sample every source of the corpus into one Parquet file each."""
+    settings = job.corpus.sample
+    if settings is None:
+        raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
+    connect()
+    facts: dict[str, Any] = {}
+    tracker = Tracker(run.folder, "sample", job.tracking).rewind(0)
+    verifier = Verifier(job.tasks)
+    try:
+        with run.new_folder("sample") as folder:
+            for number, (source, num_examples) in enumerate(settings.num_examples.items()):
+                rows, num_attempts = sample_source(job, settings, source, num_examples, verifier)
+                table = pa.Table.from_pylist(rows, EXAMPLE_SCHEMA)
+                pq.write_table(table, folder / f"{source}.parquet")
+                facts[source] = {"examples": len(rows), "attempts": num_attempts}
+                tracker.log(number, source=source, examples=len(rows), attempts=num_attempts)
+                log.info("sample: %s: %d right answers of %d", source, len(rows), num_attempts)
+    finally:
+        verifier.close()
+        tracker.close()
+    return facts
+
+
+def sample_source(
+    job: Job, settings: CorpusSample, source: str, num_examples: int, verifier: Verifier
+) -> tuple[list[dict[str, Any]], int]:
+    """Example rows of one source, and how many answers they took."""
+    path = job.model_path(source)
+    tokenizer = load_tokenizer(path)
+    problems = endless_problems(make_tasks(job.tasks), "train", seed_of(job.run.seed, source))
+    rows: list[dict[str, Any]] = []
+    num_attempts = 0
+    seed = seed_of(job.run.seed, "sample", source)
+    with GeneratorPool(path, job.model.dtype, job.generator, seed) as pool:
+        for batch in batches(problems, 4 * job.generator.max_concurrent * job.generator.replicas):
+            requests = [
+                Request(
+                    tuple(prompt_ids(tokenizer, problem.messages)),
+                    num_samples=1,
+                    seed=seed_of(seed, problem.problem_id, epoch),
+                )
+                for epoch, problem in batch
+            ]
+            answers = [answer for (answer,) in pool.sample(requests, settings.temperature)]
+            verdicts = verifier.judge(
+                [(problem, answer.text) for (_, problem), answer in zip(batch, answers, strict=True)]
+            )
+            num_attempts += len(batch)
+            rows += [
+                {
+                    "example_id": f"{source}-{problem.problem_id}-{epoch}",
+                    "messages": [*problem.messages, {"role": "assistant", "content": answer.text}],
+                    "source": source,
+                    "correct": True,
+                    "response_ids": answer.token_ids,
+                    "behaviour_logprobs": answer.logprobs,
+                }
+                for (epoch, problem), answer, verdict in zip(batch, answers, verdicts, strict=True)
+                if verdict.correct and answer.finish_reason == "stop"
+            ]
+            if len(rows) >= num_examples:
+                return rows[:num_examples], num_attempts
+            if num_attempts > settings.max_attempts_per_example * num_examples:
+                break
+    raise BadInput(
+        f"corpus.sample.num_examples.{source}: read {num_examples}; {path} gave only {len(rows)}"
+        f" right answers to {num_attempts} problems; expected a better model or fewer examples"
+    )
+
+
+def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,0 +1,164 @@
+"""Log-probability of every response token under the policy that wrote it.
+
+Ray Data reads the corpus and tokenises it once; vLLM actors score the rows of each source under
+that source's model. Unusable rows go to rejected.jsonl with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from pear_ray.actors.cluster import connect
+from pear_ray.actors.scorer import Scorer, Tokenise
+from pear_ray.algorithms.seeds import seed_of
+from pear_ray.config import BadInput, Job
+from pear_ray.engines.model import digests, load_tokenizer
+from pear_ray.manifest import Run
+from pear_ray.records import SCORED_SCHEMA
+from pear_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_BATCH = 1024
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Score the corpus into RUN/scored."""
+    check_one_tokenizer(job)
+    connect()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    corpus = read_corpus(job, run)
+    tokenised = corpus.map_batches(
+        Tokenise,
+        fn_constructor_args=(
+            job.model_path(),
+            frozenset(job.behaviour),
+            job.generator.max_model_len,
+            job.corpus.heldout_fraction,
+        ),
+        batch_format="pyarrow",
+        num_cpus=min(1.0, job.generator.num_cpus),
+        concurrency=1,
+    ).materialize()
+    num_rows = tokenised.count()
+    if num_rows == 0:
+        raise BadInput(f"corpus: {corpus_path(job, run)} holds no rows; expected at least one")
+    rejected = tokenised.filter(lambda row: row["reason"] != "").take_all()
+    refuse_too_many(job, corpus_path(job, run), rejected, num_rows)
+    usable = tokenised.filter(lambda row: row["reason"] == "")
+    tracker = Tracker(run.folder, "score", job.tracking).rewind(0)
+    facts: dict[str, Any] = {"rows": num_rows, "rejected": len(rejected), "sources": {}}
+    with run.new_folder("scored") as folder:
+        for number, source in enumerate(sorted(job.behaviour)):
+            numbers = score_source(job, usable, source, folder)
+            if numbers:
+                tracker.log(number, source=source, rejected=len(rejected), **numbers)
+                facts["sources"][source] = numbers
+        with (folder / "rejected.jsonl").open("w") as file:
+            for row in rejected:
+                file.write(json.dumps({k: row[k] for k in ("example_id", "reason")}) + "\n")
+    tracker.close()
+    return facts
+
+
+def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) -> dict[str, Any]:
+    """Score the rows of one source, sorted by example_id, into one Parquet file."""
+    rows = usable.filter(lambda row: row["source"] == source)
+    if rows.count() == 0:
+        return {}
+    started = time.time()
+    seed = seed_of(job.run.seed, "score", source)
+    scored = rows.map_batches(
+        Scorer,
+        fn_constructor_args=(job.model_path(source), job.model.dtype, job.generator, seed),
+        batch_format="pyarrow",
+        batch_size=ROWS_PER_BATCH,
+        concurrency=(1, job.generator.replicas),
+        num_cpus=job.generator.num_cpus,
+        num_gpus=job.generator.num_gpus,
+    ).materialize()
+    table = ray.data.Dataset.to_arrow_refs(scored.sort("example_id").repartition(1))
+    whole = ray.get(table[0])
+    gap = pc.max(whole.column("recorded_gap")).as_py()
+    num_tokens = sum(len(ids) for ids in whole.column("response_ids").to_pylist())
+    pq_table = whole.select(SCORED_SCHEMA.names).cast(SCORED_SCHEMA)
+    write_table(pq_table, folder / f"{source}.parquet")
+    log.info("score: %s: %d rows, largest gap to recorded log-probs %s", source, len(whole), gap)
+    return {
+        "rows": len(whole),
+        "response_tokens": num_tokens,
+        "seconds": round(time.time() - started, 3),
+        "recorded_gap_max": gap,
+    }
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write one Parquet file."""
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, path)
+
+
+def corpus_path(job: Job, run: Run) -> Path:
+    """Where the Example rows are."""
+    return Path(job.corpus.path).absolute() if job.corpus.path else run.folder / "sample"
+
+
+def read_corpus(job: Job, run: Run) -> ray.data.Dataset:
+    """The corpus as a Ray Dataset.
+
+    Raises:
+        BadInput: the file cannot be read, or has no `messages`, `source` or `example_id`.
+    """
+    path = corpus_path(job, run)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    parquet = [str(file) for file in files if file.suffix == ".parquet"]
+    lines = [str(file) for file in files if file.suffix in (".jsonl", ".json")]
+    if not parquet and not lines:
+        raise BadInput(f"corpus.path: {path} holds no .parquet or .jsonl file; expected one")
+    try:
+        corpus = (
+            ray.data.read_parquet(parquet) if parquet else ray.data.read_json(lines, lines=True)
+        )
+        columns = (corpus.schema() or corpus.take(1)) and set(corpus.columns() or ())
+    except Exception as error:
+        raise BadInput(f"corpus.path: {path} cannot be read: {error}") from error
+    missing = {"example_id", "messages", "source"} - set(columns or ())
+    if columns and missing:
+        raise BadInput(
+            f"corpus.path: {path} has columns {sorted(columns)}; expected also {sorted(missing)}"
+        )
+    return corpus
+
+
+def refuse_too_many(job: Job, path: Path, rejected: list[dict[str, Any]], num_rows: int) -> None:
+    """Stop, with nothing written, when more rows are unusable than the job allows."""
+    allowed = job.corpus.max_rejected_fraction
+    if len(rejected) > allowed * num_rows:
+        first = rejected[0]
+        raise BadInput(
+            f"{path}: row {first['example_id']!r}: {first['reason']}\n"
+            f"{len(rejected)} of {num_rows} rows are unusable; expected at most a share of"
+            f" corpus.max_rejected_fraction = {allowed}"
+        )
+
+
+def check_one_tokenizer(job: Job) -> None:
+    """Refuse behaviour policies whose ids or template are not the student's: a token ratio
+    compares two probabilities of the SAME token."""
+    ours = digests(load_tokenizer(job.model_path()))
+    for source in job.behaviour:
+        if digests(load_tokenizer(job.model_path(source))) != ours:
+            raise BadInput(
+                f"behaviour.{source}: {job.model_path(source)} has another vocabulary or chat"
+                f" template than {job.model_path()}; expected the same, since PEAR divides the"
+                " probabilities of one token under both models"
+            )

@@ -1,0 +1,33 @@
+"""What a task is: problems to answer, and a verdict on each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+from pear_ray.records import Problem, Verdict
+
+
+class Task(Protocol):
+    """A family of problems with verifiable answers."""
+
+    name: str
+
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        """Distinct problems of `split` ("train" or "heldout"), in an order fixed by `seed`."""
+
+    def verdict(self, problem: Problem, text: str) -> Verdict:
+        """Judge an answer. Never raises, whatever the text."""
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A task that can also write answers itself, so that a network can be made from nothing."""
+
+    def vocabulary(self) -> list[str]:
+        """Every word that a prompt or an answer can hold."""
+
+    def demonstrations(
+        self, styles: Mapping[str, float], solved_fraction: float, seed: int
+    ) -> Iterator[tuple[Problem, str]]:
+        """Endless (problem of split "train", answer) pairs; `styles` maps a style to its weight."""

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Every check and every test, from a bare clone: bash tests/run.sh [options of pytest]
+# Leaves no process, no Ray session and no file outside .venv behind, and fails if a test did.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+# shellcheck source=../jobs/environment.sh
+source jobs/environment.sh
+
+# Home, temporary files, Ray's folder and token: all in one place, short because of the socket paths in it.
+scratch=$(mktemp -d /tmp/pear_ray-tests.XXXXXX)
+mark=PEAR_RAY_TEST_RUN=$scratch
+mkdir "$scratch/home" "$scratch/tmp"
+if [[ -e ${HOME:-}/.gitconfig ]]; then export GIT_CONFIG_GLOBAL=$HOME/.gitconfig; fi
+export HOME=$scratch/home TMPDIR=$scratch/tmp RAY_TMPDIR=$scratch
+export XDG_CACHE_HOME=$HOME/.cache XDG_CONFIG_HOME=$HOME/.config XDG_STATE_HOME=$HOME/.local/state
+export HYPOTHESIS_STORAGE_DIRECTORY=$root/.venv/cache/hypothesis
+export HF_HUB_OFFLINE=1
+# Process titles must not overwrite the environment in which the mark is read.
+export SPT_NOENV=1
+unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH HF_HOME
+(umask 077 && mkdir "$HOME/.ray" && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$HOME/.ray/auth_token")
+
+# The ids of the processes that the tests started and that still live.
+processes() { grep -lzxF -e "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true; }
+
+end_processes() {
+  local signal ids tries
+  for signal in TERM KILL; do
+    for ((tries = 0; tries < 20; tries++)); do
+      ids=$(processes)
+      [[ -n $ids ]] || return 0
+      # shellcheck disable=SC2086
+      ((tries > 0)) || kill -s "$signal" $ids 2>/dev/null || true
+      sleep 0.5
+    done
+  done
+}
+
+clean_up() {
+  end_processes
+  rm -rf -- "$scratch"
+}
+trap clean_up EXIT
+
+failed=()
+check() {
+  echo "== $*"
+  env "$mark" "$@" || failed+=("$*")
+}
+check ruff check .
+check ruff format --check .
+check mypy
+check lint-imports
+
+echo "== pytest $*"
+status=0
+env "$mark" python -m pytest "$@" || status=$?
+
+# A Ray session takes a moment to end after the test that shut it down.
+for ((tries = 0; tries < 20; tries++)); do
+  left=$(processes)
+  [[ -n $left ]] || break
+  sleep 0.5
+done
+if [[ -n $left ]]; then
+  echo "tests/run.sh: the tests left processes behind:" >&2
+  for id in $left; do
+    command=$({ tr '\0' ' ' < "/proc/$id/cmdline"; } 2>/dev/null | cut -c 1-120)
+    echo "  $id  $command" >&2
+  done
+  failed+=("no process left behind")
+fi
+if ((${#failed[@]})); then
+  printf 'tests/run.sh: failed: %s\n' "${failed[@]}" >&2
+  ((status != 0)) || status=1
+fi
+exit "$status"

@@ -1,0 +1,247 @@
+"""The game Countdown: its problems, its answers in every style, and a verdict that holds."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.records import Problem
+from pear_ray.tasks.arithmetic import Countdown, read_style
+
+GAME = Countdown()
+STYLES = ("build", "undo", "try", "code")
+EXAMPLE = Problem(
+    problem_id="countdown-3-7-9-30",
+    task="countdown",
+    messages=({"role": "user", "content": "3 7 9 > 30 :"},),
+    reference="3 7 9 > 30",
+    split="train",
+)
+RIGHT = {
+    "build": "build 7 * 3 = 21 , 21 + 9 = 30",
+    "undo": "undo 30 - 9 = 21 , 21 / 3 = 7",
+    "try": "build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30",
+    "code": "code 41 8 77 12 : undo 30 - 9 = 21 , 21 / 3 = 7",
+}
+
+
+def take(problems_or_answers, count):
+    return list(itertools.islice(problems_or_answers, count))
+
+
+def all_right_chains(numbers, target):
+    """Slow and obvious: every pair of steps with fractions, written out both ways."""
+    answers = set()
+    work = {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+        "/": lambda a, b: a / b,
+    }
+
+    def steps_to(a, b):
+        for sign, apply in work.items():
+            if sign != "/" or b != 0:
+                result = apply(Fraction(a), Fraction(b))
+                if result.denominator == 1 and 0 <= result <= 99:
+                    yield f"{a} {sign} {b} = {result}", int(result)
+
+    for a, b, c in itertools.permutations(numbers):
+        for first, middle in steps_to(a, b):
+            for second, last in steps_to(middle, c):
+                if last == target:
+                    answers.add(f"build {first} , {second}")
+        for first, middle in steps_to(target, a):
+            for second, last in steps_to(middle, b):
+                if last == c:
+                    answers.add(f"undo {first} , {second}")
+    return answers
+
+
+def near_words(numbers, target):
+    """Words that a wrong answer which looks right would use."""
+    return [*"+-*/=,", "build", "undo", str(target), *map(str, numbers)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_documented_answer_of_each_style_is_right(style):
+    verdict = GAME.verdict(EXAMPLE, RIGHT[style])
+    assert (verdict.reward, verdict.correct, verdict.note) == (1.0, True, "")
+    assert verdict.parts == {f"style_{name}": float(name == style) for name in STYLES}
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("", "chain"),
+        ("build 7 * 3 = 21", "chain"),
+        ("7 * 3 = 21 , 21 + 9 = 30", "chain"),
+        ("code 30 - 9 = 21 , 21 / 3 = 7", "chain"),
+        ("build 7 * 3 = 21 , 21 + 9 = 30 no", "chain"),
+        ("build 7 * 3 = 22 , 22 + 8 = 30", "step 1 is not a legal step"),
+        ("build 7 / 3 = 2 , 2 + 9 = 11", "step 1 is not a legal step"),
+        ("build 7 * 3 = 21 : 21 + 9 = 30", "chain"),
+        ("build 7 * 3 = 21 + 21 + 9 = 30", "step 2 does not follow a comma"),
+        ("build 7 * 7 = 49 , 49 - 9 = 40", "step 1 uses 7"),
+        ("build 10 * 3 = 30 , 30 - 0 = 30", "step 1 uses 10"),
+        ("build 7 * 3 = 21 , 9 + 21 = 30", "step 2 starts from 9"),
+        ("build 7 * 3 = 21 , 21 - 9 = 12", "ends on 12 instead of 30"),
+        ("undo 29 - 9 = 20 , 20 - 7 = 13", "step 1 starts from 29"),
+        ("undo 30 - 9 = 21 , 21 - 3 = 18", "ends on 18"),
+        ("undo 30 - 9 = 21 , 21 / \u0663 = 7", "step 2 is not a legal step"),
+    ],
+)
+def test_a_wrong_answer_earns_nothing_and_is_told_why(text, note):
+    verdict = GAME.verdict(EXAMPLE, text)
+    assert (verdict.reward, verdict.correct) == (0.0, False)
+    assert note in verdict.note
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=3, max_size=3).map(sorted),
+    st.integers(1, 99),
+    st.randoms(use_true_random=False),
+)
+def test_verdict_agrees_with_trying_everything(numbers, target, rng):
+    reference = f"{' '.join(map(str, numbers))} > {target}"
+    problem = Problem("x", "countdown", ({"role": "user", "content": ""},), reference, "train")
+    right = all_right_chains(numbers, target)
+    for answer in right:
+        assert GAME.verdict(problem, answer).correct, answer
+    others = itertools.chain.from_iterable(
+        all_right_chains(rng.sample([*numbers, target], 3), other)
+        for other in (target, max(1, target - 1), *numbers)
+    )
+    for answer in sorted(right | set(others)):
+        words = answer.split()
+        assert GAME.verdict(problem, answer).correct == (answer in right), answer
+        words[rng.randrange(len(words))] = rng.choice(near_words(numbers, target))
+        text = " ".join(words)
+        assert GAME.verdict(problem, text).correct == (text in right), text
+
+
+@given(st.text() | st.lists(st.sampled_from(GAME.vocabulary()), max_size=40).map(" ".join))
+def test_no_text_raises(text):
+    verdict = GAME.verdict(EXAMPLE, text)
+    assert verdict.reward == float(verdict.correct)
+    assert sum(verdict.parts.values()) == float(bool(read_style(text)))
+
+
+def test_an_answer_cannot_start_forwards_from_the_target():
+    problem = Problem("x", "countdown", (), "3 3 7 > 30", "train")
+    verdict = GAME.verdict(problem, "build 30 / 3 = 10 , 10 * 3 = 30")
+    assert not verdict.correct and "step 1 uses 30" in verdict.note
+
+
+def test_a_broken_reference_is_named():
+    broken = Problem("p", "countdown", (), "three > 30", "train")
+    with pytest.raises(ValueError, match=r"problem p, reference: read 'three > 30'"):
+        GAME.verdict(broken, RIGHT["build"])
+
+
+def test_problems_are_distinct_solvable_and_end():
+    splits = {split: list(GAME.problems(split, seed=1)) for split in ("train", "heldout")}
+    ids = {split: {problem.problem_id for problem in splits[split]} for split in splits}
+    assert all(len(ids[split]) == len(splits[split]) for split in splits)
+    assert not ids["train"] & ids["heldout"]
+    assert 0.08 < len(ids["heldout"]) / (len(ids["train"]) + len(ids["heldout"])) < 0.12
+    for problem in splits["heldout"][::20]:
+        numbers, _, target = problem.reference.partition(" > ")
+        assert problem.split == "heldout"
+        assert problem.messages[0]["content"] == f"{problem.reference} :"
+        assert problem.problem_id == "-".join(("countdown", *numbers.split(), target))
+        assert all_right_chains([int(n) for n in numbers.split()], int(target))
+
+
+def test_the_split_does_not_depend_on_the_seed_and_the_order_does():
+    one, two = list(GAME.problems("heldout", seed=1)), list(GAME.problems("heldout", seed=2))
+    assert one != two
+    assert {p.problem_id for p in one} == {p.problem_id for p in two}
+
+
+def test_another_process_sees_the_same_game():
+    script = (
+        "import itertools\n"
+        "from pear_ray.tasks.arithmetic import Countdown\n"
+        "g = Countdown()\n"
+        "styles = dict.fromkeys(('build', 'undo', 'try', 'code'), 1)\n"
+        "print([p.problem_id for p in itertools.islice(g.problems('heldout', 3), 40)])\n"
+        "print([a for _, a in itertools.islice(g.demonstrations(styles, 0.5, 3), 40)])\n"
+    )
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert seen[0] == seen[1]
+    assert seen[0].startswith(str([p.problem_id for p in take(GAME.problems("heldout", 3), 40)]))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_solved_demonstrations_are_all_right_and_short(style):
+    words = set(GAME.vocabulary())
+    for problem, answer in take(GAME.demonstrations({style: 1.0}, 1.0, seed=5), 300):
+        verdict = GAME.verdict(problem, answer)
+        assert verdict.correct, (problem.reference, answer, verdict.note)
+        assert verdict.parts[f"style_{style}"] == 1.0
+        assert problem.split == "train"
+        assert set(answer.split()) <= words and set(problem.reference.split()) <= words
+        assert len(answer.split()) + 1 <= 48
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
+    verdicts = [
+        GAME.verdict(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)
+    ]
+    assert sum(verdict.correct for verdict in verdicts) < 60
+    assert all(v.correct or v.note.startswith("ends on") for v in verdicts)
+
+
+def test_demonstrations_follow_the_weights():
+    styles = {"build": 3.0, "undo": 1.0, "code": 0.0}
+    names = [read_style(answer) for _, answer in take(GAME.demonstrations(styles, 1.0, 7), 2000)]
+    assert set(names) == {"build", "undo"}
+    assert names.count("build") / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+def test_private_numbers_follow_a_rule_with_few_successors():
+    successors: dict[str, set[str]] = {}
+    for _, answer in take(GAME.demonstrations({"code": 1.0}, 1.0, seed=9), 500):
+        words = answer.split(" : ")[0].split()
+        for word, following in itertools.pairwise(words):
+            successors.setdefault(word, set()).add(following)
+    assert max(map(len, successors.values())) == 3
+
+
+def test_the_vocabulary_has_each_word_once():
+    words = GAME.vocabulary()
+    assert len(words) == len(set(words)) == 112
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Countdown(max_number=60), "max_result: read 99"),
+        (lambda: Countdown(heldout_fraction=1.0), "heldout_fraction: read 1.0"),
+        (lambda: next(GAME.problems("test", 0)), "split: read 'test'"),
+        (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "styles: read"),
+        (lambda: next(GAME.demonstrations({}, 1.0, 0)), "styles: read"),
+        (lambda: next(GAME.demonstrations({"build": 1.0}, 1.5, 0)), "solved_fraction: read 1.5"),
+    ],
+)
+def test_bad_settings_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
