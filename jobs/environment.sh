@@ -12,7 +12,6 @@ environment_platform=${PEAR_RAY_PLATFORM:-cpu}
 environment_lock=$environment_root/docker/requirements-$environment_platform.lock
 environment_venv=$environment_root/.venv
 environment_log=$environment_venv/install.log
-environment_ops=$environment_venv/torch_extensions
 case $environment_platform in
   cpu) environment_python=3.11 environment_disk_gb=8 ;;
   gpu) environment_python=3.12 environment_disk_gb=25 ;;
@@ -129,10 +128,10 @@ environment_pip() {
     --no-deps "$bytecode" "$@"
 }
 
-# The lines of the lock that belong to the named packages, as a lock of their own.
+# The lines of the lock that belong to the named packages, as a lock of their own; with a second word, all the others.
 environment_lock_of() {
-  awk -v names="$1" 'BEGIN { split(names, n, " "); for (i in n) want[n[i]] = 1 }
-    /^[a-z0-9]/ { split($1, pin, "=="); keep = pin[1] in want } keep' "$environment_lock"
+  awk -v names="$1" -v others="${2:-}" 'BEGIN { split(names, n, " "); for (i in n) named[n[i]] = 1 }
+    /^[a-z0-9]/ { split($1, pin, "=="); keep = (pin[1] in named) != (others != "") } keep' "$environment_lock"
 }
 
 environment_install_dependencies() {
@@ -157,34 +156,34 @@ environment_install_dependencies() {
 
   # What the source packages of the lock are built with, from the lock as well: no unpinned build environment.
   environment_lock_of "setuptools packaging ninja" > "$part"
-  environment_step "1/3 build tools" environment_pip --require-hashes -r "$part" || environment_fail "pip install"
+  environment_step "1/4 build tools" environment_pip --require-hashes -r "$part" || environment_fail "pip install"
 
   environment_lock_of torch > "$part"
-  if ! environment_step "2/3 PyTorch" environment_pip --require-hashes -r "$part"; then
+  if ! environment_step "2/4 PyTorch" environment_pip --require-hashes -r "$part"; then
     if [[ $environment_platform != cpu ]] || ! grep -q "No matching distribution found for torch" "$environment_log"; then
       environment_fail "pip install"
     fi
-    environment_step "2/3 PyTorch: not in the configured indexes, trying PyTorch's own index of CPU builds" \
+    environment_step "2/4 PyTorch: not in the configured indexes, trying PyTorch's own index of CPU builds" \
       environment_pip --require-hashes --extra-index-url "$environment_torch_cpu_index" -r "$part" ||
       environment_fail "pip install"
   fi
 
-  environment_step "3/3 the others of $(grep -c '^[a-z0-9]' "$environment_lock") packages (2-5 minutes; log: $environment_log)" \
-    environment_pip --require-hashes --no-build-isolation --use-pep517 -r "$environment_lock" ||
-    environment_fail "pip install"
+  environment_lock_of deepspeed others > "$part"
+  environment_step "3/4 the others of $(grep -c '^[a-z0-9]' "$environment_lock") packages (2-5 minutes; log: $environment_log)" \
+    environment_pip --require-hashes --no-build-isolation --use-pep517 -r "$part" || environment_fail "pip install"
 
-  # Compiled here and not by the first job: a job killed while it compiles leaves a lock on which the next waits for ever.
-  local made_of
+  # With its shared-memory op compiled now. Compiled by the first job instead, it would hang every later one if that job
+  # were killed meanwhile (a lock file stays behind). No cache: pip's may hold a DeepSpeed built without it.
+  local made_of op=0
   made_of=$(environment_lock_of "torch deepspeed" | sha256sum)
-  if [[ $environment_platform == cpu && $(cat "$environment_ops/stamp" 2>/dev/null) != "$made_of" ]]; then
-    rm -rf -- "$environment_ops"
-    mkdir -p "$environment_ops"
-    environment_step "compiling DeepSpeed's shared-memory op (1-2 minutes)" \
-      env DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$environment_ops" PATH="$environment_venv/bin:$PATH" \
-      "$environment_venv/bin/python" -c \
-      'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=True)' ||
-      environment_fail "compiling DeepSpeed's shared-memory op"
-    echo "$made_of" > "$environment_ops/stamp"
+  if [[ $(cat "$environment_venv/deepspeed.stamp" 2>/dev/null) != "$made_of" ]]; then
+    [[ $environment_platform != cpu ]] || op=1
+    environment_lock_of deepspeed > "$part"
+    PATH=$environment_venv/bin:$PATH DS_ACCELERATOR=${environment_platform/gpu/cuda} DS_BUILD_SHM_COMM=$op \
+      environment_step "4/4 DeepSpeed, from source (1-2 minutes)" \
+      environment_pip --require-hashes --no-build-isolation --use-pep517 --no-cache-dir --force-reinstall -r "$part" ||
+      environment_fail "building DeepSpeed"
+    echo "$made_of" > "$environment_venv/deepspeed.stamp"
   fi
   rm -f -- "$part" "$environment_venv/package.stamp"
   environment_stamp > "$environment_venv/dependencies.stamp"
@@ -210,7 +209,6 @@ environment_main() {
   fi
   [[ :$PATH: == *:$environment_venv/bin:* ]] || export PATH=$environment_venv/bin:$PATH
   export VIRTUAL_ENV=$environment_venv
-  if [[ $environment_platform == cpu ]]; then export TORCH_EXTENSIONS_DIR=$environment_ops; fi
   # Ray's start turns token authentication on by default; its clients have to be told so.
   export RAY_AUTH_MODE=token
   # Nothing reports home.

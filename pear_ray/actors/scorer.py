@@ -31,7 +31,7 @@ class Tokenise:
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         example_id = str(row.get("example_id") or "")
         recorded = row.get("behaviour_logprobs")
-        kept = {
+        kept: dict[str, Any] = {
             "example_id": example_id,
             "source": row.get("source") or "",
             "split": row.get("split") or self._split(example_id),

@@ -28,7 +28,7 @@ class Verifier:
     def __init__(self, specs: Sequence[TaskSpec], seconds_per_call: float = 60.0) -> None:
         self._specs = tuple(specs)
         self._seconds_per_call = seconds_per_call
-        self._actor = VerifierActor.remote(self._specs)
+        self._actor = VerifierActor.remote(self._specs)  # type: ignore[attr-defined]
 
     def judge(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """A verdict for each (problem, answer), in order."""
@@ -38,7 +38,7 @@ class Verifier:
             return ray.get(self._actor.judge.remote(answers), timeout=self._seconds_per_call)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
             ray.kill(self._actor)
-            self._actor = VerifierActor.remote(self._specs)
+            self._actor = VerifierActor.remote(self._specs)  # type: ignore[attr-defined]
             if len(answers) == 1:
                 return [Verdict(0.0, False, {}, f"no verdict: {type(error).__name__}")]
             middle = len(answers) // 2

@@ -159,6 +159,7 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
             head_dim=64,
             max_position_embeddings=4096,
             tie_word_embeddings=settings.tie_word_embeddings,
+            initializer_range=settings.initializer_range,
             pad_token_id=words["<pad>"],
             eos_token_id=words["<eos>"],
             bos_token_id=None,

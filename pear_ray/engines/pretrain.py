@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -20,14 +19,18 @@ from pear_ray.tasks.task import Demonstrator
 
 
 def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: int) -> float:
-    """Train a new Qwen3 in float32 on the answers of `task`'s demonstrations.
+    """Train a Qwen3 in float32 on the answers of `task`'s demonstrations: a new one, or a copy of
+    the folder's sibling `settings.start_from`.
 
     Returns:
         Mean loss of the last tenth of the steps, nats per answer token.
     """
     torch.set_num_threads(num_threads)
-    blank = folder.with_name(folder.name + ".untrained")
-    write_new_model(blank, settings, task.vocabulary())
+    if settings.start_from is None:
+        blank = folder.with_name(folder.name + ".untrained")
+        write_new_model(blank, settings, task.vocabulary())
+    else:
+        blank = folder.with_name(settings.start_from)
     tokenizer = load_tokenizer(str(blank))
     policy = load_policy(str(blank), "float32", tokens_per_logits_chunk=65536)
     optimiser = torch.optim.AdamW(

@@ -32,24 +32,28 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         )
     folder = run.folder / "pretrain"
     folder.mkdir(exist_ok=True)
-    calls = {
-        make_model.remote(folder / name, settings, job.tasks[0]): name
-        for name, settings in wanted.items()
-        if not (folder / name / "config.json").exists()
-    }
+    calls: dict[str, Any] = {}
+    # Those that others begin with are asked for first; Ray makes the others wait for them.
+    for name, settings in sorted(wanted.items(), key=lambda item: item[1].start_from is not None):
+        if not (folder / name / "config.json").exists():
+            parent = calls.get(settings.start_from or "")
+            calls[name] = make_model.remote(folder / name, settings, job.tasks[0], parent)
     facts: dict[str, Any] = {}
-    waiting = list(calls)
+    names = {call: name for name, call in calls.items()}
+    waiting = list(names)
     while waiting:
         done, waiting = ray.wait(waiting)
         loss = ray.get(done[0])
-        facts[calls[done[0]]] = {"final_loss": round(loss, 4)}
-        log.info("pretrain: %s made, loss %.3f nats per token", calls[done[0]], loss)
+        facts[names[done[0]]] = {"final_loss": round(loss, 4)}
+        log.info("pretrain: %s made, loss %.3f nats per token", names[done[0]], loss)
     return facts
 
 
 @ray.remote(num_cpus=1)
-def make_model(folder: Path, settings: Pretrain, spec: TaskSpec) -> float:
-    """One model, in a process of its own."""
+def make_model(
+    folder: Path, settings: Pretrain, spec: TaskSpec, parent_loss: float | None
+) -> float:
+    """One model, in a process of its own, once the model that it begins with is there."""
     from pear_ray.engines.pretrain import pretrain
 
     task = make_tasks([spec])[0]

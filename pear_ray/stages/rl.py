@@ -41,7 +41,7 @@ from pear_ray.engines.learner import Learner, Optimisation, StepResult
 from pear_ray.engines.model import load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
 from pear_ray.records import Completion, Problem, RolloutGroup, TrainingSequence, Verdict
-from pear_ray.tasks import make_tasks, endless_problems
+from pear_ray.tasks import endless_problems, make_tasks
 from pear_ray.tracking import Tracker
 from pear_ray.weights.publish import publish
 
@@ -65,7 +65,8 @@ class Rollouts:
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Start both sides, and end the one when the other ends."""
     connect()
-    board, queue = Board.remote(), RolloutQueue.remote()
+    board = Board.remote()  # type: ignore[attr-defined]
+    queue = RolloutQueue.remote()  # type: ignore[attr-defined]
     start = str(start_folder(job, run.folder))
     config = {
         "job": job.model_dump(),
@@ -102,7 +103,8 @@ def roll_out(job: Job, start: str, pool: GeneratorPool, board: Any, queue: Any) 
         tokenizer = load_tokenizer(start)
         deadline = job.learner.deadline_seconds
         version = ray.get(board.newest.remote(0, deadline))
-        served, probe = -1, ()
+        served = -1
+        probe: tuple[TrainingSequence, ...] = ()
         problems = endless_problems(make_tasks(job.tasks), "train", seed_of(job.run.seed, "rl"))
         # The position in the stream of problems is the step: none is used twice, none is skipped.
         skipped = version.version * job.rl.problems_per_step

@@ -20,7 +20,7 @@ from pear_ray.engines.generator import Request
 from pear_ray.engines.model import load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
 from pear_ray.records import EXAMPLE_SCHEMA
-from pear_ray.tasks import make_tasks, endless_problems
+from pear_ray.tasks import endless_problems, make_tasks
 from pear_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,10 @@ def sample_source(
             ]
             answers = [answer for (answer,) in pool.sample(requests, settings.temperature)]
             verdicts = verifier.judge(
-                [(problem, answer.text) for (_, problem), answer in zip(batch, answers, strict=True)]
+                [
+                    (problem, answer.text)
+                    for (_, problem), answer in zip(batch, answers, strict=True)
+                ]
             )
             num_attempts += len(batch)
             rows += [

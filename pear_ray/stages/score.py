@@ -83,7 +83,7 @@ def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) 
         batch_size=ROWS_PER_BATCH,
         concurrency=(1, job.generator.replicas),
         num_cpus=job.generator.num_cpus,
-        num_gpus=job.generator.num_gpus,
+        num_gpus=job.generator.num_actor_gpus,
     ).materialize()
     table = ray.data.Dataset.to_arrow_refs(scored.sort("example_id").repartition(1))
     whole = ray.get(table[0])

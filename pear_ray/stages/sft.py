@@ -129,8 +129,8 @@ def check_corpus(job: Job) -> int:
         theirs = {(r["tokenizer_digest"], r["template_digest"]) for r in table.to_pylist()}
         if theirs != {ours}:
             raise BadInput(
-                f"{file}: tokenizer_digest, template_digest: read {sorted(theirs)}; expected {ours},"
-                f" those of {job.model_path()}"
+                f"{file}: tokenizer_digest, template_digest: read {sorted(theirs)}; expected"
+                f" {ours}, those of {job.model_path()}"
             )
         num_rows += table.column("split").to_pylist().count("train")
     return num_rows

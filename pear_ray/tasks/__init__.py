@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 from pear_ray.config import BadInput, TaskSpec
 from pear_ray.records import Problem
 from pear_ray.tasks.arithmetic import Countdown
+from pear_ray.tasks.gym import ReasoningGym
 from pear_ray.tasks.task import Task
 
-FAMILIES = {"countdown": Countdown}
+FAMILIES = {"countdown": Countdown, "reasoning_gym": ReasoningGym}
 
 
 def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
@@ -21,8 +22,9 @@ def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
     """
     tasks: list[Task] = []
     for number, spec in enumerate(specs):
+        family: Callable[..., Task] = FAMILIES[spec.name]
         try:
-            tasks.append(FAMILIES[spec.name](**spec.options))
+            tasks.append(family(**spec.options))
         except (TypeError, ValueError) as error:
             raise BadInput(f"tasks.{number}.options: read {spec.options}; {error}") from error
     return tasks
@@ -35,9 +37,7 @@ def mixed_problems(tasks: Sequence[Task], split: str, seed: int) -> Iterator[Pro
         yield from together
 
 
-def endless_problems(
-    tasks: Sequence[Task], split: str, seed: int
-) -> Iterator[tuple[int, Problem]]:
+def endless_problems(tasks: Sequence[Task], split: str, seed: int) -> Iterator[tuple[int, Problem]]:
     """(epoch, problem), epoch after epoch, each in an order of its own."""
     for epoch in count():
         empty = True

@@ -101,26 +101,23 @@ class Countdown:
         self.max_number = max_number
         self.max_result = max_result
         self.heldout_fraction = heldout_fraction
+        self._number_words = {str(number) for number in range(max_result + 1)}
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Every problem of the split once; those that random play reaches often tend to be early.
-
-        Drawn without replacement with weights w, by sorting on u^(1/w), u uniform in (0, 1)
-        (Efraimidis and Spirakis, 2006).
-        """
-        chains = self._chains(split)
-        rng = random.Random(f"{self.name} {split} {seed}")
-        order = sorted(chains, key=lambda key: -(rng.random() ** (1 / len(chains[key]))))
+        """Every problem of the split once, in an order fixed by the seed."""
+        order = list(self._chains(split))
+        random.Random(f"{self.name} {split} {seed}").shuffle(order)
         for numbers, target in order:
             yield self._problem(numbers, target, split)
 
     def demonstrations(
         self, styles: Mapping[str, float], solved_fraction: float, seed: int
     ) -> Iterator[tuple[Problem, str]]:
-        """Answers to problems of split train, forever; styles are drawn by weight.
+        """Answers to problems of split train, forever, in styles drawn by weight.
 
-        Of these `solved_fraction` aim at the target. The rest is legal random play with the
-        problem's numbers, which teaches form and sums, and hits the target by luck only.
+        A problem is drawn by the number of chains that solve it. Of the answers `solved_fraction`
+        aim at the target; the rest is legal random play with the problem's numbers, which
+        teaches form and sums, and hits the target by luck only.
         """
         _check_demonstrations(styles, solved_fraction)
         chains = self._chains("train")
@@ -274,10 +271,6 @@ class Countdown:
             return None
         step = Step(int(left), sign, int(right), int(result))
         return step if self._apply(step.left, sign, step.right) == step.result else None
-
-    @cached_property
-    def _number_words(self) -> set[str]:
-        return {str(number) for number in range(self.max_result + 1)}
 
 
 def _read_reference(problem: Problem) -> tuple[Numbers, int]:
