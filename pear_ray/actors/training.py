@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -72,9 +74,9 @@ def keep(learner: Learner, next_step: int) -> None:
         ray.train.report({"next_step": next_step}, checkpoint=Checkpoint.from_directory(folder))
 
 
-def limit_threads() -> None:
-    """One compute thread per CPU rank: ranks that share cores otherwise wait on each other."""
-    import torch
-
+def begin() -> None:
+    """Settle a rank's process: one compute thread per CPU, since ranks that share cores wait on
+    each other, and log lines that reach the job's log."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

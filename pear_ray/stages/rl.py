@@ -3,12 +3,14 @@
 Learners (DeepSpeed ZeRO-3 under Ray Train) and generators (vLLM actors) meet at two small actors:
 the board, which knows the newest weights, and the queue, which holds finished rollouts.
 
-    generators                          board                 learners
-      wait for version >= step - staleness  <---- announce ---- publish partitions
-      pull it, answer problems, judge                           take step's rollouts, learn
-      put rollouts of the step  ----------> queue ------------>
+    generators                                board                     learners
+      wait for version >= step - max_staleness  <--- announce ---  publish own partitions
+      pull, check and load it                                      take the step's rollouts
+      answer problems, judge the answers                           one optimiser step on them
+      rollouts of the step ----------------->  queue  ----------->
 
-With max_staleness = 0 the two sides alternate and every token is on-policy.
+With max_staleness = 0 the two sides alternate and every token is on-policy; with k > 0 the same
+two loops overlap.
 """
 
 from __future__ import annotations
@@ -16,50 +18,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from pear_ray.actors.board import Board, RolloutQueue
 from pear_ray.actors.cluster import connect
 from pear_ray.actors.pool import GeneratorPool
-from pear_ray.actors.training import keep, limit_threads, rank_and_count, restore, train
+from pear_ray.actors.rollouts import Rollouts, RolloutStream, sequence_of
+from pear_ray.actors.training import begin, keep, rank_and_count, restore, train
 from pear_ray.actors.verifiers import Verifier
-from pear_ray.algorithms.advantages import group_advantages
 from pear_ray.algorithms.objectives import ClippedPolicyGradient
 from pear_ray.algorithms.packing import pack
-from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Job
-from pear_ray.engines.generator import Request
 from pear_ray.engines.learner import Learner, Optimisation, StepResult
-from pear_ray.engines.model import load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
-from pear_ray.records import Completion, Problem, RolloutGroup, TrainingSequence, Verdict
-from pear_ray.tasks import endless_problems, make_tasks
+from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.tracking import Tracker
 from pear_ray.weights.publish import publish
 
 log = logging.getLogger(__name__)
-
-NUM_PROBES = 8
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Everything that generators hand over for one learner step. `probe` holds fixed answers with
-    the log-probs that the serving engine gives them NOW, so that the learner can check that both
-    sides hold the same weights; `numbers` are the sampling side's metrics."""
-
-    version: int
-    groups: tuple[RolloutGroup, ...]
-    probe: tuple[tuple[TrainingSequence, np.ndarray], ...]
-    numbers: dict[str, float]
 
 
 def run(job: Job, run: Run) -> dict[str, Any]:
@@ -67,7 +48,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     connect()
     board = Board.remote()  # type: ignore[attr-defined]
     queue = RolloutQueue.remote()  # type: ignore[attr-defined]
-    start = str(start_folder(job, run.folder))
+    export = run.folder / "sft" / "export"
+    start = str(export if export.exists() else job.model_path())
     config = {
         "job": job.model_dump(),
         "folder": str(run.folder),
@@ -79,67 +61,37 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         GeneratorPool(start, job.model.dtype, job.generator, job.run.seed) as pool,
         ThreadPoolExecutor(1) as executor,
     ):
-        rollouts = executor.submit(roll_out, job, start, pool, board, queue)
+        rollouts: Future[None] = executor.submit(roll_out, job, start, pool, board, queue)
         try:
-            return train(learn, config, job.learner, run.folder / "rl" / "checkpoints")
-        except BaseException:
-            if rollouts.done() and rollouts.exception() is not None:
-                rollouts.result()
+            return train(learn, config, job.learner, run.folder / "rl" / f"{run.folder.name}-rl")
+        except Exception as error:
+            if rollouts.done() and (cause := rollouts.exception()) is not None:
+                raise cause from error
             raise
         finally:
             ray.get(board.close.remote("the learners have ended"))
 
 
-def start_folder(job: Job, folder: Path) -> Path | str:
-    """What RL starts from: the export of `sft` where there is one, else the model itself."""
-    export = folder / "sft" / "export"
-    return export if export.exists() else job.model_path()
-
-
 def roll_out(job: Job, start: str, pool: GeneratorPool, board: Any, queue: Any) -> None:
     """The generators' side: for each learner step, fresh answers to the next problems."""
+    deadline = job.learner.deadline_seconds
     verifier = Verifier(job.tasks)
     try:
-        tokenizer = load_tokenizer(start)
-        deadline = job.learner.deadline_seconds
-        version = ray.get(board.newest.remote(0, deadline))
-        served = -1
-        probe: tuple[TrainingSequence, ...] = ()
-        problems = endless_problems(make_tasks(job.tasks), "train", seed_of(job.run.seed, "rl"))
-        # The position in the stream of problems is the step: none is used twice, none is skipped.
-        skipped = version.version * job.rl.problems_per_step
-        for step in range(version.version, job.rl.steps):
-            started = time.perf_counter()
+        first_step = ray.get(board.newest.remote(0, deadline)).version
+        stream = RolloutStream(job, start, first_step, pool, verifier)
+        for step in range(first_step, job.rl.steps):
             version = ray.get(board.newest.remote(step - job.rl.max_staleness, deadline))
-            waited = time.perf_counter() - started
-            pause = 0.0
-            if version.version != served:
-                pause = pool.update(version, job.weights.deadline_seconds)
-                served = version.version
-            batch = list(islice(problems, skipped, skipped + job.rl.problems_per_step))
-            skipped = 0
-            sampling = time.perf_counter()
-            requests = [
-                Request(
-                    tuple(prompt_ids(tokenizer, problem.messages)),
-                    job.rl.group_size,
-                    seed_of(job.run.seed, "rl", problem.problem_id, epoch),
-                )
-                for epoch, problem in batch
-            ]
-            answers = pool.sample(requests, job.rl.temperature)
-            sampled = time.perf_counter() - sampling
-            groups = judged(job, [p for _, p in batch], requests, answers, verifier)
-            probe = probe or first_answers(groups)
-            rows = [(s.token_ids[~s.trainable], s.token_ids[s.trainable]) for s in probe]
-            scores = pool.score([(p.tolist(), r.tolist()) for p, r in rows])
-            numbers = rollout_numbers(groups, job.generator.max_new_tokens) | {
-                "generator_wait_seconds": waited,
-                "pause_seconds": pause,
-                "sample_seconds": sampled,
-            }
-            rollouts = Rollouts(served, groups, tuple(zip(probe, scores, strict=True)), numbers)
+            rollouts = stream.next(version)
             ray.get(queue.put.remote(step, [ray.put(rollouts)]))
+            numbers = rollouts.numbers
+            log.info(
+                "rl: step %d of %d: pass rate %.3f, %.1f tokens an answer, sampled in %.1f s",
+                step + 1,
+                job.rl.steps,
+                numbers["pass_rate"],
+                numbers["response_tokens_mean"],
+                numbers["sample_seconds"],
+            )
     except BaseException as error:
         ray.get(queue.close.remote(f"the rollouts failed: {error!r}"))
         raise
@@ -147,160 +99,111 @@ def roll_out(job: Job, start: str, pool: GeneratorPool, board: Any, queue: Any) 
         verifier.close()
 
 
-def judged(
-    job: Job,
-    problems: Sequence[Problem],
-    requests: Sequence[Request],
-    answers: Sequence[Sequence[Completion]],
-    verifier: Verifier,
-) -> tuple[RolloutGroup, ...]:
-    """Verdicts and advantages of every group."""
-    pairs = [
-        (p, answer.text) for p, group in zip(problems, answers, strict=True) for answer in group
-    ]
-    verdicts = iter(verifier.judge(pairs))
-    groups = []
-    for problem, request, completions in zip(problems, requests, answers, strict=True):
-        own: tuple[Verdict, ...] = tuple(islice(verdicts, len(completions)))
-        rewards_G = torch.tensor([verdict.reward for verdict in own])
-        advantages = tuple(group_advantages(rewards_G, job.rl.advantage).tolist())
-        groups.append(
-            RolloutGroup(
-                problem.problem_id, request.prompt_ids, tuple(completions), own, advantages
-            )
-        )
-    return tuple(groups)
-
-
-def first_answers(groups: Sequence[RolloutGroup]) -> tuple[TrainingSequence, ...]:
-    """One answer to each of the first problems: the probe of the whole run."""
-    return tuple(sequence_of(group, 0) for group in groups[:NUM_PROBES])
-
-
-def sequence_of(group: RolloutGroup, member: int) -> TrainingSequence:
-    """One answer as tokens, with its advantage on each of them."""
-    answer = group.completions[member]
-    return TrainingSequence.of(
-        group.prompt_ids,
-        answer.token_ids,
-        answer.logprobs,
-        group.advantages[member],
-        group.problem_id,
-    )
-
-
 def learn(config: dict[str, Any]) -> dict[str, Any]:
     """The learners' side: what every rank does."""
-    limit_threads()
+    begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
     board, queue = config["board"], config["queue"]
     rank, num_ranks = rank_and_count()
-    settings = job.rl
-    learner = Learner(
-        config["start"],
-        job.model.dtype,
-        job.learner,
-        Optimisation(
-            settings.steps,
-            settings.learning_rate,
-            settings.schedule,
-            settings.warmup_fraction,
-            settings.weight_decay,
-            settings.max_grad_norm,
-        ),
-        job.run.seed,
-    )
+    learner = make_learner(job, config["start"])
     start = restore(learner)
     tracker = Tracker(folder, "rl", job.tracking).rewind(start) if rank == 0 else None
-    objective = ClippedPolicyGradient(*settings.clip_ratio)
-    probed: dict[int, list[np.ndarray]] = {}
+    objective = ClippedPolicyGradient(*job.rl.clip_ratio)
+    probed: dict[int, dict[str, np.ndarray]] = {}
 
     def announce(version: int) -> None:
         buckets = publish(learner.partitions(), rank, job.weights.bucket_mib)
         ray.get(board.announce.remote(version, rank, num_ranks, buckets))
 
     announce(start)
-    for step in range(start, settings.steps):
-        started = time.perf_counter()
-        reference = ray.get(queue.take.remote(step, job.learner.deadline_seconds))
-        rollouts: Rollouts = ray.get(reference[0], timeout=job.learner.deadline_seconds)
-        waited = time.perf_counter() - started
-        probe = pack([s for s, _ in rollouts.probe], 1, job.learner.tokens_per_micro_batch)[0]
-        probed[step] = learner.logprobs(probe)
-        # A learner that restarted has not held the versions before its checkpoint.
-        gap = probe_gap(probe, probed.get(rollouts.version, []), rollouts.probe)
-        if gap > job.weights.max_probe_gap:
-            raise RuntimeError(
-                f"step {step}: generator and learner differ by {gap:.2e} nats on the probe under"
-                f" weights version {rollouts.version}; expected at most weights.max_probe_gap ="
-                f" {job.weights.max_probe_gap}"
-            )
-        probed = {version: p for version, p in probed.items() if version >= rollouts.version}
+    for step in range(start, job.rl.steps):
+        began = time.perf_counter()
+        rollouts = take(queue, step, job.learner.deadline_seconds)
+        taken = time.perf_counter()
+        probed[step] = probe_logprobs(learner, rollouts, job.learner.tokens_per_micro_batch)
+        gap = check_probe(job, step, rollouts, probed.get(rollouts.version, {}))
         sequences = [
             sequence_of(group, member)
             for group in rollouts.groups
             for member in range(len(group.completions))
         ]
         batches = pack(sequences, num_ranks, job.learner.tokens_per_micro_batch)[rank]
-        learning = time.perf_counter()
         result = learner.step(batches, objective)
-        learned = time.perf_counter() - learning
-        publishing = time.perf_counter()
+        learned = time.perf_counter()
         announce(step + 1)
-        published = time.perf_counter() - publishing
+        published = time.perf_counter()
         if tracker:
-            numbers = (
-                rollouts.numbers
-                | numbers_of(result)
-                | {
-                    "probe_gap_max": gap,
-                    "staleness": step - rollouts.version,
-                    "wait_seconds": waited,
-                    "learn_seconds": learned,
-                    "publish_seconds": published,
-                    "step_seconds": time.perf_counter() - started,
-                }
-            )
-            tracker.log(step, **numbers)
-            log.info(
-                "rl: step %d of %d, pass rate %.3f", step + 1, settings.steps, numbers["pass_rate"]
-            )
-        if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < settings.steps:
+            measured = {
+                "probe_gap_max": gap,
+                "staleness": step - rollouts.version,
+                "wait_seconds": taken - began,
+                "learn_seconds": learned - taken,
+                "publish_seconds": published - learned,
+                "step_seconds": published - began,
+            }
+            tracker.log(step, **rollouts.numbers, **numbers_of(result), **measured)
+        if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
             keep(learner, step + 1)
             ray.get(queue.forget_before.remote(step + 1))
     learner.export(folder / "rl" / "export", config["start"])
     if tracker:
         tracker.close()
-    return {"steps": settings.steps, "problems": settings.steps * settings.problems_per_step}
+    return {"steps": job.rl.steps, "problems": job.rl.steps * job.rl.problems_per_step}
 
 
-def probe_gap(
-    batches: Sequence[Any],
-    logprobs: Sequence[np.ndarray],
-    probe: Sequence[tuple[TrainingSequence, np.ndarray]],
-) -> float:
-    """Largest difference between learner and generator over the probe's tokens, in nats."""
-    by_origin = {sequence.origin: scores for sequence, scores in probe}
-    gap = 0.0
-    for batch, found in zip(batches, logprobs, strict=False):
-        expected = np.concatenate([by_origin[origin] for origin in batch.origins])
-        gap = max(gap, float(np.abs(found - expected).max()))
+def make_learner(job: Job, start: str) -> Learner:
+    """This rank's part of the policy and its optimiser."""
+    settings = job.rl
+    optimisation = Optimisation(
+        settings.steps,
+        settings.learning_rate,
+        settings.schedule,
+        settings.warmup_fraction,
+        settings.weight_decay,
+        settings.max_grad_norm,
+    )
+    return Learner(start, job.model.dtype, job.learner, optimisation, job.run.seed)
+
+
+def take(queue: Any, step: int, deadline_seconds: float) -> Rollouts:
+    """The rollouts of a step, from the queue's reference."""
+    (reference,) = ray.get(queue.take.remote(step, deadline_seconds))
+    return ray.get(reference, timeout=deadline_seconds)
+
+
+def probe_logprobs(
+    learner: Learner, rollouts: Rollouts, tokens_per_micro_batch: int
+) -> dict[str, np.ndarray]:
+    """The learner's log-probs of the probe's answers, by origin. Every rank scores all of them,
+    so that none has to tell the others."""
+    sequences: Sequence[TrainingSequence] = [sequence for sequence, _ in rollouts.probe]
+    batches: list[TrainingBatch] = pack(sequences, 1, tokens_per_micro_batch)[0]
+    found: dict[str, np.ndarray] = {}
+    for batch, logprobs in zip(batches, learner.logprobs(batches), strict=True):
+        owners = batch.sequence_ids_T[batch.trainable_T]
+        for number, origin in enumerate(batch.origins):
+            found[origin] = logprobs[owners == number]
+    return found
+
+
+def check_probe(job: Job, step: int, rollouts: Rollouts, ours: dict[str, np.ndarray]) -> float:
+    """Largest difference between generator and learner on the probe, in nats; 0 where a learner
+    that restarted has never held the version in question.
+
+    Raises:
+        RuntimeError: it is too large: the two sides do not hold the same weights.
+    """
+    gap = max(
+        (float(np.abs(ours[s.origin] - scores).max()) for s, scores in rollouts.probe if ours),
+        default=0.0,
+    )
+    if gap > job.weights.max_probe_gap:
+        raise RuntimeError(
+            f"step {step}: generator and learner differ by {gap:.2e} nats on the probe under"
+            f" weights version {rollouts.version}; expected at most weights.max_probe_gap ="
+            f" {job.weights.max_probe_gap}"
+        )
     return gap
-
-
-def rollout_numbers(groups: Sequence[RolloutGroup], max_new_tokens: int) -> dict[str, float]:
-    """The sampling side's part of a line of metrics.jsonl."""
-    verdicts = [verdict for group in groups for verdict in group.verdicts]
-    answers = [answer for group in groups for answer in group.completions]
-    return {
-        "reward_mean": float(np.mean([verdict.reward for verdict in verdicts])),
-        "pass_rate": float(np.mean([verdict.correct for verdict in verdicts])),
-        "groups_without_signal_share": float(
-            np.mean([len({verdict.reward for verdict in group.verdicts}) == 1 for group in groups])
-        ),
-        "response_tokens_mean": float(np.mean([len(answer.token_ids) for answer in answers])),
-        "truncated_share": float(np.mean([answer.finish_reason == "length" for answer in answers])),
-    }
 
 
 def numbers_of(result: StepResult) -> dict[str, float]:

@@ -4,6 +4,7 @@ from."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
-from pear_ray.actors.training import keep, limit_threads, rank_and_count, restore, train
+from pear_ray.actors.training import begin, keep, rank_and_count, restore, train
 from pear_ray.algorithms.objectives import Nll, Objective, PearNll
 from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.seeds import seed_of
@@ -22,6 +23,8 @@ from pear_ray.engines.model import digests, load_tokenizer
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingSequence
 from pear_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 def run(job: Job, run: Run) -> dict[str, Any]:
@@ -34,12 +37,12 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         )
     connect()
     config = {"job": job.model_dump(), "folder": str(run.folder)}
-    return train(learn, config, job.learner, run.folder / "sft" / "checkpoints")
+    return train(learn, config, job.learner, run.folder / "sft" / f"{run.folder.name}-sft")
 
 
 def learn(config: dict[str, Any]) -> dict[str, Any]:
     """What every rank does."""
-    limit_threads()
+    begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
     rank, num_ranks = rank_and_count()
     settings = job.sft
@@ -74,6 +77,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         result = learner.step(batches, objective)
         if tracker:
             tracker.log(step, **numbers_of(job, result))
+            if step % 10 == 0 or step + 1 == num_steps:
+                log.info("sft: step %d of %d: loss %.4f", step + 1, num_steps, result.loss)
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < num_steps:
             keep(learner, step + 1)
     learner.export(folder / "sft" / "export", job.model_path())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 
 import numpy as np
@@ -19,17 +20,21 @@ def fetch(version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
     The store sends each bucket to a node once, however many engines on it ask.
 
     Raises:
-        TimeoutError: a bucket did not come in time; names version, rank and bucket.
+        TimeoutError: the buckets did not all come in time; names version, rank and bucket.
+        LookupError: a bucket has gone with the process that published it.
         ValueError: a bucket's bytes are not those that were published.
     """
+    end = time.monotonic() + deadline_seconds
     parts: dict[str, list[tuple[int, np.ndarray]]] = {}
     facts = {}
     for number, bucket in enumerate(version.buckets):
         label = f"weights version {version.version}, rank {bucket.rank}, bucket {number}"
         try:
-            flat = ray.get(bucket.reference[0], timeout=deadline_seconds)
+            flat = ray.get(bucket.reference[0], timeout=max(0.0, end - time.monotonic()))
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"{label}: not fetched within {deadline_seconds:.0f} s") from error
+        except ray.exceptions.ObjectLostError as error:
+            raise LookupError(f"{label}: no longer in the store, its publisher has gone") from error
         if zlib.crc32(flat) != bucket.checksum:
             raise ValueError(f"{label}: checksum differs from the published one")
         for entry in bucket.entries:

@@ -1,4 +1,4 @@
-"""Figures as SVG that takes its ink from the page, so that it can be read by day, night and in print."""
+"""Figures as SVG which takes its ink from the page: readable by day, by night and in print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from pear_ray.stages.report.measured import as_floats
-from pear_ray.stages.report.tables import number
+from pear_ray.stages.report.section import Panel
+from pear_ray.stages.report.words import number
 
 MAX_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 20
@@ -54,14 +55,6 @@ class Line:
     y: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure."""
-
-    title: str
-    svg: Markup
 
 
 def by_step(rows: Sequence[Mapping[str, Any]], key: str, pick: Callable = np.mean) -> Line:

@@ -114,8 +114,8 @@ def read(folder: Path) -> Measured:
     own = homes[0]
     if not arms and not labels and not own.of("score"):
         raise BadInput(
-            f"{folder}: holds nothing to report; expected rows of score, sft or rl in metrics.jsonl,"
-            " there or in the folder of an arm, or evaluate/scorecard.json"
+            f"{folder}: holds nothing to report; expected rows of score, sft or rl in"
+            " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
     return Measured(own, arms, job, scorecard)
 

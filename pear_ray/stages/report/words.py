@@ -1,27 +1,16 @@
-"""Tables, and numbers as words: three decimals, and a dash for what is not known."""
+"""Numbers as words: three decimals, and a dash for what is not known. Tables as text."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from pear_ray.stages.report.section import Cell, Table
+
 NONE = "-"
-
-Cell = str | tuple[str, float]
-"""Text, or text before a bar that fills a share of the cell."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of one table, all of them text."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
 
 
 def number(value: float | None, signed: bool = False, digits: int = 3) -> str:

@@ -1,0 +1,182 @@
+"""What came out: pass@k of the arms, their differences, how they learned, what they answer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pear_ray.stages.report.figures import Line, by_step, draw
+from pear_ray.stages.report.measured import Measured, as_floats
+from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
+from pear_ray.stages.report.words import NONE, from_to, interval, number, share
+
+NOISE = 0.02
+"""pass@1 between two nearly equal checkpoints after RL, as seen over seeds."""
+NOISE_FLOOR = 0.04
+"""Below it, a difference from one seed means nothing."""
+
+
+def results(measured: Measured) -> Section | str:
+    """The table of arms."""
+    card = measured.scorecard
+    if not card:
+        return "pass@k of the checkpoints (no evaluate/scorecard.json)"
+    header = ["arm", "sets"]
+    for k in measured.ks:
+        header += [f"pass@{k} before RL", f"pass@{k} after RL", "change"]
+    rows: list[tuple[Cell, ...]] = []
+    for name, settings, before, after in checkpoint_pairs(measured):
+        cells: list[Cell] = [name, settings]
+        for k in measured.ks:
+            cells.append(interval(measured.score(before, k)))
+            cells.append(interval(measured.score(after, k)))
+            cells.append(change(measured, before, after, k))
+        rows.append(tuple(cells))
+    return Section(
+        "Arms",
+        f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers"
+        f" to each at temperature {card['temperature']}, seed {card['seed']}; in brackets the 95 %"
+        " interval over problems. Before RL is after SFT; a model that is no arm, such as the base"
+        " from which all start, is shown as it is.",
+        (Table(tuple(header), tuple(rows)),),
+        known(before_and_after(measured, k) for k in measured.ks),
+    )
+
+
+def checkpoint_pairs(measured: Measured) -> list[tuple[str, str, str, str]]:
+    """Name, settings, and the labels of the checkpoints before and after RL."""
+    own = {arm.prefix + stage for arm in measured.arms for stage in ("sft", "rl")}
+    others = [(label, NONE, label, "") for label in measured.cards if label not in own]
+    return others + [
+        (arm.name, arm.settings or NONE, f"{arm.prefix}sft", f"{arm.prefix}rl")
+        for arm in measured.arms
+    ]
+
+
+def change(measured: Measured, before: str, after: str, k: int) -> str:
+    """What RL changed, with its interval where the evaluation has paired the two."""
+    paired = measured.difference(after, before, k)
+    if paired:
+        return interval(paired, signed=True)
+    first, last = measured.score(before, k), measured.score(after, k)
+    return number(last["value"] - first["value"], signed=True) if first and last else NONE
+
+
+def before_and_after(measured: Measured, k: int) -> Panel | None:
+    """pass@k of every arm at both ends of RL."""
+    lines = {}
+    for place, arm in enumerate(measured.arms):
+        both = [measured.score(arm.prefix + stage, k) or {} for stage in ("sft", "rl")]
+        y, low, high = (as_floats(s.get(key) for s in both) for key in ("value", "low", "high"))
+        beside = 0.06 * (place - (len(measured.arms) - 1) / 2)
+        here = np.isfinite(y)
+        lines[arm.name] = Line(np.arange(2)[here] + beside, y[here], low[here], high[here])
+    base = measured.score("base", k)
+    return draw(
+        f"pass@{k} before and after RL",
+        f"pass@{k}",
+        lines,
+        across="",
+        level=(base["value"], "base") if base else None,
+        ticks=("before RL", "after RL"),
+    )
+
+
+def differences(measured: Measured) -> Section | str:
+    """Arms against each other on the same problems."""
+    rows: list[tuple[Cell, ...]] = []
+    for found in measured.scorecard.get("differences", []):
+        if found["a"].rsplit("/", 1)[-1] != found["b"].rsplit("/", 1)[-1]:
+            continue
+        says = f"interval {'includes' if found['low'] <= 0 <= found['high'] else 'excludes'} 0"
+        after_rl = found["a"].endswith("/rl")
+        if after_rl:
+            says += f", {'below' if abs(found['value']) < NOISE_FLOOR else 'not below'} the floor"
+        floor = number(NOISE_FLOOR) if after_rl else NONE
+        pair = f"{found['a']} - {found['b']}"
+        rows.append((pair, f"pass@{found['k']}", interval(found, signed=True), floor, says))
+    if not rows:
+        return "paired differences (no two arms evaluated at the same point)"
+    header = ("pair", "of", "difference [95 %]", "noise floor", "one seed says")
+    return Section(
+        "Arms against each other",
+        "Both arms of a row answered the same problems with the same seeds; in brackets the 95 %"
+        " interval over problems. The noise floor was found in miniature studies, after RL: two"
+        f" nearly equal checkpoints ended about {number(NOISE)} apart, so that a difference below"
+        f" {number(NOISE_FLOOR)} from one seed means nothing. Before RL none was measured.",
+        (Table(header, tuple(rows)),),
+    )
+
+
+def learning(measured: Measured) -> Section | str:
+    """SFT and RL, step by step."""
+    if not any(arm.of(stage) for arm in measured.arms for stage in ("sft", "rl")):
+        return "learning curves (no rows of sft or rl in metrics.jsonl)"
+
+    def curve(stage: str, key: str, title: str, unit: str) -> Panel | None:
+        return draw(title, unit, {arm.name: by_step(arm.of(stage), key) for arm in measured.arms})
+
+    return Section(
+        "Learning",
+        "Thin: every step; thick: mean over neighbouring steps. The SFT loss of a weighted arm is"
+        " weighted and cannot be compared with that of a plain one; the negative log-likelihood"
+        " (nll) can. The pass rate is that of the training problems of each step. In the table:"
+        " means over the first and the last tenth of the steps.",
+        (training_table(measured),),
+        known(
+            (
+                curve("sft", "nll", "SFT: negative log-likelihood", "nats per token"),
+                curve("sft", "loss", "SFT: loss, weighted where the arm is", "nats per token"),
+                curve("sft", "entropy", "SFT: entropy", "nats per token"),
+                curve("rl", "pass_rate", "RL: pass rate", "share of answers"),
+                curve("rl", "entropy", "RL: entropy", "nats per token"),
+                curve("rl", "response_tokens_mean", "RL: answer length", "tokens"),
+                curve("rl", "groups_without_signal_share", "RL: groups without signal", "share"),
+                curve("rl", "grad_norm", "RL: gradient norm", "norm before clipping"),
+            )
+        ),
+    )
+
+
+def training_table(measured: Measured) -> Table:
+    """Where training began and ended, one row per arm."""
+    header = ("arm", "SFT steps", "SFT nll, nats", "RL steps", "RL pass rate", "tokens per answer")
+    rows = [
+        (
+            arm.name,
+            str(len(arm.of("sft"))),
+            from_to(arm.values("sft", "nll")),
+            str(len(arm.of("rl"))),
+            from_to(arm.values("rl", "pass_rate")),
+            from_to(arm.values("rl", "response_tokens_mean")),
+        )
+        for arm in measured.arms
+    ]
+    return Table(header, tuple(rows))
+
+
+def answers(measured: Measured) -> Section | str:
+    """What answers look like."""
+    cards = measured.cards
+    if not cards:
+        return "what answers look like (no evaluate/scorecard.json)"
+    parts = sorted({part for card in cards.values() for part in card.get("parts", {})})
+    header = ("checkpoint", "tokens per answer", "truncated", "log-prob per token", "held-out loss")
+    rows = tuple(
+        (
+            label,
+            number(card.get("response_tokens_mean")),
+            share(card.get("truncated_share")),
+            number(card.get("mean_logprob")),
+            number(card.get("heldout_nll")),
+            *(share(card.get("parts", {}).get(part)) for part in parts),
+        )
+        for label, card in cards.items()
+    )
+    return Section(
+        "What the answers look like",
+        "Means over all sampled answers. Log-prob per token is that of the sampler for its own"
+        " answers, in nats; the held-out loss, in nats per token, is that of the corpus rows kept"
+        " apart. Truncated is the share of answers cut off at the longest allowed length; the last"
+        " columns are the facts which the task's verdict notes about an answer.",
+        (Table((*header, *(part.replace("_", " ") for part in parts)), rows),),
+    )

@@ -1,0 +1,258 @@
+"""How it came about: weights, scores, agreement of generators and learners, time, events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pear_ray.stages.report.figures import Line, by_step, draw, gathered
+from pear_ray.stages.report.measured import Home, Measured, as_floats
+from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
+from pear_ray.stages.report.words import NONE, clock, ends, largest, mean, number, share
+
+WANTED_GAP = 1e-4
+"""Nats between generator and learner that float32 rounding explains."""
+MAX_EVENTS = 200
+
+
+def weights(measured: Measured) -> Section | str:
+    """What the importance weights did."""
+    weighted = [arm for arm in measured.arms if arm.weighted]
+    if not weighted:
+        return "importance weights (no arm has weighted SFT steps)"
+    sizes = {arm.name: by_step(arm.weighted, "effective_sample_size") for arm in weighted}
+    panels = [draw("SFT: effective sample size", "share of the tokens", sizes)]
+    for arm in weighted:
+        panels += weight_panels(arm)
+    return Section(
+        "Importance weights",
+        "The first token of an answer carries the weight of the whole answer: its mean by source"
+        " shows which sources the policy is made to learn from, 1 being the weight of plain SFT."
+        " Effective sample size is (sum w)^2 / (sum w^2) over the tokens of a step, as a share of"
+        " them: 1 when all weights are equal. A token at a clip has the bound instead of its own"
+        " log-ratio, one at floor or ceiling the bound of its log-weight.",
+        (first_weight_table(weighted), weight_table(weighted)),
+        known(panels),
+    )
+
+
+def first_weights(arm: Home) -> dict[str, np.ndarray]:
+    """First-token weight of every source, by step."""
+    rows = [row["first_weight_by_source"] for row in arm.weighted]
+    sources = sorted({source for row in rows for source in row})
+    return {source: as_floats(row.get(source) for row in rows) for source in sources}
+
+
+def first_weight_table(weighted: list[Home]) -> Table:
+    """Arm by source."""
+    rows: list[tuple[Cell, ...]] = []
+    for arm in weighted:
+        for source, values in first_weights(arm).items():
+            first, last = ends(values)
+            rows.append((arm.name, source, number(mean(values)), number(first), number(last)))
+    header = ("arm", "source", "first-token weight", "first tenth of steps", "last tenth of steps")
+    return Table(header, tuple(rows), "Weight of the first token, by source")
+
+
+def weight_table(weighted: list[Home]) -> Table:
+    """Means over all steps, one row per arm."""
+    columns = {
+        "mean_weight": "mean weight",
+        "effective_sample_size": "effective sample size",
+        "share_at_lower_clip": "at lower clip",
+        "share_at_upper_clip": "at upper clip",
+        "share_at_weight_floor": "at floor",
+        "share_at_weight_ceiling": "at ceiling",
+    }
+    rows = []
+    for arm in weighted:
+        means = {key: mean(as_floats(row.get(key) for row in arm.weighted)) for key in columns}
+        cells = [share(v) if "share" in key else number(v) for key, v in means.items()]
+        rows.append((arm.name, *cells))
+    return Table(("arm", *columns.values()), tuple(rows), "Means over all steps; shares of tokens")
+
+
+def weight_panels(arm: Home) -> list[Panel | None]:
+    """Weights of one arm: by source, at the bounds, their spread, and along the answer."""
+    rows = arm.weighted
+    steps = as_floats(row["step"] for row in rows)
+    places = ("lower_clip", "upper_clip", "weight_floor", "weight_ceiling")
+    clips = {place.replace("_", " "): by_step(rows, f"share_at_{place}") for place in places}
+    p05, p50, p95 = (
+        gathered(steps, as_floats(row["weight_quantiles"].get(q) for row in rows))
+        for q in ("p05", "p50", "p95")
+    )
+    spread = {"median, 5 % to 95 %": Line(p50.x, p50.y, p05.y, p95.y)}
+    tenth = max(1, len(rows) // 10)
+    positions = {
+        f"{name} {tenth} step{'s' * (tenth > 1)}": along_answer(part)
+        for name, part in (("first", rows[:tenth]), ("last", rows[-tenth:]))
+    }
+    sources = {source: gathered(steps, values) for source, values in first_weights(arm).items()}
+    return [
+        draw(
+            f"{arm.name}: first-token weight by source",
+            "weight",
+            sources,
+            log=True,
+            level=(1.0, "plain SFT"),
+        ),
+        draw(f"{arm.name}: tokens at a bound", "share of the tokens", clips),
+        draw(f"{arm.name}: weights", "weight", spread, log=True),
+        draw(
+            f"{arm.name}: weight along the answer",
+            "mean weight",
+            positions,
+            across="place in the answer, 0 to 1",
+        ),
+    ]
+
+
+def along_answer(rows: list[dict[str, Any]]) -> Line:
+    """Mean weight over these steps at each part of the answer."""
+    table = np.array([as_floats(row["weight_by_position"]) for row in rows])
+    num_parts = table.shape[1]
+    return Line((np.arange(num_parts) + 0.5) / num_parts, np.array([mean(c) for c in table.T]))
+
+
+def scores(measured: Measured) -> Section | str:
+    """The behaviour policies' log-probs."""
+    found = measured.own.of("score")
+    if not found:
+        return "scores of the corpus (stage score has not run in this folder)"
+    rows = tuple(
+        (
+            str(row.get("source")),
+            str(row.get("rows")),
+            str(row.get("response_tokens")),
+            number(row.get("seconds"), digits=1),
+            number((row.get("response_tokens") or 0) / (row.get("seconds") or np.nan), digits=0),
+            number(row.get("recorded_gap_max")),
+        )
+        for row in found
+    )
+    rejected = max((row.get("rejected") or 0 for row in found), default=0)
+    header = (
+        "source",
+        "rows",
+        "response tokens",
+        "seconds",
+        "tokens per second",
+        "largest gap, nats",
+    )
+    return Section(
+        "Scores of the corpus",
+        "Log-probability of every response token under the policy that wrote it. The gap is the"
+        " largest difference to the log-probs recorded while sampling, a dash where none were."
+        f" Rejected rows, all sources together: {rejected}.",
+        (Table(header, rows),),
+    )
+
+
+def agreement(measured: Measured) -> Section | str:
+    """Generator against learner."""
+    arms = [arm for arm in measured.arms if arm.of("rl")]
+    if not arms:
+        return "generator and learner agreement (no rows of rl in metrics.jsonl)"
+    header = (
+        "arm",
+        "largest probe gap, nats",
+        "steps above 1e-4",
+        "mean mismatch",
+        "mean ratio",
+        "clipped",
+        "effective sample size",
+        "largest staleness, steps",
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for arm in arms:
+        gaps = arm.values("rl", "probe_gap_max")
+        names = ("mismatch_mean", "ratio_mean", "clipped_share", "effective_sample_size")
+        means = [number(mean(arm.values("rl", name))) for name in names]
+        above = f"{np.count_nonzero(gaps > WANTED_GAP)} of {len(gaps)}"
+        stale = number(largest(arm.values("rl", "staleness")), digits=0)
+        rows.append((arm.name, number(largest(gaps)), above, *means, stale))
+    lines = {arm.name: by_step(arm.of("rl"), "probe_gap_max", np.max) for arm in arms}
+    return Section(
+        "Do generators and learners hold the same weights?",
+        "At every step a fixed set of answers, the probe, is scored by both sides under the same"
+        " weights version; the gap is the largest difference over its tokens. 1e-4 nats"
+        " is what rounding explains in float32; lower precision shows more. Mismatch, ratio and"
+        " clipped share are means over the tokens of the rollouts and all steps.",
+        (Table(header, tuple(rows)),),
+        known([draw("RL: probe gap", "nats", lines, log=True, level=(WANTED_GAP, "1e-4"))]),
+    )
+
+
+def spent(measured: Measured) -> Section | str:
+    """Where the time went."""
+    rows: list[tuple[Cell, ...]] = []
+    for home in measured.homes:
+        stages = home.manifest.get("stages", {})
+        # This report is being written by one of the two, so neither can say how long it took.
+        counted = {name: s for name, s in stages.items() if name not in ("report", "pipeline")}
+        for name, entry in counted.items():
+            seconds = number(entry.get("seconds"), digits=1)
+            rows.append((home.name, name, entry.get("state", NONE), seconds))
+    tables = (
+        [Table(("run or arm", "stage", "state", "seconds"), tuple(rows), "Stages")] if rows else []
+    )
+    arms = [arm for arm in measured.arms if arm.of("rl")]
+    if arms:
+        tables.append(step_table(arms))
+    if not tables:
+        return "times (no stage in manifest.json)"
+    return Section(
+        "Where the time went",
+        "Learners and generators are two sides of one step: unless rollouts run ahead, the"
+        " learners' wait is the time in which the generators take over weights and sample. Bars are"
+        " shares of the step.",
+        tuple(tables),
+    )
+
+
+def step_table(arms: list[Home]) -> Table:
+    """Mean seconds of one RL step, by what they went to on either side."""
+    learners = ("wait_seconds", "learn_seconds", "publish_seconds")
+    generators = ("generator_wait_seconds", "pause_seconds", "sample_seconds")
+    rows: list[tuple[Cell, ...]] = []
+    for arm in arms:
+        means = {key: mean(arm.values("rl", key)) for key in (*learners, *generators)}
+        step = mean(arm.values("rl", "step_seconds"))
+        rest = step - float(np.nansum([means[key] for key in learners]))
+        own = [share(means[key], step) for key in learners]
+        theirs = [share(means[key], step) for key in generators]
+        rows.append((arm.name, number(step), *own, share(rest, step), *theirs))
+    sides = ("wait for rollouts", "learn", "publish", "rest")
+    others = ("wait for weights", "take them over", "sample")
+    header = (
+        "arm",
+        "step",
+        *(f"learners: {s}" for s in sides),
+        *(f"generators: {s}" for s in others),
+    )
+    return Table(header, tuple(rows), "One RL step, mean seconds")
+
+
+def happened(measured: Measured) -> Section | str:
+    """What was out of the ordinary."""
+    found = [(home.name, event) for home in measured.homes for event in home.events]
+    if not found:
+        return "events (none were noted)"
+    found.sort(key=lambda entry: entry[1].get("time", 0.0))
+    shown = found[-MAX_EVENTS:]
+    rows = tuple(
+        (
+            clock(event.get("time", 0.0)),
+            name,
+            *(str(event.get(key, NONE)) for key in ("stage", "kind", "text")),
+        )
+        for name, event in shown
+    )
+    cut = "" if len(shown) == len(found) else f" The last {len(shown)} of {len(found)}."
+    return Section(
+        "Events",
+        f"Failures, restarts and resumes, and what was done about them.{cut}",
+        (Table(("time", "run or arm", "stage", "kind", "what happened"), rows),),
+    )

@@ -1,0 +1,136 @@
+"""What tests share: one local Ray, tiny models with their engines, and proof that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import psutil
+import pytest
+
+# Read when the libraries are imported or Ray starts, and handed on to every process of the tests.
+MARK = ("PEAR_RAY_TEST_SESSION", uuid.uuid4().hex)
+os.environ.update(
+    {
+        MARK[0]: MARK[1],
+        # Process titles must not overwrite the environment in which the mark is read.
+        "SPT_NOENV": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # DeepSpeed looks for its compiled ops, and for ninja, beside this Python.
+        "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+        "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+SECONDS_TO_END = 30
+VOCABULARY = [f"w{number}" for number in range(97)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fails when a process that the tests started outlives them."""
+    yield
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := living()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    names = [" ".join(process.cmdline())[:120] for process in left if process.is_running()]
+    for process in left:
+        process.kill()
+    assert not names, f"the tests left processes behind: {names}"
+
+
+def living() -> list[psutil.Process]:
+    """Children of the tests, also those that an ended child left to others."""
+    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK[0]) == MARK[1]:
+                found[process.pid] = process
+        except psutil.Error:
+            continue
+    return [p for p in found.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="session")
+def ray_session(nothing_left: None) -> Iterator[None]:
+    """One local Ray for all tests that want one; more CPUs than there are, for processes wait."""
+    import ray
+
+    # Short names: the path of a Unix socket ends after 107 characters.
+    scratch = tempfile.mkdtemp(prefix="r-", dir=os.environ.get("RAY_TMPDIR"))
+    temporary = Path(scratch, "t")
+    temporary.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=512 * 2**20,
+            include_dashboard=False,
+            # Without a dashboard, Ray Train warns every second that it cannot see its own state.
+            log_to_driver=False,
+            _temp_dir=scratch,
+        )
+    yield
+    ray.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a Hugging Face folder of a tiny Qwen3 with 100 words, by `tied` and `seed`."""
+
+    @cache
+    def make(tied: bool, seed: int = 0) -> Path:
+        from pear_ray.config import Pretrain
+        from pear_ray.engines.model import write_new_model
+
+        settings = Pretrain(
+            styles={},
+            seed=seed,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            tie_word_embeddings=tied,
+            # Fresh weights predict and attend to all alike; larger ones do not.
+            initializer_range=0.08,
+        )
+        folder = tmp_path_factory.mktemp(f"{'tied' if tied else 'untied'}-{seed}-")
+        write_new_model(folder, settings, VOCABULARY)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engines(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[Callable]:
+    """A vLLM engine in its own process by `tied`; it starts with the model of seed 0."""
+    from pear_ray.actors.pool import GeneratorPool
+    from pear_ray.config import Generator
+
+    settings = Generator(
+        max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
+    )
+    with ExitStack() as stack:
+
+        @cache
+        def start(tied: bool) -> GeneratorPool:
+            return stack.enter_context(GeneratorPool(str(tiny_model(tied)), "float32", settings, 0))
+
+        yield start
