@@ -50,7 +50,9 @@ def command(arguments: list[str]) -> int:
     stage, *rest = arguments
     if stage not in STAGES:
         raise BadInput(f"stage: read {stage!r}; expected one of {', '.join(STAGES)}")
-    if not rest or rest[0] in ("-h", "--help"):
+    if not rest:
+        raise BadInput(f"job: missing; expected the path of a job file: pear-ray {stage} JOB.toml")
+    if rest[0] in ("-h", "--help"):
         print(usage())
         return 0
     path, *overrides = rest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,7 +21,10 @@ class BadInput(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # JSON cannot say infinity, and config.json must read back as the same job.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
@@ -85,7 +88,7 @@ class Model(ModelSource):
 class CorpusSample(Section):
     """Makes the corpus by sampling the behaviour policies, keeping the log-probs."""
 
-    num_examples: dict[str, int]
+    num_examples: dict[str, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     """How many right answers to keep from each source of [behaviour]."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
@@ -137,6 +140,14 @@ class Sft(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm above which the gradient is scaled down."""
+
+    @model_validator(mode="after")
+    def _clips_in_order(self) -> Sft:
+        for name in ("clip_log_ratio", "clip_log_weight"):
+            low, high = getattr(self, name)
+            if low >= high:
+                raise ValueError(f"{name}: read {[low, high]}; expected the lower bound first")
+        return self
 
 
 class Rl(Section):
@@ -339,8 +350,12 @@ class Job(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"arms: each name once, read {names}")
         for arm in self.arms:
-            Sft(**{**self.sft.model_dump(), **arm.sft})
-            Rl(**{**self.rl.model_dump(), **arm.rl})
+            for key, section, changed in (("sft", self.sft, arm.sft), ("rl", self.rl, arm.rl)):
+                try:
+                    type(section)(**{**section.model_dump(), **changed})
+                except ValidationError as error:
+                    where = f"arms.{arm.name}.{key}"
+                    raise ValueError(describe(where, error, type(section))) from error
         return self
 
     @property
@@ -392,13 +407,14 @@ def read_job(path: Path) -> Job:
         raise BadInput(describe(path, error)) from error
 
 
-def describe(path: Path | str, error: ValidationError) -> str:
+def describe(path: Path | str, error: ValidationError, root: type[BaseModel] = Job) -> str:
     """One line per mistake: file, field, what was expected, what was read."""
     lines = []
     for mistake in error.errors():
         field = ".".join(str(part) for part in mistake["loc"]) or "(whole job)"
         if mistake["type"] == "extra_forbidden":
-            message = f"unknown key; expected one of: {', '.join(known_keys(mistake['loc'][:-1]))}"
+            known = known_keys(mistake["loc"][:-1], root)
+            message = f"unknown key; expected one of: {', '.join(known)}"
         else:
             message = mistake["msg"]
         read = mistake["input"]
@@ -407,9 +423,9 @@ def describe(path: Path | str, error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Keys which a job may have at `location`, a path of keys and list positions."""
-    here: Any = Job
+def known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    """Keys which `root` may have at `location`, a path of keys and list positions."""
+    here: Any = root
     for part in location:
         fields = getattr(here, "model_fields", {})
         if isinstance(part, int) or part not in fields:

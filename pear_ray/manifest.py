@@ -40,6 +40,7 @@ OUTPUTS = {
     "evaluate": "evaluate/scorecard.json",
     "rank": "rank/ranking.json",
     "report": "report/index.html",
+    "pipeline": "report/index.html",
 }
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Run:
     def is_done(self, stage: str) -> bool:
         """Whether the stage has finished and what it left is still there."""
         state = self.manifest["stages"].get(stage, {}).get("state")
-        return state == "done" and (self.folder / OUTPUTS.get(stage, ".")).exists()
+        return state == "done" and (self.folder / OUTPUTS[stage]).exists()
 
     def facts(self, stage: str) -> dict[str, Any]:
         """What a finished stage said of itself."""
@@ -73,11 +74,19 @@ class Run:
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)
-        if stage in self.manifest["stages"]:
+        before = self.manifest["stages"].get(stage, {}).get("state")
+        if before == "running":
             self.event(stage, "resumed", "the stage was begun before and had not finished")
+        elif before == "done":
+            self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is gone")
         started = time.time()
         self._note(stage, {"state": "running", "started": started})
-        facts = function(self.job, self)
+        try:
+            facts = function(self.job, self)
+        except BadInput:
+            # Refused before anything was made: the corrected job may use the folder.
+            self._forget(stage)
+            raise
         seconds = round(time.time() - started, 3)
         self._note(stage, {"state": "done", "started": started, "seconds": seconds, "facts": facts})
         log.info("%s: done in %.0f s", stage, seconds)
@@ -101,6 +110,10 @@ class Run:
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
+
+    def _forget(self, stage: str) -> None:
+        del self.manifest["stages"][stage]
+        write_json(self._path, self.manifest)
 
     def _note(self, stage: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][stage] = entry
@@ -135,30 +148,34 @@ def open_run(job: Job) -> Iterator[Run]:
                 f" {job.run.wait_seconds:.0f} s"
             ) from None
     try:
-        refuse_another_job(job, folder / "config.json")
-        yield Run(job)
+        run = Run(job)
+        if run.manifest["stages"]:
+            refuse_another_job(job, folder / "config.json")
+        write_json(folder / "config.json", json.loads(job.model_dump_json()))
+        yield run
     finally:
         lock.release()
 
 
 def refuse_another_job(job: Job, path: Path) -> None:
-    """Write the resolved job, unless the folder holds that of a different one."""
-    ours = json.loads(job.model_dump_json())
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        before, now = dict(flatten(theirs)), dict(flatten(ours))
-        differing = [
-            f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        ]
-        if differing:
-            raise BadInput(
-                f"{path}: this run folder belongs to another job; expected the same settings or"
-                " another run.dir. Differing keys:\n  " + "\n  ".join(differing)
-            )
-    write_json(path, ours)
+    """Stop where the folder holds the work of a different job.
+
+    Raises:
+        BadInput: it does; names every key that differs.
+    """
+    before = dict(flatten(json.loads(path.read_text())))
+    now = dict(flatten(json.loads(job.model_dump_json())))
+    differing = [
+        f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+    ]
+    if differing:
+        raise BadInput(
+            f"{path}: this run folder belongs to another job; expected the same settings or"
+            " another run.dir. Differing keys:\n  " + "\n  ".join(differing)
+        )
 
 
 def flatten(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,6 +201,8 @@ def check_inputs(job: Job, stage: str) -> None:
         raise BadInput(
             "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
         )
+    if corpus.sample is None and stage == "sample":
+        raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
     if corpus.path is not None and not Path(corpus.path).exists():
         raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
     named = {"model.path": job.model.path}

@@ -87,6 +87,10 @@ def ray_session(nothing_left: None) -> Iterator[None]:
             log_to_driver=False,
             _temp_dir=scratch,
         )
+    # Workers cannot import the tests, so functions of the tests travel whole.
+    for module in list(sys.modules.values()):
+        if (getattr(module, "__file__", None) or "").startswith(str(Path(__file__).parent)):
+            ray.cloudpickle.register_pickle_by_value(module)
     yield
     ray.shutdown()
     shutil.rmtree(scratch, ignore_errors=True)

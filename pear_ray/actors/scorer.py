@@ -125,5 +125,7 @@ class Scorer:
         columns = columns.append_column(
             "behaviour_logprobs", pa.array([s.tolist() for s in found], pa.list_(pa.float32()))
         )
+        counts = pa.array([len(s) for s in found], pa.int64())
+        columns = columns.append_column("num_response_tokens", counts)
         columns = columns.append_column("behaviour_model", pa.array([self._path] * len(rows)))
         return columns.append_column("recorded_gap", pa.array(gaps, pa.float32()))

@@ -29,7 +29,9 @@ def group_advantages(rewards_G: Tensor, kind: str) -> Tensor:
         raise ValueError(
             f"expected at least 2 rewards in one dimension, read {tuple(rewards_G.shape)}"
         )
-    return KINDS[kind](rewards_G - rewards_G.mean())
+    # Measured from the first reward, equal rewards are exactly 0; their mean may be a rounding off.
+    shifted_G = rewards_G - rewards_G[0]
+    return KINDS[kind](shifted_G - shifted_G.mean())
 
 
 # Keeps groups without spread at zero instead of dividing rounding noise by nothing.

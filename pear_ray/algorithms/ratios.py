@@ -106,14 +106,15 @@ class Segments:
 
 
 def _token(segments: Segments, log_discount: float, block_size: int) -> Tensor:
-    remaining = segments.last - segments.index
+    remaining = (segments.last - segments.index).double()
     return remaining * log_discount + segments.after(segments.index)
 
 
 def _block(segments: Segments, log_discount: float, block_size: int) -> Tensor:
     block = (segments.index - segments.first) // block_size
     block_end = torch.minimum(segments.first + (block + 1) * block_size - 1, segments.last)
-    return (segments.last - block_end) * log_discount + segments.after(block_end)
+    remaining = (segments.last - block_end).double()
+    return remaining * log_discount + segments.after(block_end)
 
 
 def _sequence(segments: Segments, log_discount: float, block_size: int) -> Tensor:

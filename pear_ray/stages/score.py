@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import ray
 import ray.data
 
@@ -46,7 +45,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         ),
         batch_format="pyarrow",
         num_cpus=min(1.0, job.generator.num_cpus),
-        concurrency=1,
+        concurrency=(1, job.generator.replicas),
     ).materialize()
     num_rows = tokenised.count()
     if num_rows == 0:
@@ -70,7 +69,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 
 def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) -> dict[str, Any]:
-    """Score the rows of one source, sorted by example_id, into one Parquet file."""
+    """Score the rows of one source, sorted by example_id, into Parquet files."""
     rows = usable.filter(lambda row: row["source"] == source)
     if rows.count() == 0:
         return {}
@@ -85,26 +84,16 @@ def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) 
         num_cpus=job.generator.num_cpus,
         num_gpus=job.generator.num_actor_gpus,
     ).materialize()
-    table = ray.data.Dataset.to_arrow_refs(scored.sort("example_id").repartition(1))
-    whole = ray.get(table[0])
-    gap = pc.max(whole.column("recorded_gap")).as_py()
-    num_tokens = sum(len(ids) for ids in whole.column("response_ids").to_pylist())
-    pq_table = whole.select(SCORED_SCHEMA.names).cast(SCORED_SCHEMA)
-    write_table(pq_table, folder / f"{source}.parquet")
-    log.info("score: %s: %d rows, largest gap to recorded log-probs %s", source, len(whole), gap)
-    return {
-        "rows": len(whole),
-        "response_tokens": num_tokens,
+    gap = scored.max("recorded_gap")
+    facts = {
+        "rows": scored.count(),
+        "response_tokens": scored.sum("num_response_tokens"),
         "seconds": round(time.time() - started, 3),
         "recorded_gap_max": gap,
     }
-
-
-def write_table(table: Any, path: Path) -> None:
-    """Write one Parquet file."""
-    import pyarrow.parquet as pq
-
-    pq.write_table(table, path)
+    scored.sort("example_id").select_columns(SCORED_SCHEMA.names).write_parquet(str(folder))
+    log.info("score: %s: %d rows, largest gap to recorded log-probs %s", source, facts["rows"], gap)
+    return facts
 
 
 def corpus_path(job: Job, run: Run) -> Path:
@@ -125,11 +114,12 @@ def read_corpus(job: Job, run: Run) -> ray.data.Dataset:
     if not parquet and not lines:
         raise BadInput(f"corpus.path: {path} holds no .parquet or .jsonl file; expected one")
     try:
-        corpus = (
-            ray.data.read_parquet(parquet) if parquet else ray.data.read_json(lines, lines=True)
-        )
-        columns = (corpus.schema() or corpus.take(1)) and set(corpus.columns() or ())
-    except Exception as error:
+        if parquet:
+            corpus = ray.data.read_parquet(parquet)
+        else:
+            corpus = ray.data.read_json(lines, lines=True)
+        columns = corpus.columns()
+    except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise BadInput(f"corpus.path: {path} cannot be read: {error}") from error
     missing = {"example_id", "messages", "source"} - set(columns or ())
     if columns and missing:

@@ -41,7 +41,7 @@ def partitions(whole, rank, num_ranks):
     """What ZeRO-3 leaves a rank of every parameter: an equal, padded piece of the flat tensor."""
     for name, tensor in whole.items():
         length = -(-tensor.numel() // num_ranks)
-        flat = torch.full((length * num_ranks,), float("nan"), dtype=tensor.dtype)
+        flat = torch.full((length * num_ranks,), 99, dtype=tensor.dtype)
         flat[: tensor.numel()] = tensor.reshape(-1)
         yield name, tuple(tensor.shape), flat[rank * length :][:length]
 

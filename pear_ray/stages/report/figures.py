@@ -144,9 +144,11 @@ def describe(
     level: tuple[float, str] | None,
 ) -> str:
     """The figure in words, for those who do not see it."""
-    told = [
-        f"{name} from {number(line.y[0])} to {number(line.y[-1])}" for name, line in lines.items()
-    ]
+    told = []
+    for name, line in lines.items():
+        known = line.y[np.isfinite(line.y)]
+        first, last = number(known[0]), number(known[-1])
+        told.append(f"{name} from {first} to {last}" if len(known) > 1 else f"{name} {first}")
     told += [f"{level[1]} at {number(level[0])}"] if level else []
     along = f" by {across}" if across else ""
     return f"{title}, {unit}{along}: {'; '.join(told)}."

@@ -68,8 +68,7 @@ def before_and_after(measured: Measured, k: int) -> Panel | None:
         both = [measured.score(arm.prefix + stage, k) or {} for stage in ("sft", "rl")]
         y, low, high = (as_floats(s.get(key) for s in both) for key in ("value", "low", "high"))
         beside = 0.06 * (place - (len(measured.arms) - 1) / 2)
-        here = np.isfinite(y)
-        lines[arm.name] = Line(np.arange(2)[here] + beside, y[here], low[here], high[here])
+        lines[arm.name] = Line(np.arange(2) + beside, y, low, high)
     base = measured.score("base", k)
     return draw(
         f"pass@{k} before and after RL",

@@ -220,7 +220,7 @@ def step_table(arms: list[Home]) -> Table:
     for arm in arms:
         means = {key: mean(arm.values("rl", key)) for key in (*learners, *generators)}
         step = mean(arm.values("rl", "step_seconds"))
-        rest = step - float(np.nansum([means[key] for key in learners]))
+        rest = max(0.0, step - float(np.nansum([means[key] for key in learners])))
         own = [share(means[key], step) for key in learners]
         theirs = [share(means[key], step) for key in generators]
         rows.append((arm.name, number(step), *own, share(rest, step), *theirs))

@@ -1,0 +1,165 @@
+"""Packing: nothing lost, nothing twice, nothing too long, and every rank equally busy."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.algorithms.packing import best_fit, pack
+from pear_ray.records import TrainingSequence
+
+ARRAYS = {
+    "token_ids": "token_ids_T",
+    "trainable": "trainable_T",
+    "sampled_logprobs": "sampled_logprobs_T",
+    "coefficients": "coefficients_T",
+}
+
+
+def sequence(number, num_prompt, num_response):
+    """One whose every entry tells where it came from."""
+    rng = np.random.default_rng(number)
+    return TrainingSequence.of(
+        1000 * number + np.arange(num_prompt),
+        1000 * number + 500 + np.arange(num_response),
+        -rng.exponential(1.0, num_response),
+        coefficient=number + 0.5,
+        origin=f"source-{number}",
+    )
+
+
+shapes = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 20)), min_size=1, max_size=40)
+
+
+@st.composite
+def packings(draw):
+    sequences = [sequence(n, *shape) for n, shape in enumerate(draw(shapes))]
+    longest = max(len(s.token_ids) for s in sequences)
+    return sequences, draw(st.integers(1, 6)), longest + draw(st.integers(0, 60))
+
+
+def cut(batch):
+    """The sequences of a micro-batch, as they went in."""
+    for number, origin in enumerate(batch.origins):
+        where = batch.sequence_ids_T == number
+        yield TrainingSequence(
+            **{own: getattr(batch, packed)[where] for own, packed in ARRAYS.items()}, origin=origin
+        )
+
+
+def same(one, other):
+    return one.origin == other.origin and all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        and getattr(one, name).dtype == getattr(other, name).dtype
+        for name in ARRAYS
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_every_sequence_once_and_whole(packing):
+    sequences, num_ranks, capacity = packing
+    found = {}
+    for rank in pack(sequences, num_ranks, capacity):
+        for batch in rank:
+            for piece in cut(batch):
+                if piece.origin:
+                    assert piece.origin not in found
+                    found[piece.origin] = piece
+    assert found.keys() == {s.origin for s in sequences}
+    assert all(same(found[s.origin], s) for s in sequences)
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_every_rank_has_equally_many_and_none_too_long(packing):
+    sequences, num_ranks, capacity = packing
+    ranks = pack(sequences, num_ranks, capacity)
+    assert len(ranks) == num_ranks
+    assert len({len(rank) for rank in ranks}) == 1 and len(ranks[0]) >= 1
+    for batch in (batch for rank in ranks for batch in rank):
+        assert 1 <= len(batch.token_ids_T) <= capacity
+        assert all(
+            getattr(batch, field.name).shape == batch.token_ids_T.shape
+            for field in fields(batch)
+            if field.name.endswith("_T")
+        )
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_positions_restart_and_ids_count_up(packing):
+    sequences, num_ranks, capacity = packing
+    for batch in (batch for rank in pack(sequences, num_ranks, capacity) for batch in rank):
+        lengths = np.bincount(batch.sequence_ids_T)
+        assert len(lengths) == len(batch.origins) and (np.diff(batch.sequence_ids_T) >= 0).all()
+        expected = np.concatenate([np.arange(length) for length in lengths])
+        assert np.array_equal(batch.position_ids_T, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_fillers_teach_nothing_and_are_counted_nowhere(packing):
+    sequences, num_ranks, capacity = packing
+    batches = [batch for rank in pack(sequences, num_ranks, capacity) for batch in rank]
+    fillers = [batch for batch in batches if batch.origins == ("",)]
+    assert len(fillers) < num_ranks
+    for filler in fillers:
+        assert not filler.trainable_T.any()
+        assert not filler.coefficients_T.any() and not filler.sampled_logprobs_T.any()
+    counts = {(b.num_trainable_tokens_global, b.num_sequences_global) for b in batches}
+    assert counts == {(sum(int(s.trainable.sum()) for s in sequences), len(sequences))}
+    assert sum(int(b.trainable_T.sum()) for b in batches) == counts.pop()[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(packings())
+def test_same_on_every_rank(packing):
+    sequences, num_ranks, capacity = packing
+    one, other = (pack(list(sequences), num_ranks, capacity) for _ in range(2))
+    for mine, theirs in zip(sum(one, []), sum(other, []), strict=True):
+        assert mine.origins == theirs.origins
+        assert np.array_equal(mine.token_ids_T, theirs.token_ids_T)
+
+
+def test_sequences_are_left_as_they_were():
+    sequences = [sequence(n, 2, 3) for n in range(3)]
+    pack(sequences, 4, 100)
+    assert all(same(s, sequence(n, 2, 3)) for n, s in enumerate(sequences))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 100))
+def test_best_fit_leaves_no_two_bins_that_fit_into_one(lengths, capacity):
+    bins = best_fit(lengths, capacity)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in members) for members in bins]
+    assert all(load <= capacity for load in loads)
+    assert loads == sorted(loads, reverse=True)
+    assert len(loads) < 2 or loads[-1] + loads[-2] > capacity
+
+
+def test_load_is_even_over_ranks():
+    """Many short sequences: no rank carries a tenth more than another, in no round."""
+    rng = np.random.default_rng(0)
+    sequences = [sequence(n, 5, int(k)) for n, k in enumerate(rng.integers(5, 60, size=400))]
+    ranks = pack(sequences, 4, 512)
+    loads = np.array([[len(batch.token_ids_T) for batch in rank] for rank in ranks])
+    assert loads.sum(axis=1).max() < 1.1 * loads.sum(axis=1).min()
+    assert (loads[:, :-1].max(axis=0) < 1.1 * loads[:, :-1].min(axis=0)).all()
+
+
+def test_too_long_is_refused_by_name():
+    sequences = [sequence(1, 2, 3), sequence(2, 6, 3)]
+    with pytest.raises(ValueError, match=r"'source-2' has 9 tokens; expected at most .* = 8"):
+        pack(sequences, 2, 8)
+    assert pack(sequences, 2, 9)
+
+
+def test_nothing_to_pack_is_refused():
+    with pytest.raises(ValueError, match="expected at least one sequence to pack, read none"):
+        pack([], 2, 8)

@@ -1,0 +1,149 @@
+"""The whole chain, with real engines, on a job of minutes; killed and taken up again on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pear_ray.config import Job, read_job
+
+TINY = Path(__file__).parents[1] / "jobs" / "tiny.toml"
+SECONDS = 420.0
+
+
+def drive(folder: Path, address: str) -> subprocess.Popen[bytes]:
+    """The job's driver in a process of its own, as `ray job submit` would start it."""
+    log = (folder.parent / "driver.log").open("ab")
+    command = [sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(folder)]
+    environment = os.environ | {"RAY_ADDRESS": address}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def rows(folder: Path, stage: str) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    return json.loads(path.read_text())["stages"] if path.exists() else {}
+
+
+def until(condition: Any, driver: subprocess.Popen[bytes], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert driver.poll() is None, f"the driver ended before {what}"
+        assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def address(ray_session: None) -> str:
+    return ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="module")
+def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose driver was killed while scoring, in the middle of one arm's SFT and in
+    the middle of the other arm's RL."""
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    sft, pear = folder / "arms" / "sft", folder / "arms" / "pear"
+    moments = {
+        "score": lambda: "score" in stages(folder),
+        "sft": lambda: len(rows(sft, "sft")) >= 8,
+        "rl": lambda: len(rows(pear, "rl")) >= 5,
+    }
+    started: dict[str, float] = {}
+    for moment, reached in moments.items():
+        driver = drive(folder, address)
+        until(reached, driver, moment)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        done = {s: e["started"] for s, e in stages(folder).items() if e["state"] == "done"}
+        assert started.items() <= done.items(), "a finished stage was repeated"
+        started = done
+    driver = drive(folder, address)
+    assert driver.wait(timeout=SECONDS) == 0, (folder.parent / "driver.log").read_text()[-5000:]
+    assert started.items() <= {s: e["started"] for s, e in stages(folder).items()}.items()
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
+    assert {s for s, e in stages(run).items() if e["state"] == "done"} >= {
+        "pretrain", "sample", "score", "evaluate", "report", "pipeline",
+    }  # fmt: skip
+    for name in ("scored/rejected.jsonl", "evaluate/attempts.parquet", "report/index.html"):
+        assert (run / name).exists()
+    for arm in ("sft", "pear"):
+        for stage in ("sft", "rl"):
+            assert (run / "arms" / arm / stage / "export" / "model.safetensors").exists()
+    assert not list(run.rglob("*.partial"))
+
+
+def test_steps_are_written_once_each_in_spite_of_the_kills(run: Path) -> None:
+    for arm in ("sft", "pear"):
+        sft, rl = (rows(run / "arms" / arm, stage) for stage in ("sft", "rl"))
+        assert [row["step"] for row in sft] == list(range(len(sft))) and len(sft) >= 16
+        assert [row["step"] for row in rl] == list(range(8))
+
+
+def test_score_agrees_with_what_sampling_recorded(run: Path) -> None:
+    gaps = [row["recorded_gap_max"] for row in rows(run, "score")]
+    assert len(gaps) == 2 and max(gaps) <= 1e-4
+
+
+def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
+    for arm in ("sft", "pear"):
+        assert max(row["probe_gap_max"] for row in rows(run / "arms" / arm, "rl")) <= 1e-4
+
+
+def test_arms_start_alike_and_differ_by_the_weights_alone(run: Path) -> None:
+    plain, pear = (rows(run / "arms" / arm, "sft") for arm in ("sft", "pear"))
+    assert plain[0]["nll"] == pytest.approx(pear[0]["nll"], abs=1e-6)
+    assert plain[-1]["nll"] != pytest.approx(pear[-1]["nll"], abs=1e-6)
+    first = pear[0]["first_weight_by_source"]
+    assert first["coder"] < 0.5 * first["tutor"]
+
+
+def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> None:
+    scored = pq.read_table(run / "scored").to_pylist()
+    examples = pq.read_table(run / "sample").to_pylist()
+    assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
+    assert all(len(r["response_ids"]) == len(r["behaviour_logprobs"]) > 0 for r in scored)
+
+
+def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> None:
+    card = json.loads((run / "evaluate" / "scorecard.json").read_text())
+    assert set(card["checkpoints"]) == {"base", "sft/sft", "sft/rl", "pear/sft", "pear/rl"}
+    attempts = pq.read_table(run / "evaluate" / "attempts.parquet").to_pylist()
+    problems = {
+        c: {a["problem_id"] for a in attempts if a["checkpoint"] == c} for c in card["checkpoints"]
+    }
+    assert len({frozenset(p) for p in problems.values()}) == 1
+    assert len(attempts) == 5 * 8 * 8
+
+
+def test_the_same_command_again_repeats_nothing(run: Path, address: str) -> None:
+    before = (run / "manifest.json").read_text(), (run / "metrics.jsonl").read_text()
+    assert drive(run, address).wait(timeout=120) == 0
+    assert (run / "metrics.jsonl").read_text() == before[1]
+    assert {s: e["started"] for s, e in stages(run).items()} == {
+        s: e["started"] for s, e in json.loads(before[0])["stages"].items()
+    }
+
+
+def test_the_arms_own_folder_is_a_job_that_can_be_read(run: Path) -> None:
+    job = read_job(run / "arms" / "pear" / "config.json")
+    assert isinstance(job, Job) and job.sft.level == "token"

@@ -1,0 +1,464 @@
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pear_ray.config import BadInput, Job
+from pear_ray.manifest import open_run
+from pear_ray.stages import report
+from pear_ray.stages.report.figures import Line, draw, gathered, running_mean
+from pear_ray.stages.report.measured import read
+from pear_ray.stages.report.section import Table
+from pear_ray.stages.report.words import as_markdown, interval, number
+
+ARMS = ("sft", "pear")
+HOSTILE = "<script>alert('x')</script> | $x$ \n<img src=http://example.com/x.png>"
+
+
+def job_of(folder: Path, arms: tuple[str, ...] = ARMS) -> Job:
+    levels = {"sft": "none", "pear": "token"}
+    return Job.model_validate(
+        {
+            "run": {"dir": str(folder)},
+            "model": {"path": "some/model"},
+            "tasks": [{"name": "countdown"}],
+            "generator": {"max_new_tokens": 48, "max_model_len": 64},
+            "arms": [{"name": arm, "sft": {"level": levels[arm]}} for arm in arms],
+        }
+    )
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def sft_rows(weighted: bool, num_steps: int = 46) -> list[dict]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for step in range(num_steps):
+        fall = math.exp(-step / 12)
+        row = {
+            "stage": "sft",
+            "step": step,
+            "time": 1e9 + step,
+            "loss": 0.5 + 1.5 * fall + rng.normal(0, 0.03),
+            "nll": 0.6 + 1.6 * fall + rng.normal(0, 0.03),
+            "entropy": 0.9 + 0.2 * fall,
+            "grad_norm": 1.0 + fall,
+            "learning_rate": 1e-3 * fall,
+            "num_tokens": 2400,
+        }
+        if weighted:
+            row |= {
+                "effective_sample_size": 0.6 + 0.1 * fall,
+                "mean_weight": 0.5,
+                "log_ratio_mean": -0.02,
+                "log_ratio_spread": 0.3,
+                "share_at_lower_clip": 0.3,
+                "share_at_upper_clip": 0.05,
+                "share_at_weight_floor": 0.0,
+                "share_at_weight_ceiling": 0.0,
+                "weight_quantiles": {"p05": 0.02, "p50": 0.7, "p95": 1.4},
+                "weight_by_position": [0.5 + 0.05 * place for place in range(10)],
+                "first_weight_by_source": {"tutor": 1.1 + rng.normal(0, 0.05), "coder": 0.02},
+            }
+        rows.append(row)
+    return rows
+
+
+def rl_rows(num_steps: int = 32) -> list[dict]:
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "stage": "rl",
+            "step": step,
+            "time": 2e9 + step,
+            "reward_mean": 0.2 + 0.006 * step,
+            "pass_rate": 0.2 + 0.006 * step + rng.normal(0, 0.03),
+            "entropy": 0.9 - 0.01 * step,
+            "grad_norm": 0.4,
+            "loss": -0.001,
+            "ratio_mean": 1.0,
+            "clipped_share": 0.0,
+            "mismatch_mean": 2e-7,
+            "effective_sample_size": 1.0,
+            "probe_gap_max": None if step == 3 else 2e-6 + 1e-7 * step,
+            "response_tokens_mean": 14 + 0.1 * step,
+            "truncated_share": 0.01,
+            "groups_without_signal_share": 0.3,
+            "staleness": 0,
+            "generator_wait_seconds": 0.1,
+            "pause_seconds": 0.05,
+            "sample_seconds": 2.5,
+            "wait_seconds": 3.1,
+            "learn_seconds": 1.9,
+            "publish_seconds": 0.02,
+            "step_seconds": 5.2,
+            "num_tokens": 3600,
+        }
+        for step in range(num_steps)
+    ]
+
+
+def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
+    def card(one: float, eight: float) -> dict:
+        scores = {"1": one, "8": eight}
+        return {
+            "path": "some/folder",
+            "pass_at_k": {
+                k: {"value": v, "low": v - 0.03, "high": v + 0.03} for k, v in scores.items()
+            },
+            "response_tokens_mean": 14.2,
+            "truncated_share": 0.02,
+            "mean_logprob": -0.41,
+            "parts": {"style_build": 0.6, "style_undo": 0.4 - one / 10, "style_code": 0.0},
+            "heldout_nll": None,
+        }
+
+    cards = {"base": card(0.148, 0.586)}
+    for place, arm in enumerate(arms):
+        cards[f"{arm}/sft"] = card(0.244 - 0.004 * place, 0.676)
+        cards[f"{arm}/rl"] = card(0.361 + lead * place, 0.607)
+    differences = [
+        {
+            "a": "pear/rl",
+            "b": "sft/rl",
+            "k": k,
+            "value": lead,
+            "low": lead - 0.03,
+            "high": lead + 0.03,
+        }
+        for k in (1, 8)
+        if len(arms) > 1
+    ]
+    return {
+        "num_problems": 256,
+        "samples_per_problem": 16,
+        "temperature": 1.0,
+        "seed": 0,
+        "checkpoints": cards,
+        "differences": differences,
+    }
+
+
+def whole_run(folder: Path) -> Job:
+    """A run folder as the pipeline leaves it."""
+    done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
+    scores = [
+        {
+            "stage": "score",
+            "step": place,
+            "time": 1e9,
+            "source": source,
+            "rows": 1800,
+            "response_tokens": 61234,
+            "seconds": 12.5,
+            "recorded_gap_max": gap,
+            "rejected": 3,
+        }
+        for place, (source, gap) in enumerate({"tutor": 3e-6, "coder": None}.items())
+    ]
+    write_lines(folder / "metrics.jsonl", scores)
+    event = {"time": 1e9, "stage": "rl", "kind": "resumed", "text": HOSTILE}
+    for arm in ARMS:
+        home = folder / "arms" / arm
+        write_lines(home / "metrics.jsonl", sft_rows(arm == "pear") + rl_rows())
+        write_lines(home / "events.jsonl", [event])
+        stages = {"versions": {}, "stages": {"sft": done, "rl": {"state": "running"}}}
+        (home / "manifest.json").write_text(json.dumps(stages))
+    (folder / "evaluate").mkdir()
+    (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard()))
+    return job_of(folder)
+
+
+def made(job: Job) -> tuple[str, str, list[dict[str, str]]]:
+    """Page, Markdown and rows of the spreadsheet."""
+    with open_run(job) as run:
+        facts = report.run(job, run)
+    folder = Path(facts["page"]).parent
+    rows = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.html",
+        "report.csv",
+        "report.md",
+    ]
+    return (folder / "index.html").read_text(), (folder / "report.md").read_text(), rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[dict[str, str]]]:
+    """What a whole run leaves, made once."""
+    return made(whole_run(tmp_path_factory.mktemp("laptop")))
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text of headings, and whether tags are balanced."""
+
+    VOID = ("meta", "img", "br", "link", "path", "use", "rect")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.headings: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(text)
+
+
+def tables_of(markdown: str) -> list[list[list[str]]]:
+    """Cells of every table."""
+    tables = []
+    for block in markdown.strip().split("\n\n"):
+        lines = block.split("\n")
+        if lines[0].startswith("|"):
+            assert re.fullmatch(r"(\| -+ )+\|", lines[1])
+            assert len({len(line) for line in lines}) == 1
+            cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+            tables.append([[cell.strip() for cell in row] for row in cells])
+    return tables
+
+
+def test_a_whole_run_has_every_section_in_order(whole: Any) -> None:
+    page = whole[0]
+    assert Page(page).headings == [
+        "Arms",
+        "Arms against each other",
+        "Learning",
+        "Importance weights",
+        "What the answers look like",
+        "Scores of the corpus",
+        "Do generators and learners hold the same weights?",
+        "Where the time went",
+        "Events",
+        "What was run",
+    ]
+    assert "Not in this run" not in page
+
+
+def test_the_page_is_self_contained_and_speaks_to_everyone(whole: Any) -> None:
+    page = Page(whole[0])
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "img", "iframe", "object")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert " from " in attributes["aria-label"]
+    assert not re.search(r"url\((?!#)|@import", whole[0])
+    assert "prefers-color-scheme: dark" in whole[0] and "@media print" in whole[0]
+
+
+def test_text_from_the_run_stays_text(tmp_path: Path) -> None:
+    job = whole_run(tmp_path)
+    home = tmp_path / "arms" / "pear"
+    rows = sft_rows(True)
+    for row in rows:
+        row["first_weight_by_source"] = {HOSTILE: 0.5}
+    write_lines(home / "metrics.jsonl", rows)
+    page = made(job)[0]
+    assert "<script" not in page and "<img" not in page
+    assert page.count("&lt;script&gt;") >= 3
+    assert Page(page).open == []
+
+
+def test_no_nan_reaches_a_reader(tmp_path: Path) -> None:
+    job = whole_run(tmp_path)
+    rows = sft_rows(True, 5) + rl_rows(5)
+    for row in rows:
+        row |= {"entropy": None, "sample_seconds": None, "probe_gap_max": None}
+    write_lines(tmp_path / "arms" / "pear" / "metrics.jsonl", rows)
+    (tmp_path / "arms" / "sft" / "metrics.jsonl").unlink()
+    page, markdown, _ = made(job)
+    text = re.sub(
+        r"<style.*?</style>|<details.*?</details>|fill: ?none|<[^>]*>", "", page, flags=re.S
+    )
+    labels = " ".join(re.findall(r'aria-label="([^"]*)"', page))
+    for read_by_someone in (text, labels, markdown):
+        assert not re.search(r"\b(nan|none|inf)\b", read_by_someone, re.I)
+    assert 'd="' in page and not re.search(r' d="[^"]*nan', page)
+
+
+def test_the_verdict_says_what_the_interval_and_the_noise_floor_allow(tmp_path: Path) -> None:
+    with open_run(whole_run(tmp_path)):
+        pass
+
+    def said(lead: float) -> str:
+        (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard(lead=lead)))
+        return report.verdict(read(tmp_path))
+
+    assert said(0.022) == (
+        "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is"
+        " +0.022 [-0.008, +0.052] over 256 problems: its 95 % interval includes 0, and it is below"
+        " the noise floor of 0.040."
+    )
+    assert "After RL sft is ahead of pear, pass@1 0.361 against 0.311." in said(-0.05)
+    assert "+0.050 [+0.020, +0.080]" in said(-0.05)
+    assert "excludes 0, and it is not below the noise floor" in said(-0.05)
+    assert "is level with" in said(0.0)
+    assert "one seed proves nothing" in report.caution(read(tmp_path))
+
+
+def test_markdown_begins_with_the_table_of_arms_and_fits_a_terminal(whole: Any) -> None:
+    markdown = whole[1]
+    arms, differences, training = tables_of(markdown)
+    assert markdown.startswith("| arm ")
+    assert max(map(len, markdown.splitlines())) <= 110
+    assert arms[0][:2] == ["arm", "of"]
+    assert [row[:2] for row in arms[2:5]] == [[a, "pass@1"] for a in ("base", *ARMS)]
+    assert arms[4][2:] == ["0.240 [0.210, 0.270]", "0.383 [0.353, 0.413]", "+0.143"]
+    assert differences[2][0] == "pear/rl - sft/rl"
+    assert training[2][:2] == ["sft", "46"]
+
+
+def test_spreadsheet_has_a_row_for_every_checkpoint(whole: Any) -> None:
+    rows = whole[2]
+    assert [row["checkpoint"] for row in rows] == [
+        "base",
+        "sft/sft",
+        "sft/rl",
+        "pear/sft",
+        "pear/rl",
+    ]
+    assert float(rows[4]["pass_at_1"]) == pytest.approx(0.383)
+    assert (rows[4]["arm"], rows[4]["stage"], rows[4]["steps"]) == ("pear", "rl", "32")
+    assert rows[0]["arm"] == rows[0]["heldout_nll"] == ""
+
+
+def test_a_change_that_was_paired_shows_its_interval(tmp_path: Path) -> None:
+    job = whole_run(tmp_path)
+    card = scorecard()
+    paired = {"a": "pear/sft", "b": "pear/rl", "k": 1, "value": -0.143, "low": -0.17, "high": -0.12}
+    card["differences"].append(paired)
+    (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
+    with open_run(job):
+        markdown = report.markdown(read(tmp_path), [])
+    assert "+0.143 [+0.120, +0.170]" in markdown
+    assert "pear/sft - pear/rl" not in markdown
+
+
+def test_a_run_without_arms_is_its_own_arm(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", sft_rows(True) + rl_rows())
+    card = scorecard(("x",))
+    card["checkpoints"] = {
+        label.split("/")[-1]: entry for label, entry in card["checkpoints"].items()
+    }
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
+    page, markdown, rows = made(job_of(tmp_path, ()))
+    assert f"{tmp_path.name} has pass@1 0.361 after RL and 0.244 before it." in page
+    assert len(tables_of(markdown)[0]) == 2 + 4
+    assert [row["checkpoint"] for row in rows] == ["base", "sft", "rl"]
+
+
+def test_only_sft_done_names_what_is_absent(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", sft_rows(False, 3))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "sft", "st')
+    page, markdown, rows = made(job_of(tmp_path, ()))
+    assert Page(page).headings == ["Learning", "What was run"]
+    (absent,) = re.findall(r"Not in this run: (.*)</p>", page)
+    for missing in ("scorecard.json", "weighted", "paired", "score has not run", "rows of rl"):
+        assert missing in absent
+    assert "No checkpoint has been evaluated: there is no result yet." in page
+    assert tables_of(markdown)[0][2][:2] == [tmp_path.name, "3"]
+    assert rows[0]["steps"] == "3"
+
+
+def test_an_evaluation_before_rl_claims_nothing_after_it(tmp_path: Path) -> None:
+    job = whole_run(tmp_path)
+    card = scorecard()
+    card["checkpoints"] = {k: v for k, v in card["checkpoints"].items() if not k.endswith("/rl")}
+    card["differences"] = []
+    (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
+    with open_run(job):
+        assert "Nothing has been evaluated after RL" in report.verdict(read(tmp_path))
+
+
+def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    with open_run(job) as run, pytest.raises(BadInput, match=r"expected rows of score, sft or rl"):
+        report.run(job, run)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "scorecard.json").write_text("{")
+    with pytest.raises(BadInput, match=r"scorecard\.json: .*expected the JSON"):
+        read(tmp_path)
+
+
+def test_the_same_run_gives_the_same_figures(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", sft_rows(False, 3))
+    job = job_of(tmp_path, ())
+    first, second = (re.sub(r"written .*", "", made(job)[0]) for _ in range(2))
+    assert first == second
+
+
+def test_many_steps_are_gathered_without_losing_the_largest() -> None:
+    y = np.zeros(5000)
+    y[4321], y[17] = 0.5, np.nan
+    line = gathered(np.arange(5000.0), y, np.max)
+    assert len(line.x) == len(line.y) == 300
+    assert line.y.max() == 0.5
+    assert np.isfinite(line.y).all()
+
+
+def test_running_mean_is_the_mean_of_the_neighbours_that_exist() -> None:
+    values = np.arange(10.0)
+    slow = [values[max(0, i - 1) : i + 2].mean() for i in range(10)]
+    np.testing.assert_allclose(running_mean(values, 3), slow)
+
+
+def test_a_figure_takes_its_ink_from_the_page_and_escapes_names() -> None:
+    panel = draw(
+        'a "b"', "nats", {"<x> $y$": Line(np.arange(3.0), np.arange(3.0))}, level=(1.0, "l")
+    )
+    assert panel is not None
+    assert "currentColor" in panel.svg and "#102030" not in panel.svg
+    assert "<x>" not in panel.svg and "&lt;x&gt; $y$" in panel.svg
+    assert panel.svg.startswith('<svg role="img" aria-label="a &#34;b&#34;, nats by step: ')
+    assert draw("nothing", "nats", {"a": Line(np.arange(2.0), np.full(2, np.nan))}) is None
+
+
+def test_numbers_as_words() -> None:
+    assert [number(x) for x in (None, math.nan, 0.0, 0.0391, 2.1e-5)] == [
+        "-",
+        "-",
+        "0.000",
+        "0.039",
+        "2.1e-05",
+    ]
+    assert (
+        interval({"value": 0.1, "low": -0.2, "high": 0.4}, signed=True) == "+0.100 [-0.200, +0.400]"
+    )
+
+
+def test_a_cell_cannot_break_its_markdown_table() -> None:
+    table = Table(("a", "b"), (("x|y\nz", ("0.5", 0.5)),))
+    assert as_markdown(table).splitlines()[2] == "| x\\|y z | 0.5 |"
