@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ class Generator:
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
             torch.set_num_threads(settings.threads)
+        logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -61,6 +63,7 @@ class Generator:
             weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             trust_remote_code=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         self._tokenizer = self._llm.get_tokenizer()
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})

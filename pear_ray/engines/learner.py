@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import torch
-from torch import Tensor
-
-# DeepSpeed picks its device when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
 import torch.distributed as dist
+from torch import Tensor
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 

@@ -7,18 +7,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import tokenizers
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pear_ray.algorithms.logprobs import predicted_logprobs
 from pear_ray.config import BadInput, Pretrain
@@ -76,7 +76,7 @@ def load_policy(path: str, dtype: str, tokens_per_logits_chunk: int) -> PackedPo
     return PackedPolicy(model, tokens_per_logits_chunk)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a folder or hub name.
 
     Raises:
@@ -97,21 +97,21 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def digests(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def digests(tokenizer: Tokenizer) -> tuple[str, str]:
     """Fingerprints of the vocabulary and of the chat template: equal ids mean equal tokens only
     where these agree."""
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return _digest(words), _digest(str(tokenizer.chat_template))
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant is to speak."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: Tokenizer, messages: Sequence[Message]
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the last answer, up to and with its end-of-sequence token.
 
@@ -139,8 +139,8 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
     """A Qwen3 with random weights and a word-level tokenizer over `vocabulary`."""
     specials = ["<pad>", "<eos>", "<unk>"]
     words = {word: number for number, word in enumerate([*specials, *vocabulary])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )

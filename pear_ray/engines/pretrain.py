@@ -13,7 +13,13 @@ from pear_ray.algorithms.packing import pack
 from pear_ray.config import Pretrain
 from pear_ray.engines.attention import unfolding
 from pear_ray.engines.export import write_folder
-from pear_ray.engines.model import conversation_ids, load_policy, load_tokenizer, write_new_model
+from pear_ray.engines.model import (
+    Tokenizer,
+    conversation_ids,
+    load_policy,
+    load_tokenizer,
+    write_new_model,
+)
 from pear_ray.records import Problem, TrainingSequence
 from pear_ray.tasks.task import Demonstrator
 
@@ -70,7 +76,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
     return float(np.mean(losses[-max(1, settings.steps // 10) :]))
 
 
-def sequence(tokenizer: object, problem: Problem, answer: str) -> TrainingSequence:
+def sequence(tokenizer: Tokenizer, problem: Problem, answer: str) -> TrainingSequence:
     """A demonstration as tokens, its answer trainable."""
     messages = [*problem.messages, {"role": "assistant", "content": answer}]
     prompt, response = conversation_ids(tokenizer, messages)

@@ -17,9 +17,9 @@ from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, CorpusSample, Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.model import load_tokenizer, prompt_ids
+from pear_ray.engines.model import Tokenizer, conversation_ids, load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
-from pear_ray.records import EXAMPLE_SCHEMA
+from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
 from pear_ray.tasks import endless_problems, make_tasks
 from pear_ray.tracking import Tracker
 
@@ -79,16 +79,9 @@ def sample_source(
             )
             num_attempts += len(batch)
             rows += [
-                {
-                    "example_id": f"{source}-{problem.problem_id}-{epoch}",
-                    "messages": [*problem.messages, {"role": "assistant", "content": answer.text}],
-                    "source": source,
-                    "correct": True,
-                    "response_ids": answer.token_ids,
-                    "behaviour_logprobs": answer.logprobs,
-                }
+                example(source, epoch, problem, answer)
                 for (epoch, problem), answer, verdict in zip(batch, answers, verdicts, strict=True)
-                if verdict.correct and answer.finish_reason == "stop"
+                if verdict.correct and can_be_read_back(tokenizer, problem, answer)
             ]
             if len(rows) >= num_examples:
                 return rows[:num_examples], num_attempts
@@ -98,6 +91,27 @@ def sample_source(
         f"corpus.sample.num_examples.{source}: read {num_examples}; {path} gave only {len(rows)}"
         f" right answers to {num_attempts} problems; expected a better model or fewer examples"
     )
+
+
+def example(source: str, epoch: int, problem: Problem, answer: Completion) -> dict[str, Any]:
+    """One row of the corpus."""
+    return {
+        "example_id": f"{source}-{problem.problem_id}-{epoch}",
+        "messages": [*problem.messages, {"role": "assistant", "content": answer.text}],
+        "source": source,
+        "correct": True,
+        "response_ids": answer.token_ids,
+        "behaviour_logprobs": answer.logprobs,
+    }
+
+
+def can_be_read_back(tokenizer: Tokenizer, problem: Problem, answer: Completion) -> bool:
+    """Whether the answer's text has the very tokens that were sampled: a corpus is text, and
+    log-probs of other tokens would be worth nothing."""
+    if answer.finish_reason != "stop":
+        return False
+    messages = [*problem.messages, {"role": "assistant", "content": answer.text}]
+    return conversation_ids(tokenizer, messages)[1] == list(answer.token_ids)
 
 
 def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

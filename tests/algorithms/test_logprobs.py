@@ -112,8 +112,6 @@ def test_half_precision_hidden_states_give_float32_softmax(network, token_ids_T)
 def test_huge_logits_overflow_nowhere(token_ids_T):
     hidden = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2)) * 1e4
     head = nn.Linear(WIDTH, VOCABULARY)
-    logprobs, entropies = predicted_logprobs(
-        hidden, head, token_ids_T, torch.arange(1, TOKENS), 4
-    )
+    logprobs, entropies = predicted_logprobs(hidden, head, token_ids_T, torch.arange(1, TOKENS), 4)
     assert logprobs.isfinite().all() and (logprobs <= 0).all()
     assert entropies.isfinite().all()

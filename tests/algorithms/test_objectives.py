@@ -86,7 +86,7 @@ def test_nll_by_hand():
     tokens = random_tokens(0, [2, 3])
     sums = Nll()(tokens)
     pairs = zip(tokens.coefficients.tolist(), tokens.logprobs.tolist(), strict=True)
-    assert float(sums.loss) == pytest.approx(-sum(c * p for c, p in pairs), rel=1e-6)
+    assert sums.loss.item() == pytest.approx(-sum(c * p for c, p in pairs), rel=1e-6)
     assert float(sums.facts["nll"]) == pytest.approx(-sum(tokens.logprobs.tolist()), rel=1e-6)
     sums.loss.backward()
     assert torch.equal(tokens.logprobs.grad, -tokens.coefficients)
@@ -101,7 +101,7 @@ def test_pear_is_nll_times_detached_weights(level):
     assert weights.std() > 0.01
     sums = PearNll(level, 0.99, 4, *PAPER, SOURCES)(tokens)
     expected = -(weights.double() * tokens.coefficients * tokens.logprobs.detach()).sum()
-    assert float(sums.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert sums.loss.item() == pytest.approx(float(expected), rel=1e-5)
     sums.loss.backward()
     torch.testing.assert_close(tokens.logprobs.grad, -weights * tokens.coefficients)
 
@@ -134,7 +134,7 @@ def test_facts_carry_no_gradient_and_the_empty_batch_adds_nothing(objective):
     assert not any(f.requires_grad for f in objective(random_tokens(2, [4, 5])).facts.values())
     sums = objective(nothing())
     sums.loss.backward()
-    assert float(sums.loss) == 0
+    assert sums.loss.item() == 0
     assert all(not fact.any() for fact in sums.facts.values())
 
 
@@ -156,10 +156,7 @@ def test_policy_gradient_token_by_token(rows, clips):
     loss, gradient, clipped = 0.0, [], 0
     for logprob, sampled, advantage in rows:
         ratio = math.exp(logprob - sampled)
-        if advantage > 0:
-            held = ratio > 1 + high
-        else:
-            held = ratio < 1 - low
+        held = ratio > 1 + high if advantage > 0 else ratio < 1 - low
         bound = 1 + high if advantage > 0 else 1 - low
         loss -= advantage * (bound if held else ratio)
         gradient.append(0.0 if held else -advantage * ratio)
@@ -172,7 +169,7 @@ def test_policy_gradient_token_by_token(rows, clips):
     sums = ClippedPolicyGradient(low, high)(tokens)
     sums.loss.backward()
     scale = sum(abs(g) for g in gradient) + abs(loss) + 1
-    assert float(sums.loss) == pytest.approx(loss, abs=1e-5 * scale)
+    assert sums.loss.item() == pytest.approx(loss, abs=1e-5 * scale)
     torch.testing.assert_close(logprobs.grad, torch.tensor(gradient), rtol=1e-5, atol=1e-6)
     assert int(sums.facts["clipped"]) == clipped
 

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pear_ray.stages.report.measured import as_floats
 from pear_ray.stages.report.section import Panel
@@ -34,7 +35,6 @@ INKED = (
 )
 DRAWING = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "pear_ray",
     "text.parse_math": False,
     "font.size": 9,
     "axes.spines.top": False,
@@ -91,7 +91,8 @@ def draw(
     lines = {name: line for name, line in lines.items() if np.isfinite(line.y).any()}
     if not lines:
         return None
-    with matplotlib.rc_context(DRAWING):
+    # The salt makes ids that are the same every time and differ between the figures of a page.
+    with matplotlib.rc_context({**DRAWING, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
         if log:
@@ -101,7 +102,9 @@ def draw(
             trace(axes, line, style, bool(ticks), log)
         if level:
             axes.axhline(level[0], color=INK, linewidth=1, linestyle=":", label=level[1])
-        if not log:
+        if log:
+            label_powers(axes)
+        else:
             axes.set_ylim(bottom=0)
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
@@ -113,6 +116,14 @@ def draw(
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return Panel(title, inline(file.getvalue(), describe(title, unit, across, lines, level)))
+
+
+def label_powers(axes: Any) -> None:
+    """Plain numbers on a logarithmic axis, three in a decade where there are few decades."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def trace(axes: Any, line: Line, style: dict[str, Any], apart: bool, log: bool) -> None:
@@ -155,8 +166,9 @@ def describe(
 
 
 def inline(document: str, description: str) -> Markup:
-    """An SVG file as an element of the page: its ink is the page's, its size the page's choice."""
+    """An SVG file as an element of the page, which gives it ink, size and, by night, a light blue."""
     svg = document[document.index("<svg") :].replace(INK, "currentColor")
+    svg = svg.replace(PALETTE[0].lower(), "var(--blue)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)

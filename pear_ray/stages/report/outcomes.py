@@ -20,24 +20,24 @@ def results(measured: Measured) -> Section | str:
     card = measured.scorecard
     if not card:
         return "pass@k of the checkpoints (no evaluate/scorecard.json)"
-    header = ["arm", "sets"]
+    header = ["arm"]
     for k in measured.ks:
         header += [f"pass@{k} before RL", f"pass@{k} after RL", "change"]
     rows: list[tuple[Cell, ...]] = []
     for name, settings, before, after in checkpoint_pairs(measured):
-        cells: list[Cell] = [name, settings]
+        cells: list[Cell] = [name]
         for k in measured.ks:
             cells.append(interval(measured.score(before, k)))
             cells.append(interval(measured.score(after, k)))
             cells.append(change(measured, before, after, k))
-        rows.append(tuple(cells))
+        rows.append((*cells, settings))
     return Section(
         "Arms",
         f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers"
         f" to each at temperature {card['temperature']}, seed {card['seed']}; in brackets the 95 %"
         " interval over problems. Before RL is after SFT; a model that is no arm, such as the base"
         " from which all start, is shown as it is.",
-        (Table(tuple(header), tuple(rows)),),
+        (Table((*header, "sets"), tuple(rows)),),
         known(before_and_after(measured, k) for k in measured.ks),
     )
 

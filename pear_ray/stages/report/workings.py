@@ -27,8 +27,8 @@ def weights(measured: Measured) -> Section | str:
         panels += weight_panels(arm)
     return Section(
         "Importance weights",
-        "The first token of an answer carries the weight of the whole answer: its mean by source"
-        " shows which sources the policy is made to learn from, 1 being the weight of plain SFT."
+        "The weight of an answer's first token gathers the log-ratios of the answer: its mean by"
+        " source shows which sources the policy is made to learn from, 1 being plain SFT."
         " Effective sample size is (sum w)^2 / (sum w^2) over the tokens of a step, as a share of"
         " them: 1 when all weights are equal. A token at a clip has the bound instead of its own"
         " log-ratio, one at floor or ceiling the bound of its log-weight.",
@@ -200,7 +200,7 @@ def spent(measured: Measured) -> Section | str:
     )
     arms = [arm for arm in measured.arms if arm.of("rl")]
     if arms:
-        tables.append(step_table(arms))
+        tables += step_tables(arms)
     if not tables:
         return "times (no stage in manifest.json)"
     return Section(
@@ -212,27 +212,23 @@ def spent(measured: Measured) -> Section | str:
     )
 
 
-def step_table(arms: list[Home]) -> Table:
+def step_tables(arms: list[Home]) -> list[Table]:
     """Mean seconds of one RL step, by what they went to on either side."""
-    learners = ("wait_seconds", "learn_seconds", "publish_seconds")
-    generators = ("generator_wait_seconds", "pause_seconds", "sample_seconds")
-    rows: list[tuple[Cell, ...]] = []
-    for arm in arms:
-        means = {key: mean(arm.values("rl", key)) for key in (*learners, *generators)}
-        step = mean(arm.values("rl", "step_seconds"))
-        rest = max(0.0, step - float(np.nansum([means[key] for key in learners])))
-        own = [share(means[key], step) for key in learners]
-        theirs = [share(means[key], step) for key in generators]
-        rows.append((arm.name, number(step), *own, share(rest, step), *theirs))
-    sides = ("wait for rollouts", "learn", "publish", "rest")
-    others = ("wait for weights", "take them over", "sample")
-    header = (
-        "arm",
-        "step",
-        *(f"learners: {s}" for s in sides),
-        *(f"generators: {s}" for s in others),
-    )
-    return Table(header, tuple(rows), "One RL step, mean seconds")
+    learners = {"wait_seconds": "wait for rollouts", "learn_seconds": "learn"}
+    learners |= {"publish_seconds": "publish weights"}
+    generators = {"generator_wait_seconds": "wait for weights", "pause_seconds": "take them over"}
+    generators |= {"sample_seconds": "sample"}
+    tables = []
+    for side, parts in {"learners": learners, "generators": generators}.items():
+        rows: list[tuple[Cell, ...]] = []
+        for arm in arms:
+            step = mean(arm.values("rl", "step_seconds"))
+            means = [mean(arm.values("rl", key)) for key in parts]
+            rest = max(0.0, step - float(np.nansum(means)))
+            rows.append((arm.name, number(step), *(share(s, step) for s in (*means, rest))))
+        header = ("arm", "whole step", *parts.values(), "rest")
+        tables.append(Table(header, tuple(rows), f"One RL step of the {side}, mean seconds"))
+    return tables
 
 
 def happened(measured: Measured) -> Section | str:

@@ -1,0 +1,305 @@
+"""The learner on 1, 2 and 4 ranks against plain PyTorch in one process.
+
+Ranks start slowly, so each number of ranks does everything in ONE Ray Train run, whose files the
+tests then read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray.train
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from pear_ray.actors.training import begin, keep, rank_and_count, restore, train
+from pear_ray.algorithms.objectives import Nll, PearNll
+from pear_ray.algorithms.packing import pack
+from pear_ray.config import Learner as Settings
+from pear_ray.engines.learner import Learner, Optimisation
+from pear_ray.engines.model import digests, load_tokenizer
+from pear_ray.records import TrainingSequence
+
+NUM_STEPS = 3
+# The norm of the gradient lies on both sides of the bound, and the learning rate changes.
+OPTIMISATION = Optimisation(
+    num_steps=NUM_STEPS,
+    learning_rate=1e-3,
+    schedule="linear",
+    warmup_fraction=0.0,
+    weight_decay=0.1,
+    max_grad_norm=2.0,
+)
+# Prompt and response lengths of each step; the first two need packs with nothing to learn when
+# they are cut small and dealt to four ranks.
+LENGTHS = (
+    ((3, 20), (1, 5), (6, 2), (2, 13), (9, 1)),
+    ((4, 8), (2, 3), (1, 1)),
+    ((5, 5), (1, 17), (3, 9), (7, 1), (2, 2), (8, 15), (1, 12)),
+)
+ROOMY, TIGHT = 200, 25
+PEAR = PearNll(
+    level="token",
+    discount=1.0,
+    block_size=4,
+    clip_log_ratio=(-0.08, 0.3),
+    clip_log_weight=(-10.0, 5.0),
+    sources=("even", "odd"),
+)
+
+
+def sequences(step):
+    draw = np.random.default_rng(step)
+    return [
+        TrainingSequence.of(
+            draw.integers(0, 100, num_prompt),
+            draw.integers(0, 100, num_response),
+            draw.normal(-3, 1, num_response),
+            float(draw.normal(1, 1)),
+            "odd" if number % 2 else "even",
+        )
+        for number, (num_prompt, num_response) in enumerate(LENGTHS[step])
+    ]
+
+
+class Rank:
+    """What one rank of a run does: learners one after another, and notes of what they did."""
+
+    def __init__(self, config):
+        begin()
+        self.config, self.folder = config, Path(config["folder"])
+        self.rank, self.num_ranks = rank_and_count()
+
+    def learner(self, tokens_per_micro_batch=ROOMY, **changes):
+        self.cut = tokens_per_micro_batch
+        settings = Settings(
+            num_workers=self.num_ranks,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            tokens_per_logits_chunk=16,
+            **changes,
+        )
+        return Learner(self.config["model"], "float32", settings, OPTIMISATION, seed=0)
+
+    def batches(self, step):
+        return pack(sequences(step), self.num_ranks, self.cut)[self.rank]
+
+    def step(self, learner, step, name, objective=None, batches=None):
+        result = learner.step(batches or self.batches(step), objective or Nll())
+        facts = {key: np.asarray(value).tolist() for key, value in result.facts.items()}
+        self.note(f"{name}-{step}", dataclasses.asdict(result) | {"facts": facts})
+        if step + 1 in (1, NUM_STEPS):
+            self.export(learner, f"{name}-{step}")
+
+    def export(self, learner, name):
+        learner.export(self.folder / name, self.config["model"])
+
+    def note(self, name, facts):
+        (self.folder / f"{name}.{self.rank}.json").write_text(json.dumps(facts))
+
+    def note_partitions(self, learner):
+        """Sizes and values of the partitions, and whatever else of the model is in memory."""
+        own = {name: (shape, part.numel()) for name, shape, part in learner.partitions()}
+        values = {name: part.numpy() for name, _, part in learner.partitions()}
+        np.savez(self.folder / f"partitions.{self.rank}.npz", **values)
+        engine = learner._engine
+        states = engine.optimizer.fp32_partitioned_groups_flat
+        self.note(
+            "partitions",
+            {
+                "own": own,
+                "whole": sum(parameter.numel() for parameter in engine.module.parameters()),
+                "optimised": sum(state.numel() for state in states),
+            },
+        )
+
+
+def everything(config):
+    rank = Rank(config)
+    learner = rank.learner()
+    start = restore(learner)
+    rank.note(f"start-at-{start}", {})
+    if start == 0:
+        rank.note_partitions(learner)
+        rank.export(learner, "before")
+        for step in range(2):
+            rank.step(learner, step, "roomy")
+        if config["one_dies"]:
+            keep(learner, 2)
+            ray.train.get_all_reported_checkpoints()
+            if rank.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    rank.step(learner, 2, "roomy")
+
+    learner = rank.learner(TIGHT, activation_checkpointing=True)
+    for step in range(NUM_STEPS):
+        rank.step(learner, step, "tight")
+
+    learner = rank.learner()
+    own = [with_logprobs(b, learner.logprobs([b])[0]) for b in rank.batches(0)]
+    rank.step(learner, 0, "pear", PEAR, own)
+    learner = rank.learner(TIGHT)
+    rank.step(learner, 0, "unclipped", dataclasses.replace(PEAR, clip_log_ratio=(0.0, 0.0)))
+    return rank.num_ranks
+
+
+def with_logprobs(batch, logprobs):
+    """The batch as if the model in training had written it: every delta is 0."""
+    sampled_T = batch.sampled_logprobs_T.copy()
+    sampled_T[batch.trainable_T] = logprobs
+    return dataclasses.replace(batch, sampled_logprobs_T=sampled_T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The files of one run."""
+
+    num_ranks: int
+    folder: Path
+    model: Path
+
+    def notes(self, name):
+        return [
+            json.loads((self.folder / f"{name}.{rank}.json").read_text())
+            for rank in range(self.num_ranks)
+        ]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def outcome(request, ray_session, tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"ranks-{request.param}-")
+    config = {
+        "model": str(tiny_model(False)),
+        "folder": str(folder),
+        "one_dies": request.param == 2,
+    }
+    settings = Settings(num_workers=request.param, deadline_seconds=200, max_failures=1)
+    assert train(everything, config, settings, folder / "checkpoints") == request.param
+    return Outcome(request.param, folder, tiny_model(False))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    """The same steps, one sequence at a time: losses, gradient norms, rates and parameters."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(False), attn_implementation="sdpa")
+    optimiser = torch.optim.AdamW(model.parameters(), OPTIMISATION.learning_rate, weight_decay=0.1)
+    scheduler = get_scheduler("linear", optimiser, 0, NUM_STEPS)
+    steps = []
+    for step in range(NUM_STEPS):
+        loss = sum(minus_logprobs(model, s) for s in sequences(step))
+        loss = loss / sum(int(s.trainable.sum()) for s in sequences(step))
+        optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISATION.max_grad_norm)
+        facts = {
+            "loss": float(loss),
+            "grad_norm": float(norm),
+            "learning_rate": scheduler.get_last_lr()[0],
+        }
+        optimiser.step()
+        scheduler.step()
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        steps.append((facts, parameters))
+    norms = [facts["grad_norm"] for facts, _ in steps]
+    assert min(norms) < OPTIMISATION.max_grad_norm < max(norms)
+    return steps
+
+
+def minus_logprobs(model, sequence):
+    """Sum over the response's tokens of minus log-prob times coefficient."""
+    ids = torch.from_numpy(sequence.token_ids)
+    logprobs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    places = torch.from_numpy(np.flatnonzero(sequence.trainable))
+    own = logprobs[places - 1, ids[places]]
+    return -(own * torch.from_numpy(sequence.coefficients)[places]).sum()
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("cut", ["roomy", "tight"])
+def test_steps_are_those_of_one_plain_process(outcome, reference, cut):
+    for step, (facts, parameters) in enumerate(reference):
+        for ours in outcome.notes(f"{cut}-{step}"):
+            assert ours["loss"] == pytest.approx(facts["loss"], abs=1e-5)
+            assert ours["grad_norm"] == pytest.approx(facts["grad_norm"], rel=1e-5)
+            assert ours["learning_rate"] == pytest.approx(facts["learning_rate"])
+        if step in (0, NUM_STEPS - 1):
+            exported = weights(outcome.folder / f"{cut}-{step}")
+            assert largest_difference(exported, parameters) <= 1e-5
+
+
+def test_every_parameter_is_truly_partitioned(outcome):
+    notes = outcome.notes("partitions")
+    before = weights(outcome.model)
+    num_parameters = sum(tensor.numel() for tensor in before.values())
+    for note in notes:
+        assert note["own"].keys() == before.keys()
+        for name, (shape, length) in note["own"].items():
+            assert tuple(shape) == before[name].shape
+            assert length == -(-before[name].numel() // outcome.num_ranks)
+        # Nothing whole is in memory, and the optimiser has a rank's share only.
+        assert note["whole"] == 0
+        assert note["optimised"] == sum(length for _, length in note["own"].values())
+        assert note["optimised"] <= num_parameters / outcome.num_ranks * 1.01
+    parts = [np.load(outcome.folder / f"partitions.{r}.npz") for r in range(outcome.num_ranks)]
+    for name, tensor in before.items():
+        joined = np.concatenate([part[name] for part in parts])
+        assert np.array_equal(joined[: tensor.numel()], tensor.numpy().reshape(-1))
+
+
+def test_an_export_is_a_folder_that_transformers_loads(outcome):
+    exported = outcome.folder / "before"
+    assert largest_difference(weights(exported), weights(outcome.model)) == 0
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert largest_difference(dict(model.named_parameters()), weights(outcome.model)) == 0
+    assert model.config.to_dict() == AutoModelForCausalLM.from_pretrained(
+        outcome.model
+    ).config.to_dict() | {"_name_or_path": model.config._name_or_path}
+    assert digests(load_tokenizer(str(exported))) == digests(load_tokenizer(str(outcome.model)))
+    assert model.generation_config.eos_token_id == load_tokenizer(str(exported)).eos_token_id
+    assert not list(outcome.folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("pear", "plain"), [("pear-0", "roomy-0"), ("unclipped-0", "tight-0")])
+def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear, plain):
+    for ours, theirs in zip(outcome.notes(pear), outcome.notes(plain), strict=True):
+        for name in ("loss", "grad_norm", "num_tokens"):
+            assert ours[name] == theirs[name]
+        assert ours["facts"]["weight"] == ours["num_tokens"]
+        assert ours["facts"]["sequences/even"] == 3
+        assert ours["facts"]["sequences/odd"] == 2
+        assert ours["facts"]["first_weight/odd"] == 2
+    assert (
+        largest_difference(weights(outcome.folder / pear), weights(outcome.folder / plain)) == 0
+    )
+
+
+def test_facts_do_not_depend_on_the_cut(outcome):
+    for step in range(NUM_STEPS):
+        (roomy, *_), (tight, *_) = outcome.notes(f"roomy-{step}"), outcome.notes(f"tight-{step}")
+        for name, value in roomy["facts"].items():
+            assert tight["facts"][name] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_run_whose_rank_died_goes_on_from_its_checkpoint(outcome, reference):
+    resumed = list(outcome.folder.glob("start-at-2.*.json"))
+    if outcome.num_ranks != 2:
+        assert resumed == []
+        return
+    # That the steps after it are the reference's is what the first test says.
+    assert len(resumed) == 2
+    (kept,) = {path.parent for path in outcome.folder.glob("checkpoints/*/progress.json")}
+    assert json.loads((kept / "progress.json").read_text()) == {"next_step": 2}

@@ -1,0 +1,85 @@
+"""The import rules hold, and each of them fails when it is broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def lint_imports(folder):
+    """(exit code, what was said) of import-linter in a folder that holds a package to check."""
+    ended = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the package and its rules, to break."""
+    folder = tmp_path_factory.mktemp("layers")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(
+        ROOT / "pear_ray", folder / "pear_ray", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    return folder
+
+
+def test_the_package_keeps_the_rules():
+    code, said = lint_imports(ROOT)
+    assert code == 0 and "0 broken" in said, said
+
+
+BREACHES = {
+    "a stage imports another": (
+        "stages/sft.py",
+        "import pear_ray.stages.rl",
+        "Stages do not import each other",
+    ),
+    "algorithms import ray": (
+        "algorithms/ratios.py",
+        "import ray",
+        "Maths, tasks, records and config know no cluster and no engine",
+    ),
+    "algorithms import transformers": (
+        "algorithms/logprobs.py",
+        "import transformers",
+        "Maths, records and config know no transformers",
+    ),
+    "a stage imports vllm": (
+        "stages/score.py",
+        "import vllm",
+        "Only engines import deepspeed, transformers or vllm",
+    ),
+    "records import algorithms": (
+        "records.py",
+        "import pear_ray.algorithms.packing",
+        "Layers",
+    ),
+    "a module without a layer": ("utils.py", "", "Layers"),
+}
+
+
+@pytest.mark.parametrize(("module", "line", "rule"), BREACHES.values(), ids=BREACHES)
+def test_a_breach_is_found(copy, module, line, rule):
+    path = copy / "pear_ray" / module
+    before = path.read_text() if path.exists() else None
+    try:
+        path.write_text(f"{before or ''}\n{line}\n")
+        code, said = lint_imports(copy)
+    finally:
+        path.write_text(before) if before is not None else path.unlink()
+    assert code == 1
+    broken = [text for text in said.splitlines() if " BROKEN" in text]
+    assert len(broken) == 1 and broken[0].startswith(rule), said

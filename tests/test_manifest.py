@@ -1,0 +1,275 @@
+"""A run folder: stages done once, outputs whole or absent, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pear_ray.config import BadInput, Job
+from pear_ray.manifest import FREE_KEYS, Run, flatten, open_run, refuse_another_job, write_json
+
+DOCUMENT = {
+    "run": {"dir": "run", "wait_seconds": 60},
+    "model": {"path": "./model"},
+    "generator": {"max_new_tokens": 8, "max_model_len": 16},
+    "tasks": [{"name": "countdown"}],
+}
+SECONDS_TO_START = 60
+
+# What another process does with the run folder whose resolved job it is given.
+HOLD = """
+import logging, sys, time
+from pathlib import Path
+from pear_ray.config import read_job
+from pear_ray.manifest import open_run
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+with open_run(read_job(Path(sys.argv[1]))) as run:
+    if sys.argv[2] == "write":
+        with run.new_folder("scored") as folder:
+            (folder / "half").write_text("half")
+            print("held", flush=True)
+            time.sleep(600)
+    print("held", flush=True)
+    if sys.argv[2] == "hold":
+        time.sleep(600)
+"""
+
+
+def job(**sections):
+    return Job(**{**DOCUMENT, **sections})
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start():
+    """Starts another process on the run folder; all of them end with the test."""
+    Path("job.json").write_text(job().model_dump_json())
+    running = []
+
+    def begin(doing):
+        words = [sys.executable, "-u", "-c", HOLD, "job.json", doing]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def read(name):
+    return json.loads(Path("run", name).read_text())
+
+
+class Stage:
+    """A stage that leaves its output and counts how often it was run."""
+
+    def __init__(self, output="sft/export"):
+        self.output, self.times = output, 0
+
+    def __call__(self, job, run):
+        self.times += 1
+        with run.new_folder(self.output) as folder:
+            (folder / "model.safetensors").write_text(str(self.times))
+        return {"times": self.times}
+
+
+def perform(name, stage):
+    with open_run(job()) as run:
+        run.perform(name, stage)
+        return run.is_done(name)
+
+
+def test_a_finished_stage_is_not_repeated():
+    stage = Stage()
+    assert perform("sft", stage) and perform("sft", stage)
+    assert stage.times == 1
+    entry = read("manifest.json")["stages"]["sft"]
+    assert entry["state"] == "done" and entry["facts"] == {"times": 1}
+    assert entry["seconds"] >= 0 and not Path("run/events.jsonl").exists()
+
+
+def test_a_stage_whose_output_is_gone_is_repeated_and_that_is_noted():
+    stage = Stage()
+    perform("sft", stage)
+    (Path("run/sft/export") / "model.safetensors").unlink()
+    Path("run/sft/export").rmdir()
+    assert perform("sft", stage) and stage.times == 2
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert (event["stage"], event["kind"]) == ("sft", "repeated")
+    assert "sft/export" in event["text"]
+
+
+def test_a_stage_that_raises_stays_undone_and_is_resumed():
+    def breaks(job, run):
+        with run.new_folder("sft/export") as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError("the network is gone")
+
+    with pytest.raises(RuntimeError, match="the network is gone"):
+        perform("sft", breaks)
+    assert read("manifest.json")["stages"]["sft"]["state"] == "running"
+    assert not Path("run/sft/export").exists()
+    assert perform("sft", Stage())
+    assert {p.name for p in Path("run/sft").iterdir()} == {"export"}
+    assert {p.name for p in Path("run/sft/export").iterdir()} == {"model.safetensors"}
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert (event["stage"], event["kind"]) == ("sft", "resumed")
+
+
+def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job():
+    def refuses(job, run):
+        raise BadInput("corpus: no rows")
+
+    with pytest.raises(BadInput), open_run(job()) as run:
+        run.perform("score", refuses)
+    with open_run(job(sft={"epochs": 3})) as run:
+        assert not run.is_done("score")
+        run.perform("score", Stage("scored"))
+    assert read("config.json")["sft"]["epochs"] == 3
+
+
+def test_stages_know_each_others_facts():
+    perform("sft", Stage())
+    with open_run(job()) as run:
+        assert run.facts("sft") == {"times": 1}
+        assert not run.is_done("rl")
+
+
+def test_manifest_names_versions_and_command():
+    perform("sft", Stage())
+    manifest = read("manifest.json")
+    assert {"python", "ray", "torch", "deepspeed", "transformers"} <= manifest["versions"].keys()
+    assert manifest["command"].startswith("pear-ray ")
+    assert Job(**read("config.json")) == job()
+
+
+def test_a_new_folder_appears_when_it_is_whole():
+    with open_run(job()) as run:
+        with run.new_folder("a/b") as folder:
+            (folder / "file").write_text("1")
+            assert not Path("run/a/b").exists()
+        assert Path("run/a/b/file").read_text() == "1"
+        with run.new_folder("a/b") as folder:
+            (folder / "other").write_text("2")
+            assert Path("run/a/b/file").exists()
+        assert {p.name for p in Path("run/a").iterdir()} == {"b"}
+        assert {p.name for p in Path("run/a/b").iterdir()} == {"other"}
+
+
+def test_a_folder_that_fails_leaves_the_earlier_one():
+    with open_run(job()) as run:
+        with run.new_folder("scored") as folder:
+            (folder / "file").write_text("1")
+        with pytest.raises(RuntimeError), run.new_folder("scored") as folder:
+            (folder / "file").write_text("2")
+            raise RuntimeError
+    assert Path("run/scored/file").read_text() == "1"
+
+
+def test_a_killed_process_leaves_no_half_written_folder(start):
+    process = start("write")
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    assert not Path("run/scored").exists()
+    with open_run(job()) as run, run.new_folder("scored") as folder:
+        assert list(folder.iterdir()) == []
+    assert [p.name for p in Path("run").iterdir() if "scored" in p.name] == ["scored"]
+
+
+def test_json_appears_whole_or_not_at_all():
+    path = Path("facts.json")
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start):
+    first = start("hold")
+    assert first.stdout.readline() == "held\n"
+    second = start("leave")
+    assert "another process is at work here" in second.stdout.readline()
+    time.sleep(0.5)
+    assert second.poll() is None
+    first.kill()
+    assert second.communicate(timeout=SECONDS_TO_START)[0] == "held\n"
+    assert second.returncode == 0
+
+
+def test_waiting_ends_with_the_name_of_the_setting(start):
+    assert start("hold").stdout.readline() == "held\n"
+    impatient = job(run={"dir": "run", "wait_seconds": 0.3})
+    with pytest.raises(TimeoutError, match=r"run.wait_seconds"), open_run(impatient):
+        pass
+
+
+def test_the_folder_is_free_again_after_an_error(start):
+    with pytest.raises(RuntimeError), open_run(job()):
+        raise RuntimeError
+    assert start("leave").communicate(timeout=SECONDS_TO_START)[0] == "held\n"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"dir": "run", "wait_seconds": 1}},
+        {"run": {"dir": "./run", "wait_seconds": 60}},
+        {"run": {"dir": "run", "wait_seconds": 60}, "tracking": {"tensorboard": True}},
+    ],
+)
+def test_what_changes_no_number_changes_no_job(sections):
+    perform("sft", Stage())
+    with open_run(job(**sections)) as run:
+        assert run.is_done("sft")
+    assert Job(**read("config.json")) == job(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sft": {"level": "block"}}, "sft.level: there 'token', here 'block'"),
+        ({"model": {"path": "./other"}}, "model.path: there './model', here './other'"),
+        ({"behaviour": {"tutor": {"path": "./t"}}}, "behaviour.tutor.path: there None, here"),
+        ({"arms": [{"name": "a"}]}, r"arms: there \[\], here \[\{'name': 'a'"),
+        ({"run": {"dir": "run", "seed": 1}}, "run.seed: there 0, here 1"),
+    ],
+)
+def test_another_job_is_refused_with_the_differing_key(sections, said):
+    perform("sft", Stage())
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match=said) as refusal, open_run(job(**sections)):
+        pass
+    (section,) = sections
+    assert all(line.strip().startswith(section) for line in str(refusal.value).splitlines()[1:])
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert after == before
+    assert perform("sft", Stage())
+
+
+def test_free_keys_are_keys_of_a_job():
+    keys = dict(flatten(json.loads(job().model_dump_json())))
+    for free in FREE_KEYS:
+        assert any(key == free or key.startswith(f"{free}.") for key in keys), free
+
+
+def test_flatten_reaches_every_leaf():
+    document = {"a": {"b": 1, "c": {}}, "d": [{"e": 2}], "f": None}
+    assert dict(flatten(document)) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}], "f": None}
+
+
+def test_same_job_is_never_refused():
+    write_json(Path("config.json"), json.loads(job().model_dump_json()))
+    refuse_another_job(job(), Path("config.json"))
+    assert Run(job()).folder == Path("run").absolute()
