@@ -26,7 +26,7 @@ environment_version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info
 environment_free_gb() { df -Pk -- "$1" 2>/dev/null | awk 'NR == 2 { printf "%d", $4 / 1048576 }'; }
 
 environment_stamp() {
-  printf '%s %s python%s ' "$environment_platform" "$environment_root" "$environment_python"
+  printf '%s %s python%s with-ops ' "$environment_platform" "$environment_root" "$environment_python"
   sha256sum < "$environment_lock" | cut -d' ' -f1
 }
 
@@ -179,7 +179,8 @@ environment_install_dependencies() {
   if [[ $(cat "$environment_venv/deepspeed.stamp" 2>/dev/null) != "$made_of" ]]; then
     [[ $environment_platform != cpu ]] || op=1
     environment_lock_of deepspeed > "$part"
-    PATH=$environment_venv/bin:$PATH DS_ACCELERATOR=${environment_platform/gpu/cuda} DS_BUILD_SHM_COMM=$op \
+    PATH=$environment_venv/bin:$PATH CFLAGS=-g0 DS_ENABLE_NINJA=1 \
+      DS_ACCELERATOR=${environment_platform/gpu/cuda} DS_BUILD_SHM_COMM=$op \
       environment_step "4/4 DeepSpeed, from source (1-2 minutes)" \
       environment_pip --require-hashes --no-build-isolation --use-pep517 --no-cache-dir --force-reinstall -r "$part" ||
       environment_fail "building DeepSpeed"

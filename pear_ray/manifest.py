@@ -70,7 +70,8 @@ class Run:
 
     def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
-        if self.is_done(stage):
+        # The report is cheap, and the only stage that reads what may have come since.
+        if stage != "report" and self.is_done(stage):
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)

@@ -11,6 +11,7 @@ import ray
 
 from pear_ray.config import Generator as Settings
 from pear_ray.engines.generator import Generator, Request
+from pear_ray.engines.model import same_architecture
 from pear_ray.records import Completion
 from pear_ray.weights.assemble import fetch
 from pear_ray.weights.manifest import WeightVersion
@@ -47,12 +48,10 @@ class GeneratorPool:
     """`settings.replicas` engines of one model, started together and ended with the block."""
 
     def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
-        self._settings = settings
-        actor = GeneratorActor.options(  # type: ignore[attr-defined]
-            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus
-        )
-        self._actors = [actor.remote(path, dtype, settings, seed) for _ in range(settings.replicas)]
-        self._wait([actor.ready.remote() for actor in self._actors], f"engines of {path} to start")
+        self._dtype, self._settings, self._seed = dtype, settings, seed
+        self._actors: list[Any] = []
+        self._path, self._number = path, 0
+        self._start()
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +62,19 @@ class GeneratorPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        self._stop()
+
+    def serve(self, path: str) -> None:
+        """Serve another model: engines that live load it where they can, or start anew."""
+        self._number += 1
+        if not same_architecture(self._path, path):
+            self._stop()
+            self._path = path
+            self._start()
+            return
+        calls = [actor.load_folder.remote(path, self._number) for actor in self._actors]
+        self._wait(calls, f"engines to load {path}")
+        self._path = path
 
     def sample(
         self, requests: Sequence[Request], temperature: float
@@ -85,10 +95,20 @@ class GeneratorPool:
         calls = [actor.update.remote(version, deadline_seconds) for actor in self._actors]
         return max(self._wait(calls, f"engines to load weights version {version.version}"))
 
-    def load_folder(self, path: str, version: int) -> None:
-        """Have every engine serve a folder of the same architecture."""
-        calls = [actor.load_folder.remote(path, version) for actor in self._actors]
-        self._wait(calls, f"engines to load {path}")
+    def _start(self) -> None:
+        path, settings = self._path, self._settings
+        actor = GeneratorActor.options(  # type: ignore[attr-defined]
+            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus
+        )
+        self._actors = [
+            actor.remote(path, self._dtype, settings, self._seed) for _ in range(settings.replicas)
+        ]
+        self._wait([actor.ready.remote() for actor in self._actors], f"engines of {path} to start")
+
+    def _stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
 
     def _shares(self, items: Sequence[Any]) -> list[Sequence[Any]]:
         return [items[i :: len(self._actors)] for i in range(len(self._actors))]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -95,6 +96,17 @@ def load_tokenizer(path: str) -> Tokenizer:
             f"model.path: {path}: the tokenizer has no end-of-sequence token; expected one"
         )
     return tokenizer
+
+
+def same_architecture(one: str, other: str) -> bool:
+    """Whether an engine that serves `one` can load the weights in the folder `other`."""
+
+    def shape(path: str) -> dict[str, Any]:
+        config = json.loads((Path(path) / "config.json").read_text())
+        incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+        return {key: value for key, value in config.items() if key not in incidental}
+
+    return Path(one).is_dir() and Path(other).is_dir() and shape(one) == shape(other)
 
 
 def digests(tokenizer: Tokenizer) -> tuple[str, str]:

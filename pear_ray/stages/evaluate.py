@@ -6,7 +6,6 @@ pair by pair.
 
 from __future__ import annotations
 
-import json
 import logging
 from itertools import combinations, islice
 from pathlib import Path
@@ -48,28 +47,27 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     cards: dict[str, Any] = {}
     verifier = Verifier(job.tasks)
     try:
-        for alike in by_architecture(checkpoints):
-            first = next(iter(alike.values()))
-            with GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool:
-                for number, (label, path) in enumerate(alike.items()):
-                    if number:
-                        pool.load_folder(path, number)
-                    attempts, parts = attempt(job, label, path, problems, pool, verifier)
-                    rows += attempts
-                    cards[label] = card(job, path, attempts, parts)
-                    cards[label]["heldout_nll"] = heldout_nll(pool, heldout)
-                    best = cards[label]["pass_at_k"]
-                    log.info(
-                        "evaluate: %s: %s",
-                        label,
-                        {k: round(v["value"], 4) for k, v in best.items()},
-                    )
+        first = next(iter(checkpoints.values()))
+        with GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool:
+            for number, (label, path) in enumerate(checkpoints.items()):
+                if number:
+                    pool.serve(path)
+                attempts, parts = attempt(job, label, path, problems, pool, verifier)
+                rows += attempts
+                cards[label] = card(job, path, attempts, parts)
+                cards[label]["heldout_nll"] = heldout_nll(pool, heldout)
+                log.info("evaluate: %s: %s", label, in_words(cards[label]))
     finally:
         verifier.close()
     with run.new_folder("evaluate") as folder:
         pq.write_table(pa.Table.from_pylist(rows, ATTEMPT_SCHEMA), folder / "attempts.parquet")
         write_json(folder / "scorecard.json", scorecard(job, len(problems), cards, rows))
     return {label: {k: v["value"] for k, v in c["pass_at_k"].items()} for label, c in cards.items()}
+
+
+def in_words(card: dict[str, Any]) -> str:
+    """A scorecard on one line."""
+    return ", ".join(f"pass@{k} {v['value']:.3f}" for k, v in card["pass_at_k"].items())
 
 
 def checkpoints_of(job: Job, folder: Path) -> dict[str, str]:
@@ -81,18 +79,6 @@ def checkpoints_of(job: Job, folder: Path) -> dict[str, str]:
             if export.exists():
                 found[stage if home == folder else f"{home.name}/{stage}"] = str(export)
     return found | job.evaluation.checkpoints
-
-
-def by_architecture(checkpoints: dict[str, str]) -> list[dict[str, str]]:
-    """Checkpoints that one engine can serve in turn, as groups."""
-    groups: dict[str, dict[str, str]] = {}
-    for label, path in checkpoints.items():
-        file = Path(path) / "config.json"
-        config = json.loads(file.read_text()) if file.exists() else {"hub": path}
-        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
-            config.pop(key, None)
-        groups.setdefault(json.dumps(config, sort_keys=True), {})[label] = path
-    return list(groups.values())
 
 
 def attempt(
@@ -190,16 +176,15 @@ def scorecard(
         for label in cards
     }
     differences = []
-    for a, b in combinations(cards, 2):
-        if a.rsplit("/", 1)[-1] != b.rsplit("/", 1)[-1] or "/" not in a or "/" not in b:
-            continue
+    for before, after in pairs_of(list(cards)):
         for k in job.evaluation.ks:
-            paired = mean_pass_at_k(num_samples, correct[b], k) - mean_pass_at_k(
-                num_samples, correct[a], k
+            paired = mean_pass_at_k(num_samples, correct[after], k) - mean_pass_at_k(
+                num_samples, correct[before], k
             )
             low, high = bootstrap_interval(paired, job.run.seed)
+            value = float(paired.mean())
             differences.append(
-                {"a": b, "b": a, "k": k, "value": float(paired.mean()), "low": low, "high": high}
+                {"a": after, "b": before, "k": k, "value": value, "low": low, "high": high}
             )
     return {
         "num_problems": num_problems,
@@ -209,3 +194,14 @@ def scorecard(
         "checkpoints": cards,
         "differences": differences,
     }
+
+
+def pairs_of(labels: list[str]) -> list[tuple[str, str]]:
+    """Checkpoints worth comparing, (b, a) for "a minus b": one arm before and after RL, and two
+    arms at the same stage."""
+    pairs = []
+    for b, a in combinations(labels, 2):
+        (arm_b, stage_b), (arm_a, stage_a) = (label.rpartition("/")[::2] for label in (b, a))
+        if {stage_b, stage_a} <= {"sft", "rl"} and (arm_b == arm_a) != (stage_b == stage_a):
+            pairs.append((b, a))
+    return pairs

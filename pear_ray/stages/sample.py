@@ -4,7 +4,6 @@ kept with the log-probs they were sampled with."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,7 +14,7 @@ from pear_ray.actors.cluster import connect
 from pear_ray.actors.pool import GeneratorPool
 from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.seeds import seed_of
-from pear_ray.config import BadInput, CorpusSample, Job
+from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
 from pear_ray.engines.model import Tokenizer, conversation_ids, load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
@@ -35,10 +34,16 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     tracker = Tracker(run.folder, "sample", job.tracking).rewind(0)
     verifier = Verifier(job.tasks)
+    first = job.model_path(next(iter(settings.num_examples)))
     try:
-        with run.new_folder("sample") as folder:
+        with (
+            GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool,
+            run.new_folder("sample") as folder,
+        ):
             for number, (source, num_examples) in enumerate(settings.num_examples.items()):
-                rows, num_attempts = sample_source(job, settings, source, num_examples, verifier)
+                if number:
+                    pool.serve(job.model_path(source))
+                rows, num_attempts = sample_source(job, source, num_examples, pool, verifier)
                 table = pa.Table.from_pylist(rows, EXAMPLE_SCHEMA)
                 pq.write_table(table, folder / f"{source}.parquet")
                 facts[source] = {"examples": len(rows), "attempts": num_attempts}
@@ -51,46 +56,42 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 
 def sample_source(
-    job: Job, settings: CorpusSample, source: str, num_examples: int, verifier: Verifier
+    job: Job, source: str, num_examples: int, pool: GeneratorPool, verifier: Verifier
 ) -> tuple[list[dict[str, Any]], int]:
     """Example rows of one source, and how many answers they took."""
-    path = job.model_path(source)
-    tokenizer = load_tokenizer(path)
+    settings = job.corpus.sample
+    assert settings is not None
+    tokenizer = load_tokenizer(job.model_path(source))
     problems = endless_problems(make_tasks(job.tasks), "train", seed_of(job.run.seed, source))
     rows: list[dict[str, Any]] = []
     num_attempts = 0
-    seed = seed_of(job.run.seed, "sample", source)
-    with GeneratorPool(path, job.model.dtype, job.generator, seed) as pool:
-        for batch in batches(problems, 4 * job.generator.max_concurrent * job.generator.replicas):
-            requests = [
-                Request(
-                    tuple(prompt_ids(tokenizer, problem.messages)),
-                    num_samples=1,
-                    seed=seed_of(seed, problem.problem_id, epoch),
-                )
-                for epoch, problem in batch
-            ]
-            answers = [answer for (answer,) in pool.sample(requests, settings.temperature)]
-            verdicts = verifier.judge(
-                [
-                    (problem, answer.text)
-                    for (_, problem), answer in zip(batch, answers, strict=True)
-                ]
+    while len(rows) < num_examples:
+        if num_attempts > settings.max_attempts_per_example * num_examples:
+            raise BadInput(
+                f"corpus.sample.num_examples.{source}: read {num_examples};"
+                f" {job.model_path(source)} gave only {len(rows)} right answers to {num_attempts}"
+                " problems; expected a better model or fewer examples"
             )
-            num_attempts += len(batch)
-            rows += [
-                example(source, epoch, problem, answer)
-                for (epoch, problem), answer, verdict in zip(batch, answers, verdicts, strict=True)
-                if verdict.correct and can_be_read_back(tokenizer, problem, answer)
-            ]
-            if len(rows) >= num_examples:
-                return rows[:num_examples], num_attempts
-            if num_attempts > settings.max_attempts_per_example * num_examples:
-                break
-    raise BadInput(
-        f"corpus.sample.num_examples.{source}: read {num_examples}; {path} gave only {len(rows)}"
-        f" right answers to {num_attempts} problems; expected a better model or fewer examples"
-    )
+        batch = list(islice(problems, 4 * job.generator.max_concurrent * job.generator.replicas))
+        requests = [
+            Request(
+                tuple(prompt_ids(tokenizer, problem.messages)),
+                num_samples=1,
+                seed=seed_of(job.run.seed, "sample", source, problem.problem_id, epoch),
+            )
+            for epoch, problem in batch
+        ]
+        answers = [answer for (answer,) in pool.sample(requests, settings.temperature)]
+        pairs = [(p, answer.text) for (_, p), answer in zip(batch, answers, strict=True)]
+        rows += [
+            example(source, epoch, problem, answer)
+            for (epoch, problem), answer, verdict in zip(
+                batch, answers, verifier.judge(pairs), strict=True
+            )
+            if verdict.correct and can_be_read_back(tokenizer, problem, answer)
+        ]
+        num_attempts += len(batch)
+    return rows[:num_examples], num_attempts
 
 
 def example(source: str, epoch: int, problem: Problem, answer: Completion) -> dict[str, Any]:
@@ -112,9 +113,3 @@ def can_be_read_back(tokenizer: Tokenizer, problem: Problem, answer: Completion)
         return False
     messages = [*problem.messages, {"role": "assistant", "content": answer.text}]
     return conversation_ids(tokenizer, messages)[1] == list(answer.token_ids)
-
-
-def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
-    while batch := list(islice(items, size)):
-        yield batch

@@ -35,7 +35,7 @@ OPTIMISATION = Optimisation(
     schedule="linear",
     warmup_fraction=0.0,
     weight_decay=0.1,
-    max_grad_norm=2.0,
+    max_grad_norm=5.8,
 )
 # Prompt and response lengths of each step; the first two need packs with nothing to learn when
 # they are cut small and dealt to four ranks.
@@ -198,7 +198,7 @@ def reference(tiny_model):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISATION.max_grad_norm)
         facts = {
-            "loss": float(loss),
+            "loss": loss.item(),
             "grad_norm": float(norm),
             "learning_rate": scheduler.get_last_lr()[0],
         }

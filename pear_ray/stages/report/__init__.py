@@ -107,10 +107,11 @@ def verdict(measured: Measured) -> str:
     paired = measured.difference(first.prefix + "rl", second.prefix + "rl", k)
     if paired is None:
         return f"{text}; their difference has no interval."
+    among = f", the best two of {len(reached)} arms" if len(reached) > 2 else ""
     crosses = "includes" if paired["low"] <= 0 <= paired["high"] else "excludes"
     side = "below" if abs(paired["value"]) < NOISE_FLOOR else "not below"
     return (
-        f"{text}. The paired difference is {interval(paired, signed=True)} over"
+        f"{text}{among}. The paired difference is {interval(paired, signed=True)} over"
         f" {measured.scorecard['num_problems']} problems: its 95 % interval {crosses} 0, and it is"
         f" {side} the noise floor of {number(NOISE_FLOOR)}."
     )

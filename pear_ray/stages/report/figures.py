@@ -20,6 +20,9 @@ from pear_ray.stages.report.words import number
 
 MAX_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 20
+MAX_NAME = 40
+MAX_LINES_INSIDE = 4
+"""With more, the legend would hide them and stands below."""
 INK = "#102030"
 """Stands for the text colour of the page until the SVG is written."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -98,7 +101,8 @@ def draw(
         if log:
             axes.set_yscale("log", nonpositive="mask")
         for place, (name, line) in enumerate(lines.items()):
-            style = {"color": PALETTE[place % 6], "linestyle": DASHES[place % 4], "label": name}
+            style = {"color": PALETTE[place % 6], "linestyle": DASHES[place % 4]}
+            style["label"] = name if len(name) < MAX_NAME else name[:MAX_NAME] + "..."
             trace(axes, line, style, bool(ticks), log)
         if level:
             axes.axhline(level[0], color=INK, linewidth=1, linestyle=":", label=level[1])
@@ -111,7 +115,10 @@ def draw(
             axes.set_xlim(-0.3, len(ticks) - 0.7)
         axes.set_xlabel(across)
         axes.set_ylabel(unit)
-        if len(lines) > 1 or level:
+        if len(lines) > MAX_LINES_INSIDE:
+            columns = 2 if max(map(len, lines)) < 24 else 1
+            figure.legend(loc="outside lower center", ncols=columns)
+        elif len(lines) > 1 or level:
             axes.legend()
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -122,7 +129,9 @@ def label_powers(axes: Any) -> None:
     """Plain numbers on a logarithmic axis, three in a decade where there are few decades."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x:g}" if x >= 1e-3 else f"{x:.0e}")
+    )
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -166,7 +175,7 @@ def describe(
 
 
 def inline(document: str, description: str) -> Markup:
-    """An SVG file as an element of the page, which gives it ink, size and, by night, a light blue."""
+    """An SVG file as an element of the page, which chooses its ink, its blue and its size."""
     svg = document[document.index("<svg") :].replace(INK, "currentColor")
     svg = svg.replace(PALETTE[0].lower(), "var(--blue)")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

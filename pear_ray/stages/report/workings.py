@@ -207,7 +207,7 @@ def spent(measured: Measured) -> Section | str:
         "Where the time went",
         "Learners and generators are two sides of one step: unless rollouts run ahead, the"
         " learners' wait is the time in which the generators take over weights and sample. Bars are"
-        " shares of the step.",
+        " shares of the whole step as learners see it.",
         tuple(tables),
     )
 
@@ -216,8 +216,8 @@ def step_tables(arms: list[Home]) -> list[Table]:
     """Mean seconds of one RL step, by what they went to on either side."""
     learners = {"wait_seconds": "wait for rollouts", "learn_seconds": "learn"}
     learners |= {"publish_seconds": "publish weights"}
-    generators = {"generator_wait_seconds": "wait for weights", "pause_seconds": "take them over"}
-    generators |= {"sample_seconds": "sample"}
+    generators = {"pause_seconds": "take over weights", "sample_seconds": "sample"}
+    generators |= {"verdict_seconds": "judge"}
     tables = []
     for side, parts in {"learners": learners, "generators": generators}.items():
         rows: list[tuple[Cell, ...]] = []
@@ -226,7 +226,7 @@ def step_tables(arms: list[Home]) -> list[Table]:
             means = [mean(arm.values("rl", key)) for key in parts]
             rest = max(0.0, step - float(np.nansum(means)))
             rows.append((arm.name, number(step), *(share(s, step) for s in (*means, rest))))
-        header = ("arm", "whole step", *parts.values(), "rest")
+        header = ("arm", "whole step", *parts.values(), "everything else")
         tables.append(Table(header, tuple(rows), f"One RL step of the {side}, mean seconds"))
     return tables
 
