@@ -194,6 +194,10 @@ def test_json_appears_whole_or_not_at_all():
     with pytest.raises(TypeError):
         write_json(path, {"a": 2, "b": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+    with path.open() as opened_before:
+        write_json(path, {"a": 3})
+        assert json.load(opened_before) == {"a": 1}
+    assert json.loads(path.read_text()) == {"a": 3}
 
 
 def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start):

@@ -55,7 +55,9 @@ class Learner:
         config = deepspeed_config(dtype, settings, optimisation)
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
-        policy = load_policy(path, dtype, settings.tokens_per_logits_chunk)
+        # A full micro-batch's chunks: as many on every rank and in every step.
+        chunks = -(-settings.tokens_per_micro_batch // settings.tokens_per_logits_chunk)
+        policy = load_policy(path, dtype, chunks)
         if settings.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()

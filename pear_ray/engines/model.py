@@ -38,10 +38,10 @@ class PackedPolicy(nn.Module):
     """A causal language model whose forward pass takes a pack of sequences and gives the
     log-probability and entropy of chosen tokens."""
 
-    def __init__(self, language_model: PreTrainedModel, tokens_per_logits_chunk: int) -> None:
+    def __init__(self, language_model: PreTrainedModel, num_logits_chunks: int) -> None:
         super().__init__()
         self.language_model = language_model
-        self.tokens_per_logits_chunk = tokens_per_logits_chunk
+        self.num_logits_chunks = num_logits_chunks
 
     def forward(
         self,
@@ -60,12 +60,17 @@ class PackedPolicy(nn.Module):
             fold=fold,
         ).last_hidden_state[0]
         head = self.language_model.get_output_embeddings()
-        return predicted_logprobs(
-            hidden, head, token_ids_T, predicted, self.tokens_per_logits_chunk
-        )
+        # Under ZeRO-3 every use of the head is a collective: all ranks need equally many of them,
+        # however few tokens a rank has.
+        chunks = [
+            predicted_logprobs(hidden, head, token_ids_T, positions, max(1, len(positions)))
+            for positions in predicted.tensor_split(self.num_logits_chunks)
+        ]
+        logprobs, entropies = zip(*chunks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
 
 
-def load_policy(path: str, dtype: str, tokens_per_logits_chunk: int) -> PackedPolicy:
+def load_policy(path: str, dtype: str, num_logits_chunks: int) -> PackedPolicy:
     """The model of a Hugging Face folder or hub name, from safetensors only."""
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -74,7 +79,7 @@ def load_policy(path: str, dtype: str, tokens_per_logits_chunk: int) -> PackedPo
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return PackedPolicy(model, tokens_per_logits_chunk)
+    return PackedPolicy(model, num_logits_chunks)
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -38,7 +38,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
     else:
         blank = folder.with_name(settings.start_from)
     tokenizer = load_tokenizer(str(blank))
-    policy = load_policy(str(blank), "float32", tokens_per_logits_chunk=65536)
+    policy = load_policy(str(blank), "float32", num_logits_chunks=1)
     optimiser = torch.optim.AdamW(
         policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data.expressions import col, lit
 
 from pear_ray.actors.cluster import connect
 from pear_ray.actors.scorer import Scorer, Tokenise
@@ -33,7 +34,9 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     """Score the corpus into RUN/scored."""
     check_one_tokenizer(job)
     connect()
+    # A log of a job is no place for moving bars; the dashboard has Ray Data's own.
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     corpus = read_corpus(job, run)
     tokenised = corpus.map_batches(
         Tokenise,
@@ -50,9 +53,9 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     num_rows = tokenised.count()
     if num_rows == 0:
         raise BadInput(f"corpus: {corpus_path(job, run)} holds no rows; expected at least one")
-    rejected = tokenised.filter(lambda row: row["reason"] != "").take_all()
+    rejected = tokenised.filter(expr=col("reason") != lit("")).take_all()
     refuse_too_many(job, corpus_path(job, run), rejected, num_rows)
-    usable = tokenised.filter(lambda row: row["reason"] == "")
+    usable = tokenised.filter(expr=col("reason") == lit(""))
     tracker = Tracker(run.folder, "score", job.tracking).rewind(0)
     facts: dict[str, Any] = {"rows": num_rows, "rejected": len(rejected), "sources": {}}
     with run.new_folder("scored") as folder:
@@ -70,7 +73,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) -> dict[str, Any]:
     """Score the rows of one source, sorted by example_id, into Parquet files."""
-    rows = usable.filter(lambda row: row["source"] == source)
+    rows = usable.filter(expr=col("source") == lit(source)).materialize()
     if rows.count() == 0:
         return {}
     started = time.time()

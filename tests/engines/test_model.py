@@ -74,11 +74,11 @@ def one_by_one(model, sequence):
     return log_softmax[places - 1, ids[places]], entropies
 
 
-@pytest.mark.parametrize("tokens_per_logits_chunk", [1, 7, 1000])
-def test_a_pack_is_its_sequences_one_by_one(folder, tokens_per_logits_chunk):
+@pytest.mark.parametrize("num_logits_chunks", [1, 7, 100])
+def test_a_pack_is_its_sequences_one_by_one(folder, num_logits_chunks):
     lengths = [(1, 1), (5, 9), (1, 30), (20, 1), (3, 3), (2, 14)]
     ((batch,),) = pack(sequences_of(lengths, 0), 1, 1000)
-    policy = load_policy(str(folder), "float32", tokens_per_logits_chunk)
+    policy = load_policy(str(folder), "float32", num_logits_chunks)
     logprobs, entropies = policy(
         torch.from_numpy(batch.token_ids_T),
         torch.from_numpy(batch.position_ids_T),
