@@ -1,4 +1,4 @@
-"""What tests share: one local Ray, tiny models with their engines, and proof that nothing is left."""
+"""What tests share: one local Ray, tiny models, an engine, and proof that nothing is left."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from pear_ray.actors.pool import GeneratorPool
 
 # Read when the libraries are imported or Ray starts, and handed on to every process of the tests.
 MARK = ("PEAR_RAY_TEST_SESSION", uuid.uuid4().hex)
@@ -123,18 +126,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def engines(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[Callable]:
-    """A vLLM engine in its own process by `tied`; it starts with the model of seed 0."""
+def pool(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[GeneratorPool]:
+    """A vLLM engine in its own process, which takes seconds to start: it serves model after model."""
     from pear_ray.actors.pool import GeneratorPool
     from pear_ray.config import Generator
 
     settings = Generator(
         max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
     )
-    with ExitStack() as stack:
-
-        @cache
-        def start(tied: bool) -> GeneratorPool:
-            return stack.enter_context(GeneratorPool(str(tiny_model(tied)), "float32", settings, 0))
-
-        yield start
+    with GeneratorPool(str(tiny_model(True)), "float32", settings, seed=0) as started:
+        yield started

@@ -130,11 +130,7 @@ MISTAKES = {
         (),
         ["tasks.0.options", "read {'depth': 3}"],
     ),
-    "no task": (
-        replaced('[[tasks]]\nname = "countdown"', ""),
-        (),
-        ["job.toml: tasks", "required"],
-    ),
+    "no task": (replaced('[[tasks]]\nname = "countdown"', ""), (), ["job.toml: tasks", "required"]),
     "missing section": (
         replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""),
         (),
@@ -165,11 +161,7 @@ MISTAKES = {
         (),
         ["sft", "clip_log_ratio: read [0.3, -0.08]", "expected the lower bound first"],
     ),
-    "not TOML": (
-        replaced("[model]", "[model"),
-        (),
-        ["job.toml: is not TOML", "line 4"],
-    ),
+    "not TOML": (replaced("[model]", "[model"), (), ["job.toml: is not TOML", "line 4"]),
     "arm with an unknown key": (
         JOB + "[[arms]]\nname = 'a'\nsft = {levle = 'token'}",
         (),
@@ -225,11 +217,7 @@ MISTAKES = {
         (),
         ["job.toml: model", "either path", "or pretrain"],
     ),
-    "no corpus": (
-        replaced(SAMPLED[0], ""),
-        (),
-        ["corpus.path", "missing", "Parquet or JSONL"],
-    ),
+    "no corpus": (replaced(SAMPLED[0], ""), (), ["corpus.path", "missing", "Parquet or JSONL"]),
     "corpus that is not there": (
         replaced("corpus.jsonl", "nowhere.jsonl"),
         (),
@@ -256,11 +244,7 @@ MISTAKES = {
         ("--sft.level", "blok"),
         ["invalid choice 'blok'", "--sft.level", "'sequence'"],
     ),
-    "override: a word for a number": (
-        JOB,
-        ("--rl.steps", "many"),
-        ["--rl.steps", "many", "int"],
-    ),
+    "override: a word for a number": (JOB, ("--rl.steps", "many"), ["--rl.steps", "many", "int"]),
     "override: out of range": (
         JOB,
         ("--sft.discount", "0"),

@@ -1,4 +1,4 @@
-"""Partitions of several ranks through the object store and back, and everything that can go wrong."""
+"""Partitions of several ranks through the object store and back, and what can go wrong."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""vLLM engines against transformers on the same ids, before and after new weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pear_ray.engines.generator import Request
+
+LONGEST = 47  # One place of max_model_len 48 is kept for the token that the engine generates.
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tied(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(tied, tiny_model):
+    """Folders of two models of one architecture; engines start with the first."""
+    return [str(tiny_model(tied, seed)) for seed in (0, 1)]
+
+
+@pytest.fixture
+def engine(models, pool):
+    """The engine, serving the first model."""
+    pool.serve(models[0])
+    return pool
+
+
+def rows_of(lengths, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        (draw.integers(0, 100, p).tolist(), draw.integers(0, 100, r).tolist()) for p, r in lengths
+    ]
+
+
+ROWS = rows_of(
+    [(1, 1), (1, 2), (2, 1), (1, LONGEST - 1), (LONGEST - 1, 1), (20, LONGEST - 20)]
+    + [(1 + n % 13, 1 + n % 29) for n in range(40)]
+)
+
+
+@torch.no_grad()
+def by_transformers(folder, rows):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    scores = []
+    for prompt, response in rows:
+        ids = torch.tensor([*prompt, *response])
+        logprobs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        places = torch.arange(len(prompt), len(ids))
+        scores.append(logprobs[places - 1, ids[places]].numpy())
+    return scores
+
+
+def largest_gap(ours, theirs):
+    gaps = [np.abs(o - t).max() for o, t in zip(ours, theirs, strict=True)]
+    assert [len(o) for o in ours] == [len(t) for t in theirs]
+    return float(max(gaps))
+
+
+def test_scores_are_those_of_transformers(engine, models, record_property):
+    scores = engine.score(ROWS)
+    assert {score.dtype for score in scores} == {np.dtype(np.float32)}
+    gap = largest_gap(scores, by_transformers(models[0], ROWS))
+    record_property("gap", gap)
+    assert gap <= 1e-4
+
+
+def test_scores_follow_the_weights_that_are_loaded(engine, models, record_property):
+    """With tied embeddings the output head once kept its old weights, without an error."""
+    before = engine.score(ROWS)
+    for folder in (models[1], models[0], models[1]):
+        engine.serve(folder)
+        gap = largest_gap(engine.score(ROWS), by_transformers(folder, ROWS))
+        record_property("gap", gap)
+        assert gap <= 1e-4
+    # The models differ so much that a mixture of both would show.
+    assert largest_gap(engine.score(ROWS), before) > 1
+
+
+def requests_of(count, num_samples=4):
+    prompts = rows_of([(1 + n % 9, 1) for n in range(count)], seed=1)
+    return [Request(tuple(p), num_samples, seed=1000 * n) for n, (p, _) in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_are_scored_ones(engine, models, temperature, record_property):
+    requests = requests_of(24)
+    answers = engine.sample(requests, temperature)
+    assert [len(group) for group in answers] == [4] * 24
+    rows, sampled = [], []
+    for request, group in zip(requests, answers, strict=True):
+        for answer in group:
+            rows.append((list(request.prompt_ids), list(answer.token_ids)))
+            sampled.append(np.asarray(answer.logprobs, np.float32))
+    gap = largest_gap(engine.score(rows), sampled)
+    gap = max(gap, largest_gap(by_transformers(models[0], rows), sampled))
+    record_property("gap", gap)
+    assert gap <= 1e-4
+
+
+def test_an_answer_ends_with_its_end_or_at_the_longest(engine):
+    answers = [a for group in engine.sample(requests_of(24), 1.0) for a in group]
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    eos = 1
+    for answer in answers:
+        stopped = answer.finish_reason == "stop"
+        assert (answer.token_ids[-1] == eos) == stopped
+        assert eos not in answer.token_ids[:-1]
+        assert len(answer.token_ids) == len(answer.logprobs) <= 24
+        assert stopped or len(answer.token_ids) == 24
+        assert "<" not in answer.text
+
+
+def test_answers_say_which_weights_wrote_them(engine, models):
+    def version():
+        ((answer,),) = engine.sample(requests_of(1, num_samples=1), 1.0)
+        oldest, newest = answer.policy_versions
+        assert oldest == newest
+        return newest
+
+    first = version()
+    assert version() == first
+    engine.serve(models[1])
+    assert version() == first + 1
+
+
+def test_seeds_decide_the_answers_whatever_else_is_served(engine):
+    requests = requests_of(24)
+    alone = engine.sample(requests, 1.0)
+    backwards = engine.sample(requests[::-1], 1.0)[::-1]
+    few = engine.sample(requests[5:7], 1.0)
+    tokens = [[answer.token_ids for answer in group] for group in alone]
+    assert [[a.token_ids for a in group] for group in backwards] == tokens
+    assert [[a.token_ids for a in group] for group in few] == tokens[5:7]
+    # Other seeds give other answers, and so do the samples of one request.
+    other = [Request(r.prompt_ids, r.num_samples, r.seed + 17) for r in requests]
+    assert [[a.token_ids for a in g] for g in engine.sample(other, 1.0)] != tokens
+    assert all(len(set(group)) > 1 for group in tokens)
+
+
+def test_a_row_that_does_not_fit_is_an_error(engine):
+    with pytest.raises(Exception, match="48"):
+        engine.score(rows_of([(20, 40)]))
+    assert len(engine.score(ROWS[:2])) == 2
