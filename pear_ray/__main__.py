@@ -87,7 +87,8 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
         )
         return Job.model_validate(laid_over.model_dump())
     except ValidationError as error:
-        raise BadInput(describe(f"{path} with {' '.join(overrides)}", error)) from error
+        where = f"{path} with {' '.join(overrides)}"
+        raise BadInput(describe(where, error, Job)) from error
 
 
 def usage() -> str:

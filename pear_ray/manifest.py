@@ -70,8 +70,8 @@ class Run:
 
     def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
-        # The report is cheap, and the only stage that reads what may have come since.
-        if stage != "report" and self.is_done(stage):
+        # The report is cheap and reads what may have come since; the pipeline asks each stage.
+        if stage not in ("report", "pipeline") and self.is_done(stage):
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)
@@ -107,7 +107,11 @@ class Run:
         target, aside = self.folder / name, self.folder / f"{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        yield aside
+        try:
+            yield aside
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)

@@ -40,9 +40,11 @@ class Tracker:
     def rewind(self, step: int) -> Self:
         """Forget this stage's numbers from `step` on: an attempt that did not last wrote them."""
         if self._path.exists():
+            # A kill may have torn the last line: whole lines end with a newline.
+            whole, _, _ = self._path.read_text().rpartition("\n")
             kept = [
                 line
-                for line in self._path.read_text().splitlines()
+                for line in whole.splitlines()
                 if (row := json.loads(line))["stage"] != self._stage or row["step"] < step
             ]
             aside = self._path.with_name("metrics.jsonl.partial")

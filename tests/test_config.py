@@ -9,7 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from pear_ray import config
-from pear_ray.config import BadInput, Job, Section, known_keys, read_job
+from pear_ray.config import BadInput, Job, read_job
+from pear_ray.config.mistakes import known_keys
+from pear_ray.config.sections import Section
 
 ROOT = Path(__file__).parents[1]
 JOB_FILES = sorted((ROOT / "jobs").glob("*.toml"))

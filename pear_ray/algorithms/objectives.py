@@ -127,7 +127,8 @@ class ClippedPolicyGradient:
     clip_high: float
 
     def __call__(self, tokens: Tokens) -> Sums:
-        log_ratios = tokens.logprobs - tokens.sampled_logprobs
+        # e^20 is far outside every clip; beyond e^88 float32 would give inf, and inf x 0 is NaN.
+        log_ratios = (tokens.logprobs - tokens.sampled_logprobs).clamp(-20.0, 20.0)
         ratios = log_ratios.exp()
         clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         advantages = tokens.coefficients

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
@@ -130,8 +131,13 @@ def check_corpus(job: Job) -> int:
     ours = digests(load_tokenizer(job.model_path()))
     num_rows = 0
     for file in files:
-        table = pq.read_table(file, columns=["tokenizer_digest", "template_digest", "split"])
-        theirs = {(r["tokenizer_digest"], r["template_digest"]) for r in table.to_pylist()}
+        columns = ["tokenizer_digest", "template_digest", "split", "behaviour_logprobs"]
+        table = pq.read_table(file, columns=columns)
+        logprobs = table.column("behaviour_logprobs").combine_chunks().flatten()
+        if not pc.all(pc.is_finite(logprobs)).as_py():
+            raise BadInput(f"{file}: behaviour_logprobs: read a NaN or infinity; expected numbers")
+        digest_columns = table.select(["tokenizer_digest", "template_digest"])
+        theirs = {tuple(row.values()) for row in digest_columns.to_pylist()}
         if theirs != {ours}:
             raise BadInput(
                 f"{file}: tokenizer_digest, template_digest: read {sorted(theirs)}; expected"

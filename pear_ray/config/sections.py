@@ -6,18 +6,12 @@ relative to the folder in which the command is given.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Fraction = float
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot be used. The message names file, field, what was read and
-    what was expected. The command line turns it into exit code 2."""
+from pear_ray.config.mistakes import describe
 
 
 class Section(BaseModel):
@@ -257,7 +251,7 @@ class Evaluation(Section):
     """Held-out problems of each task."""
     samples_per_problem: int = Field(16, gt=0)
     """Answers to each problem."""
-    ks: tuple[int, ...] = (1, 8)
+    ks: tuple[int, ...] = Field((1, 8), min_length=1)
     """k of the reported pass@k."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
@@ -330,6 +324,11 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Job:
+        if self.learner.tokens_per_micro_batch < self.generator.max_model_len:
+            raise ValueError(
+                f"learner.tokens_per_micro_batch {self.learner.tokens_per_micro_batch} cannot hold"
+                f" one sequence of generator.max_model_len {self.generator.max_model_len} tokens"
+            )
         if self.corpus.sample is not None:
             for source in self.corpus.sample.num_examples:
                 if source not in self.behaviour:
@@ -360,6 +359,7 @@ class Job(Section):
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.run.dir)
 
     def model_path(self, source: str | None = None) -> str:
@@ -371,6 +371,7 @@ class Job(Section):
 
     @property
     def scored_folder(self) -> Path:
+        """Where the ScoredExample rows are."""
         return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
 
     def of_arm(self, arm: Arm) -> Job:
@@ -385,52 +386,3 @@ class Job(Section):
         document["rl"] |= arm.rl
         document["arms"] = ()
         return Job(**document)
-
-
-def read_job(path: Path) -> Job:
-    """The job that a TOML file describes, or the JSON file of a resolved job.
-
-    Raises:
-        BadInput: the file is missing, is not TOML, or says something a job cannot say.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); expected a job file") from error
-    try:
-        if path.suffix == ".json":
-            return Job.model_validate_json(text)
-        return Job.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path}: is not TOML: {error}") from error
-    except ValidationError as error:
-        raise BadInput(describe(path, error)) from error
-
-
-def describe(path: Path | str, error: ValidationError, root: type[BaseModel] = Job) -> str:
-    """One line per mistake: file, field, what was expected, what was read."""
-    lines = []
-    for mistake in error.errors():
-        field = ".".join(str(part) for part in mistake["loc"]) or "(whole job)"
-        if mistake["type"] == "extra_forbidden":
-            known = known_keys(mistake["loc"][:-1], root)
-            message = f"unknown key; expected one of: {', '.join(known)}"
-        else:
-            message = mistake["msg"]
-        read = mistake["input"]
-        shown = "" if isinstance(read, dict | BaseModel) else f"; read {read!r}"
-        lines.append(f"{path}: {field}: {message}{shown}")
-    return "\n".join(lines)
-
-
-def known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
-    """Keys which `root` may have at `location`, a path of keys and list positions."""
-    here: Any = root
-    for part in location:
-        fields = getattr(here, "model_fields", {})
-        if isinstance(part, int) or part not in fields:
-            continue
-        annotation = fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        here = next((c for c in candidates if hasattr(c, "model_fields")), here)
-    return sorted(here.model_fields)

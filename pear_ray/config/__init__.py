@@ -1,0 +1,44 @@
+"""What a job may say, how it is read, and how its mistakes are told."""
+
+from pear_ray.config.job_file import read_job
+from pear_ray.config.mistakes import BadInput, describe
+from pear_ray.config.sections import (
+    Arm,
+    Corpus,
+    CorpusSample,
+    Evaluation,
+    Generator,
+    Job,
+    Learner,
+    Model,
+    ModelSource,
+    Pretrain,
+    Rl,
+    Run,
+    Sft,
+    TaskSpec,
+    Tracking,
+    Weights,
+)
+
+__all__ = [
+    "Arm",
+    "BadInput",
+    "Corpus",
+    "CorpusSample",
+    "Evaluation",
+    "Generator",
+    "Job",
+    "Learner",
+    "Model",
+    "ModelSource",
+    "Pretrain",
+    "Rl",
+    "Run",
+    "Sft",
+    "TaskSpec",
+    "Tracking",
+    "Weights",
+    "describe",
+    "read_job",
+]

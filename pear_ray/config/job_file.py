@@ -1,0 +1,31 @@
+"""Job files: TOML that people write, JSON that a run folder keeps."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pear_ray.config.mistakes import BadInput, describe
+from pear_ray.config.sections import Job
+
+
+def read_job(path: Path) -> Job:
+    """The job that a TOML file describes, or the JSON file of a resolved job.
+
+    Raises:
+        BadInput: the file is missing, is not TOML, or says something a job cannot say.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); expected a job file") from error
+    try:
+        if path.suffix == ".json":
+            return Job.model_validate_json(text)
+        return Job.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: is not TOML: {error}") from error
+    except ValidationError as error:
+        raise BadInput(describe(path, error, Job)) from error
