@@ -127,7 +127,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def pool(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[GeneratorPool]:
-    """A vLLM engine in its own process, which takes seconds to start: it serves model after model."""
+    """A vLLM engine in its own process. It starts slowly, so it serves model after model."""
     from pear_ray.actors.pool import GeneratorPool
     from pear_ray.config import Generator
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.data.aggregate import Max, Sum
 from ray.data.expressions import col, lit
 
 from pear_ray.actors.cluster import connect
@@ -48,7 +49,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         ),
         batch_format="pyarrow",
         num_cpus=min(1.0, job.generator.num_cpus),
-        concurrency=(1, job.generator.replicas),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.generator.replicas),
     ).materialize()
     num_rows = tokenised.count()
     if num_rows == 0:
@@ -83,14 +84,15 @@ def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) 
         fn_constructor_args=(job.model_path(source), job.model.dtype, job.generator, seed),
         batch_format="pyarrow",
         batch_size=ROWS_PER_BATCH,
-        concurrency=(1, job.generator.replicas),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.generator.replicas),
         num_cpus=job.generator.num_cpus,
         num_gpus=job.generator.num_actor_gpus,
     ).materialize()
-    gap = scored.max("recorded_gap")
+    totals = scored.aggregate(Max("recorded_gap"), Sum("num_response_tokens"))
+    gap = totals["max(recorded_gap)"]
     facts = {
         "rows": scored.count(),
-        "response_tokens": scored.sum("num_response_tokens"),
+        "response_tokens": totals["sum(num_response_tokens)"],
         "seconds": round(time.time() - started, 3),
         "recorded_gap_max": gap,
     }
