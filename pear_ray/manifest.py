@@ -71,14 +71,15 @@ class Run:
     def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
         # The report is cheap and reads what may have come since; the pipeline asks each stage.
-        if stage not in ("report", "pipeline") and self.is_done(stage):
+        always = stage in ("report", "pipeline")
+        if not always and self.is_done(stage):
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)
         before = self.manifest["stages"].get(stage, {}).get("state")
         if before == "running":
             self.event(stage, "resumed", "the stage was begun before and had not finished")
-        elif before == "done":
+        elif before == "done" and not always:
             self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is gone")
         started = time.time()
         self._note(stage, {"state": "running", "started": started})

@@ -116,7 +116,10 @@ def met(tiny_model, pool, tmp_path_factory):
     return folder, seen
 
 
-@pytest.fixture(params=[(kind, number) for kind in KINDS for number in range(NUM_VERSIONS)])
+MEETINGS = [(kind, number) for kind in KINDS for number in range(NUM_VERSIONS)]
+
+
+@pytest.fixture(params=MEETINGS, ids=lambda meeting: "-".join(map(str, meeting)))
 def meeting(request, met):
     folder, seen = met
     kind, number = request.param
