@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pear_ray.config.mistakes import describe
 
+Schedule = Literal["cosine", "linear", "constant"]
+
 
 class Section(BaseModel):
     # JSON cannot say infinity, and config.json must read back as the same job.
@@ -109,7 +111,22 @@ class Corpus(Section):
         return self
 
 
-class Sft(Section):
+class Optimiser(Section):
+    """AdamW and its learning rate, alike in every stage that trains."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises to its peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient norm above which the gradient is scaled down."""
+
+
+class Sft(Optimiser):
     level: Literal["none", "token", "block", "sequence"] = "token"
     """PEAR's importance weights; "none" is plain SFT."""
     discount: float = Field(0.999, gt=0, le=1)
@@ -126,14 +143,6 @@ class Sft(Section):
     """Sequences in one optimiser step, over all ranks."""
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradient norm above which the gradient is scaled down."""
 
     @model_validator(mode="after")
     def _clips_in_order(self) -> Sft:
@@ -144,7 +153,7 @@ class Sft(Section):
         return self
 
 
-class Rl(Section):
+class Rl(Optimiser):
     steps: int = Field(200, gt=0)
     """Optimiser steps; each learns from one batch of fresh rollouts."""
     problems_per_step: int = Field(128, gt=0)
@@ -161,14 +170,8 @@ class Rl(Section):
     """Learner steps by which sampling may run ahead of learning; 0 is on-policy."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    schedule: Schedule = "constant"
     """Learning rate after the warm-up."""
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradient norm above which the gradient is scaled down."""
 
 
 class Generator(Section):

@@ -16,21 +16,10 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from pear_ray.algorithms.objectives import Objective, Tokens
 from pear_ray.config import Learner as Settings
+from pear_ray.config import Optimiser
 from pear_ray.engines.attention import unfolding
 from pear_ray.engines.model import load_policy
 from pear_ray.records import TrainingBatch
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """AdamW and its learning-rate schedule, over a known number of steps."""
-
-    num_steps: int
-    learning_rate: float
-    schedule: str
-    warmup_fraction: float
-    weight_decay: float
-    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -49,10 +38,16 @@ class Learner:
     """Parameters, gradients and optimiser states of one rank; every method is collective."""
 
     def __init__(
-        self, path: str, dtype: str, settings: Settings, optimisation: Optimisation, seed: int
+        self,
+        path: str,
+        dtype: str,
+        settings: Settings,
+        optimiser: Optimiser,
+        num_steps: int,
+        seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        config = deepspeed_config(dtype, settings, optimisation)
+        config = deepspeed_config(dtype, optimiser)
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
         # A full micro-batch's chunks: as many on every rank and in every step.
@@ -65,11 +60,11 @@ class Learner:
             model=policy,
             model_parameters=policy.parameters(),
             config=config,
-            lr_scheduler=lambda optimiser: get_scheduler(
-                optimisation.schedule,
-                optimiser,
-                num_warmup_steps=round(optimisation.warmup_fraction * optimisation.num_steps),
-                num_training_steps=optimisation.num_steps,
+            lr_scheduler=lambda adam: get_scheduler(
+                optimiser.schedule,
+                adam,
+                num_warmup_steps=round(optimiser.warmup_fraction * num_steps),
+                num_training_steps=num_steps,
             ),
         )
         self._device = self._engine.device
@@ -175,18 +170,18 @@ class Learner:
         }
 
 
-def deepspeed_config(dtype: str, settings: Settings, optimisation: Optimisation) -> dict:
+def deepspeed_config(dtype: str, optimiser: Optimiser) -> dict:
     """ZeRO stage 3 with everything partitioned, however small a parameter is."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimisation.max_grad_norm,
+        "gradient_clipping": optimiser.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": optimisation.learning_rate,
-                "weight_decay": optimisation.weight_decay,
+                "lr": optimiser.learning_rate,
+                "weight_decay": optimiser.weight_decay,
                 "torch_adam": True,
             },
         },

@@ -34,7 +34,7 @@ from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.objectives import ClippedPolicyGradient
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Job
-from pear_ray.engines.learner import Learner, Optimisation, StepResult
+from pear_ray.engines.learner import Learner, StepResult
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.tracking import Tracker
@@ -105,7 +105,9 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     job, folder = Job(**config["job"]), Path(config["folder"])
     board, queue = config["board"], config["queue"]
     rank, num_ranks = rank_and_count()
-    learner = make_learner(job, config["start"])
+    learner = Learner(
+        config["start"], job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed
+    )
     start = restore(learner)
     tracker = Tracker(folder, "rl", job.tracking).rewind(start) if rank == 0 else None
     objective = ClippedPolicyGradient(*job.rl.clip_ratio)
@@ -149,20 +151,6 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     if tracker:
         tracker.close()
     return {"steps": job.rl.steps, "problems": job.rl.steps * job.rl.problems_per_step}
-
-
-def make_learner(job: Job, start: str) -> Learner:
-    """This rank's part of the policy and its optimiser."""
-    settings = job.rl
-    optimisation = Optimisation(
-        settings.steps,
-        settings.learning_rate,
-        settings.schedule,
-        settings.warmup_fraction,
-        settings.weight_decay,
-        settings.max_grad_norm,
-    )
-    return Learner(start, job.model.dtype, job.learner, optimisation, job.run.seed)
 
 
 def take(queue: Any, step: int, deadline_seconds: float) -> Rollouts:

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 import ray.data
-from ray.data.aggregate import Max, Sum
 from ray.data.expressions import col, lit
 
 from pear_ray.actors.cluster import connect
@@ -88,12 +88,18 @@ def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) 
         num_cpus=job.generator.num_cpus,
         num_gpus=job.generator.num_actor_gpus,
     ).materialize()
-    totals = scored.aggregate(Max("recorded_gap"), Sum("num_response_tokens"))
-    gap = totals["max(recorded_gap)"]
+    seconds = round(time.time() - started, 3)
+    gaps: list[float] = []
+    num_tokens = 0
+    small = scored.select_columns(["recorded_gap", "num_response_tokens"])
+    for batch in small.iter_batches(batch_format="pyarrow"):
+        num_tokens += pc.sum(batch.column("num_response_tokens")).as_py()
+        gaps += [gap for gap in [pc.max(batch.column("recorded_gap")).as_py()] if gap is not None]
+    gap = max(gaps, default=None)
     facts = {
         "rows": scored.count(),
-        "response_tokens": totals["sum(num_response_tokens)"],
-        "seconds": round(time.time() - started, 3),
+        "response_tokens": num_tokens,
+        "seconds": seconds,
         "recorded_gap_max": gap,
     }
     scored.sort("example_id").select_columns(SCORED_SCHEMA.names).write_parquet(str(folder))

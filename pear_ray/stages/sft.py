@@ -19,7 +19,7 @@ from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import weight_summary
 from pear_ray.config import BadInput, Job
-from pear_ray.engines.learner import Learner, Optimisation, StepResult
+from pear_ray.engines.learner import Learner, StepResult
 from pear_ray.engines.model import digests, load_tokenizer
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingSequence
@@ -51,18 +51,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     steps_per_epoch = len(corpus) // settings.examples_per_step
     num_steps = settings.epochs * steps_per_epoch
     learner = Learner(
-        job.model_path(),
-        job.model.dtype,
-        job.learner,
-        Optimisation(
-            num_steps,
-            settings.learning_rate,
-            settings.schedule,
-            settings.warmup_fraction,
-            settings.weight_decay,
-            settings.max_grad_norm,
-        ),
-        job.run.seed,
+        job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed
     )
     start = restore(learner)
     tracker = Tracker(folder, "sft", job.tracking).rewind(start) if rank == 0 else None

@@ -23,14 +23,14 @@ from pear_ray.actors.training import begin, keep, rank_and_count, restore, train
 from pear_ray.algorithms.objectives import Nll, PearNll
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Learner as Settings
-from pear_ray.engines.learner import Learner, Optimisation
+from pear_ray.config import Optimiser
+from pear_ray.engines.learner import Learner
 from pear_ray.engines.model import digests, load_tokenizer
 from pear_ray.records import TrainingSequence
 
 NUM_STEPS = 3
 # The norm of the gradient lies on both sides of the bound, and the learning rate changes.
-OPTIMISATION = Optimisation(
-    num_steps=NUM_STEPS,
+OPTIMISER = Optimiser(
     learning_rate=2e-4,
     schedule="linear",
     warmup_fraction=0.0,
@@ -85,7 +85,7 @@ class Rank:
             tokens_per_logits_chunk=16,
             **changes,
         )
-        return Learner(self.config["model"], "float32", settings, OPTIMISATION, seed=0)
+        return Learner(self.config["model"], "float32", settings, OPTIMISER, NUM_STEPS, seed=0)
 
     def batches(self, step):
         return pack(sequences(step), self.num_ranks, self.cut)[self.rank]
@@ -189,7 +189,7 @@ def reference(tiny_model):
     """The same steps, one sequence at a time: losses, gradient norms, rates and parameters."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model(False), attn_implementation="sdpa")
     optimiser = torch.optim.AdamW(
-        model.parameters(), OPTIMISATION.learning_rate, weight_decay=OPTIMISATION.weight_decay
+        model.parameters(), OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay
     )
     scheduler = get_scheduler("linear", optimiser, 0, NUM_STEPS)
     steps = []
@@ -198,7 +198,7 @@ def reference(tiny_model):
         loss = loss / sum(int(s.trainable.sum()) for s in sequences(step))
         optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISATION.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISER.max_grad_norm)
         facts = {
             "loss": loss.item(),
             "grad_norm": float(norm),
@@ -209,7 +209,7 @@ def reference(tiny_model):
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         steps.append((facts, parameters))
     norms = [facts["grad_norm"] for facts, _ in steps]
-    assert min(norms) < OPTIMISATION.max_grad_norm < max(norms)
+    assert min(norms) < OPTIMISER.max_grad_norm < max(norms)
     return steps
 
 

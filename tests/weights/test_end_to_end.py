@@ -16,14 +16,15 @@ from pear_ray.actors.training import begin, rank_and_count, train
 from pear_ray.algorithms.objectives import Nll
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Learner as Settings
+from pear_ray.config import Optimiser
 from pear_ray.engines.generator import Request
-from pear_ray.engines.learner import Learner, Optimisation
+from pear_ray.engines.learner import Learner
 from pear_ray.records import TrainingSequence
 from pear_ray.weights.assemble import fetch
 from pear_ray.weights.publish import publish
 
 SETTINGS = Settings(num_workers=2, tokens_per_micro_batch=200, deadline_seconds=200, max_failures=0)
-OPTIMISATION = Optimisation(3, 1e-2, "constant", 0.0, 0.0, 1.0)
+OPTIMISER = Optimiser(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
 NUM_VERSIONS = 3
 KINDS = {"tied": True, "untied": False}
 
@@ -51,7 +52,7 @@ def learn(config):
     rank, num_ranks = rank_and_count()
     folder = Path(config["folder"])
     for kind, (model, board, queue) in config["models"].items():
-        learner = Learner(model, "float32", SETTINGS, OPTIMISATION, seed=0)
+        learner = Learner(model, "float32", SETTINGS, OPTIMISER, num_steps=3, seed=0)
         for version in range(NUM_VERSIONS):
             buckets = publish(learner.partitions(), rank, bucket_mib=1)
             ray.get(board.announce.remote(version, rank, num_ranks, buckets))
