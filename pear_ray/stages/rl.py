@@ -57,11 +57,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         "board": board,
         "queue": queue,
     }
-    with (
-        GeneratorPool(start, job.model.dtype, job.generator, job.run.seed) as pool,
-        ThreadPoolExecutor(1) as executor,
-    ):
-        rollouts: Future[None] = executor.submit(roll_out, job, start, pool, board, queue)
+    with ThreadPoolExecutor(1) as executor:
+        rollouts: Future[None] = executor.submit(roll_out, job, start, board, queue)
         try:
             return train(learn, config, job.learner, run.folder / "rl" / f"{run.folder.name}-rl")
         except Exception as error:
@@ -72,31 +69,34 @@ def run(job: Job, run: Run) -> dict[str, Any]:
             ray.get(board.close.remote("the learners have ended"))
 
 
-def roll_out(job: Job, start: str, pool: GeneratorPool, board: Any, queue: Any) -> None:
-    """The generators' side: for each learner step, fresh answers to the next problems."""
+def roll_out(job: Job, start: str, board: Any, queue: Any) -> None:
+    """The generators' side: for each learner step, fresh answers to the next problems. Engines
+    start while the learners do."""
     deadline = job.learner.deadline_seconds
     verifier = Verifier(job.tasks)
     try:
-        first_step = ray.get(board.newest.remote(0, deadline)).version
-        stream = RolloutStream(job, start, first_step, pool, verifier)
-        for step in range(first_step, job.rl.steps):
-            version = ray.get(board.newest.remote(step - job.rl.max_staleness, deadline))
-            rollouts = stream.next(version)
-            ray.get(queue.put.remote(step, [ray.put(rollouts)]))
-            numbers = rollouts.numbers
-            log.info(
-                "rl: step %d of %d: pass rate %.3f, %.1f tokens an answer, sampled in %.1f s",
-                step + 1,
-                job.rl.steps,
-                numbers["pass_rate"],
-                numbers["response_tokens_mean"],
-                numbers["sample_seconds"],
-            )
+        with GeneratorPool(start, job.model.dtype, job.generator, job.run.seed) as pool:
+            first_step = ray.get(board.newest.remote(0, deadline)).version
+            stream = RolloutStream(job, start, first_step, pool, verifier)
+            for step in range(first_step, job.rl.steps):
+                version = ray.get(board.newest.remote(step - job.rl.max_staleness, deadline))
+                rollouts = stream.next(version)
+                ray.get(queue.put.remote(step, [ray.put(rollouts)]))
+                log.info("rl: step %d of %d: %s", step + 1, job.rl.steps, in_words(rollouts))
     except BaseException as error:
         ray.get(queue.close.remote(f"the rollouts failed: {error!r}"))
         raise
     finally:
         verifier.close()
+
+
+def in_words(rollouts: Rollouts) -> str:
+    """One step's rollouts on a line that fits a terminal."""
+    numbers = rollouts.numbers
+    return (
+        f"pass rate {numbers['pass_rate']:.3f}, {numbers['response_tokens_mean']:.1f} tokens an"
+        f" answer, sampled in {numbers['sample_seconds']:.1f} s"
+    )
 
 
 def learn(config: dict[str, Any]) -> dict[str, Any]:
