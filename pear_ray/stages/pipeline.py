@@ -32,5 +32,9 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 
 def stage(name: str) -> Callable[[Job, Run], dict[str, Any]]:
-    """The function of a stage, by name."""
-    return importlib.import_module(f"pear_ray.stages.{name}").run
+    """A stage by name. Its module, and the engines behind it, are imported only if it is run."""
+
+    def function(job: Job, run: Run) -> dict[str, Any]:
+        return importlib.import_module(f"pear_ray.stages.{name}").run(job, run)
+
+    return function
