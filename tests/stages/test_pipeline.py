@@ -119,7 +119,7 @@ def test_arms_start_alike_and_differ_by_the_weights_alone(run: Path) -> None:
     assert plain[0]["nll"] == pytest.approx(pear[0]["nll"], abs=1e-6)
     assert plain[-1]["nll"] != pytest.approx(pear[-1]["nll"], abs=1e-6)
     first = pear[0]["first_weight_by_source"]
-    assert first["coder"] < 0.5 * first["tutor"]
+    assert first["trier"] < 0.75 * first["tutor"]
 
 
 def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> None:
