@@ -150,7 +150,7 @@ def test_manifest_names_versions_and_command():
     perform("sft", Stage())
     manifest = read("manifest.json")
     assert {"python", "ray", "torch", "deepspeed", "transformers"} <= manifest["versions"].keys()
-    assert manifest["command"].startswith("pear-ray ")
+    assert manifest["command"].startswith("pear-ray")
     assert Job(**read("config.json")) == job()
 
 

@@ -37,15 +37,6 @@ USER_ONLY = [{"role": "user", "content": "1 + 2 ="}]
 BAD_CORPORA = {
     "empty": ([], ["holds no", "expected"]),
     "no assistant": ([example(messages=USER_ONLY)], ["a-1", "messages", "['user']", "'assistant'"]),
-    "empty answer": (
-        [example(messages=[*USER_ONLY, {"role": "assistant", "content": ""}])],
-        ["a-1", "answer is empty"],
-    ),
-    "unknown source": ([example(source="nobody")], ["a-1", "source", "'nobody'", "['teacher']"]),
-    "too long": (
-        [example(messages=[*USER_ONLY, {"role": "assistant", "content": "1 " * 80}])],
-        ["a-1", "max_model_len 64"],
-    ),
     "no source column": ([{k: v for k, v in example().items() if k != "source"}], ["['source']"]),
 }
 
