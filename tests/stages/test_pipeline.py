@@ -60,13 +60,11 @@ def address(ray_session: None) -> str:
 
 @pytest.fixture(scope="module")
 def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose driver was killed while scoring, in the middle of one arm's SFT and in
-    the middle of the other arm's RL."""
+    """A finished run whose driver was killed in the middle of SFT and in the middle of RL."""
     folder = tmp_path_factory.mktemp("pipeline") / "run"
-    sft, pear = folder / "arms" / "sft", folder / "arms" / "pear"
+    pear = folder / "arms" / "pear"
     moments = {
-        "score": lambda: "score" in stages(folder),
-        "sft": lambda: len(rows(sft, "sft")) >= 8,
+        "sft": lambda: len(rows(pear, "sft")) >= 8,
         "rl": lambda: len(rows(pear, "rl")) >= 5,
     }
     started: dict[str, float] = {}
@@ -91,35 +89,30 @@ def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     }  # fmt: skip
     for name in ("scored/rejected.jsonl", "evaluate/attempts.parquet", "report/index.html"):
         assert (run / name).exists()
-    for arm in ("sft", "pear"):
-        for stage in ("sft", "rl"):
-            assert (run / "arms" / arm / stage / "export" / "model.safetensors").exists()
+    for stage in ("sft", "rl"):
+        assert (run / "arms" / "pear" / stage / "export" / "model.safetensors").exists()
     assert not list(run.rglob("*.partial"))
 
 
 def test_steps_are_written_once_each_in_spite_of_the_kills(run: Path) -> None:
-    for arm in ("sft", "pear"):
-        sft, rl = (rows(run / "arms" / arm, stage) for stage in ("sft", "rl"))
-        assert [row["step"] for row in sft] == list(range(len(sft))) and len(sft) >= 16
-        assert [row["step"] for row in rl] == list(range(8))
+    sft, rl = (rows(run / "arms" / "pear", stage) for stage in ("sft", "rl"))
+    assert [row["step"] for row in sft] == list(range(len(sft))) and len(sft) >= 16
+    assert [row["step"] for row in rl] == list(range(8))
 
 
 def test_score_agrees_with_what_sampling_recorded(run: Path) -> None:
     gaps = [row["recorded_gap_max"] for row in rows(run, "score")]
-    assert len(gaps) == 2 and max(gaps) <= 1e-4
+    assert len(gaps) == 1 and max(gaps) <= 1e-4
 
 
 def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
-    for arm in ("sft", "pear"):
-        assert max(row["probe_gap_max"] for row in rows(run / "arms" / arm, "rl")) <= 1e-4
+    assert max(row["probe_gap_max"] for row in rows(run / "arms" / "pear", "rl")) <= 1e-4
 
 
-def test_arms_start_alike_and_differ_by_the_weights_alone(run: Path) -> None:
-    plain, pear = (rows(run / "arms" / arm, "sft") for arm in ("sft", "pear"))
-    assert plain[0]["nll"] == pytest.approx(pear[0]["nll"], abs=1e-6)
-    assert plain[-1]["nll"] != pytest.approx(pear[-1]["nll"], abs=1e-6)
-    first = pear[0]["first_weight_by_source"]
-    assert first["trier"] < 0.75 * first["tutor"]
+def test_weights_of_a_source_are_reported(run: Path) -> None:
+    first = rows(run / "arms" / "pear", "sft")[0]
+    assert set(first["first_weight_by_source"]) == {"tutor"}
+    assert 0 < first["effective_sample_size"] < 1
 
 
 def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> None:
@@ -131,13 +124,13 @@ def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> 
 
 def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> None:
     card = json.loads((run / "evaluate" / "scorecard.json").read_text())
-    assert set(card["checkpoints"]) == {"base", "sft/sft", "sft/rl", "pear/sft", "pear/rl"}
+    assert set(card["checkpoints"]) == {"base", "pear/sft", "pear/rl"}
     attempts = pq.read_table(run / "evaluate" / "attempts.parquet").to_pylist()
     problems = {
         c: {a["problem_id"] for a in attempts if a["checkpoint"] == c} for c in card["checkpoints"]
     }
     assert len({frozenset(p) for p in problems.values()}) == 1
-    assert len(attempts) == 5 * 8 * 8
+    assert len(attempts) == 3 * 8 * 8
 
 
 def test_the_same_command_again_repeats_nothing(run: Path, address: str) -> None:
