@@ -82,7 +82,7 @@ def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     assert {s for s, e in stages(run).items() if e["state"] == "done"} >= {
         "pretrain", "sample", "score", "evaluate", "report", "pipeline",
