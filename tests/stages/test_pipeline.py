@@ -116,7 +116,7 @@ def test_weights_of_a_source_are_reported(run: Path) -> None:
 
 
 def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> None:
-    scored = pq.read_table(run / "scored").to_pylist()
+    scored = [r for f in (run / "scored").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
     examples = pq.read_table(run / "sample").to_pylist()
     assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
     assert all(len(r["response_ids"]) == len(r["behaviour_logprobs"]) > 0 for r in scored)
