@@ -56,12 +56,14 @@ EXAMPLE_SCHEMA = pa.schema(
 class ScoredExample:
     """An example as token ids, with the log-probability its author gave each response token.
 
-    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token.
+    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token;
+    `recorded_gap` is their largest difference to log-probs that the example brought along, in nats
+    (None where it brought none).
 
         ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
                       behaviour_logprobs=(-0.51, -0.02, ...), behaviour_model="runs/x/tutor",
                       source="tutor", tokenizer_digest="5f0c...", template_digest="a1b2...",
-                      split="train", correct=True)
+                      split="train", correct=True, recorded_gap=2.4e-7)
     """
 
     example_id: str
@@ -74,6 +76,7 @@ class ScoredExample:
     template_digest: str
     split: str
     correct: bool | None = None
+    recorded_gap: float | None = None
 
 
 SCORED_SCHEMA = pa.schema(
@@ -88,6 +91,7 @@ SCORED_SCHEMA = pa.schema(
         ("template_digest", pa.string()),
         ("split", pa.string()),
         ("correct", pa.bool_()),
+        ("recorded_gap", pa.float32()),
     ]
 )
 

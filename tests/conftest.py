@@ -34,8 +34,7 @@ os.environ.update(
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # DeepSpeed looks for its compiled ops, and for ninja, beside this Python.
-        "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+        # DeepSpeed asks for ninja beside this Python.
         "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
     }
 )

@@ -16,6 +16,8 @@ if [[ -e ${HOME:-}/.gitconfig ]]; then export GIT_CONFIG_GLOBAL=$HOME/.gitconfig
 export HOME=$scratch/home TMPDIR=$scratch/tmp RAY_TMPDIR=$scratch
 export XDG_CACHE_HOME=$HOME/.cache XDG_CONFIG_HOME=$HOME/.config XDG_STATE_HOME=$HOME/.local/state
 export HYPOTHESIS_STORAGE_DIRECTORY=$root/.venv/cache/hypothesis
+# vLLM's sampler compiles a kernel when it first samples.
+export TORCHINDUCTOR_CACHE_DIR=$root/.venv/cache/inductor
 export HF_HUB_OFFLINE=1
 # Process titles must not overwrite the environment in which the mark is read.
 export SPT_NOENV=1

@@ -10,8 +10,7 @@ import numpy as np
 import ray
 
 from pear_ray.config import Generator as Settings
-from pear_ray.engines.generator import Generator, Request
-from pear_ray.engines.model import same_architecture
+from pear_ray.engines.generator import Generator, Request, same_architecture
 from pear_ray.records import Completion
 from pear_ray.weights.assemble import fetch
 from pear_ray.weights.manifest import WeightVersion

@@ -16,7 +16,7 @@ from pear_ray.algorithms.advantages import group_advantages
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.model import load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.records import Completion, Problem, RolloutGroup, TrainingSequence
 from pear_ray.tasks import endless_problems, make_tasks
 from pear_ray.weights.manifest import WeightVersion

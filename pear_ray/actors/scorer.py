@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Generator as Settings
 from pear_ray.engines.generator import Generator
-from pear_ray.engines.model import conversation_ids, digests, load_tokenizer
+from pear_ray.engines.tokenizer import conversation_ids, digests, load_tokenizer
+from pear_ray.records import SCORED_SCHEMA
 
 
 class Tokenise:
@@ -74,6 +76,12 @@ class Tokenise:
         recorded = row.get("response_ids")
         if recorded is not None and list(recorded) != response:
             raise ValueError("response_ids: differ from the ids of the text; expected the same")
+        logprobs = row.get("behaviour_logprobs")
+        if logprobs is not None and len(logprobs) != len(response):
+            raise ValueError(
+                f"behaviour_logprobs: read {len(logprobs)}; expected one for each of the"
+                f" {len(response)} response tokens"
+            )
         return prompt, response
 
     def _split(self, example_id: str) -> str:
@@ -97,35 +105,43 @@ TOKENISED_SCHEMA = pa.schema(
 
 
 class Scorer:
-    """Adds `behaviour_logprobs` under one model, and `recorded_gap`: the largest difference to
-    log-probs that the row brought along, in nats (null where it brought none)."""
+    """Turns tokenised rows into ScoredExample rows.
 
-    def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
-        self._path = path
-        self._generator = Generator(path, dtype, settings, seed)
+    One engine serves the model of each source in turn: rows of one source should come together.
+    """
+
+    def __init__(self, models: dict[str, str], dtype: str, settings: Settings, seed: int) -> None:
+        self._models = models
+        self._served = next(iter(models.values()))
+        self._num_served = 0
+        self._generator = Generator(self._served, dtype, settings, seed)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        sources = table.column("source")
+        return pa.concat_tables(
+            self._scored(table.filter(pc.equal(sources, source)), self._models[source])
+            for source in sources.unique().to_pylist()
+        )
+
+    def _scored(self, table: pa.Table, model: str) -> pa.Table:
+        """Rows of one source."""
+        if model != self._served:
+            self._num_served += 1
+            self._generator.load_folder(model, self._num_served)
+            self._served = model
         rows = table.to_pylist()
+        lengths = [len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows]
         # Rows near in length travel together.
-        order = sorted(
-            range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"] + rows[i]["response_ids"])
-        )
-        scores = self._generator.score(
-            [(rows[i]["prompt_ids"], rows[i]["response_ids"]) for i in order]
-        )
-        found: list[np.ndarray] = [scores[0]] * len(rows)
-        for place, score in zip(order, scores, strict=True):
-            found[place] = score
-        recorded = table.column("recorded_logprobs").to_pylist()
-        gaps = [
-            None if seen is None else float(np.abs(np.asarray(seen, np.float32) - score).max())
-            for seen, score in zip(recorded, found, strict=True)
-        ]
-        columns = table.drop_columns(["recorded_logprobs", "reason"])
-        columns = columns.append_column(
-            "behaviour_logprobs", pa.array([s.tolist() for s in found], pa.list_(pa.float32()))
-        )
-        counts = pa.array([len(s) for s in found], pa.int64())
-        columns = columns.append_column("num_response_tokens", counts)
-        columns = columns.append_column("behaviour_model", pa.array([self._path] * len(rows)))
-        return columns.append_column("recorded_gap", pa.array(gaps, pa.float32()))
+        order = np.argsort(lengths, kind="stable")
+        asked = [(rows[i]["prompt_ids"], rows[i]["response_ids"]) for i in order]
+        scores = dict(zip(order, self._generator.score(asked), strict=True))
+        for i, row in enumerate(rows):
+            row["behaviour_logprobs"] = scores[i]
+            row["behaviour_model"] = model
+            row["recorded_gap"] = gap(row["recorded_logprobs"], scores[i])
+        return pa.Table.from_pylist(rows, SCORED_SCHEMA)
+
+
+def gap(recorded: list[float] | None, score: np.ndarray) -> float | None:
+    """Largest difference between the log-probs that a row brought along and its score."""
+    return None if recorded is None else float(np.abs(np.float32(recorded) - score).max())

@@ -19,11 +19,17 @@ class VerifierActor:
         self._tasks = {task.name: task for task in make_tasks(specs)}
 
     def judge(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        return [self._tasks[problem.task].verdict(problem, text) for problem, text in answers]
+        return [self._verdict(problem, text) for problem, text in answers]
+
+    def _verdict(self, problem: Problem, text: str) -> Verdict:
+        try:
+            return self._tasks[problem.task].verdict(problem, text)
+        except Exception as error:  # of a user's task: any
+            return no_verdict(error)
 
 
 class Verifier:
-    """Judges answers. An answer whose verdict hangs or crashes costs that verdict alone."""
+    """Judges answers. One that hangs, fails or kills the process costs its own verdict alone."""
 
     def __init__(self, specs: Sequence[TaskSpec], seconds_per_call: float = 60.0) -> None:
         self._specs = tuple(specs)
@@ -40,10 +46,15 @@ class Verifier:
             ray.kill(self._actor)
             self._actor = VerifierActor.remote(self._specs)  # type: ignore[attr-defined]
             if len(answers) == 1:
-                return [Verdict(0.0, False, {}, f"no verdict: {type(error).__name__}")]
+                return [no_verdict(error)]
             middle = len(answers) // 2
             return self.judge(answers[:middle]) + self.judge(answers[middle:])
 
     def close(self) -> None:
         """End the process."""
         ray.kill(self._actor)
+
+
+def no_verdict(error: Exception) -> Verdict:
+    """What an answer gets that could not be judged: nothing, and the reason."""
+    return Verdict(0.0, False, {}, f"no verdict: {type(error).__name__}: {error}")

@@ -14,12 +14,12 @@ def predicted_logprobs(
     head: Callable[[Tensor], Tensor],
     token_ids_T: Tensor,
     predicted: Tensor,
-    tokens_per_chunk: int,
+    num_chunks: int,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of chosen tokens given all before them, and the entropy at that place.
 
-    The hidden state at t - 1 predicts token t. Logits are made for `tokens_per_chunk` tokens at
-    a time, again in the backward pass, so that tokens x vocabulary never exists as a whole.
+    The hidden state at t - 1 predicts token t. Logits are made for one chunk of tokens at a time,
+    again in the backward pass, so that tokens x vocabulary never exists as a whole.
 
     Args:
         hidden_T: float [tokens, width], the decoder's output.
@@ -27,13 +27,14 @@ def predicted_logprobs(
         token_ids_T: int64 [tokens].
         predicted: int64 [n], positions of the tokens in question; none is the first of its
             sequence (nothing predicts it).
-        tokens_per_chunk: at least 1.
+        num_chunks: how often the head is used, however few tokens there are: under ZeRO-3 each
+            use is a collective, of which all ranks need equally many.
 
     Returns:
         (logprobs float32 [n] with gradient, entropies float32 [n] in nats without).
     """
     logprobs, entropies = [], []
-    for positions in predicted.split(tokens_per_chunk):
+    for positions in predicted.tensor_split(num_chunks):
         chunk = checkpoint(
             _chunk, hidden_T[positions - 1], token_ids_T[positions], head, use_reentrant=False
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -147,6 +148,17 @@ class Generator:
             finish_reason=str(answer.finish_reason),
             policy_versions=(self.version, self.version),
         )
+
+
+def same_architecture(one: str, other: str) -> bool:
+    """Whether an engine that serves `one` can load the weights in the folder `other`."""
+
+    def shape(path: str) -> dict[str, Any]:
+        config = json.loads((Path(path) / "config.json").read_text())
+        incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+        return {key: value for key, value in config.items() if key not in incidental}
+
+    return Path(one).is_dir() and Path(other).is_dir() and shape(one) == shape(other)
 
 
 def response_logprobs(

@@ -1,30 +1,24 @@
-"""Hugging Face models and tokenizers, and what a conversation is as token ids."""
+"""Hugging Face models: a policy over packs, and small new models."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pear_ray.algorithms.logprobs import predicted_logprobs
-from pear_ray.config import BadInput, Pretrain
+from pear_ray.config import Pretrain
 from pear_ray.engines import attention
-from pear_ray.records import Message
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -60,14 +54,7 @@ class PackedPolicy(nn.Module):
             fold=fold,
         ).last_hidden_state[0]
         head = self.language_model.get_output_embeddings()
-        # Under ZeRO-3 every use of the head is a collective: all ranks need equally many of them,
-        # however few tokens a rank has.
-        chunks = [
-            predicted_logprobs(hidden, head, token_ids_T, positions, max(1, len(positions)))
-            for positions in predicted.tensor_split(self.num_logits_chunks)
-        ]
-        logprobs, entropies = zip(*chunks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        return predicted_logprobs(hidden, head, token_ids_T, predicted, self.num_logits_chunks)
 
 
 def load_policy(path: str, dtype: str, num_logits_chunks: int) -> PackedPolicy:
@@ -80,76 +67,6 @@ def load_policy(path: str, dtype: str, num_logits_chunks: int) -> PackedPolicy:
         trust_remote_code=False,
     )
     return PackedPolicy(model, num_logits_chunks)
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        BadInput: there is none, or it has no chat template or no end-of-sequence token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"model.path: {path}: no tokenizer can be loaded; expected one: {error}"
-        ) from error
-    if tokenizer.chat_template is None:
-        raise BadInput(f"model.path: {path}: the tokenizer has no chat template; expected one")
-    if tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"model.path: {path}: the tokenizer has no end-of-sequence token; expected one"
-        )
-    return tokenizer
-
-
-def same_architecture(one: str, other: str) -> bool:
-    """Whether an engine that serves `one` can load the weights in the folder `other`."""
-
-    def shape(path: str) -> dict[str, Any]:
-        config = json.loads((Path(path) / "config.json").read_text())
-        incidental = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-        return {key: value for key, value in config.items() if key not in incidental}
-
-    return Path(one).is_dir() and Path(other).is_dir() and shape(one) == shape(other)
-
-
-def digests(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Fingerprints of the vocabulary and of the chat template: equal ids mean equal tokens only
-    where these agree."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return _digest(words), _digest(str(tokenizer.chat_template))
-
-
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant is to speak."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def conversation_ids(
-    tokenizer: Tokenizer, messages: Sequence[Message]
-) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the last answer, up to and with its end-of-sequence token.
-
-    Raises:
-        ValueError: the template writes the prompt differently once the answer follows, or the
-            answer is empty.
-    """
-    prompt = prompt_ids(tokenizer, messages[:-1])
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if whole[: len(prompt)] != prompt:
-        raise ValueError(
-            "the chat template does not keep the prompt's tokens when the answer follows"
-        )
-    response = whole[len(prompt) :]
-    ends = [i for i, token in enumerate(response) if token == tokenizer.eos_token_id]
-    if ends:
-        response = response[: ends[-1] + 1]
-    if not response or response == [tokenizer.eos_token_id]:
-        raise ValueError("the assistant's answer is empty")
-    return prompt, response
 
 
 def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str]) -> None:
@@ -185,7 +102,3 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
     model.generation_config.eos_token_id = words["<eos>"]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,13 +13,8 @@ from pear_ray.algorithms.packing import pack
 from pear_ray.config import Pretrain
 from pear_ray.engines.attention import unfolding
 from pear_ray.engines.export import write_folder
-from pear_ray.engines.model import (
-    Tokenizer,
-    conversation_ids,
-    load_policy,
-    load_tokenizer,
-    write_new_model,
-)
+from pear_ray.engines.model import load_policy, write_new_model
+from pear_ray.engines.tokenizer import Tokenizer, conversation_ids, load_tokenizer
 from pear_ray.records import Problem, TrainingSequence
 from pear_ray.tasks.task import Demonstrator
 

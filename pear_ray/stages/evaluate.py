@@ -22,7 +22,7 @@ from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import bootstrap_interval, mean_pass_at_k
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.model import load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.manifest import Run, write_json
 from pear_ray.records import ATTEMPT_SCHEMA, Problem
 from pear_ray.tasks import make_tasks, mixed_problems

@@ -16,7 +16,7 @@ from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.model import Tokenizer, conversation_ids, load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import Tokenizer, conversation_ids, load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
 from pear_ray.tasks import endless_problems, make_tasks

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.expressions import col, lit
 
 from pear_ray.actors.cluster import connect
 from pear_ray.actors.scorer import Scorer, Tokenise
-from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
-from pear_ray.engines.model import digests, load_tokenizer
+from pear_ray.engines.generator import same_architecture
+from pear_ray.engines.tokenizer import digests, load_tokenizer
 from pear_ray.manifest import Run
-from pear_ray.records import SCORED_SCHEMA
 from pear_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -38,73 +39,99 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     # A log of a job is no place for moving bars; the dashboard has Ray Data's own.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    corpus = read_corpus(job, run)
-    tokenised = corpus.map_batches(
-        Tokenise,
-        fn_constructor_args=(
-            job.model_path(),
-            frozenset(job.behaviour),
-            job.generator.max_model_len,
-            job.corpus.heldout_fraction,
-        ),
-        batch_format="pyarrow",
-        num_cpus=min(1.0, job.generator.num_cpus),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.generator.replicas),
-    ).materialize()
+    tokenised = tokenise(job, run).materialize()
     num_rows = tokenised.count()
     if num_rows == 0:
         raise BadInput(f"corpus: {corpus_path(job, run)} holds no rows; expected at least one")
     rejected = tokenised.filter(expr=col("reason") != lit("")).take_all()
     refuse_too_many(job, corpus_path(job, run), rejected, num_rows)
-    usable = tokenised.filter(expr=col("reason") == lit(""))
-    tracker = Tracker(run.folder, "score", job.tracking).rewind(0)
-    facts: dict[str, Any] = {"rows": num_rows, "rejected": len(rejected), "sources": {}}
     with run.new_folder("scored") as folder:
-        for number, source in enumerate(sorted(job.behaviour)):
-            numbers = score_source(job, usable, source, folder)
-            if numbers:
-                tracker.log(number, source=source, rejected=len(rejected), **numbers)
-                facts["sources"][source] = numbers
+        for sources in sharing_engines(job):
+            score(job, tokenised, sources, folder)
         with (folder / "rejected.jsonl").open("w") as file:
             for row in rejected:
                 file.write(json.dumps({k: row[k] for k in ("example_id", "reason")}) + "\n")
-    tracker.close()
+        facts = {"rows": num_rows, "rejected": len(rejected), "sources": measured(folder)}
+    with closing(Tracker(run.folder, "score", job.tracking).rewind(0)) as tracker:
+        for number, (source, numbers) in enumerate(facts["sources"].items()):
+            tracker.log(number, source=source, rejected=len(rejected), **numbers)
+            log.info("score: %s: %s", source, in_words(numbers))
     return facts
 
 
-def score_source(job: Job, usable: ray.data.Dataset, source: str, folder: Path) -> dict[str, Any]:
-    """Score the rows of one source, sorted by example_id, into Parquet files."""
-    rows = usable.filter(expr=col("source") == lit(source)).materialize()
-    if rows.count() == 0:
+def tokenise(job: Job, run: Run) -> ray.data.Dataset:
+    """Every row of the corpus as token ids, or with the reason why it is no use."""
+    rows_to_ids = Tokenise(
+        job.model_path(),
+        frozenset(job.behaviour),
+        job.generator.max_model_len,
+        job.corpus.heldout_fraction,
+    )
+    corpus = read_corpus(job, run)
+    return corpus.map_batches(rows_to_ids, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
+
+
+def sharing_engines(job: Job) -> list[dict[str, str]]:
+    """Model of each source, apart by architecture: an engine that serves one model of several
+    loads the others' weights sooner than another engine starts."""
+    shared: list[dict[str, str]] = []
+    for source in sorted(job.behaviour):
+        path = job.model_path(source)
+        for models in shared:
+            if same_architecture(next(iter(models.values())), path):
+                models[source] = path
+                break
+        else:
+            shared.append({source: path})
+    return shared
+
+
+def score(job: Job, tokenised: ray.data.Dataset, models: dict[str, str], folder: Path) -> None:
+    """Score the usable rows of these sources into Parquet files, sorted by source and id."""
+    usable = (col("reason") == lit("")) & col("source").is_in(list(models))
+    scored = (
+        tokenised.filter(expr=usable)
+        .sort(["source", "example_id"])
+        .map_batches(
+            Scorer,
+            fn_constructor_args=(models, job.model.dtype, job.generator, job.run.seed),
+            batch_format="pyarrow",
+            batch_size=ROWS_PER_BATCH,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.generator.replicas),
+            num_cpus=job.generator.num_cpus,
+            num_gpus=job.generator.num_actor_gpus,
+        )
+    )
+    scored.write_parquet(str(folder))
+
+
+def measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was written of each source: rows, response tokens, and the largest difference to
+    log-probs that rows brought along."""
+    files = [str(file) for file in folder.glob("*.parquet")]
+    if not files:
         return {}
-    started = time.time()
-    seed = seed_of(job.run.seed, "score", source)
-    scored = rows.map_batches(
-        Scorer,
-        fn_constructor_args=(job.model_path(source), job.model.dtype, job.generator, seed),
-        batch_format="pyarrow",
-        batch_size=ROWS_PER_BATCH,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=job.generator.replicas),
-        num_cpus=job.generator.num_cpus,
-        num_gpus=job.generator.num_actor_gpus,
-    ).materialize()
-    seconds = round(time.time() - started, 3)
-    gaps: list[float] = []
-    num_tokens = 0
-    small = scored.select_columns(["recorded_gap", "num_response_tokens"])
-    for batch in small.iter_batches(batch_format="pyarrow"):
-        num_tokens += pc.sum(batch.column("num_response_tokens")).as_py()
-        gaps += [gap for gap in [pc.max(batch.column("recorded_gap")).as_py()] if gap is not None]
-    gap = max(gaps, default=None)
-    facts = {
-        "rows": scored.count(),
-        "response_tokens": num_tokens,
-        "seconds": seconds,
-        "recorded_gap_max": gap,
+    table = pq.ParquetDataset(files).read(columns=["source", "response_ids", "recorded_gap"])
+    lengths = pc.list_value_length(table.column("response_ids"))
+    table = table.append_column("response_tokens", lengths).group_by("source")
+    totals = table.aggregate(
+        [([], "count_all"), ("response_tokens", "sum"), ("recorded_gap", "max")]
+    ).sort_by("source")
+    return {
+        row["source"]: {
+            "rows": row["count_all"],
+            "response_tokens": row["response_tokens_sum"],
+            "recorded_gap_max": row["recorded_gap_max"],
+        }
+        for row in totals.to_pylist()
     }
-    scored.sort("example_id").select_columns(SCORED_SCHEMA.names).write_parquet(str(folder))
-    log.info("score: %s: %d rows, largest gap to recorded log-probs %s", source, facts["rows"], gap)
-    return facts
+
+
+def in_words(numbers: dict[str, Any]) -> str:
+    """What was measured of one source, on one line."""
+    gap = numbers["recorded_gap_max"]
+    beside = "" if gap is None else f", at most {gap:.1e} nats from the recorded log-probs"
+    return f"{numbers['rows']} rows, {numbers['response_tokens']} response tokens{beside}"
 
 
 def corpus_path(job: Job, run: Run) -> Path:
@@ -126,6 +153,8 @@ def read_corpus(job: Job, run: Run) -> ray.data.Dataset:
         raise BadInput(f"corpus.path: {path} holds no .parquet or .jsonl file; expected one")
     try:
         if parquet:
+            # Each of Ray Data's readers of file footers is a process; it starts eight for one file.
+            os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = str(min(8, len(parquet)))
             corpus = ray.data.read_parquet(parquet)
         else:
             corpus = ray.data.read_json(lines, lines=True)

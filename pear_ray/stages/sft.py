@@ -20,7 +20,7 @@ from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import weight_summary
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.learner import Learner, StepResult
-from pear_ray.engines.model import digests, load_tokenizer
+from pear_ray.engines.tokenizer import digests, load_tokenizer
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingSequence
 from pear_ray.tracking import Tracker

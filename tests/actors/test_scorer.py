@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pear_ray.actors.scorer import TOKENISED_SCHEMA, Tokenise
-from pear_ray.engines.model import digests, load_tokenizer
+from pear_ray.engines.tokenizer import digests, load_tokenizer
 from pear_ray.records import EXAMPLE_SCHEMA
 
 MAX_MODEL_LEN = 12
@@ -89,6 +89,10 @@ def test_a_good_row_becomes_ids_and_keeps_its_facts(path):
         (
             {"response_ids": [3, 4, 1], "behaviour_logprobs": [-1.0, -1.0, -1.0]},
             "response_ids: differ from the ids of the text; expected the same",
+        ),
+        (
+            {"behaviour_logprobs": [-1.0, -1.0]},
+            "behaviour_logprobs: read 2; expected one for each of the 3 response tokens",
         ),
         ({"response_ids": []}, "response_ids: differ from the ids of the text; expected the same"),
     ],

@@ -145,7 +145,6 @@ def whole_run(folder: Path) -> Job:
             "source": source,
             "rows": 1800,
             "response_tokens": 61234,
-            "seconds": 12.5,
             "recorded_gap_max": gap,
             "rejected": 3,
         }

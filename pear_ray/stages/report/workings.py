@@ -126,21 +126,12 @@ def scores(measured: Measured) -> Section | str:
             str(row.get("source")),
             str(row.get("rows")),
             str(row.get("response_tokens")),
-            number(row.get("seconds"), digits=1),
-            number((row.get("response_tokens") or 0) / (row.get("seconds") or np.nan), digits=0),
             number(row.get("recorded_gap_max")),
         )
         for row in found
     )
     rejected = max((row.get("rejected") or 0 for row in found), default=0)
-    header = (
-        "source",
-        "rows",
-        "response tokens",
-        "seconds",
-        "tokens per second",
-        "largest gap, nats",
-    )
+    header = ("source", "rows", "response tokens", "largest gap, nats")
     return Section(
         "Scores of the corpus",
         "Log-probability of every response token under the policy that wrote it. The gap is the"
