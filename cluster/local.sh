@@ -96,7 +96,8 @@ start() {
   ulimit -Sn "$limit"
   # A session of its own: a closed terminal or a Ctrl-C does not reach it. SPT_NOENV keeps process titles from
   # overwriting the environment in which `mark` is read.
-  env -u RAY_ADDRESS "$mark" PEAR_RAY_DASHBOARD_PORT="$port" SPT_NOENV=1 RAY_AUTH_MODE=token \
+  # Nobody takes this node away: Ray Train's watcher for that would be one more process to start in each run.
+  env -u RAY_ADDRESS "$mark" PEAR_RAY_DASHBOARD_PORT="$port" SPT_NOENV=1 RAY_AUTH_MODE=token RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 \
     setsid -w "$root/.venv/bin/ray" start --head --port 0 --dashboard-host 127.0.0.1 --dashboard-port "$port" \
     --dashboard-agent-listen-port 0 --num-cpus "${PEAR_RAY_NUM_CPUS:-$cpus}" --object-store-memory $((${PEAR_RAY_OBJECT_STORE_MB:-1024} * 1048576)) \
     --temp-dir "$folder" --disable-usage-stats < /dev/null > "$folder/start.log" 2>&1 9<&- ||

@@ -87,5 +87,5 @@ echo
 cat -- "$run_dir/report/report.md"
 echo
 say "report     $run_dir/report/index.html"
-say "dashboard  $address"
+say "dashboard  $address   (the token it asks for: .venv/bin/ray get-auth-token)"
 say "stop Ray   bash cluster/local.sh stop"

@@ -64,7 +64,7 @@ def command(arguments: list[str]) -> int:
         print(job.model_dump_json(indent=2))
         return 0
     with manifest.open_run(job) as run:
-        run.perform(stage, importlib.import_module(f"pear_ray.stages.{stage}").run)
+        run.perform(stage, importlib.import_module("pear_ray.stages.pipeline").stage(stage))
     return 0
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ os.environ.update(
         "SPT_NOENV": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # One process less to start in each Ray Train run.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -82,7 +85,7 @@ def ray_session(nothing_left: None) -> Iterator[None]:
         patch.setenv("TMPDIR", str(temporary))
         ray.init(
             address="local",
-            num_cpus=8,
+            num_cpus=4,
             object_store_memory=512 * 2**20,
             include_dashboard=False,
             # Without a dashboard, Ray Train warns every second that it cannot see its own state.
@@ -125,13 +128,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def pool(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[GeneratorPool]:
-    """A vLLM engine in its own process. It starts slowly, so it serves model after model."""
+def engine_of(
+    ray_session: None, tiny_model: Callable[..., Path]
+) -> Iterator[Callable[[bool], GeneratorPool]]:
+    """vLLM engines of the tied and of the untied model, each in its own process. They start
+    slowly, so each starts once and serves model after model."""
     from pear_ray.actors.pool import GeneratorPool
     from pear_ray.config import Generator
 
     settings = Generator(
         max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
     )
-    with GeneratorPool(str(tiny_model(True)), "float32", settings, seed=0) as started:
-        yield started
+    with ExitStack() as started:
+
+        @cache
+        def engine(tied: bool) -> GeneratorPool:
+            pool = GeneratorPool(str(tiny_model(tied)), "float32", settings, seed=0)
+            return started.enter_context(pool)
+
+        yield engine

@@ -44,12 +44,14 @@ class GeneratorActor:
 
 
 class GeneratorPool:
-    """`settings.replicas` engines of one model, started together and ended with the block."""
+    """`settings.replicas` engines of one model, ended with the block. They start together, beside
+    whatever the caller does next; the first call waits for them."""
 
     def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
         self._dtype, self._settings, self._seed = dtype, settings, seed
-        self._actors: list[Any] = []
         self._path, self._number = path, 0
+        self._actors: list[Any] = []
+        self._starting: list[Any] = []
         self._start()
 
     def __enter__(self) -> Self:
@@ -71,7 +73,7 @@ class GeneratorPool:
             self._path = path
             self._start()
             return
-        calls = [actor.load_folder.remote(path, self._number) for actor in self._actors]
+        calls = [actor.load_folder.remote(path, self._number) for actor in self._started()]
         self._wait(calls, f"engines to load {path}")
         self._path = path
 
@@ -79,19 +81,19 @@ class GeneratorPool:
         self, requests: Sequence[Request], temperature: float
     ) -> list[tuple[Completion, ...]]:
         """The answers to each request, in order."""
-        shares = self._shares(requests)
-        calls = [a.sample.remote(s, temperature) for a, s in zip(self._actors, shares, strict=True)]
+        shared = zip(self._started(), self._shares(requests), strict=True)
+        calls = [actor.sample.remote(share, temperature) for actor, share in shared]
         return interleave(self._wait(calls, f"answers to {len(requests)} prompts"))
 
     def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Log-probs of the response tokens of each (prompt_ids, response_ids), in order."""
-        shares = self._shares(rows)
-        calls = [a.score.remote(s) for a, s in zip(self._actors, shares, strict=True)]
+        shared = zip(self._started(), self._shares(rows), strict=True)
+        calls = [actor.score.remote(share) for actor, share in shared]
         return interleave(self._wait(calls, f"scores of {len(rows)} rows"))
 
     def update(self, version: WeightVersion, deadline_seconds: float) -> float:
         """Have every engine serve a version; returns the longest pause in seconds."""
-        calls = [actor.update.remote(version, deadline_seconds) for actor in self._actors]
+        calls = [actor.update.remote(version, deadline_seconds) for actor in self._started()]
         return max(self._wait(calls, f"engines to load weights version {version.version}"))
 
     def _start(self) -> None:
@@ -102,7 +104,12 @@ class GeneratorPool:
         self._actors = [
             actor.remote(path, self._dtype, settings, self._seed) for _ in range(settings.replicas)
         ]
-        self._wait([actor.ready.remote() for actor in self._actors], f"engines of {path} to start")
+        self._starting = [actor.ready.remote() for actor in self._actors]
+
+    def _started(self) -> list[Any]:
+        self._wait(self._starting, f"engines of {self._path} to start")
+        self._starting = []
+        return self._actors
 
     def _stop(self) -> None:
         for actor in self._actors:

@@ -144,4 +144,6 @@ class Scorer:
 
 def gap(recorded: list[float] | None, score: np.ndarray) -> float | None:
     """Largest difference between the log-probs that a row brought along and its score."""
-    return None if recorded is None else float(np.abs(np.float32(recorded) - score).max())
+    if recorded is None:
+        return None
+    return float(np.abs(np.asarray(recorded, np.float32) - score).max())

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
@@ -16,7 +16,9 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pear_ray.config import Learner as Settings
-from pear_ray.engines.learner import Learner
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import Learner
 
 
 def train(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import get_scheduler
 
 from pear_ray.algorithms.packing import pack
@@ -14,7 +15,7 @@ from pear_ray.config import Pretrain
 from pear_ray.engines.attention import unfolding
 from pear_ray.engines.export import write_folder
 from pear_ray.engines.model import load_policy, write_new_model
-from pear_ray.engines.tokenizer import Tokenizer, conversation_ids, load_tokenizer
+from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer
 from pear_ray.records import Problem, TrainingSequence
 from pear_ray.tasks.task import Demonstrator
 
@@ -62,7 +63,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
             )
             part_loss = -logprobs.sum() / part.num_trainable_tokens_global
             part_loss.backward()
-            loss += float(part_loss)
+            loss += part_loss.item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimiser.step()
         scheduler.step()

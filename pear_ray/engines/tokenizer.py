@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-
-from transformers import AutoTokenizer
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from typing import TYPE_CHECKING
 
 from pear_ray.config import BadInput
 from pear_ray.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -19,6 +20,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises:
         BadInput: there is none, or it has no chat template or no end-of-sequence token.
     """
+    # Its import takes long enough for engines, asked for before, to start beside it.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -34,11 +34,13 @@ from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.objectives import ClippedPolicyGradient
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Job
-from pear_ray.engines.learner import Learner, StepResult
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.tracking import Tracker
 from pear_ray.weights.publish import publish
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import Learner, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,9 @@ def in_words(rollouts: Rollouts) -> str:
 
 def learn(config: dict[str, Any]) -> dict[str, Any]:
     """The learners' side: what every rank does."""
+    # The driver, which only names this function, need not wait for DeepSpeed.
+    from pear_ray.engines.learner import Learner
+
     begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
     board, queue = config["board"], config["queue"]

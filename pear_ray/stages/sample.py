@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +16,14 @@ from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import Tokenizer, conversation_ids, load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
 from pear_ray.tasks import endless_problems, make_tasks
 from pear_ray.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pear_ray.engines.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

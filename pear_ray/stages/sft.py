@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,11 +19,13 @@ from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import weight_summary
 from pear_ray.config import BadInput, Job
-from pear_ray.engines.learner import Learner, StepResult
 from pear_ray.engines.tokenizer import digests, load_tokenizer
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingSequence
 from pear_ray.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 def learn(config: dict[str, Any]) -> dict[str, Any]:
     """What every rank does."""
+    # The driver, which only names this function, need not wait for DeepSpeed.
+    from pear_ray.engines.learner import Learner
+
     begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
     rank, num_ranks = rank_and_count()

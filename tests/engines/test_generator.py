@@ -24,8 +24,9 @@ def models(tied, tiny_model):
 
 
 @pytest.fixture
-def engine(models, pool):
+def engine(models, tied, engine_of):
     """The engine, serving the first model."""
+    pool = engine_of(tied)
     pool.serve(models[0])
     return pool
 

@@ -75,12 +75,13 @@ def by_origin(batches, logprobs):
     return found
 
 
-def generate(models, pool):
+def generate(models, engine_of):
     """The other side: take every version, and say what was received and what the engine gives."""
     seen = {}
     rows = [(s.token_ids[~s.trainable].tolist(), s.token_ids[s.trainable].tolist()) for s in PROBE]
     for kind, (model, board, queue) in models.items():
         try:
+            pool = engine_of(KINDS[kind])
             pool.serve(model)
             for number in range(NUM_VERSIONS):
                 version = ray.get(board.newest.remote(number, SETTINGS.deadline_seconds))
@@ -96,7 +97,7 @@ def generate(models, pool):
 
 
 @pytest.fixture(scope="module")
-def met(tiny_model, pool, tmp_path_factory):
+def met(tiny_model, engine_of, tmp_path_factory):
     """One run of both sides: (folder with the learner's files, what the generator's side saw)."""
     folder = tmp_path_factory.mktemp("met")
     models = {
@@ -104,7 +105,7 @@ def met(tiny_model, pool, tmp_path_factory):
         for kind, tied in KINDS.items()
     }
     with ThreadPoolExecutor(1) as executor:
-        generators = executor.submit(generate, models, pool)
+        generators = executor.submit(generate, models, engine_of)
         try:
             train(learn, {"models": models, "folder": str(folder)}, SETTINGS, folder / "run")
         finally:
