@@ -73,6 +73,16 @@ def plain(text):
     return " ".join(re.sub(r"[╭╮╰╯│─]", " ", text).split())
 
 
+def assert_refused(folder, pear_ray, words, said):
+    """Exit code 2, every part of the message, and nothing written."""
+    before = contents(folder)
+    code, printed, complained = pear_ray(*words)
+    assert code == 2 and not printed
+    for part in said:
+        assert part in plain(complained), part
+    assert contents(folder) == before
+
+
 def replaced(old, new):
     assert old in JOB
     return JOB.replace(old, new)
@@ -273,13 +283,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("text", "words", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_in_the_job_is_refused_by_name(here, pear_ray, text, words, said):
     Path("job.toml").write_text(text)
-    before = contents(here)
-    code, printed, complained = pear_ray("score", "job.toml", *words)
-    assert code == 2
-    assert not printed
-    for part in said:
-        assert part in plain(complained), part
-    assert contents(here) == before
+    assert_refused(here, pear_ray, ("score", "job.toml", *words), said)
 
 
 @pytest.mark.parametrize(
@@ -298,12 +302,7 @@ def test_a_mistake_in_the_job_is_refused_by_name(here, pear_ray, text, words, sa
 def test_a_command_that_cannot_be_meant_is_refused(here, pear_ray, words, said):
     Path("image.toml").write_bytes(b"\x89PNG\xff\xfe")
     Path("broken.json").write_text('{"run": ')
-    before = contents(here)
-    code, _, complained = pear_ray(*words)
-    assert code == 2
-    for part in said:
-        assert part in plain(complained), part
-    assert contents(here) == before
+    assert_refused(here, pear_ray, words, said)
 
 
 @pytest.mark.parametrize(
@@ -315,38 +314,25 @@ def test_a_command_that_cannot_be_meant_is_refused(here, pear_ray, words, said):
 )
 def test_a_model_folder_that_is_not_whole_is_refused(here, pear_ray, missing, said):
     Path("model", missing).unlink()
-    code, _, complained = pear_ray("sft", "job.toml")
-    assert code == 2 and f"model.path: {said}" in plain(complained)
-    assert not Path("run").exists()
+    assert_refused(here, pear_ray, ("sft", "job.toml"), [f"model.path: {said}"])
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(here, pear_ray):
     Path("run").write_text("a file")
-    before = contents(here)
-    code, _, complained = pear_ray("sft", "job.toml")
-    assert code == 2
-    assert "run.dir: read 'run'; expected a folder that can be made" in plain(complained)
-    assert contents(here) == before
+    said = ["run.dir: read 'run'; expected a folder that can be made"]
+    assert_refused(here, pear_ray, ("sft", "job.toml"), said)
 
 
 def test_the_run_folder_of_another_job_is_refused_and_left_alone(here, pear_ray):
     with open_run(read_job(Path("job.toml"))) as run:
         run.perform("pretrain", lambda job, run: {"made": 1})
-    before = contents(here)
-    code, _, complained = pear_ray(
-        "score", "job.toml", "--sft.level", "block", "--run.seed", "7", "--rl.steps", "3"
-    )
-    assert code == 2
-    for part in (
+    words = ("score", "job.toml", "--sft.level", "block", "--run.seed", "7", "--rl.steps", "3")
+    said = [
         "run/config.json: this run folder belongs to another job",
-        "expected the same settings or another run.dir",
-        "sft.level: there 'token', here 'block'",
-        "run.seed: there 0, here 7",
-        "rl.steps: there 200, here 3",
-    ):
-        assert part in plain(complained), part
-    assert "rl.group_size" not in complained
-    assert contents(here) == before
+        "another run.dir. Differing keys: rl.steps: there 200, here 3",
+        "run.seed: there 0, here 7 sft.level: there 'token', here 'block'",
+    ]
+    assert_refused(here, pear_ray, words, said)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.toml")), ids=lambda p: p.name)

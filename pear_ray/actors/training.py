@@ -80,5 +80,6 @@ def begin() -> None:
     """Settle a rank's process: one compute thread per CPU, since ranks that share cores wait on
     each other, and log lines that reach the job's log."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Sample every source of the corpus into one Parquet file each."""
     settings = job.corpus.sample
-    if settings is None:
-        raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
+    assert settings is not None
     connect()
     facts: dict[str, Any] = {}
     tracker = Tracker(run.folder, "sample", job.tracking).rewind(0)

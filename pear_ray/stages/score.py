@@ -36,8 +36,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     """Score the corpus into RUN/scored."""
     check_one_tokenizer(job)
     connect()
-    # A log of a job is no place for moving bars; the dashboard has Ray Data's own.
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    # Its plans fill the log of a job. Its progress bars are in a terminal and on the dashboard.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     tokenised = tokenise(job, run).materialize()
     num_rows = tokenised.count()

@@ -67,18 +67,18 @@ def kill_a_rank() -> None:
 
 @pytest.fixture(scope="module")
 def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of which a rank was killed in the middle of SFT, and the driver in RL."""
+    """A finished run whose driver was killed in the middle of SFT, and a rank in that of RL."""
     folder = tmp_path_factory.mktemp("pipeline") / "run"
     pear = folder / "arms" / "pear"
     driver = drive(folder, address)
     until(lambda: len(rows(pear, "sft")) >= 8, driver, "SFT")
-    kill_a_rank()
-    until(lambda: len(rows(pear, "rl")) >= 5, driver, "RL")
     driver.kill()
     driver.wait()
     done = {s: e["started"] for s, e in stages(folder).items() if e["state"] == "done"}
     assert {"pretrain", "sample", "score"} <= done.keys()
     driver = drive(folder, address)
+    until(lambda: len(rows(pear, "rl")) >= 5, driver, "RL")
+    kill_a_rank()
     assert driver.wait(timeout=SECONDS) == 0, (folder.parent / "driver.log").read_text()[-5000:]
     repeated = {s for s, start in done.items() if stages(folder)[s]["started"] != start}
     assert not repeated
