@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pear_ray.config import Learner as Settings
@@ -68,12 +75,15 @@ def restore(learner: Learner) -> int:
         return json.loads((Path(folder) / "progress.json").read_text())["next_step"]
 
 
-def keep(learner: Learner, next_step: int) -> None:
-    """Write a checkpoint, of which each rank holds its part."""
+def keep(learner: Learner, next_step: int, deadline_seconds: float) -> None:
+    """Write a checkpoint, of which each rank holds its part. When this returns, a run that is cut
+    off goes on from here at the earliest."""
     with tempfile.TemporaryDirectory() as folder:
         learner.save(Path(folder))
         (Path(folder) / "progress.json").write_text(json.dumps({"next_step": next_step}))
         ray.train.report({"next_step": next_step}, checkpoint=Checkpoint.from_directory(folder))
+    # What was reported is forgotten if a rank dies before Ray Train's controller has seen it.
+    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, deadline_seconds)
 
 
 def begin() -> None:

@@ -150,7 +150,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
             }
             tracker.log(step, **rollouts.numbers, **numbers_of(result), **measured)
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
-            keep(learner, step + 1)
+            keep(learner, step + 1, job.learner.deadline_seconds)
             ray.get(queue.forget_before.remote(step + 1))
     learner.export(folder / "rl" / "export", config["start"])
     if tracker:

@@ -75,7 +75,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
             if step % 10 == 0 or step + 1 == num_steps:
                 log.info("sft: step %d of %d: loss %.4f", step + 1, num_steps, result.loss)
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < num_steps:
-            keep(learner, step + 1)
+            keep(learner, step + 1, job.learner.deadline_seconds)
     learner.export(folder / "sft" / "export", job.model_path())
     if tracker:
         tracker.close()
