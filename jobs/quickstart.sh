@@ -62,7 +62,7 @@ if [[ -n $id ]]; then
 else
   id=laptop-$(date +%Y%m%d-%H%M%S)-$$
   printed=$("$root/.venv/bin/ray" job submit --address "$address" --submission-id "$id" --no-wait \
-    --metadata-json "$(RUN_DIR=$run_dir "$root/.venv/bin/python" -c 'import json, os; print(json.dumps({"run_dir": os.environ["RUN_DIR"]}))')" \
+    --metadata-json "$(RUN_DIR=$run_dir "$root/.venv/bin/python" -c 'import json, os; print(json.dumps({"job_name": "laptop", "run_dir": os.environ["RUN_DIR"]}))')" \
     -- "$root/.venv/bin/python" -m pear_ray pipeline "$root/jobs/laptop.toml" --run.dir "$run_dir" "$@" 2>&1) ||
     { echo "$printed" >&2; say "ray job submit failed" >&2; exit 1; }
   say "submitted $id; dashboard: $address; Ctrl-C leaves it running"

@@ -61,6 +61,8 @@ class Pretrain(Section):
     """Attention heads, as many key-value heads; the head size is 64."""
     tie_word_embeddings: bool = False
     """Whether the output head is the input embedding."""
+    deadline_seconds: float = Field(3600.0, gt=0)
+    """Longest wait for this model, and for the one it starts from."""
 
 
 class ModelSource(Section):

@@ -41,8 +41,12 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     names = {call: name for name, call in calls.items()}
     waiting = list(names)
+    deadline = max((wanted[name].deadline_seconds for name in calls), default=0.0)
     while waiting:
-        done, waiting = ray.wait(waiting)
+        done, waiting = ray.wait(waiting, timeout=deadline)
+        if not done:
+            late = ", ".join(names[call] for call in waiting)
+            raise TimeoutError(f"pretrain: waited {deadline:.0f} s (deadline_seconds) for {late}")
         loss = ray.get(done[0])
         facts[names[done[0]]] = {"final_loss": round(loss, 4)}
         log.info("pretrain: %s made, loss %.3f nats per token", names[done[0]], loss)

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# For the answer of a small actor that keeps deadlines of its own.
+GRACE_SECONDS = 60.0
+
 
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Start both sides, and end the one when the other ends."""
@@ -68,25 +71,27 @@ def run(job: Job, run: Run) -> dict[str, Any]:
                 raise cause from error
             raise
         finally:
-            ray.get(board.close.remote("the learners have ended"))
+            ray.get(board.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
 
 
 def roll_out(job: Job, start: str, board: Any, queue: Any) -> None:
     """The generators' side: for each learner step, fresh answers to the next problems. Engines
     start while the learners do."""
     deadline = job.learner.deadline_seconds
+    patience = deadline + GRACE_SECONDS
     verifier = Verifier(job.tasks)
     try:
         with GeneratorPool(start, job.model.dtype, job.generator, job.run.seed) as pool:
-            first_step = ray.get(board.newest.remote(0, deadline)).version
+            first_step = ray.get(board.newest.remote(0, deadline), timeout=patience).version
             stream = RolloutStream(job, start, first_step, pool, verifier)
             for step in range(first_step, job.rl.steps):
-                version = ray.get(board.newest.remote(step - job.rl.max_staleness, deadline))
+                wanted = board.newest.remote(step - job.rl.max_staleness, deadline)
+                version = ray.get(wanted, timeout=patience)
                 rollouts = stream.next(version)
-                ray.get(queue.put.remote(step, [ray.put(rollouts)]))
+                ray.get(queue.put.remote(step, [ray.put(rollouts)]), timeout=deadline)
                 log.info("rl: step %d of %d: %s", step + 1, job.rl.steps, in_words(rollouts))
     except BaseException as error:
-        ray.get(queue.close.remote(f"the rollouts failed: {error!r}"))
+        ray.get(queue.close.remote(f"the rollouts failed: {error!r}"), timeout=GRACE_SECONDS)
         raise
     finally:
         verifier.close()
@@ -120,7 +125,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
 
     def announce(version: int) -> None:
         buckets = publish(learner.partitions(), rank, job.weights.bucket_mib)
-        ray.get(board.announce.remote(version, rank, num_ranks, buckets))
+        announced = board.announce.remote(version, rank, num_ranks, buckets)
+        ray.get(announced, timeout=job.weights.deadline_seconds)
 
     announce(start)
     for step in range(start, job.rl.steps):
@@ -151,7 +157,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
             tracker.log(step, **rollouts.numbers, **numbers_of(result), **measured)
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
             keep(learner, step + 1, job.learner.deadline_seconds)
-            ray.get(queue.forget_before.remote(step + 1))
+            ray.get(queue.forget_before.remote(step + 1), timeout=job.learner.deadline_seconds)
     learner.export(folder / "rl" / "export", config["start"])
     if tracker:
         tracker.close()
@@ -160,7 +166,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
 
 def take(queue: Any, step: int, deadline_seconds: float) -> Rollouts:
     """The rollouts of a step, from the queue's reference."""
-    (reference,) = ray.get(queue.take.remote(step, deadline_seconds))
+    taken = queue.take.remote(step, deadline_seconds)
+    (reference,) = ray.get(taken, timeout=deadline_seconds + GRACE_SECONDS)
     return ray.get(reference, timeout=deadline_seconds)
 
 
