@@ -54,7 +54,7 @@ check() {
 check ruff check .
 check ruff format --check .
 check mypy
-check lint-imports
+check lint-imports --cache-dir .venv/cache/import_linter
 
 echo "== pytest $*"
 status=0

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def lint_imports(folder):
     """(exit code, what was said) of import-linter in a folder that holds a package to check."""
     ended = subprocess.run(
-        [str(Path(sys.executable).with_name("lint-imports"))],
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"},
         capture_output=True,

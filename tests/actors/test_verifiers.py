@@ -67,7 +67,7 @@ def test_a_verdict_that_fails_costs_no_other():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_hangs_is_replaced(number):
-    with verifier(seconds_per_call=12.0) as judge:
+    with verifier(seconds_per_call=8.0) as judge:
         process = its_process()
         os.kill(process.pid, number)
         verdicts = judge.judge([(PROBLEM, RIGHT), (PROBLEM, WRONG)])

@@ -104,8 +104,9 @@ def test_steps_are_written_once_each_in_spite_of_the_kills(run: Path) -> None:
 
 
 def test_score_agrees_with_what_sampling_recorded(run: Path) -> None:
-    gaps = [row["recorded_gap_max"] for row in rows(run, "score")]
-    assert len(gaps) == 1 and max(gaps) <= 1e-4
+    """One engine scored both sources, each under its own model."""
+    gaps = {row["source"]: row["recorded_gap_max"] for row in rows(run, "score")}
+    assert gaps.keys() == {"tutor", "coder"} and max(gaps.values()) <= 1e-4
 
 
 def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
@@ -116,7 +117,7 @@ def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
 
 def test_weights_of_a_source_are_reported(run: Path) -> None:
     first = rows(run / "arms" / "pear", "sft")[0]
-    assert set(first["first_weight_by_source"]) == {"tutor"}
+    assert set(first["first_weight_by_source"]) == {"tutor", "coder"}
     assert 0 < first["effective_sample_size"] < 1
 
 
@@ -125,6 +126,9 @@ def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> 
     examples = pq.read_table(run / "sample").to_pylist()
     assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
     assert all(len(r["response_ids"]) == len(r["behaviour_logprobs"]) > 0 for r in scored)
+    assert {(r["source"], Path(r["behaviour_model"]).name) for r in scored} == {
+        ("tutor", "tutor"), ("coder", "coder"),
+    }  # fmt: skip
 
 
 def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pear_ray.__main__ import command
-from pear_ray.config import BadInput, Pretrain
+from pear_ray.config import BadInput, Job, Pretrain
 from pear_ray.engines.model import write_new_model
+from pear_ray.stages.score import sharing_engines
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,21 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
     assert not (tmp_path / "run" / "scored").exists()
     assert not list((tmp_path / "run").glob("*.partial"))
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"] == {}
+
+
+def test_sources_share_an_engine_where_the_architecture_is_the_same(tiny_model) -> None:
+    paths = {
+        "a": str(tiny_model(True, 0)),
+        "b": str(tiny_model(False, 0)),
+        "c": str(tiny_model(True, 1)),
+    }
+    job = Job.model_validate(
+        {
+            "run": {"dir": "run"},
+            "model": {"path": paths["a"]},
+            "behaviour": {source: {"path": path} for source, path in paths.items()},
+            "generator": {"max_new_tokens": 8, "max_model_len": 64},
+            "tasks": [{"name": "countdown"}],
+        }
+    )
+    assert sharing_engines(job) == [{"a": paths["a"], "c": paths["c"]}, {"b": paths["b"]}]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pear_ray.actors.board import Board, RolloutQueue
-from pear_ray.actors.training import begin, rank_and_count, train
 from pear_ray.algorithms.objectives import Nll
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Learner as Settings
@@ -23,7 +23,8 @@ from pear_ray.records import TrainingSequence
 from pear_ray.weights.assemble import fetch
 from pear_ray.weights.publish import publish
 
-SETTINGS = Settings(num_workers=2, tokens_per_micro_batch=200, deadline_seconds=200, max_failures=0)
+NUM_RANKS = 2
+SETTINGS = Settings(tokens_per_micro_batch=200, deadline_seconds=200)
 OPTIMISER = Optimiser(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
 NUM_VERSIONS = 3
 KINDS = {"tied": True, "untied": False}
@@ -46,12 +47,14 @@ def sequences(seed, count=12):
 PROBE = sequences(seed=99)
 
 
-def learn(config):
+@ray.remote(max_calls=1)
+def learn(rank, num_ranks, models, folder):
     """What every rank does, for one model after the other: publish, be looked at, learn."""
-    begin()
-    rank, num_ranks = rank_and_count()
-    folder = Path(config["folder"])
-    for kind, (model, board, queue) in config["models"].items():
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+    for kind, (model, board, queue) in models.items():
         learner = Learner(model, "float32", SETTINGS, OPTIMISER, num_steps=3, seed=0)
         for version in range(NUM_VERSIONS):
             buckets = publish(learner.partitions(), rank, bucket_mib=1)
@@ -107,7 +110,8 @@ def met(tiny_model, engine_of, tmp_path_factory):
     with ThreadPoolExecutor(1) as executor:
         generators = executor.submit(generate, models, engine_of)
         try:
-            train(learn, {"models": models, "folder": str(folder)}, SETTINGS, folder / "run")
+            ranks = [learn.remote(n, NUM_RANKS, models, folder) for n in range(NUM_RANKS)]
+            ray.get(ranks, timeout=SETTINGS.deadline_seconds)
         finally:
             for _, board, _ in models.values():
                 ray.get(board.close.remote("the learners have ended"))
