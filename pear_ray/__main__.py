@@ -27,11 +27,11 @@ STAGES = {
 }
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script, with the words of its own command line or with these."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        sys.exit(command(sys.argv[1:]))
+        sys.exit(command(sys.argv[1:] if arguments is None else arguments))
     except BadInput as error:
         print(f"pear-ray: {error}", file=sys.stderr)
         sys.exit(2)
