@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,31 @@ class Run:
             shutil.rmtree(target)
         aside.rename(target)
 
+    @contextmanager
+    def growing_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
+        """The same, but what an interrupted attempt left is kept if it was `made_from` the same
+        things: the block finds it and goes on from there."""
+        target, aside = self.folder / name, self.folder / f"{name}.partial"
+        note = aside / "made_from.json"
+        before = json.loads(note.read_text()) if note.exists() else None
+        if before != made_from:
+            if before is not None:
+                changed = [key for key in made_from if before.get(key) != made_from[key]]
+                text = f"what was begun is of no use: {', '.join(changed)} changed since"
+                self.event(name, "restarted", text)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            write_json(note, made_from)
+        try:
+            yield aside
+        except BadInput:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        note.unlink()
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+
     def _forget(self, stage: str) -> None:
         del self.manifest["stages"][stage]
         write_json(self._path, self.manifest)
@@ -209,7 +235,9 @@ def check_inputs(job: Job, stage: str) -> None:
         )
     if corpus.sample is None and stage == "sample":
         raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
-    if corpus.path is not None and not Path(corpus.path).exists():
+    # What lies elsewhere is looked for when it is read.
+    is_here = corpus.path is not None and "://" not in corpus.path
+    if is_here and not glob(str(Path(corpus.path or "").expanduser())):
         raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
     named = {"model.path": job.model.path}
     named |= {f"behaviour.{source}.path": model.path for source, model in job.behaviour.items()}

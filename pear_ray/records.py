@@ -53,17 +53,75 @@ EXAMPLE_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class TokenisedExample:
+    """An example as token ids, or the reason why it is no use ("" where it is of use).
+
+    Made and eaten inside `score`. `response_ids` begin with the first answer; between answers of a
+    longer conversation they hold the other side's tokens, and `trainable` says which are the
+    assistant's (None: all). `scorer` is the entry of [behaviour] whose model scores the row,
+    another than `source` where a reference stands in for an unknown author. `content` is a
+    fingerprint of the prompt, `digest` of the whole conversation.
+
+        TokenisedExample("tutor-17", source="tutor", scorer="tutor", split="train",
+                         split_is_given=False, correct=True, prompt_ids=(16, 20, 22, 2, 43, 3),
+                         response_ids=(11, 43, 5, ...), trainable=None,
+                         recorded_logprobs=(-0.51, ...), truncated=False, content=-46116860184,
+                         digest="9c1e...", reason="")
+    """
+
+    example_id: str
+    source: str
+    scorer: str
+    split: str
+    split_is_given: bool
+    correct: bool | None
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    trainable: tuple[bool, ...] | None
+    recorded_logprobs: tuple[float, ...] | None
+    truncated: bool
+    content: int
+    digest: str
+    reason: str
+
+
+TOKENISED_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("source", pa.string()),
+        ("scorer", pa.string()),
+        ("split", pa.string()),
+        ("split_is_given", pa.bool_()),
+        ("correct", pa.bool_()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("trainable", pa.list_(pa.bool_())),
+        ("recorded_logprobs", pa.list_(pa.float32())),
+        ("truncated", pa.bool_()),
+        ("content", pa.int64()),
+        ("digest", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
 class ScoredExample:
     """An example as token ids, with the log-probability its author gave each response token.
 
-    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token;
-    `recorded_gap` is their largest difference to log-probs that the example brought along, in nats
-    (None where it brought none).
+    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token, 0
+    where `trainable` is false (None: all are trainable). `logprobs_from` is "behaviour" (computed
+    here under the author's model), "reference" (under a stand-in for an unknown author) or
+    "recorded" (brought along and confirmed by a probe); `recorded_gap` is the largest difference
+    between what was recorded and what was computed here, in nats, where there are both.
+    `top_ids` and `top_logprobs` hold the k likeliest tokens of each place one after the other,
+    where the job asks for them.
 
         ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
                       behaviour_logprobs=(-0.51, -0.02, ...), behaviour_model="runs/x/tutor",
                       source="tutor", tokenizer_digest="5f0c...", template_digest="a1b2...",
-                      split="train", correct=True, recorded_gap=2.4e-7)
+                      split="train", correct=True, recorded_gap=2.4e-7, trainable=None,
+                      truncated=False, logprobs_from="behaviour")
     """
 
     example_id: str
@@ -77,6 +135,11 @@ class ScoredExample:
     split: str
     correct: bool | None = None
     recorded_gap: float | None = None
+    trainable: tuple[bool, ...] | None = None
+    truncated: bool = False
+    logprobs_from: str = "behaviour"
+    top_ids: tuple[int, ...] | None = None
+    top_logprobs: tuple[float, ...] | None = None
 
 
 SCORED_SCHEMA = pa.schema(
@@ -92,6 +155,11 @@ SCORED_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("correct", pa.bool_()),
         ("recorded_gap", pa.float32()),
+        ("trainable", pa.list_(pa.bool_())),
+        ("truncated", pa.bool_()),
+        ("logprobs_from", pa.string()),
+        ("top_ids", pa.list_(pa.int32())),
+        ("top_logprobs", pa.list_(pa.float32())),
     ]
 )
 
@@ -185,8 +253,10 @@ class TrainingSequence:
         sampled_logprobs: Any,
         coefficient: float,
         origin: str,
+        response_trainable: Any = None,
     ) -> TrainingSequence:
-        """The sequence of one prompt and one response, every response token trainable."""
+        """The sequence of one prompt and one response, of which every token is trainable unless
+        `response_trainable` (bool, one for each) says otherwise."""
         num_prompt, num_response = len(prompt_ids), len(response_ids)
         if len(sampled_logprobs) != num_response:
             raise ValueError(
@@ -194,7 +264,7 @@ class TrainingSequence:
             )
         blank = np.zeros(num_prompt, dtype=np.float32)
         trainable = np.zeros(num_prompt + num_response, dtype=bool)
-        trainable[num_prompt:] = True
+        trainable[num_prompt:] = True if response_trainable is None else response_trainable
         return cls(
             token_ids=np.concatenate(
                 [np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]

@@ -1,11 +1,10 @@
 """What a job may say, how it is read, and how its mistakes are told."""
 
+from pear_ray.config.corpus import Columns, Corpus, CorpusSample
 from pear_ray.config.job_file import read_job
 from pear_ray.config.mistakes import BadInput, describe
 from pear_ray.config.sections import (
     Arm,
-    Corpus,
-    CorpusSample,
     Evaluation,
     Generator,
     Job,
@@ -25,6 +24,7 @@ from pear_ray.config.sections import (
 __all__ = [
     "Arm",
     "BadInput",
+    "Columns",
     "Corpus",
     "CorpusSample",
     "Evaluation",

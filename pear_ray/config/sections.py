@@ -7,20 +7,15 @@ relative to the folder in which the command is given.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from pear_ray.config.corpus import Corpus
 from pear_ray.config.mistakes import describe
+from pear_ray.config.section import Section
 
 Schedule = Literal["cosine", "linear", "constant"]
-
-
-class Section(BaseModel):
-    # JSON cannot say infinity, and config.json must read back as the same job.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Run(Section):
@@ -81,36 +76,6 @@ class ModelSource(Section):
 class Model(ModelSource):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in which weights are trained and served. CPUs want float32."""
-
-
-class CorpusSample(Section):
-    """Makes the corpus by sampling the behaviour policies, keeping the log-probs."""
-
-    num_examples: dict[str, Annotated[int, Field(gt=0)]] = Field(min_length=1)
-    """How many right answers to keep from each source of [behaviour]."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
-    max_attempts_per_example: int = Field(20, gt=0)
-    """Gives up, with an error, when so many answers were needed for each one kept."""
-
-
-class Corpus(Section):
-    path: str | None = None
-    """Parquet or JSONL file, or folder of them, with Example rows."""
-    sample: CorpusSample | None = None
-    """Sample the corpus from the policies of [behaviour] instead of reading one."""
-    scored_path: str | None = None
-    """Folder of ScoredExample rows; without it, the `scored` folder of the run."""
-    heldout_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows held out by hash where the corpus has no `split` column."""
-    max_rejected_fraction: float = Field(0.0, ge=0, le=1)
-    """Stage `score` stops, with nothing written, when a larger share of the rows is unusable."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Corpus:
-        if self.path is not None and self.sample is not None:
-            raise ValueError("give either path or sample, not both")
-        return self
 
 
 class Optimiser(Section):
@@ -180,7 +145,9 @@ class Generator(Section):
     """vLLM engines, for sampling, scoring and evaluation alike."""
 
     replicas: int = Field(1, gt=0)
-    """Engines."""
+    """Engines; `score` starts more of them, up to this number, as work waits."""
+    min_replicas: int = Field(1, gt=0)
+    """Engines that `score` starts with and keeps."""
     tensor_parallel: int = Field(1, gt=0)
     """GPUs (or CPU processes) that share one engine."""
     num_cpus: float = Field(1.0, ge=0)
@@ -195,6 +162,8 @@ class Generator(Section):
     """Longest prompt and answer together, in tokens."""
     max_concurrent: int = Field(256, gt=0)
     """Requests an engine works on at once."""
+    tokens_per_batch: int = Field(8192, gt=0)
+    """Tokens an engine reads in one forward pass; longer prompts are read in chunks."""
     memory_fraction: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: int = Field(1, gt=0)
@@ -213,6 +182,15 @@ class Generator(Section):
             raise ValueError(
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in"
                 f" max_model_len {self.max_model_len}"
+            )
+        if self.tokens_per_batch < self.max_concurrent:
+            raise ValueError(
+                f"tokens_per_batch {self.tokens_per_batch} is less than max_concurrent"
+                f" {self.max_concurrent}: each request has a token in each batch"
+            )
+        if self.min_replicas > self.replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is more than replicas {self.replicas}"
             )
         return self
 
@@ -260,7 +238,7 @@ class Evaluation(Section):
     """k of the reported pass@k."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
-    checkpoints: dict[str, str] = {}
+    checkpoints: dict[str, str] = Field({})
     """Further models to evaluate beside those of this run: name and Hugging Face folder."""
 
     @model_validator(mode="after")
@@ -284,7 +262,7 @@ class Tracking(Section):
 class TaskSpec(Section):
     name: Literal["countdown", "reasoning_gym"]
     """Which family of problems."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """The family's own options."""
 
 
@@ -293,9 +271,9 @@ class Arm(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Folder and label of the arm."""
-    sft: dict[str, Any] = {}
+    sft: dict[str, Any] = Field({})
     """Keys of [sft] which this arm sets differently."""
-    rl: dict[str, Any] = {}
+    rl: dict[str, Any] = Field({})
     """Keys of [rl] which this arm sets differently."""
 
 
@@ -308,7 +286,7 @@ class Job(Section):
     """Problems for `sample`, `rl` and `evaluate`."""
     corpus: Corpus = Corpus()
     """The offline traces."""
-    behaviour: dict[str, ModelSource] = {}
+    behaviour: dict[str, ModelSource] = Field({})
     """The model that wrote the rows of each `source`."""
     sft: Sft = Sft()
     """Stage `sft`."""
@@ -334,6 +312,14 @@ class Job(Section):
                 f"learner.tokens_per_micro_batch {self.learner.tokens_per_micro_batch} cannot hold"
                 f" one sequence of generator.max_model_len {self.generator.max_model_len} tokens"
             )
+        for field in ("source", "reference"):
+            named = getattr(self.corpus, field)
+            # The job of an arm has no behaviour models: its corpus is scored already.
+            if named is not None and self.behaviour and named not in self.behaviour:
+                raise ValueError(
+                    f"corpus.{field}: read {named!r}, expected one of [behaviour]:"
+                    f" {sorted(self.behaviour)}"
+                )
         if self.corpus.sample is not None:
             for source in self.corpus.sample.num_examples:
                 if source not in self.behaviour:

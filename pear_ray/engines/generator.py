@@ -35,11 +35,16 @@ class Request:
 class Generator:
     """One engine in the calling process (with tensor parallelism, also in its workers)."""
 
-    def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
+    def __init__(
+        self, path: str, dtype: str, settings: Settings, seed: int, num_top: int = 0
+    ) -> None:
         on_cpu = settings.num_gpus == 0
         # Both are read when vLLM is imported or the engine starts; in one process the engine
         # starts ten times faster.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if num_positions(path) == settings.max_model_len:
+            # One place more than the model has: that of a token which is never read.
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
             torch.set_num_threads(settings.threads)
@@ -53,9 +58,10 @@ class Generator:
             model=path,
             dtype=dtype,
             seed=seed,
-            max_model_len=settings.max_model_len,
+            # To score a row, vLLM must generate a token behind it.
+            max_model_len=settings.max_model_len + 1,
             max_num_seqs=settings.max_concurrent,
-            max_num_batched_tokens=max(settings.max_model_len, 8192),
+            max_num_batched_tokens=settings.tokens_per_batch,
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,
@@ -64,6 +70,7 @@ class Generator:
             weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             trust_remote_code=False,
             disable_log_stats=True,
+            max_logprobs=max(20, num_top),
             use_tqdm_on_load=False,
         )
         self._tokenizer = self._llm.get_tokenizer()
@@ -82,7 +89,10 @@ class Generator:
                 n=request.num_samples,
                 temperature=temperature,
                 seed=request.seed,
-                max_tokens=self._settings.max_new_tokens,
+                max_tokens=min(
+                    self._settings.max_new_tokens,
+                    self._settings.max_model_len - len(request.prompt_ids),
+                ),
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,
@@ -99,18 +109,25 @@ class Generator:
         Raises:
             RuntimeError: the engine returned something else than one value per token sent.
         """
-        from vllm import SamplingParams
-
         rows = list(rows)
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
+        if self._llm.llm_engine.vllm_config.use_v2_model_runner:
+            outputs = self._prefill(rows, [dense_request(*row) for row in rows])
+            return [dense_logprobs(out, row[1]) for out, row in zip(outputs, rows, strict=True)]
+        outputs = self._prefill(rows, flat_request(0))
+        return [flat_logprobs(out, *row, 0)[0] for out, row in zip(outputs, rows, strict=True)]
+
+    def score_top(
+        self, rows: Iterable[tuple[Sequence[int], Sequence[int]]], k: int
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The same, and for each response token the `k` likeliest tokens of its place:
+        (log-probs float32 [tokens], ids int32 [tokens, k], their log-probs float32 [tokens, k])."""
+        rows = list(rows)
+        outputs = self._prefill(rows, flat_request(k))
+        return [flat_logprobs(out, *row, k) for out, row in zip(outputs, rows, strict=True)]
+
+    def _prefill(self, rows: list[tuple[Sequence[int], Sequence[int]]], parameters: Any) -> Any:
         prompts: Any = [{"prompt_token_ids": [*prompt, *response]} for prompt, response in rows]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [
-            response_logprobs(out.prompt_logprobs, prompt, response)
-            for out, (prompt, response) in zip(outputs, rows, strict=True)
-        ]
+        return self._llm.generate(prompts, parameters, use_tqdm=False)
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> float:
         """Replace the live weights by `tensors` (names and shapes of the Hugging Face folder).
@@ -150,6 +167,14 @@ class Generator:
         )
 
 
+def num_positions(path: str) -> int | None:
+    """The longest context of a model, in tokens, where its configuration names one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def same_architecture(one: str, other: str) -> bool:
     """Whether an engine that serves `one` can load the weights in the folder `other`."""
 
@@ -161,14 +186,51 @@ def same_architecture(one: str, other: str) -> bool:
     return Path(one).is_dir() and Path(other).is_dir() and shape(one) == shape(other)
 
 
-def response_logprobs(
-    flat: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]
-) -> np.ndarray:
-    """The response's part of vLLM's flat prompt log-probs, after checking that the engine read
-    exactly the ids it was sent (the first token has no log-prob)."""
-    sent = [*prompt_ids, *response_ids][1:]
-    if list(flat.token_ids) != sent:
+def flat_request(num_top: int) -> Any:
+    """Asks for the log-prob of every token sent, in flat lists, not a dictionary per token."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False
+    )
+
+
+def flat_logprobs(
+    output: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], num_top: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The response's part of vLLM's flat prompt log-probs, each token's own before the likeliest
+    of its place, after checking that the engine read exactly the ids it was sent (the first token
+    has no log-prob)."""
+    flat, sent = output.prompt_logprobs, [*prompt_ids, *response_ids][1:]
+    shape = (len(sent), 1 + num_top)
+    ids = np.asarray(flat.token_ids, dtype=np.int32)
+    if ids.size != shape[0] * shape[1] or ids.reshape(shape)[:, 0].tolist() != sent:
         raise RuntimeError(
             f"the engine scored {len(flat.token_ids)} tokens that differ from the {len(sent)} sent"
         )
-    return np.asarray(flat.logprobs[-len(response_ids) :], dtype=np.float32)
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)[-len(response_ids) :]
+    return logprobs[:, 0], ids.reshape(shape)[-len(response_ids) :, 1:], logprobs[:, 1:]
+
+
+def dense_request(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Any:
+    """Asks vLLM's newer model runner for one array with the response tokens' log-probs alone."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprob_token_ids=np.asarray(response_ids, dtype=np.int32)[:, None],
+        prompt_logprob_start=len(prompt_ids) - 1,
+        detokenize=False,
+    )
+
+
+def dense_logprobs(output: Any, response_ids: Sequence[int]) -> np.ndarray:
+    """The answer to it, after checking that there is one value for each token."""
+    scores = output.prompt_token_id_logprobs
+    if scores is None or tuple(scores.shape) != (len(response_ids), 1):
+        found = None if scores is None else tuple(scores.shape)
+        raise RuntimeError(
+            f"the engine returned scores of shape {found} for {len(response_ids)} response tokens"
+        )
+    return np.asarray(scores, dtype=np.float32)[:, 0]

@@ -17,8 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from pear_ray.algorithms.objectives import Objective, Tokens
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
-from pear_ray.engines.attention import unfolding
-from pear_ray.engines.model import load_policy
+from pear_ray.engines.model import load_policy, policy_inputs
 from pear_ray.records import TrainingBatch
 
 
@@ -134,21 +133,10 @@ class Learner:
         dist.barrier()
 
     def _forward(self, batch: TrainingBatch) -> Tokens:
-        predicted = np.flatnonzero(batch.trainable_T)
-        unfold, fold = unfolding(batch.sequence_ids_T)
-        on_device = {
-            "token_ids_T": torch.from_numpy(batch.token_ids_T),
-            "position_ids_T": torch.from_numpy(batch.position_ids_T),
-            "unfold": unfold,
-            "fold": fold,
-            "predicted": torch.from_numpy(predicted),
-        }
-        logprobs, entropies = self._engine(
-            **{name: tensor.to(self._device) for name, tensor in on_device.items()}
-        )
+        logprobs, entropies = self._engine(**policy_inputs(batch, self._device))
 
         def chosen(values_T: np.ndarray) -> Tensor:
-            return torch.from_numpy(values_T[predicted]).to(self._device)
+            return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
         return Tokens(
             logprobs=logprobs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import (
 from pear_ray.algorithms.logprobs import predicted_logprobs
 from pear_ray.config import Pretrain
 from pear_ray.engines import attention
+from pear_ray.records import TrainingBatch
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -57,7 +59,22 @@ class PackedPolicy(nn.Module):
         return predicted_logprobs(hidden, head, token_ids_T, predicted, self.num_logits_chunks)
 
 
-def load_policy(path: str, dtype: str, num_logits_chunks: int) -> PackedPolicy:
+def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Tensor]:
+    """Arguments of `PackedPolicy` for the trainable tokens of a micro-batch."""
+    unfold, fold = attention.unfolding(batch.sequence_ids_T)
+    inputs = {
+        "token_ids_T": torch.from_numpy(batch.token_ids_T),
+        "position_ids_T": torch.from_numpy(batch.position_ids_T),
+        "unfold": unfold,
+        "fold": fold,
+        "predicted": torch.from_numpy(np.flatnonzero(batch.trainable_T)),
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def load_policy(
+    path: str, dtype: str, num_logits_chunks: int, device_map: str | None = None
+) -> PackedPolicy:
     """The model of a Hugging Face folder or hub name, from safetensors only."""
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -65,6 +82,7 @@ def load_policy(path: str, dtype: str, num_logits_chunks: int) -> PackedPolicy:
         attn_implementation=attention.NAME,
         use_safetensors=True,
         trust_remote_code=False,
+        device_map=device_map,
     )
     return PackedPolicy(model, num_logits_chunks)
 

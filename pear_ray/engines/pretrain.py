@@ -12,9 +12,8 @@ from transformers import get_scheduler
 
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Pretrain
-from pear_ray.engines.attention import unfolding
 from pear_ray.engines.export import write_folder
-from pear_ray.engines.model import load_policy, write_new_model
+from pear_ray.engines.model import load_policy, policy_inputs, write_new_model
 from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer
 from pear_ray.records import Problem, TrainingSequence
 from pear_ray.tasks.task import Demonstrator
@@ -54,13 +53,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
         optimiser.zero_grad()
         loss = 0.0
         for part in (batch, *more):
-            predicted = torch.from_numpy(np.flatnonzero(part.trainable_T))
-            logprobs, _ = policy(
-                torch.from_numpy(part.token_ids_T),
-                torch.from_numpy(part.position_ids_T),
-                *unfolding(part.sequence_ids_T),
-                predicted,
-            )
+            logprobs, _ = policy(**policy_inputs(part, torch.device("cpu")))
             part_loss = -logprobs.sum() / part.num_trainable_tokens_global
             part_loss.backward()
             loss += part_loss.item()
@@ -75,5 +68,8 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
 def sequence(tokenizer: Tokenizer, problem: Problem, answer: str) -> TrainingSequence:
     """A demonstration as tokens, its answer trainable."""
     messages = [*problem.messages, {"role": "assistant", "content": answer}]
-    prompt, response = conversation_ids(tokenizer, messages)
-    return TrainingSequence.of(prompt, response, np.zeros(len(response)), 1.0, problem.problem_id)
+    found = conversation_ids(tokenizer, messages)
+    blank = np.zeros(len(found.response_ids))
+    return TrainingSequence.of(
+        found.prompt_ids, found.response_ids, blank, 1.0, problem.problem_id, found.trainable
+    )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from pear_ray.config import BadInput
 from pear_ray.records import Message
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a folder or hub name.
+def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
+    """The tokenizer of a folder or hub name, which `field` of the job gives.
 
     Raises:
         BadInput: there is none, or it has no chat template or no end-of-sequence token.
@@ -27,14 +30,12 @@ def load_tokenizer(path: str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"model.path: {path}: no tokenizer can be loaded; expected one: {error}"
+            f"{field}: {path}: no tokenizer can be loaded; expected one: {error}"
         ) from error
     if tokenizer.chat_template is None:
-        raise BadInput(f"model.path: {path}: the tokenizer has no chat template; expected one")
+        raise BadInput(f"{field}: {path}: the tokenizer has no chat template; expected one")
     if tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"model.path: {path}: the tokenizer has no end-of-sequence token; expected one"
-        )
+        raise BadInput(f"{field}: {path}: the tokenizer has no end-of-sequence token; expected one")
     return tokenizer
 
 
@@ -51,29 +52,72 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def conversation_ids(
-    tokenizer: Tokenizer, messages: Sequence[Message]
-) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the last answer, up to and with its end-of-sequence token.
+@dataclass(frozen=True)
+class Conversation:
+    """Token ids up to the first answer, and from there on; `trainable` marks the answers' tokens
+    among the latter, each up to and with its end-of-sequence token."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    trainable: list[bool]
+
+
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
+    """A conversation whose last message is the assistant's, as the model saw and wrote it.
 
     Raises:
-        ValueError: the template writes the prompt differently once the answer follows, or the
-            answer is empty.
+        ValueError: the template refuses the conversation, or writes what stands before an answer
+            differently once more follows; or an answer is empty.
     """
-    prompt = prompt_ids(tokenizer, messages[:-1])
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if whole[: len(prompt)] != prompt:
+    try:
+        whole = _ids(tokenizer, messages)
+        answers = [
+            _answer(tokenizer, messages, number, whole)
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+    except TemplateError as error:
+        raise ValueError(f"messages: the chat template refuses them: {error}") from error
+    first, last = answers[0][0], answers[-1][1]
+    trainable = [False] * len(whole)
+    for start, end in answers:
+        trainable[start:end] = [True] * (end - start)
+    return Conversation(whole[:first], whole[first:last], trainable[first:last])
+
+
+def _answer(
+    tokenizer: Tokenizer, messages: Sequence[Message], number: int, whole: list[int]
+) -> tuple[int, int]:
+    """Where message `number` starts and ends in the ids of the whole conversation."""
+    before = prompt_ids(tokenizer, messages[:number])
+    is_last = number == len(messages) - 1
+    until = whole if is_last else _ids(tokenizer, messages[: number + 1])
+    if whole[: len(before)] != before or whole[: len(until)] != until:
         raise ValueError(
-            "the chat template does not keep the prompt's tokens when the answer follows"
+            f"messages.{number}: the chat template does not keep the tokens before and of this"
+            " answer when more follows; expected the ids that its author saw and wrote"
         )
-    response = whole[len(prompt) :]
-    ends = [i for i, token in enumerate(response) if token == tokenizer.eos_token_id]
-    if ends:
-        response = response[: ends[-1] + 1]
-    if not response or response == [tokenizer.eos_token_id]:
-        raise ValueError("the assistant's answer is empty")
-    return prompt, response
+    end = len(until)
+    while end > len(before) and until[end - 1] != tokenizer.eos_token_id:
+        end -= 1
+    # A template that ends no answer: everything up to the next message is the answer.
+    end = end if end > len(before) else len(until)
+    if until[len(before) : end] in ([], [tokenizer.eos_token_id]):
+        raise ValueError(f"messages.{number}: the assistant's answer is empty")
+    return len(before), end
+
+
+def _ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def num_embeddings(path: str) -> int:
+    """How many token ids the model of a folder or hub name knows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config.get_text_config().vocab_size
 
 
 def _digest(text: str) -> str:

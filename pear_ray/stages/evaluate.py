@@ -148,20 +148,28 @@ def card(
     }
 
 
-def heldout_rows(folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response ids of the held-out rows of the scored corpus, if there is one."""
-    columns = ["prompt_ids", "response_ids", "split"]
-    rows = [
+def heldout_rows(folder: Path) -> list[dict[str, Any]]:
+    """Prompt and response ids of the held-out rows of the scored corpus, if there is one, and
+    which of the latter are the assistant's."""
+    columns = ["prompt_ids", "response_ids", "trainable"]
+    heldout = [("split", "==", "heldout")]
+    return [
         row
         for file in sorted(folder.glob("*.parquet"))
-        for row in pq.read_table(file, columns=columns).to_pylist()
+        for row in pq.read_table(file, columns=columns, filters=heldout).to_pylist()
     ]
-    return [(row["prompt_ids"], row["response_ids"]) for row in rows if row["split"] == "heldout"]
 
 
-def heldout_nll(pool: GeneratorPool, rows: list[tuple[list[int], list[int]]]) -> float | None:
-    """Mean loss over the response tokens of the held-out rows, in nats."""
-    return float(-np.concatenate(pool.score(rows)).mean()) if rows else None
+def heldout_nll(pool: GeneratorPool, rows: list[dict[str, Any]]) -> float | None:
+    """Mean loss over the assistant's tokens of the held-out rows, in nats."""
+    if not rows:
+        return None
+    scores = pool.score([(row["prompt_ids"], row["response_ids"]) for row in rows])
+    chosen = [
+        s if r["trainable"] is None else s[r["trainable"]]
+        for s, r in zip(scores, rows, strict=True)
+    ]
+    return float(-np.concatenate(chosen).mean())
 
 
 def scorecard(

@@ -114,4 +114,4 @@ def can_be_read_back(tokenizer: Tokenizer, problem: Problem, answer: Completion)
     if answer.finish_reason != "stop":
         return False
     messages = [*problem.messages, {"role": "assistant", "content": answer.text}]
-    return conversation_ids(tokenizer, messages)[1] == list(answer.token_ids)
+    return conversation_ids(tokenizer, messages).response_ids == list(answer.token_ids)

@@ -143,11 +143,15 @@ def check_corpus(job: Job) -> int:
 
 def read_scored(folder: Path, split: str) -> list[TrainingSequence]:
     """The rows of a split as training sequences, in the order of `example_id`."""
-    files = folder.glob("*.parquet")
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in folder.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
     return [
         TrainingSequence.of(
-            row["prompt_ids"], row["response_ids"], row["behaviour_logprobs"], 1.0, row["source"]
+            row["prompt_ids"],
+            row["response_ids"],
+            row["behaviour_logprobs"],
+            1.0,
+            row["source"],
+            row.get("trainable"),
         )
         for row in sorted(rows, key=lambda row: row["example_id"])
         if row["split"] == split

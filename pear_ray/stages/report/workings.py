@@ -118,27 +118,50 @@ def along_answer(rows: list[dict[str, Any]]) -> Line:
 
 def scores(measured: Measured) -> Section | str:
     """The behaviour policies' log-probs."""
-    found = measured.own.of("score")
-    if not found:
+    facts = measured.own.manifest.get("stages", {}).get("score", {}).get("facts")
+    if not facts:
         return "scores of the corpus (stage score has not run in this folder)"
-    rows = tuple(
+    origins = ("from_behaviour", "from_recorded", "from_reference")
+    by_source = tuple(
         (
-            str(row.get("source")),
-            str(row.get("rows")),
-            str(row.get("response_tokens")),
-            number(row.get("recorded_gap_max")),
+            source,
+            str(row["rows"]),
+            *(str(row.get(origin, 0)) for origin in origins),
+            str(row["response_tokens"]),
+            number(row["recorded_gap_max"]),
         )
-        for row in found
+        for source, row in facts["sources"].items()
     )
-    rejected = max((row.get("rejected") or 0 for row in found), default=0)
-    header = ("source", "rows", "response tokens", "largest gap, nats")
+    by_model = tuple(
+        (
+            source,
+            str(row["rows"]),
+            *(number(row.get(key)) for key in ("bias", "spread", "mean_gap", "max_gap")),
+        )
+        for source, row in facts["calibration"].items()
+    )
     return Section(
         "Scores of the corpus",
-        "Log-probability of every response token under the policy that wrote it. The gap is the"
-        " largest difference to the log-probs recorded while sampling, a dash where none were."
-        f" Rejected rows, all sources together: {rejected}.",
-        (Table(header, rows),),
-    )
+        "Log-probability of every response token under the policy that wrote it: scored here,"
+        " brought along and confirmed by a probe, or scored by a reference where the author is"
+        " unknown. The gap is the largest difference to log-probs that were brought along, a dash"
+        " where there were none. The second table compares, on the probe, the trainer's forward"
+        " pass with the engine that scored: bias and spread (mean and standard deviation of trainer"
+        " minus engine) are noise in PEAR's log-ratios from the first step on."
+        f" Rejected rows, all sources together: {facts['rejected']} of {facts['rows']}.",
+        (
+            Table(
+                ("source", "rows", "scored", "recorded", "reference", "response tokens",
+                 "largest gap, nats"),
+                by_source,
+            ),
+            Table(
+                ("behaviour model", "probe rows", "bias, nats", "spread, nats",
+                 "mean gap, nats", "largest gap, nats"),
+                by_model,
+            ),
+        ),
+    )  # fmt: skip
 
 
 def agreement(measured: Measured) -> Section | str:
