@@ -124,12 +124,13 @@ class Run:
         things: the block finds it and goes on from there."""
         target, aside = self.folder / name, self.folder / f"{name}.partial"
         note = aside / "made_from.json"
+        made_from = json.loads(json.dumps(made_from))
         before = json.loads(note.read_text()) if note.exists() else None
         if before != made_from:
             if before is not None:
                 changed = [key for key in made_from if before.get(key) != made_from[key]]
                 text = f"what was begun is of no use: {', '.join(changed)} changed since"
-                self.event(name, "restarted", text)
+                self.event(name, "discarded", text)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             write_json(note, made_from)

@@ -12,7 +12,7 @@ import pytest
 
 from pear_ray import __main__ as command_line
 from pear_ray.config import Job, read_job
-from pear_ray.manifest import open_run
+from pear_ray.manifest import check_inputs, open_run
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -217,6 +217,46 @@ MISTAKES = {
         (),
         ["job.toml: corpus", "either path or sample"],
     ),
+    "a question without its answer": (
+        JOB + "[corpus.columns]\nprompt = 'question'",
+        (),
+        ["job.toml: corpus.columns", "give prompt and response together, or neither"],
+    ),
+    "an unknown column": (
+        JOB + "[corpus.columns]\ntext = 'body'",
+        (),
+        ["corpus.columns.text", "unknown key", "messages", "read 'body'"],
+    ),
+    "a source of nameless rows without a model": (
+        replaced(SAMPLED[0], SAMPLED[0] + "\nsource = 'coder'"),
+        (),
+        ["job.toml", "corpus.source: read 'coder', expected one of [behaviour]: ['tutor']"],
+    ),
+    "a reference without a model": (
+        replaced(SAMPLED[0], SAMPLED[0] + "\nreference = 'coder'"),
+        (),
+        ["job.toml", "corpus.reference: read 'coder', expected one of [behaviour]: ['tutor']"],
+    ),
+    "not one of the ways with long rows": (
+        replaced(SAMPLED[0], SAMPLED[0] + "\ntoo_long = 'cut'"),
+        (),
+        ["job.toml: corpus.too_long", "'reject' or 'truncate'", "read 'cut'"],
+    ),
+    "not one of the ways with recorded log-probs": (
+        replaced(SAMPLED[0], SAMPLED[0] + "\nrecorded_logprobs = 'trust'"),
+        (),
+        ["job.toml: corpus.recorded_logprobs", "'probe' or 'ignore'", "read 'trust'"],
+    ),
+    "more engines at first than at last": (
+        replaced("max_new_tokens", "min_replicas = 3\nreplicas = 2\nmax_new_tokens"),
+        (),
+        ["job.toml: generator", "min_replicas 3 is more than replicas 2"],
+    ),
+    "more requests than tokens": (
+        replaced("max_new_tokens", "tokens_per_batch = 99\nmax_new_tokens"),
+        (),
+        ["job.toml: generator", "tokens_per_batch 99 is less than max_concurrent 256"],
+    ),
     "model both read and made": (
         replaced("[corpus]", "[model.pretrain]\nstyles = {build = 1.0}\n[corpus]"),
         (),
@@ -232,6 +272,11 @@ MISTAKES = {
         replaced("corpus.jsonl", "nowhere.jsonl"),
         (),
         ["corpus.path", "read 'nowhere.jsonl'", "expected a file or folder that exists"],
+    ),
+    "pattern that nothing fits": (
+        replaced("corpus.jsonl", "corpus*.parquet"),
+        (),
+        ["corpus.path", "read 'corpus*.parquet'", "expected a file or folder that exists"],
     ),
     "model that is not there": (
         replaced('[model]\npath = "./model"', '[model]\npath = "./nowhere"'),
@@ -284,6 +329,17 @@ MISTAKES = {
 def test_a_mistake_in_the_job_is_refused_by_name(here, pear_ray, text, words, said):
     Path("job.toml").write_text(text)
     assert_refused(here, pear_ray, ("score", "job.toml", *words), said)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["corpus.jsonl", "corpus*", "corp[a-u]s.json*", ".", "*/*.json", "s3://bucket/x/*.parquet"],
+)
+def test_a_corpus_that_is_here_or_lies_elsewhere_is_not_refused(here, path):
+    Path("job.toml").write_text(replaced("corpus.jsonl", path))
+    before = contents(here)
+    check_inputs(read_job(Path("job.toml")), "score")
+    assert contents(here) == before
 
 
 @pytest.mark.parametrize(

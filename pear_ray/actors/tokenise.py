@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,8 @@ from pear_ray.records import TOKENISED_SCHEMA, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = ("train", "heldout")
+# What float32 can hold.
+LOWEST = -3.4028234e38
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Tokenise:
 
     def table(self, table: pa.Table) -> pa.Table:
         """Rows with columns of their own."""
-        return self._rows((row, "") for row in table.to_pylist())
+        return self._rows((read_row(table, number), "") for number in range(table.num_rows))
 
     def lines(self, table: pa.Table) -> pa.Table:
         """JSON in `text`, from `place`."""
@@ -128,7 +129,7 @@ class Tokenise:
         return {
             "prompt_ids": found.prompt_ids,
             "response_ids": found.response_ids[:num_kept],
-            "trainable": None if all_trainable else found.trainable[:num_kept],
+            "trainable": None if all_trainable else found.trainable,
             "recorded_logprobs": None if recorded is None else recorded[:num_kept],
             "truncated": num_kept < len(found.response_ids),
         }
@@ -165,9 +166,9 @@ class Tokenise:
         recorded = [value if own else 0.0 for value, own in zip(recorded, trainable, strict=True)]
         for number, value in enumerate(recorded):
             # Rounding may lift the log-prob of a sure token a little above 0.
-            if not math.isfinite(value) or value > 1e-3:
+            if not LOWEST <= value <= 1e-3:
                 raise ValueError(f"{name}.{number}: read {value}; expected a finite log-prob")
-        return recorded
+        return [float(value) for value in recorded]
 
 
 class Named:
@@ -189,9 +190,7 @@ class Named:
     def text(self, field: str) -> str | None:
         """A text that may be missing; an empty one counts as missing."""
         name, value = self._value(field)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name}: read {kind(value)}; expected text")
-        return value or None
+        return None if value is None else text_of(name, value) or None
 
     def truth(self, field: str) -> bool | None:
         name, value = self._value(field)
@@ -204,7 +203,7 @@ class Named:
         name, value = self._value("example_id")
         if isinstance(value, bool) or not isinstance(value, str | int | None):
             raise ValueError(f"{name}: read {kind(value)}; expected text or a whole number")
-        return None if value is None else str(value) or None
+        return None if value is None else text_of(name, str(value)) or None
 
     def numbers(self, field: str, number: type) -> list[Any] | None:
         name, value = self._value(field)
@@ -212,7 +211,7 @@ class Named:
             return None
         if not isinstance(value, list) or not all(type(n) in (int, number) for n in value):
             raise ValueError(f"{name}: read {kind(value)}; expected a list of {number.__name__}s")
-        return [number(n) for n in value]
+        return value
 
     def messages(self) -> list[Message]:
         """The conversation, its last message the assistant's."""
@@ -244,16 +243,34 @@ def message_of(name: str, message: Any) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{name}.role: read {role!r}; expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"{name}.content: read {kind(content)}; expected text")
-    return {"role": role, "content": content}
+    return {"role": role, "content": text_of(f"{name}.content", content)}
+
+
+def text_of(name: str, value: Any) -> str:
+    """A text, checked: JSON can spell half a character, which nothing can store."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: read {kind(value)}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: is not Unicode: {error}") from error
+    return value
+
+
+def read_row(table: pa.Table, number: int) -> Any:
+    """One row of a table, or the ValueError that says why there is none: nobody checked its
+    texts before."""
+    try:
+        return table.slice(number, 1).to_pylist()[0]
+    except ValueError as error:
+        return ValueError(f"the row cannot be read: {error}")
 
 
 def read_line(text: bytes, place: str) -> Any:
     """The JSON of one line, or the ValueError that says why there is none."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ValueError(f"{place}: is not JSON: {error}")
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 
 from pear_ray.algorithms.packing import pack
-from pear_ray.engines.model import load_policy, policy_inputs
+from pear_ray.engines.model import PackedPolicy, load_policy, policy_inputs
 from pear_ray.records import TrainingSequence
 
 
-@torch.no_grad()
 def trainer_logprobs(
     path: str,
     dtype: str,
@@ -27,12 +26,23 @@ def trainer_logprobs(
     on_gpu = torch.cuda.is_available()
     policy = load_policy(path, dtype, 1, device_map="auto" if on_gpu else None).eval()
     device = torch.device("cuda" if on_gpu else "cpu")
+    return policy_logprobs(policy, rows, tokens_per_pack, device)
+
+
+@torch.no_grad()
+def policy_logprobs(
+    policy: PackedPolicy,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    tokens_per_pack: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    """The same, of a policy that is there."""
     sequences = [
         TrainingSequence.of(prompt, response, np.zeros(len(response)), 1.0, str(number))
         for number, (prompt, response) in enumerate(rows)
     ]
     found: dict[int, np.ndarray] = {}
-    ((*packs,),) = pack(sequences, 1, tokens_per_pack)
+    (packs,) = pack(sequences, 1, tokens_per_pack)
     for batch in packs:
         logprobs = policy(**policy_inputs(batch, device))[0].cpu().numpy()
         lengths = np.bincount(batch.sequence_ids_T[batch.trainable_T])

@@ -151,13 +151,12 @@ def card(
 def heldout_rows(folder: Path) -> list[dict[str, Any]]:
     """Prompt and response ids of the held-out rows of the scored corpus, if there is one, and
     which of the latter are the assistant's."""
-    columns = ["prompt_ids", "response_ids", "trainable"]
-    heldout = [("split", "==", "heldout")]
-    return [
-        row
-        for file in sorted(folder.glob("*.parquet"))
-        for row in pq.read_table(file, columns=columns, filters=heldout).to_pylist()
-    ]
+    rows = []
+    for file in sorted(folder.glob("*.parquet")):
+        wanted = {"prompt_ids", "response_ids", "trainable"} & set(pq.read_schema(file).names)
+        heldout = [("split", "==", "heldout")]
+        rows += pq.read_table(file, columns=sorted(wanted), filters=heldout).to_pylist()
+    return rows
 
 
 def heldout_nll(pool: GeneratorPool, rows: list[dict[str, Any]]) -> float | None:
@@ -165,10 +164,7 @@ def heldout_nll(pool: GeneratorPool, rows: list[dict[str, Any]]) -> float | None
     if not rows:
         return None
     scores = pool.score([(row["prompt_ids"], row["response_ids"]) for row in rows])
-    chosen = [
-        s if r["trainable"] is None else s[r["trainable"]]
-        for s, r in zip(scores, rows, strict=True)
-    ]
+    chosen = [score[row.get("trainable") or ...] for score, row in zip(scores, rows, strict=True)]
     return float(-np.concatenate(chosen).mean())
 
 

@@ -1,17 +1,127 @@
-"""Corpora that cannot be used are refused in words, and nothing is left behind."""
+"""Stage `score` on real Ray Data and vLLM, against transformers; and corpora that it refuses."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pear_ray.__main__ import command
 from pear_ray.config import BadInput, Job, Pretrain
 from pear_ray.engines.model import write_new_model
+from pear_ray.records import SCORED_SCHEMA
 from pear_ray.stages.score import sharing_engines
+
+
+@pytest.fixture(scope="session")
+def scored(scored_run: Path) -> list[dict[str, Any]]:
+    """Its rows, in the order in which they stand in its files."""
+    files = sorted((scored_run / "scored").glob("*.parquet"))
+    tables = [pq.read_table(file) for file in files]
+    assert all(table.schema.names == SCORED_SCHEMA.names for table in tables)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def test_every_row_is_scored_once_in_the_order_of_its_name(
+    corpus: Any, scored: list[dict[str, Any]]
+) -> None:
+    assert [row["example_id"] for row in scored] == sorted(corpus.rows)
+
+
+def test_bad_rows_are_named_with_the_reason(corpus: Any, scored_run: Path) -> None:
+    lines = (scored_run / "scored" / "rejected.jsonl").read_text().splitlines()
+    rejected = [json.loads(line) for line in lines]
+    repeated = next(iter(corpus.rows))
+    assert [row["example_id"] for row in rejected] == sorted([*corpus.bad, repeated])
+    reasons = {row["example_id"]: row["reason"] for row in rejected}
+    for name, reason in {**corpus.bad, repeated: "example_id"}.items():
+        assert reasons[name].startswith(reason) and "expected" in reasons[name]
+
+
+def test_scores_are_those_of_transformers_under_the_author(
+    corpus: Any, scored: list[dict[str, Any]], by_transformers: Any
+) -> None:
+    """Also for several turns, rows that fill the context, and the likeliest tokens."""
+    for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
+        rows = [row for row in scored if row["source"] == source]
+        assert {row["behaviour_model"] for row in rows} == {model}
+        asked = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+        for row, table in zip(rows, by_transformers(model, asked), strict=True):
+            trainable = np.array(row["trainable"] or [True] * len(row["response_ids"]))
+            own = table[range(len(table)), row["response_ids"]].numpy()
+            found = np.array(row["behaviour_logprobs"], dtype=np.float32)
+            assert np.abs(found - np.where(trainable, own, 0)).max() <= 1e-4
+            if row["logprobs_from"] != "recorded":
+                ids = np.array(row["top_ids"]).reshape(-1, corpus.num_top)
+                top = np.array(row["top_logprobs"]).reshape(-1, corpus.num_top)
+                assert np.abs(top - table.topk(corpus.num_top).values.numpy()).max() <= 1e-4
+                theirs = np.take_along_axis(table.numpy(), ids, axis=1)
+                assert np.abs(theirs - top).max() <= 1e-4
+
+
+def test_rows_that_are_too_long_fill_the_context(corpus: Any, scored: list[dict[str, Any]]) -> None:
+    cut = [row for row in scored if row["truncated"]]
+    assert len(cut) == 30
+    assert {len(row["prompt_ids"]) + len(row["response_ids"]) for row in cut} == {
+        corpus.max_model_len
+    }
+
+
+def test_only_the_assistants_tokens_are_scored(corpus: Any, scored: list[dict[str, Any]]) -> None:
+    several = [row for row in scored if row["trainable"] is not None]
+    assert len(several) >= 200
+    for row in several:
+        trainable = np.array(row["trainable"])
+        assert trainable[0] and not trainable.all()
+        assert not np.array(row["behaviour_logprobs"])[~trainable].any()
+        assert (np.array(row["behaviour_logprobs"])[trainable] < 0).all()
+
+
+def test_who_scored_a_row_is_marked(scored: list[dict[str, Any]]) -> None:
+    origins = Counter((row["source"], row["logprobs_from"]) for row in scored)
+    assert origins["a", "behaviour"] == origins["b", "behaviour"] == 300
+    assert origins["?", "reference"] == 300
+    # Of those who bring log-probs only the probe is scored, and compared.
+    assert origins["c", "recorded"] + origins["c", "behaviour"] == 300
+    assert 30 <= origins["c", "behaviour"] <= 90
+    compared = [row["recorded_gap"] for row in scored if row["recorded_gap"] is not None]
+    assert len(compared) == origins["c", "behaviour"] and max(compared) <= 1e-4
+
+
+def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> None:
+    splits: dict[tuple[int, ...], set[str]] = {}
+    for row in scored:
+        splits.setdefault(tuple(row["prompt_ids"]), set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert 120 <= sum(row["split"] == "heldout" for row in scored) <= 360
+
+
+def test_the_trainer_agrees_with_the_engine_on_the_probe(scored_run: Path) -> None:
+    """Behaviour models a and c are the student: their delta is nothing but noise."""
+    facts = json.loads((scored_run / "manifest.json").read_text())["stages"]["score"]["facts"]
+    assert facts["rows"] == 1204 and facts["rejected"] == 4
+    for source in "abc":
+        calibration = facts["calibration"][source]
+        assert calibration["rows"] >= 30
+        assert abs(calibration["bias"]) <= 1e-6 and calibration["spread"] <= 1e-5
+        assert 0 < calibration["max_gap"] <= 1e-4
+
+
+def test_progress_is_told(scored_run: Path) -> None:
+    last = json.loads((scored_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == last["parts"] and last["rejected_rows"] == 4
+    assert last["tokens_per_second"] > last["rows_per_second"] > 0 and last["seconds_left"] == 0
+
+
+def test_nothing_else_is_left(scored_run: Path) -> None:
+    assert not list(scored_run.glob("*.partial"))
+    kinds = {path.suffix for path in (scored_run / "scored").iterdir()}
+    assert kinds == {".parquet", ".jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +148,17 @@ USER_ONLY = [{"role": "user", "content": "1 + 2 ="}]
 BAD_CORPORA = {
     "empty": ([], ["holds no", "expected"]),
     "no assistant": ([example(messages=USER_ONLY)], ["a-1", "messages", "['user']", "'assistant'"]),
-    "no source column": ([{k: v for k, v in example().items() if k != "source"}], ["['source']"]),
+    "no source": (
+        [{k: v for k, v in example().items() if k != "source"}],
+        ["a-1", "source: read None", "['teacher']", "corpus.source"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CORPORA)
 def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: None) -> None:
-    corpus, words = BAD_CORPORA[case]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    rows, words = BAD_CORPORA[case]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "job.toml").write_text(
         f"""
         [run]

@@ -280,7 +280,8 @@ def rejected_rows(folder: Path, tokenised: list[dict[str, Any]]) -> Iterator[dic
         if file["num_rejected"]:
             path = folder / "tokenised" / f"{file['file']}.parquet"
             columns = ["example_id", "reason"]
-            yield from pq.read_table(path, columns, filters=[("reason", "!=", "")]).to_pylist()
+            found = pq.read_table(path, columns=columns, filters=[("reason", "!=", "")])
+            yield from found.to_pylist()
 
 
 def rejected_lines(folder: Path) -> Iterator[dict[str, Any]]:
