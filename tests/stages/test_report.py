@@ -137,20 +137,17 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
 def whole_run(folder: Path) -> Job:
     """A run folder as the pipeline leaves it."""
     done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
-    scores = [
-        {
-            "stage": "score",
-            "step": place,
-            "time": 1e9,
-            "source": source,
-            "rows": 1800,
-            "response_tokens": 61234,
-            "recorded_gap_max": gap,
-            "rejected": 3,
-        }
-        for place, (source, gap) in enumerate({"tutor": 3e-6, "coder": None}.items())
-    ]
-    write_lines(folder / "metrics.jsonl", scores)
+    source = {"rows": 1800, "response_tokens": 61234, "truncated": 0, "recorded_gap_max": None}
+    gaps = {"bias": -2e-7, "spread": 4e-7, "mean_gap": 3e-7, "max_gap": 7e-6}
+    facts = {
+        "rows": 3603,
+        "rejected": 3,
+        "sources": {
+            "tutor": source | {"from_recorded": 1800, "recorded_gap_max": 3e-6},
+            "coder": source | {"from_behaviour": 1800},
+        },
+        "calibration": {"tutor": {"rows": 250, "tokens": 9000, **gaps}},
+    }
     event = {"time": 1e9, "stage": "rl", "kind": "resumed", "text": HOSTILE}
     for arm in ARMS:
         home = folder / "arms" / arm
@@ -161,6 +158,7 @@ def whole_run(folder: Path) -> Job:
     (folder / "evaluate").mkdir()
     (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard()))
     stages = dict.fromkeys(("pretrain", "sample", "score", "evaluate"), done)
+    stages["score"] = done | {"facts": facts}
     manifest = {"versions": {"ray": "2.60.0"}, "stages": stages, "command": "pear-ray report x"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     job = job_of(folder)
@@ -396,3 +394,11 @@ def test_the_same_run_gives_the_same_figures(tmp_path: Path) -> None:
     job = job_of(tmp_path, ())
     first, second = (re.sub(r"written .*", "", made(job)[0]) for _ in range(2))
     assert first == second
+
+
+def test_scores_say_who_scored_and_what_the_trainer_thinks_of_it(whole) -> None:
+    """Rows by source, and bias and spread by behaviour model."""
+    text = " ".join(re.sub("<[^>]*>", " ", whole[0]).split())
+    assert "all sources together: 3 of 3603." in text
+    assert "tutor 1800 0 1800 0 61234 3.0e-06 coder 1800 1800 0 0 61234" in text
+    assert "tutor 250 -2.0e-07 4.0e-07 3.0e-07 7.0e-06" in text
