@@ -129,7 +129,7 @@ class Tokenise:
         return {
             "prompt_ids": found.prompt_ids,
             "response_ids": found.response_ids[:num_kept],
-            "trainable": None if all_trainable else found.trainable,
+            "trainable": None if all_trainable else found.trainable[:num_kept],
             "recorded_logprobs": None if recorded is None else recorded[:num_kept],
             "truncated": num_kept < len(found.response_ids),
         }
