@@ -99,7 +99,7 @@ def in_order(rows):
     return expected
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=ROWS, rows_per_part=st.integers(1, 5), data=st.data())
 def test_rows_are_stored_alike_in_whatever_order_they_come(rows, rows_per_part, data):
     shuffled = data.draw(st.permutations(rows))
@@ -287,5 +287,10 @@ def test_lists_of_any_kind_are_arrays():
     flags = pa.array([[True], None, [False, True], []], pa.list_(pa.bool_()))
     found = arrays(pa.chunked_array([flags[1:3], flags[3:]]))
     assert [None if one is None else one.tolist() for one in found] == [None, [False, True], []]
+    # A list that is not there may lie on values all the same.
+    values = pa.array([1, 2, 3, 4], pa.int32())
+    hidden = pa.ListArray.from_arrays([0, 1, 3, 4], values, mask=pa.array([False, True, False]))
+    found = arrays(pa.chunked_array([hidden]))
+    assert [None if one is None else one.tolist() for one in found] == [[1], None, [4]]
     (found,) = arrays(pa.chunked_array([pa.array([[math.nan, -math.inf]], OF_FLOATS)]))
     assert np.isnan(found[0]) and found[1] == -math.inf
