@@ -238,7 +238,7 @@ def check_inputs(job: Job, stage: str) -> None:
         raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
     # What lies elsewhere is looked for when it is read.
     is_here = corpus.path is not None and "://" not in corpus.path
-    if is_here and not glob(str(Path(corpus.path or "").expanduser())):
+    if is_here and not glob(os.path.expanduser(corpus.path or "")):
         raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
     named = {"model.path": job.model.path}
     named |= {f"behaviour.{source}.path": model.path for source, model in job.behaviour.items()}

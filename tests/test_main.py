@@ -88,235 +88,191 @@ def replaced(old, new):
     return JOB.replace(old, new)
 
 
-# What is wrong: (text of the job file, words after it, what the message says)
+# What is wrong: (text of the job file, what the message says)
 MISTAKES = {
     "unknown key": (
         JOB + "[sft]\nlevle = 'token'",
-        (),
         ["job.toml", "sft.levle", "unknown key", "level", "read 'token'"],
     ),
-    "unknown section": (
-        JOB + "[stf]\nlevel = 'token'",
-        (),
-        ["job.toml", "stf: unknown key", "sft"],
-    ),
+    "unknown section": (JOB + "[stf]\nlevel = 'token'", ["job.toml", "stf: unknown key", "sft"]),
     "unknown key of a behaviour model": (
         replaced("[behaviour.tutor]", "[behaviour.tutor]\nprecision = 8"),
-        (),
         ["behaviour.tutor.precision", "unknown key", "path, pretrain", "read 8"],
     ),
     "a word for a number": (
         JOB + "[rl]\nsteps = 'many'",
-        (),
         ["job.toml: rl.steps", "valid integer", "read 'many'"],
     ),
     "a number for a word": (
         replaced('dir = "run"', "dir = 3"),
-        (),
         ["job.toml: run.dir", "valid string", "read 3"],
     ),
     "half a replica": (
         replaced("max_new_tokens", "replicas = 1.5\nmax_new_tokens"),
-        (),
         ["generator.replicas", "valid integer", "read 1.5"],
     ),
     "one bound for two": (
         JOB + "[sft]\nclip_log_ratio = [0.3]",
-        (),
         ["sft.clip_log_ratio", "required", "read [0.3]"],
     ),
     "not one of the names": (
         JOB + "[rl]\nadvantage = 'ppo'",
-        (),
         ["rl.advantage", "'grpo', 'dr_grpo' or 'rloo'", "read 'ppo'"],
     ),
     "unknown task": (
         replaced('"countdown"', '"countdwn"'),
-        (),
         ["tasks.0.name", "'countdown'", "read 'countdwn'"],
     ),
     "unknown option of a task": (
         JOB + "options = {depth = 3}",
-        (),
         ["tasks.0.options", "read {'depth': 3}"],
     ),
-    "no task": (replaced('[[tasks]]\nname = "countdown"', ""), (), ["job.toml: tasks", "required"]),
+    "no task": (replaced('[[tasks]]\nname = "countdown"', ""), ["job.toml: tasks", "required"]),
     "missing section": (
         replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""),
-        (),
         ["job.toml: generator", "required"],
     ),
     "missing key": (
         replaced("max_new_tokens = 8", ""),
-        (),
         ["job.toml: generator.max_new_tokens", "required"],
     ),
     "out of range": (
         JOB + "[sft]\ndiscount = 1.5",
-        (),
         ["sft.discount", "less than or equal to 1", "read 1.5"],
     ),
     "not a number": (
         JOB + "[sft]\nlearning_rate = nan",
-        (),
         ["sft.learning_rate", "finite number", "read nan"],
     ),
     "infinite": (
         JOB + "[sft]\nlearning_rate = inf",
-        (),
         ["sft.learning_rate", "finite number", "read inf"],
     ),
     "bounds in the wrong order": (
         JOB + "[sft]\nclip_log_ratio = [0.3, -0.08]",
-        (),
         ["sft", "clip_log_ratio: read [0.3, -0.08]", "expected the lower bound first"],
     ),
-    "not TOML": (replaced("[model]", "[model"), (), ["job.toml: is not TOML", "line 4"]),
+    "not TOML": (replaced("[model]", "[model"), ["job.toml: is not TOML", "line 4"]),
     "arm with an unknown key": (
         JOB + "[[arms]]\nname = 'a'\nsft = {levle = 'token'}",
-        (),
         ["job.toml", "arms.a.sft: levle", "unknown key", "level", "read 'token'"],
     ),
     "arm with a wrong value": (
         JOB + "[[arms]]\nname = 'a'\nrl = {group_size = 1}",
-        (),
         ["job.toml", "arms.a.rl: group_size", "greater than 1", "read 1"],
     ),
     "two arms of one name": (
         JOB + "[[arms]]\nname = 'a'\n[[arms]]\nname = 'a'",
-        (),
         ["job.toml", "arms", "each name once, read ['a', 'a']"],
     ),
     "an arm that is no folder name": (
         JOB + "[[arms]]\nname = '../a'",
-        (),
         ["arms.0.name", "read '../a'"],
     ),
     "k larger than the samples": (
         replaced("ks = [1, 4]", "ks = [1, 64]\nsamples_per_problem = 8"),
-        (),
         ["job.toml: evaluation", "ks holds 64", "samples_per_problem 8"],
     ),
     "no room for a prompt": (
         replaced("max_new_tokens = 8", "max_new_tokens = 16"),
-        (),
         ["job.toml: generator", "max_new_tokens 16", "max_model_len 16"],
     ),
     "sampled source without a model": (
         replaced(SAMPLED[0], "sample = {num_examples = {coder = 5}}"),
-        (),
         ["job.toml", "corpus.sample.num_examples", "'coder'", "['tutor']"],
     ),
     "less than nothing to sample": (
         replaced(SAMPLED[0], "sample = {num_examples = {tutor = -5}}"),
-        (),
         ["corpus.sample.num_examples.tutor", "greater than 0", "read -5"],
     ),
     "corpus both read and sampled": (
         replaced(*SAMPLED).replace("[behaviour", 'path = "corpus.jsonl"\n[behaviour'),
-        (),
         ["job.toml: corpus", "either path or sample"],
     ),
     "a question without its answer": (
         JOB + "[corpus.columns]\nprompt = 'question'",
-        (),
         ["job.toml: corpus.columns", "give prompt and response together, or neither"],
     ),
     "an unknown column": (
         JOB + "[corpus.columns]\ntext = 'body'",
-        (),
         ["corpus.columns.text", "unknown key", "messages", "read 'body'"],
     ),
     "a source of nameless rows without a model": (
         replaced(SAMPLED[0], SAMPLED[0] + "\nsource = 'coder'"),
-        (),
         ["job.toml", "corpus.source: read 'coder', expected one of [behaviour]: ['tutor']"],
     ),
     "a reference without a model": (
         replaced(SAMPLED[0], SAMPLED[0] + "\nreference = 'coder'"),
-        (),
         ["job.toml", "corpus.reference: read 'coder', expected one of [behaviour]: ['tutor']"],
     ),
     "not one of the ways with long rows": (
         replaced(SAMPLED[0], SAMPLED[0] + "\ntoo_long = 'cut'"),
-        (),
         ["job.toml: corpus.too_long", "'reject' or 'truncate'", "read 'cut'"],
     ),
     "not one of the ways with recorded log-probs": (
         replaced(SAMPLED[0], SAMPLED[0] + "\nrecorded_logprobs = 'trust'"),
-        (),
         ["job.toml: corpus.recorded_logprobs", "'probe' or 'ignore'", "read 'trust'"],
     ),
     "more engines at first than at last": (
         replaced("max_new_tokens", "min_replicas = 3\nreplicas = 2\nmax_new_tokens"),
-        (),
         ["job.toml: generator", "min_replicas 3 is more than replicas 2"],
     ),
     "more requests than tokens": (
         replaced("max_new_tokens", "tokens_per_batch = 99\nmax_new_tokens"),
-        (),
         ["job.toml: generator", "tokens_per_batch 99 is less than max_concurrent 256"],
     ),
     "model both read and made": (
         replaced("[corpus]", "[model.pretrain]\nstyles = {build = 1.0}\n[corpus]"),
-        (),
         ["job.toml: model", "either path", "or pretrain"],
     ),
     "model neither read nor made": (
         replaced('[model]\npath = "./model"', "[model]"),
-        (),
         ["job.toml: model", "either path", "or pretrain"],
     ),
-    "no corpus": (replaced(SAMPLED[0], ""), (), ["corpus.path", "missing", "Parquet or JSONL"]),
+    "no corpus": (replaced(SAMPLED[0], ""), ["corpus.path", "missing", "Parquet or JSONL"]),
     "corpus that is not there": (
         replaced("corpus.jsonl", "nowhere.jsonl"),
-        (),
         ["corpus.path", "read 'nowhere.jsonl'", "expected a file or folder that exists"],
     ),
     "pattern that nothing fits": (
         replaced("corpus.jsonl", "corpus*.parquet"),
-        (),
         ["corpus.path", "read 'corpus*.parquet'", "expected a file or folder that exists"],
     ),
     "model that is not there": (
         replaced('[model]\npath = "./model"', '[model]\npath = "./nowhere"'),
-        (),
         ["model.path", "read './nowhere'", "expected a folder that exists"],
     ),
     "behaviour model that is not there": (
         replaced('tutor]\npath = "./model"', 'tutor]\npath = "./nowhere"'),
-        (),
         ["behaviour.tutor.path", "read './nowhere'", "expected a folder that exists"],
     ),
     "checkpoint that is not there": (
         replaced("ks = [1, 4]", "checkpoints = {old = './old'}"),
-        (),
         ["evaluation.checkpoints.old", "read './old'", "expected a folder that exists"],
     ),
-    "override: unknown key": (JOB, ("--sft.levle", "block"), ["--sft.levle"]),
-    "override: not one of the names": (
+}
+# The same on the command line: (text of the job file, words after it, what the message says)
+OVERRIDES = {
+    "unknown key": (JOB, ("--sft.levle", "block"), ["--sft.levle"]),
+    "not one of the names": (
         JOB,
         ("--sft.level", "blok"),
         ["invalid choice 'blok'", "--sft.level", "'sequence'"],
     ),
-    "override: a word for a number": (JOB, ("--rl.steps", "many"), ["--rl.steps", "many", "int"]),
-    "override: out of range": (
-        JOB,
-        ("--sft.discount", "0"),
-        ["sft", "discount", "greater than 0", "0.0"],
-    ),
-    "override: impossible together": (
+    "a word for a number": (JOB, ("--rl.steps", "many"), ["--rl.steps", "many", "int"]),
+    "out of range": (JOB, ("--sft.discount", "0"), ["sft", "discount", "greater than 0", "0.0"]),
+    "impossible together": (
         JOB,
         ("--generator.max-model-len", "8"),
         ["generator", "max_new_tokens 8", "max_model_len 8"],
     ),
-    "override: sections that disagree": (
+    "sections that disagree": (
         replaced(*SAMPLED) + "[[arms]]\nname = 'a'\n[[arms]]\nname = 'b'",
         ("--arms.1.name", "a"),
         ["arms", "each name once", "['a', 'a']"],
     ),
-    "override: no value": (JOB, ("--sft.level",), ["--sft.level", "Missing value"]),
-    "override: missing file": (
+    "no value": (JOB, ("--sft.level",), ["--sft.level", "Missing value"]),
+    "missing file": (
         JOB,
         ("--corpus.path", "nowhere"),
         ["corpus.path", "read 'nowhere'", "expected a file or folder that exists"],
@@ -325,8 +281,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("text", "words", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_the_job_is_refused_by_name(here, pear_ray, text, words, said):
+@pytest.mark.parametrize(("text", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_job_is_refused_by_name(here, pear_ray, text, said):
+    Path("job.toml").write_text(text)
+    assert_refused(here, pear_ray, ("score", "job.toml"), said)
+
+
+@pytest.mark.parametrize(("text", "words", "said"), OVERRIDES.values(), ids=OVERRIDES)
+def test_a_mistake_in_an_override_is_refused_by_name(here, pear_ray, text, words, said):
     Path("job.toml").write_text(text)
     assert_refused(here, pear_ray, ("score", "job.toml", *words), said)
 

@@ -67,6 +67,7 @@ class Assemble:
             if path.exists():
                 computed |= read_logprobs(path)
         recorded = arrays(table.column("recorded_logprobs"))
+        trainable = arrays(table.column("trainable"))
         sources, scorers = (table.column(name).to_pylist() for name in ("source", "scorer"))
         answers: list[dict[str, Any] | None] = [None] * table.num_rows
         for i in range(table.num_rows):
@@ -80,7 +81,10 @@ class Assemble:
                 )
             elif ours is not None:
                 origin = "behaviour" if sources[i] == scorers[i] else "reference"
-                gaps = None if theirs is None else np.abs(theirs - ours["behaviour_logprobs"])
+                gaps = None
+                if theirs is not None:
+                    own = ... if trainable[i] is None else trainable[i]
+                    gaps = np.abs(theirs - ours["behaviour_logprobs"])[own]
                 answers[i] = ours | {"logprobs_from": origin, "gaps": gaps}
             elif theirs is not None:
                 answers[i] = {"behaviour_logprobs": theirs, "logprobs_from": "recorded"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs
@@ -22,6 +22,7 @@ from pear_ray.config import BadInput, Columns
 LINES = tuple(
     kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
 )
+HIDDEN = re.compile(r"(^|/)[._]")
 ROWS_PER_BLOCK = 1024
 KINDS = f"expected .parquet or one of {', '.join(LINES)}"
 
@@ -74,22 +75,23 @@ def find(path: str) -> Files:
     """
     try:
         system, name = filesystem_of(path)
-        if any(sign in name for sign in "*["):
-            found = system.glob(name, detail=True)
-        elif system.isfile(name):
+        if system.isfile(name):
             found = {name: system.info(name)}
+        elif any(sign in name for sign in "*["):
+            found = system.glob(name, detail=True)
         else:
             found = system.find(name, detail=True)
     except (OSError, ValueError) as error:
         raise BadInput(f"corpus.path: {path} cannot be reached: {error}") from error
-    files = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
+    files = {file: info for file, info in sorted(found.items()) if info["type"] == "file"}
     # As Ray Data does, leave out what other programs put beside data.
-    names = [name for name in files if not name.rpartition("/")[2].startswith((".", "_"))]
-    parquet = tuple(name for name in names if name.endswith(".parquet"))
-    lines = tuple(name for name in names if name.endswith(LINES))
+    root = re.split(r"[*\[]", name)[0]
+    names = [file for file in files if not HIDDEN.search(file.removeprefix(root))]
+    parquet = tuple(file for file in names if file.endswith(".parquet"))
+    lines = tuple(file for file in names if file.endswith(LINES))
     if parquet:
         # A folder of Parquet may hold JSON that describes it.
-        lines = tuple(name for name in lines if not name.endswith(".json"))
+        lines = tuple(file for file in lines if not file.endswith(".json"))
     if parquet and lines:
         raise BadInput(
             f"corpus.path: {path} holds {parquet[0]} and {lines[0]}; expected files of one kind"
@@ -98,7 +100,7 @@ def find(path: str) -> Files:
     if not parquet and not lines:
         raise BadInput(f"corpus.path: {path} holds no file that can be read; {KINDS}")
     chosen = parquet or lines
-    facts = [(name, files[name].get("size"), str(files[name].get("mtime"))) for name in chosen]
+    facts = [(file, files[file].get("size"), str(files[file].get("mtime"))) for file in chosen]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return Files(system, chosen, bool(parquet), digest)
 
@@ -112,7 +114,7 @@ def filesystem_of(path: str) -> tuple[AbstractFileSystem, str]:
     if "://" in path:
         system, name = pyarrow.fs.FileSystem.from_uri(path)
         return ArrowFSWrapper(system), name
-    return ArrowFSWrapper(pyarrow.fs.LocalFileSystem()), str(Path(path).expanduser().absolute())
+    return ArrowFSWrapper(pyarrow.fs.LocalFileSystem()), os.path.abspath(os.path.expanduser(path))
 
 
 def read(files: Files, columns: Columns) -> ray.data.Dataset:

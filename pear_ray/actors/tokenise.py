@@ -17,6 +17,7 @@ from pear_ray.records import TOKENISED_SCHEMA, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = ("train", "heldout")
+LONGEST_REASON = 1000
 # What float32 can hold.
 LOWEST = -3.4028234e38
 
@@ -68,13 +69,13 @@ class Tokenise:
             kept["example_id"] = named.example_id() or kept["example_id"]
             messages = named.messages()
             kept |= self._facts(named, messages)
-            kept["example_id"] = named.example_id() or digest([kept["source"], messages])
             kept |= self._tokens(named, messages)
+            kept["example_id"] = named.example_id() or digest([kept["source"], messages])
             if kept["scorer"] != kept["source"]:
                 # Only its author's model could confirm what a row brings along.
                 kept["recorded_logprobs"] = None
         except ValueError as error:
-            kept |= {"prompt_ids": [], "response_ids": [], "reason": str(error)}
+            kept |= {"prompt_ids": [], "response_ids": [], "reason": str(error)[:LONGEST_REASON]}
         return kept
 
     def _facts(self, named: Named, messages: list[Message]) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conve
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-    except TemplateError as error:
+    # An expression in a template may fail as Python's own do.
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"messages: the chat template refuses them: {error}") from error
     first, last = answers[0][0], answers[-1][1]
     trainable = [False] * len(whole)

@@ -242,3 +242,18 @@ def test_a_parquet_file_that_is_gone_is_refused(tmp_path):
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(BadInput, match=r"a\.parquet cannot be read as Parquet: "):
         parquet_columns(files.system, files.paths[0])
+
+
+def test_hidden_folders_are_left_out_unless_they_are_named(tmp_path):
+    for folder in (".cache", "_tmp", "good"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_text("{}")
+    assert [path.split("/")[-2] for path in find(str(tmp_path)).paths] == ["good"]
+    assert [path.split("/")[-2] for path in find(str(tmp_path / "*" / "*.jsonl")).paths] == ["good"]
+    assert len(find(str(tmp_path / ".cache")).paths) == 1
+    assert len(find(str(tmp_path / "_tmp" / "x.jsonl")).paths) == 1
+
+
+def test_a_name_with_a_bracket_is_a_file_where_there_is_one(tmp_path):
+    (tmp_path / "a[1].jsonl").write_text("{}")
+    assert find(str(tmp_path / "a[1].jsonl")).paths == (str(tmp_path / "a[1].jsonl"),)
