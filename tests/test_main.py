@@ -123,16 +123,13 @@ MISTAKES = {
         replaced('"countdown"', '"countdwn"'),
         ["tasks.0.name", "'countdown'", "read 'countdwn'"],
     ),
-    "unknown option of a task": (
-        JOB + "options = {depth = 3}",
-        ["tasks.0.options", "read {'depth': 3}"],
-    ),
+    "unknown option": (JOB + "options = {depth = 3}", ["tasks.0.options", "read {'depth': 3}"]),
     "no task": (replaced('[[tasks]]\nname = "countdown"', ""), ["job.toml: tasks", "required"]),
-    "missing section": (
+    "no section": (
         replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""),
         ["job.toml: generator", "required"],
     ),
-    "missing key": (
+    "no key": (
         replaced("max_new_tokens = 8", ""),
         ["job.toml: generator.max_new_tokens", "required"],
     ),
@@ -140,14 +137,13 @@ MISTAKES = {
         JOB + "[sft]\ndiscount = 1.5",
         ["sft.discount", "less than or equal to 1", "read 1.5"],
     ),
-    "not a number": (
-        JOB + "[sft]\nlearning_rate = nan",
-        ["sft.learning_rate", "finite number", "read nan"],
-    ),
-    "infinite": (
-        JOB + "[sft]\nlearning_rate = inf",
-        ["sft.learning_rate", "finite number", "read inf"],
-    ),
+    **{
+        f"{value} for a number": (
+            JOB + f"[sft]\nlearning_rate = {value}",
+            ["sft.learning_rate", "finite number", f"read {value}"],
+        )
+        for value in ("nan", "inf")
+    },
     "bounds in the wrong order": (
         JOB + "[sft]\nclip_log_ratio = [0.3, -0.08]",
         ["sft", "clip_log_ratio: read [0.3, -0.08]", "expected the lower bound first"],
@@ -165,10 +161,7 @@ MISTAKES = {
         JOB + "[[arms]]\nname = 'a'\n[[arms]]\nname = 'a'",
         ["job.toml", "arms", "each name once, read ['a', 'a']"],
     ),
-    "an arm that is no folder name": (
-        JOB + "[[arms]]\nname = '../a'",
-        ["arms.0.name", "read '../a'"],
-    ),
+    "an arm like a path": (JOB + "[[arms]]\nname = '../a'", ["arms.0.name", "read '../a'"]),
     "k larger than the samples": (
         replaced("ks = [1, 4]", "ks = [1, 64]\nsamples_per_problem = 8"),
         ["job.toml: evaluation", "ks holds 64", "samples_per_problem 8"],
@@ -193,25 +186,16 @@ MISTAKES = {
         JOB + "[corpus.columns]\nprompt = 'question'",
         ["job.toml: corpus.columns", "give prompt and response together, or neither"],
     ),
-    "an unknown column": (
-        JOB + "[corpus.columns]\ntext = 'body'",
-        ["corpus.columns.text", "unknown key", "messages", "read 'body'"],
-    ),
-    "a source of nameless rows without a model": (
-        replaced(SAMPLED[0], SAMPLED[0] + "\nsource = 'coder'"),
-        ["job.toml", "corpus.source: read 'coder', expected one of [behaviour]: ['tutor']"],
-    ),
-    "a reference without a model": (
-        replaced(SAMPLED[0], SAMPLED[0] + "\nreference = 'coder'"),
-        ["job.toml", "corpus.reference: read 'coder', expected one of [behaviour]: ['tutor']"],
-    ),
+    **{
+        f"{key} without a model": (
+            replaced(SAMPLED[0], f"{SAMPLED[0]}\n{key} = 'coder'"),
+            ["job.toml", f"corpus.{key}: read 'coder', expected one of [behaviour]: ['tutor']"],
+        )
+        for key in ("source", "reference")
+    },
     "not one of the ways with long rows": (
         replaced(SAMPLED[0], SAMPLED[0] + "\ntoo_long = 'cut'"),
         ["job.toml: corpus.too_long", "'reject' or 'truncate'", "read 'cut'"],
-    ),
-    "not one of the ways with recorded log-probs": (
-        replaced(SAMPLED[0], SAMPLED[0] + "\nrecorded_logprobs = 'trust'"),
-        ["job.toml: corpus.recorded_logprobs", "'probe' or 'ignore'", "read 'trust'"],
     ),
     "more engines at first than at last": (
         replaced("max_new_tokens", "min_replicas = 3\nreplicas = 2\nmax_new_tokens"),

@@ -139,15 +139,9 @@ def whole_run(folder: Path) -> Job:
     done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
     source = {"rows": 1800, "response_tokens": 61234, "truncated": 0, "recorded_gap_max": None}
     gaps = {"bias": -2e-7, "spread": 4e-7, "mean_gap": 3e-7, "max_gap": 7e-6}
-    facts = {
-        "rows": 3603,
-        "rejected": 3,
-        "sources": {
-            "tutor": source | {"from_recorded": 1800, "recorded_gap_max": 3e-6},
-            "coder": source | {"from_behaviour": 1800},
-        },
-        "calibration": {"tutor": {"rows": 250, "tokens": 9000, **gaps}},
-    }
+    tutor = source | {"from_recorded": 1800, "recorded_gap_max": 3e-6}
+    facts = {"rows": 3603, "rejected": 3, "calibration": {"tutor": {"rows": 250, **gaps}}}
+    facts |= {"sources": {"tutor": tutor, "coder": source | {"from_behaviour": 1800}}}
     event = {"time": 1e9, "stage": "rl", "kind": "resumed", "text": HOSTILE}
     for arm in ARMS:
         home = folder / "arms" / arm
@@ -397,7 +391,6 @@ def test_the_same_run_gives_the_same_figures(tmp_path: Path) -> None:
 
 
 def test_scores_say_who_scored_and_what_the_trainer_thinks_of_it(whole) -> None:
-    """Rows by source, and bias and spread by behaviour model."""
     text = " ".join(re.sub("<[^>]*>", " ", whole[0]).split())
     assert "all sources together: 3 of 3603." in text
     assert "tutor 1800 0 1800 0 61234 3.0e-06 coder 1800 1800 0 0 61234" in text
