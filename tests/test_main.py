@@ -15,6 +15,7 @@ from pear_ray.config import Job, read_job
 from pear_ray.manifest import check_inputs, open_run
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = str(Path(sys.executable).with_name("pear-ray"))
 JOB = """
 [run]
 dir = "run"
@@ -379,10 +380,8 @@ def test_help(here, pear_ray, words, said):
     assert contents(here) == before
 
 
-@pytest.mark.parametrize("program", [[sys.executable, "-m", "pear_ray"], ["pear-ray"]])
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "pear_ray"], [SCRIPT]], ids=len)
 def test_exit_codes_of_the_real_program(here, program):
-    if program == ["pear-ray"]:
-        program = [str(Path(sys.executable).with_name("pear-ray"))]
     good = subprocess.run([*program, "sft", "job.toml", "--dry-run"], capture_output=True)
     bad = subprocess.run(
         [*program, "sft", "job.toml", "--sft.epochs", "0"], capture_output=True, text=True
