@@ -44,6 +44,9 @@ OUTPUTS = {
     "pipeline": "report/index.html",
 }
 
+# What a folder was made from, beside what was made.
+MADE_FROM = "made_from.json"
+
 log = logging.getLogger(__name__)
 
 
@@ -120,11 +123,13 @@ class Run:
 
     @contextmanager
     def growing_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
-        """The same, but what an interrupted attempt left is kept if it was `made_from` the same
-        things: the block finds it and goes on from there."""
+        """A folder to work in, kept when the block breaks off: the next attempt finds what was
+        done, if it is `made_from` the same things. What the block leaves under `name` in it
+        appears in the run folder when the block ends.
+        """
         target, aside = self.folder / name, self.folder / f"{name}.partial"
-        note = aside / "made_from.json"
         made_from = json.loads(json.dumps(made_from))
+        note = aside / MADE_FROM
         before = json.loads(note.read_text()) if note.exists() else None
         if before != made_from:
             if before is not None:
@@ -139,10 +144,15 @@ class Run:
         except BadInput:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        note.unlink()
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
+        write_json(aside / name / MADE_FROM, made_from)
+        shutil.rmtree(target, ignore_errors=True)
+        (aside / name).rename(target)
+        shutil.rmtree(aside)
+
+    def has_grown(self, name: str, made_from: dict[str, Any]) -> bool:
+        """Whether `growing_folder` has ended before, with the same things to be made from."""
+        note = self.folder / name / MADE_FROM
+        return note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(made_from))
 
     def _forget(self, stage: str) -> None:
         del self.manifest["stages"][stage]

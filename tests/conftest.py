@@ -137,12 +137,7 @@ def engine_of(
     from pear_ray.config import Generator
 
     settings = Generator(
-        max_new_tokens=24,
-        max_model_len=48,
-        max_concurrent=64,
-        tokens_per_batch=96,
-        threads=1,
-        deadline_seconds=200,
+        max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
     )
     with ExitStack() as started:
 

@@ -99,6 +99,45 @@ def test_a_finished_stage_is_not_repeated():
     assert entry["seconds"] >= 0 and not Path("run/events.jsonl").exists()
 
 
+def grow(made_from, error=None):
+    """What the block finds; it leaves one more file each time, and breaks off or ends."""
+    with open_run(job()) as run, run.growing_folder("scored", made_from) as folder:
+        found = sorted(path.name for path in folder.glob("done-*"))
+        (folder / f"done-{len(found)}").touch()
+        if error:
+            raise error
+        (folder / "scored").mkdir()
+        (folder / "scored" / "rows").write_text("rows")
+    return found
+
+
+def test_what_a_broken_attempt_did_is_found_by_the_next_one_of_the_same():
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"):
+            grow({"corpus": [1]}, OSError("gone"))
+    assert not Path("run/scored").exists()
+    assert grow({"corpus": (1,)}) == ["done-0", "done-1"]
+    assert Path("run/scored/rows").read_text() == "rows"
+    assert not Path("run/scored.partial").exists()
+    with open_run(job()) as run:
+        assert run.has_grown("scored", {"corpus": (1,)})
+        assert not run.has_grown("scored", {"corpus": [2]})
+
+
+def test_what_was_made_from_other_things_is_dropped_and_that_is_noted():
+    with pytest.raises(OSError, match="gone"):
+        grow({"corpus": "a", "versions": "1"}, OSError("gone"))
+    assert grow({"corpus": "b", "versions": "1"}) == []
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert event["kind"] == "discarded" and "corpus changed" in event["text"]
+
+
+def test_what_was_refused_leaves_nothing():
+    with pytest.raises(BadInput, match="too many"):
+        grow({"corpus": "a"}, BadInput("too many"))
+    assert not list(Path("run").glob("scored*"))
+
+
 def test_a_stage_whose_output_is_gone_is_repeated_and_that_is_noted():
     stage = Stage()
     perform("sft", stage)

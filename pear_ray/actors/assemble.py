@@ -32,11 +32,13 @@ class Assemble:
         self._facts_of_scorer = facts_of_scorer
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        """Write part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet."""
+        """Write scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet."""
         number, figures = f"{item['number']:06d}", Figures()
         tokenised = pq.ParquetFile(self._folder / "tokenised" / f"{item['file']}.parquet")
         with (
-            pq.ParquetWriter(self._folder / f"part-{number}.parquet", SCORED_SCHEMA) as scored,
+            pq.ParquetWriter(
+                self._folder / "scored" / f"part-{number}.parquet", SCORED_SCHEMA
+            ) as scored,
             pq.ParquetWriter(self._folder / "probe" / f"{number}.parquet", SCORED_SCHEMA) as probe,
             (self._folder / "rejected" / f"{number}.jsonl").open("w") as rejected,
         ):

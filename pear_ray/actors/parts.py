@@ -4,7 +4,7 @@ Below one folder, while the stage works:
 
     tokenised/NAME.parquet            rows in the order of example_id, one part per row group
     logprobs/NAME-GROUP-SCORER.parquet    what the model of one scorer says of them
-    part-NUMBER.parquet  rejected/  probe/    both put together, file by file
+    scored/part-NUMBER.parquet  rejected/  probe/    both put together, file by file
 
 A part is done when its log-probs are there. Which rows an engine sees together depends on the
 corpus alone, never on who was killed when: so what is written is the same to the bit.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,9 +113,7 @@ def write_sorted(block: pa.Table, folder: Path, rows_per_part: int) -> pa.Table:
     block = without_repeats(block.combine_chunks())
     first_id = block.column("example_id")[0].as_py()
     name = name_of(first_id)
-    aside = folder / f"{name}.aside"
-    pq.write_table(block, aside, row_group_size=rows_per_part)
-    aside.replace(folder / f"{name}.parquet")
+    write_whole(folder / f"{name}.parquet", block, rows_per_part)
     parts = [
         asdict(part)
         for group, start in enumerate(range(0, block.num_rows, rows_per_part))
@@ -168,8 +167,14 @@ def logprobs_file(folder: Path, file: str, row_group: int, scorer: str) -> Path:
 
 def write_logprobs(path: Path, rows: list[dict[str, Any]]) -> None:
     """Store a part's log-probs: from here on it is done."""
-    aside = path.with_suffix(".aside")
-    pq.write_table(pa.Table.from_pylist(rows, LOGPROBS_SCHEMA), aside)
+    write_whole(path, pa.Table.from_pylist(rows, LOGPROBS_SCHEMA), max(1, len(rows)))
+
+
+def write_whole(path: Path, table: pa.Table, rows_per_group: int) -> None:
+    """Write a Parquet file that is there whole or not at all. One whom Ray takes for dead may be
+    writing it too, so each writes under a name of its own."""
+    aside = path.with_suffix(f".{uuid.uuid4().hex}")
+    pq.write_table(table, aside, row_group_size=rows_per_group)
     aside.replace(path)
 
 

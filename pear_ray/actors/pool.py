@@ -48,7 +48,7 @@ class GeneratorPool:
     whatever the caller does next; the first call waits for them."""
 
     def __init__(self, path: str, dtype: str, settings: Settings, seed: int) -> None:
-        self._dtype, self._settings, self._seed = dtype, settings, seed
+        self._dtype, self._settings, self._seed = dtype, for_sampling(settings), seed
         self._path, self._number = path, 0
         self._actors: list[Any] = []
         self._starting: list[Any] = []
@@ -127,6 +127,14 @@ class GeneratorPool:
             raise TimeoutError(
                 f"waited {deadline:.0f} s (generator.deadline_seconds) for {what}"
             ) from error
+
+
+def for_sampling(settings: Settings) -> Settings:
+    """On CPUs an engine that samples reads every prompt in one piece (see `Generator`)."""
+    if settings.num_gpus > 0:
+        return settings
+    whole = max(settings.tokens_per_batch, settings.max_model_len + 1)
+    return settings.model_copy(update={"tokens_per_batch": whole})
 
 
 def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:

@@ -62,6 +62,9 @@ class Generator:
             max_model_len=settings.max_model_len + 1,
             max_num_seqs=settings.max_concurrent,
             max_num_batched_tokens=settings.tokens_per_batch,
+            # On CPUs a request with a seed must not be cut: vLLM cannot set its generator back.
+            enable_chunked_prefill=not on_cpu
+            or settings.tokens_per_batch <= settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,

@@ -49,7 +49,7 @@ def row(example_id, **changes):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("tokenised", "logprobs", "rejected", "probe"):
+    for name in ("tokenised", "logprobs", "scored", "rejected", "probe"):
         (tmp_path / name).mkdir()
     return tmp_path
 
@@ -86,7 +86,7 @@ def assembled(folder, rows, answers, probes=None, overlapping=(), number=0):
     assemble = Assemble(folder, Selection(probes or {}, frozenset(overlapping)), FACTS)
     said = json.loads(assemble({"file": name, "number": number})["facts"])
     tables = [
-        pq.read_table(folder / f"part-{number:06d}.parquet"),
+        pq.read_table(folder / "scored" / f"part-{number:06d}.parquet"),
         pq.read_table(folder / "probe" / f"{number:06d}.parquet"),
     ]
     assert [table.schema for table in tables] == [SCORED_SCHEMA, SCORED_SCHEMA]

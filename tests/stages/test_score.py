@@ -46,7 +46,8 @@ def test_bad_rows_are_named_with_the_reason(corpus: Any, scored_run: Path) -> No
 def test_scores_are_those_of_transformers_under_the_author(
     corpus: Any, scored: list[dict[str, Any]], by_transformers: Any
 ) -> None:
-    """Also for several turns, rows that fill the context, and the likeliest tokens."""
+    """Tied and untied, rows of several turns, rows that fill the context, rows read in chunks, and
+    the likeliest tokens."""
     for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
         rows = [row for row in scored if row["source"] == source]
         assert {row["behaviour_model"] for row in rows} == {model}
@@ -102,7 +103,7 @@ def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> Non
 
 
 def test_the_trainer_agrees_with_the_engine_on_the_probe(scored_run: Path) -> None:
-    """Behaviour models a and c are the student: their delta is nothing but noise."""
+    """Behaviour model a is the student: its delta is nothing but noise."""
     facts = json.loads((scored_run / "manifest.json").read_text())["stages"]["score"]["facts"]
     assert facts["rows"] == 1204 and facts["rejected"] == 4
     for source in "abc":
@@ -120,8 +121,9 @@ def test_progress_is_told(scored_run: Path) -> None:
 
 def test_nothing_else_is_left(scored_run: Path) -> None:
     assert not list(scored_run.glob("*.partial"))
-    kinds = {path.suffix for path in (scored_run / "scored").iterdir()}
-    assert kinds == {".parquet", ".jsonl"}
+    names = {path.name for path in (scored_run / "scored").iterdir()}
+    rows = {name for name in names if name.startswith("part-") and name.endswith(".parquet")}
+    assert names - rows == {"rejected.jsonl", "facts.json", "made_from.json"} and rows
 
 
 @pytest.fixture(scope="module")

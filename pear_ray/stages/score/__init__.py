@@ -57,27 +57,43 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     prints = check_one_tokenizer(job)
     path = job.corpus.path or str(run.folder / "sample")
     files = corpus.find(path)
-    connect()
-    prepare_ray_data(job)
-    made_from = {"corpus": files.fingerprint, "tokenizer": prints, "versions": installed_versions()}
-    with run.growing_folder("scored", made_from) as folder:
-        tokenised = tokenise(job, files, folder)
-        num_rows = sum(file["num_rows"] for file in tokenised)
-        if num_rows == 0:
-            raise BadInput(f"corpus.path: {path} holds no rows; expected at least one")
-        num_rejected = sum(file["num_rejected"] for file in tokenised)
-        refuse_too_many(job, path, num_rejected, num_rows, rejected_rows(folder, tokenised))
-        selection = select(job, folder, tokenised)
-        score(job, run, folder, tokenised, selection)
-        figures = assemble(job, folder, tokenised, selection, prints)
-        refuse_too_many(job, path, figures.num_rejected, num_rows, rejected_lines(folder))
-        refuse_unconfirmed(job, figures)
-        calibration = compare_with_trainer(job, folder)
-        refuse_disagreement(job, calibration)
-        collect(folder)
-    log.info("score: %d of %d rows rejected", figures.num_rejected, num_rows)
-    for source, numbers in figures.by_source().items():
+    made_from = {
+        "corpus": files.fingerprint,
+        "tokenizer": prints,
+        "versions": installed_versions(),
+    }
+    if not run.has_grown("scored", made_from):
+        connect()
+        prepare_ray_data(job)
+        with run.growing_folder("scored", made_from) as folder:
+            facts = make(job, run, files, path, folder, prints)
+            write_json(folder / "scored" / "facts.json", facts)
+    facts = json.loads((run.folder / "scored" / "facts.json").read_text())
+    log.info("score: %d of %d rows rejected", facts["rejected"], facts["rows"])
+    for source, numbers in facts["sources"].items():
         log.info("score: %s: %s", source, in_words(numbers))
+    return facts
+
+
+def make(
+    job: Job, run: Run, files: corpus.Files, path: str, folder: Path, prints: tuple[str, str]
+) -> dict[str, Any]:
+    """Everything from the corpus to `folder`/scored, or what of it is missing there."""
+    tokenised = tokenise(job, files, folder)
+    num_rows = sum(file["num_rows"] for file in tokenised)
+    if num_rows == 0:
+        raise BadInput(f"corpus.path: {path} holds no rows; expected at least one")
+    num_rejected = sum(file["num_rejected"] for file in tokenised)
+    refuse_too_many(job, path, num_rejected, num_rows, rejected_rows(folder, tokenised))
+    selection = select(job, folder, tokenised)
+    score(job, run, folder, tokenised, selection)
+    figures = assemble(job, folder, tokenised, selection, prints)
+    refuse_too_many(job, path, figures.num_rejected, num_rows, rejected_lines(folder))
+    refuse_unconfirmed(job, figures)
+    calibration = compare_with_trainer(job, folder)
+    refuse_disagreement(job, calibration)
+    with (folder / "scored" / "rejected.jsonl").open("w") as whole:
+        whole.writelines(json.dumps(row) + "\n" for row in rejected_lines(folder))
     return {
         "rows": num_rows,
         "rejected": figures.num_rejected,
@@ -236,7 +252,7 @@ def assemble(
     prints: tuple[str, str],
 ) -> Figures:
     """Put tokens and log-probs together, file by file."""
-    for name in ("rejected", "probe"):
+    for name in ("scored", "rejected", "probe"):
         (folder / name).mkdir(exist_ok=True)
     facts_of_scorer = {
         source: {
@@ -289,17 +305,6 @@ def rejected_lines(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((folder / "rejected").glob("*.jsonl")):
         with path.open() as lines:
             yield from map(json.loads, lines)
-
-
-def collect(folder: Path) -> None:
-    """Leave what users read: rows, and rejected.jsonl."""
-    with (folder / "rejected.jsonl").open("wb") as whole:
-        for path in sorted((folder / "rejected").glob("*.jsonl")):
-            with path.open("rb") as lines:
-                shutil.copyfileobj(lines, whole)
-    for name in ("tokenised", "logprobs", "rejected", "probe"):
-        shutil.rmtree(folder / name)
-    (folder / "tokenised.json").unlink()
 
 
 def parts_of(tokenised: list[dict[str, Any]]) -> list[Part]:
