@@ -9,8 +9,8 @@ For each model size, in turn and as often as `--pairs` says, on the same token i
     trainer         the learner's packed forward pass
     matmul          what the machine's matrix products would allow for 2 FLOP per weight and token
 
-Then the stage on 1, 4 and 16 times the corpus: time per token, and the peak memory of its own
-(without what processes share) of the driver and of the scoring actor.
+Then the stage on 1, 4 and 16 times the corpus: time per token, and the peak memory (without what
+processes share) of the driver, of the scoring actor and of the largest of Ray's other workers.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ SIZES = {
     ),
 }
 THREADS = 2
+MEMORY = ("driver", "scorer", "worker")
 ENGINE = Generator(
     num_cpus=1, threads=THREADS, max_new_tokens=8, max_model_len=512, max_concurrent=256
 )
@@ -147,7 +148,7 @@ def matmul_tokens_per_second(model: Path) -> float:
 
 def stage(folder: Path, corpus: Path, model: Path) -> dict[str, float]:
     """Tokens per second of the stage between its first and its last part, and peak memory in MiB
-    of driver and scoring actor."""
+    of driver, scoring actor and Ray's other workers."""
     job = folder / "job.toml"
     run = folder / "run"
     job.write_text(
@@ -176,14 +177,14 @@ def stage(folder: Path, corpus: Path, model: Path) -> dict[str, float]:
         stdout=subprocess.DEVNULL,
         stderr=(folder / "log").open("w"),
     )
-    peaks = {"driver": 0.0, "scorer": 0.0}
+    peaks = dict.fromkeys(MEMORY, 0.0)
     while driver.poll() is None:
         for name, process in watched(driver.pid):
             try:
                 peaks[name] = max(peaks[name], process.memory_full_info().uss / 2**20)
             except psutil.Error:
                 continue
-        time.sleep(1.0)
+        time.sleep(2.0)
     if driver.returncode:
         raise RuntimeError((folder / "log").read_text()[-3000:])
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -195,8 +196,8 @@ def watched(driver: int) -> list[tuple[str, psutil.Process]]:
     found = [("driver", psutil.Process(driver))]
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::MapWorker(Map(Scorer))"):
-            found.append(("scorer", process))
+        if title.startswith("ray::"):
+            found.append(("scorer" if "Map(Scorer)" in title else "worker", process))
     return found
 
 
@@ -238,7 +239,7 @@ def grow(folder: Path, num_rows: int) -> None:
             f" ({base['tokens_per_second'] / found['tokens_per_second']:.3f} of 1x)"
             + "".join(
                 f"   {name} {found[name]:.0f} MiB ({found[name] / base[name]:.3f} of 1x)"
-                for name in ("driver", "scorer")
+                for name in MEMORY
             ),
             flush=True,
         )
