@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -146,21 +147,34 @@ def example(**changes: Any) -> dict[str, Any]:
     return row | changes
 
 
+def lines(*rows: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 USER_ONLY = [{"role": "user", "content": "1 + 2 ="}]
+NAMELESS = {key: value for key, value in example().items() if key != "source"}
+# What is wrong: (file, its bytes, what the message says)
 BAD_CORPORA = {
-    "empty": ([], ["holds no", "expected"]),
-    "no assistant": ([example(messages=USER_ONLY)], ["a-1", "messages", "['user']", "'assistant'"]),
+    "empty": ("corpus.jsonl", b"", ["holds no", "expected"]),
+    "no assistant": (
+        "corpus.jsonl",
+        lines(example(messages=USER_ONLY)),
+        ["a-1", "messages", "['user']", "'assistant'"],
+    ),
     "no source": (
-        [{k: v for k, v in example().items() if k != "source"}],
+        "corpus.jsonl",
+        lines(NAMELESS),
         ["a-1", "source: read None", "['teacher']", "corpus.source"],
     ),
+    "cut short": ("corpus.jsonl.gz", gzip.compress(lines(example()))[:-20], ["cannot be read"]),
+    "no Parquet": ("corpus.parquet", lines(example()), ["corpus.parquet", "as Parquet"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CORPORA)
 def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: None) -> None:
-    rows, words = BAD_CORPORA[case]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name, content, words = BAD_CORPORA[case]
+    (tmp_path / name).write_bytes(content)
     (tmp_path / "job.toml").write_text(
         f"""
         [run]
@@ -171,7 +185,7 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
         [behaviour.teacher]
         path = "{model}"
         [corpus]
-        path = "{tmp_path}/corpus.jsonl"
+        path = "{tmp_path}/{name}"
         [generator]
         num_cpus = 0.5
         max_new_tokens = 8

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +28,15 @@ RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 @contextmanager
 def cluster_of_two() -> Iterator[Cluster]:
     """A head too small for an engine, and room for one node more; both on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **RAYLETS})
+    # Short names: the path of a Unix socket ends after 107 characters.
+    scratch = tempfile.mkdtemp(prefix="k-", dir=os.environ.get("RAY_TMPDIR"))
+    head = {"num_cpus": 1, "temp_dir": scratch, **RAYLETS}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield cluster
     finally:
         cluster.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def begin(job: Path, folder: Path, cluster: Cluster) -> subprocess.Popen[bytes]:
