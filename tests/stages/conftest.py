@@ -73,11 +73,11 @@ def corpus(
     by_transformers: Callable[[str, list[Row]], list[torch.Tensor]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Corpus:
-    """Four authors: two with models of their own, one of another architecture who brings log-probs
-    along, and an unknown one whom a reference stands in for; bad rows among them; gzipped, over
-    two files. Rows are longer than what an engine reads at once."""
+    """Four authors: two with models of their own, one who also brings log-probs along, and an
+    unknown one whom a reference stands in for; bad rows among them; gzipped, over two files. Rows
+    are longer than what an engine reads at once."""
     folder = tmp_path_factory.mktemp("corpus")
-    models = {"a": tiny_model(True, 0), "b": tiny_model(True, 1), "c": tiny_model(False, 0)}
+    models = {"a": tiny_model(True, 0), "b": tiny_model(True, 1), "c": tiny_model(True, 2)}
     tokenizer = load_tokenizer(str(models["a"]))
     draw = np.random.default_rng(0)
     rows: dict[str, dict[str, Any]] = {}

@@ -105,8 +105,15 @@ def test_steps_are_written_once_each_in_spite_of_the_kills(run: Path) -> None:
 
 def test_score_agrees_with_what_sampling_recorded(run: Path) -> None:
     """One engine scored both sources, each under its own model."""
-    gaps = {row["source"]: row["recorded_gap_max"] for row in rows(run, "score")}
+    sources = stages(run)["score"]["facts"]["sources"]
+    gaps = {source: numbers["recorded_gap_max"] for source, numbers in sources.items()}
     assert gaps.keys() == {"tutor", "coder"} and max(gaps.values()) <= 1e-4
+
+
+def test_score_agrees_with_the_trainers_forward_pass(run: Path) -> None:
+    """Models with an output head of their own; the engine reads their rows in chunks."""
+    for numbers in stages(run)["score"]["facts"]["calibration"].values():
+        assert numbers["rows"] >= 20 and 0 < numbers["max_gap"] <= 1e-4
 
 
 def test_generator_and_learner_agree_after_every_update(run: Path) -> None:

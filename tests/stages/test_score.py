@@ -47,8 +47,8 @@ def test_bad_rows_are_named_with_the_reason(corpus: Any, scored_run: Path) -> No
 def test_scores_are_those_of_transformers_under_the_author(
     corpus: Any, scored: list[dict[str, Any]], by_transformers: Any
 ) -> None:
-    """Tied and untied, rows of several turns, rows that fill the context, rows read in chunks, and
-    the likeliest tokens."""
+    """Rows of several turns, rows that fill the context, rows read in chunks, and the likeliest
+    tokens."""
     for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
         rows = [row for row in scored if row["source"] == source]
         assert {row["behaviour_model"] for row in rows} == {model}

@@ -21,7 +21,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 SECONDS = 240.0
-NUM_ACTOR_KILLS = int(os.environ.get("PEAR_RAY_ACTOR_KILLS", "2"))
+NUM_ACTOR_KILLS = int(os.environ.get("PEAR_RAY_ACTOR_KILLS", "1"))
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 
 
