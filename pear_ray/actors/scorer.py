@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Scorer:
             "part_tokens": part["num_tokens"],
             "num_rows": num_rows,
             "num_tokens": num_tokens,
+            "ended": time.time(),
             "actor": self._actor,
             "process": f"{ray.util.get_node_ip_address()}:{os.getpid()}",
         }

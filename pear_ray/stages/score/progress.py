@@ -26,28 +26,33 @@ class Progress:
         self._done = self._num_rows = self._num_tokens = self._tokens_passed = 0
         self._processes: dict[str, str] = {}
         self._started: float | None = None
-        self._reported = 0.0
+        self._reported = self._latest = 0.0
 
     def follow(self, scored: ray.data.Dataset) -> None:
         """Wait for every part, and tell of it."""
         for result in scored.iter_rows():
-            now = time.monotonic()
-            before = self._processes.setdefault(result["actor"], result["process"])
-            if before != result["process"]:
-                self._processes[result["actor"]] = result["process"]
-                text = f"the engine of process {before} died; {result['process']} took its place"
-                self._run.event("score", "restarted", text)
+            self._note_restart(result["actor"], result["process"])
             self._done += 1
             self._tokens_left -= result["part_tokens"]
             if self._started is None:
-                self._started = now
+                self._started = self._latest = result["ended"]
             else:
+                # Results reach this process in bursts.
+                self._latest = max(self._latest, result["ended"])
                 self._num_rows += result["num_rows"]
                 self._num_tokens += result["num_tokens"]
                 self._tokens_passed += result["part_tokens"]
-            if now - self._reported > SECONDS_PER_REPORT or self._done == self._num_parts:
-                self._reported = now
-                self._report(now - self._started)
+            is_late = time.monotonic() - self._reported > SECONDS_PER_REPORT
+            if is_late or self._done == self._num_parts:
+                self._reported = time.monotonic()
+                self._report(self._latest - self._started)
+
+    def _note_restart(self, actor: str, process: str) -> None:
+        before = self._processes.setdefault(actor, process)
+        if before != process:
+            self._processes[actor] = process
+            text = f"the engine of process {before} died; {process} took its place"
+            self._run.event("score", "restarted", text)
 
     def _report(self, seconds: float) -> None:
         rates: dict[str, float] = {}
