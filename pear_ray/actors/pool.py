@@ -133,7 +133,7 @@ def for_sampling(settings: Settings) -> Settings:
     """On CPUs an engine that samples reads every prompt in one piece (see `Generator`)."""
     if settings.num_gpus > 0:
         return settings
-    whole = max(settings.tokens_per_batch, settings.max_model_len + 1)
+    whole = max(settings.batch_tokens, settings.max_model_len + 1)
     return settings.model_copy(update={"tokens_per_batch": whole})
 
 

@@ -162,14 +162,20 @@ class Generator(Section):
     """Longest prompt and answer together, in tokens."""
     max_concurrent: int = Field(256, gt=0)
     """Requests an engine works on at once."""
-    tokens_per_batch: int = Field(8192, gt=0)
-    """Tokens an engine reads in one forward pass; longer prompts are read in chunks."""
+    tokens_per_batch: int | None = Field(None, gt=0)
+    """Tokens an engine reads in one forward pass; longer prompts are read in chunks. Without it
+    8192 on GPUs and 2048 on CPUs."""
     memory_fraction: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: int = Field(1, gt=0)
     """Memory for the key-value cache of an engine that runs on CPUs."""
     deadline_seconds: float = Field(600.0, gt=0)
     """Longest wait for an engine to start, or to finish one batch of work."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """`tokens_per_batch`, or what stands for it."""
+        return self.tokens_per_batch or (8192 if self.num_gpus > 0 else 2048)
 
     @property
     def num_actor_gpus(self) -> float:
@@ -183,9 +189,9 @@ class Generator(Section):
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in"
                 f" max_model_len {self.max_model_len}"
             )
-        if self.tokens_per_batch < self.max_concurrent:
+        if self.batch_tokens < self.max_concurrent:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is less than max_concurrent"
+                f"tokens_per_batch {self.batch_tokens} is less than max_concurrent"
                 f" {self.max_concurrent}: each request has a token in each batch"
             )
         if self.min_replicas > self.replicas:

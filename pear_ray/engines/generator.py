@@ -47,6 +47,8 @@ class Generator:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+            # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
             torch.set_num_threads(settings.threads)
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         from vllm import LLM
@@ -61,10 +63,9 @@ class Generator:
             # To score a row, vLLM must generate a token behind it.
             max_model_len=settings.max_model_len + 1,
             max_num_seqs=settings.max_concurrent,
-            max_num_batched_tokens=settings.tokens_per_batch,
+            max_num_batched_tokens=settings.batch_tokens,
             # On CPUs a request with a seed must not be cut: vLLM cannot set its generator back.
-            enable_chunked_prefill=not on_cpu
-            or settings.tokens_per_batch <= settings.max_model_len,
+            enable_chunked_prefill=not on_cpu or settings.batch_tokens <= settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,

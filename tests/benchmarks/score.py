@@ -89,7 +89,7 @@ def bare(corpus: str, model: str) -> None:
         dtype="float32",
         max_model_len=ENGINE.max_model_len,
         max_num_seqs=ENGINE.max_concurrent,
-        max_num_batched_tokens=ENGINE.tokens_per_batch,
+        max_num_batched_tokens=ENGINE.batch_tokens,
         distributed_executor_backend="uni",
         enforce_eager=True,
         enable_prefix_caching=False,
