@@ -46,7 +46,7 @@ class JsonLines(FileBasedDatasource):
         texts: list[bytes] = []
         places: list[str] = []
         name = path.rpartition("/")[2]
-        for number, line in enumerate(whole_lines(f), start=1):
+        for number, line in enumerate(whole_lines(f, path), start=1):
             if line.strip():
                 texts.append(line)
                 places.append(f"{name}:{number}")
@@ -57,12 +57,19 @@ class JsonLines(FileBasedDatasource):
             yield pa.table({"text": texts, "place": places})
 
 
-def whole_lines(f: pa.NativeFile, num_bytes: int = 2**20) -> Iterator[bytes]:
-    """The lines of a stream, which is read piece by piece."""
+def whole_lines(f: pa.NativeFile, path: str, num_bytes: int = 2**20) -> Iterator[bytes]:
+    """The lines of a stream, which is read piece by piece.
+
+    Raises:
+        OSError: it breaks off, or is not compressed as its name says; tells the path.
+    """
     rest = b""
-    while piece := f.read(num_bytes):
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
+    try:
+        while piece := f.read(num_bytes):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+    except OSError as error:
+        raise OSError(f"{path}: {error}") from error
     if rest:
         yield rest
 

@@ -173,17 +173,20 @@ def test_lines_are_those_of_the_whole_text_whatever_the_pieces(text, num_bytes):
     if not expected[-1]:
         # What ends with a newline has no line after it.
         expected.pop()
-    assert list(whole_lines(pa.BufferReader(text), num_bytes)) == expected
+    assert list(whole_lines(pa.BufferReader(text), "x.jsonl", num_bytes)) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [(b"", []), (b"a", [b"a"]), (b"\n", [b""])])
 def test_lines_of_the_shortest_texts(text, expected):
-    assert list(whole_lines(pa.BufferReader(text))) == expected
+    assert list(whole_lines(pa.BufferReader(text), "x.jsonl")) == expected
 
 
 def test_a_line_may_be_longer_than_a_piece_of_the_file():
     text = b"a" * (2**20 + 1) + b"\n" + b"b" * 2**20
-    assert [len(line) for line in whole_lines(pa.BufferReader(text))] == [2**20 + 1, 2**20]
+    assert [len(line) for line in whole_lines(pa.BufferReader(text), "x.jsonl")] == [
+        2**20 + 1,
+        2**20,
+    ]
 
 
 def blocks_of(text, path="bucket/folder/f.jsonl.gz"):

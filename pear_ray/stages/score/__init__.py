@@ -152,7 +152,9 @@ def tokenise(job: Job, files: corpus.Files, folder: Path) -> list[dict[str, Any]
         )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OSError | ValueError):
-            raise BadInput(f"corpus.path: cannot be read: {error.cause}") from error
+            # What follows the first line is Ray's advice on retries.
+            first, *_ = str(error.cause).splitlines()
+            raise BadInput(f"corpus.path: cannot be read: {first}") from error
         raise
     tokenised = [json.loads(row["facts"]) for row in written]
     tokenised.sort(key=lambda file: file["first_id"])
