@@ -111,4 +111,4 @@ def test_rows_do_not_depend_on_who_is_killed(corpus: Any, scored_run: Path, tmp_
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
     # An engine that dies before it tells of a part was never seen.
-    assert 1 <= kinds.count("restarted") <= NUM_ACTOR_KILLS + 1 and "resumed" in kinds
+    assert kinds.count("restarted") <= NUM_ACTOR_KILLS + 1 and "resumed" in kinds
