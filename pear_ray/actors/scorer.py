@@ -48,7 +48,7 @@ class Scorer:
         self._num_top = num_top
         self._num_served = 0
         self._served = next(iter(models.values()))
-        self._generator = Generator(self._served, dtype, settings, seed, num_top)
+        self._generator = Generator(self._served, dtype, settings, seed, num_top, only_scores=True)
         self._actor = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:

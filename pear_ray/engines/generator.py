@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pear_ray.config import Generator as Settings
+from pear_ray.engines import keep_freed_memory
 from pear_ray.records import Completion
 
 WEIGHT_TRANSFER = "ray_object_store"
@@ -33,10 +34,18 @@ class Request:
 
 
 class Generator:
-    """One engine in the calling process (with tensor parallelism, also in its workers)."""
+    """One engine in the calling process (with tensor parallelism, also in its workers). One that
+    `only_scores` reads batches of even size, on CPUs too; `num_top` is the most that `score_top`
+    will be asked for."""
 
     def __init__(
-        self, path: str, dtype: str, settings: Settings, seed: int, num_top: int = 0
+        self,
+        path: str,
+        dtype: str,
+        settings: Settings,
+        seed: int,
+        num_top: int = 0,
+        only_scores: bool = False,
     ) -> None:
         on_cpu = settings.num_gpus == 0
         # Both are read when vLLM is imported or the engine starts; in one process the engine
@@ -50,6 +59,7 @@ class Generator:
             # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
             torch.set_num_threads(settings.threads)
+            keep_freed_memory()
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -65,7 +75,9 @@ class Generator:
             max_num_seqs=settings.max_concurrent,
             max_num_batched_tokens=settings.batch_tokens,
             # On CPUs a request with a seed must not be cut: vLLM cannot set its generator back.
-            enable_chunked_prefill=not on_cpu or settings.batch_tokens <= settings.max_model_len,
+            enable_chunked_prefill=only_scores
+            or not on_cpu
+            or settings.batch_tokens <= settings.max_model_len,
             tensor_parallel_size=settings.tensor_parallel,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,

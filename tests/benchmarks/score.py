@@ -6,7 +6,7 @@ For each model size, in turn and as often as `--pairs` says, on the same token i
 
     bare vLLM       one process, one engine, all rows in one call: no Ray, nothing stored
     pear-ray score  the stage as users run it, without start-up: from the first stored part on
-    trainer         the learner's packed forward pass
+    trainer         the learner's packed forward pass, on a quarter of the rows
     matmul          what the machine's matrix products would allow for 2 FLOP per weight and token
 
 Then the stage on 1, 4 and 16 times the corpus: time per token, and the peak memory (without what
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 import torch
 
 from pear_ray.config import Generator, Pretrain
@@ -40,6 +42,7 @@ SIZES = {
     ),
 }
 THREADS = 2
+SETTLE_SECONDS = 30.0
 MEMORY = ("driver", "scorer", "worker")
 ENGINE = Generator(
     num_cpus=1, threads=THREADS, max_new_tokens=8, max_model_len=512, max_concurrent=256
@@ -78,8 +81,6 @@ def rows_of(corpus: Path, model: Path) -> list[tuple[list[int], list[int]]]:
 
 def bare(corpus: str, model: str) -> None:
     """Prints the tokens per second of one call of vLLM over all rows, after a warm-up."""
-    import os
-
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     torch.set_num_threads(THREADS)
     from vllm import LLM, SamplingParams
@@ -111,7 +112,7 @@ def trainer(corpus: str, model: str) -> None:
     from pear_ray.engines.forward import policy_logprobs
 
     torch.set_num_threads(THREADS)
-    rows = rows_of(Path(corpus), Path(model))
+    rows = rows_of(Path(corpus), Path(model))[::4]
     policy = load_policy(model, "float32", 1).eval()
     policy_logprobs(policy, rows[:64], 8192, torch.device("cpu"))
     started = time.perf_counter()
@@ -146,9 +147,10 @@ def matmul_tokens_per_second(model: Path) -> float:
     return flops / (2 * weights)
 
 
-def stage(folder: Path, corpus: Path, model: Path) -> dict[str, float]:
-    """Tokens per second of the stage between its first and its last part, and peak memory in MiB
-    of driver, scoring actor and Ray's other workers."""
+def stage(folder: Path, corpus: Path, model: Path, watch: bool = False) -> dict[str, float]:
+    """Tokens per second of the stage between its first and its last part; with `watch`, which
+    costs a core some percent, also the peak memory in MiB of driver, scoring actor and Ray's other
+    workers."""
     job = folder / "job.toml"
     run = folder / "run"
     job.write_text(
@@ -174,12 +176,13 @@ def stage(folder: Path, corpus: Path, model: Path) -> dict[str, float]:
     )
     driver = subprocess.Popen(
         [sys.executable, "-m", "pear_ray", "score", str(job)],
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         stdout=subprocess.DEVNULL,
         stderr=(folder / "log").open("w"),
     )
     peaks = dict.fromkeys(MEMORY, 0.0)
     while driver.poll() is None:
-        for name, process in watched(driver.pid):
+        for name, process in watched(driver.pid) if watch else ():
             try:
                 peaks[name] = max(peaks[name], process.memory_full_info().uss / 2**20)
             except psutil.Error:
@@ -232,7 +235,7 @@ def grow(folder: Path, num_rows: int) -> None:
         where = folder / f"times-{times}"
         where.mkdir()
         write_corpus(where / "corpus.jsonl", times * num_rows)
-        found = stage(where, where / "corpus.jsonl", model)
+        found = stage(where, where / "corpus.jsonl", model, watch=True)
         base = base or found
         print(
             f"{times:>3}x rows  {1e6 / found['tokens_per_second']:7.1f} us/token"
@@ -253,6 +256,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--no-growth", action="store_true", help="leave 1x, 4x and 16x out")
     words = parser.parse_args()
+    # A cluster that stands already, as users have it: its own start would slow the first parts.
+    ray.init("local", num_cpus=4, log_to_driver=False)
+    time.sleep(SETTLE_SECONDS)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for size in words.sizes:
             compare(Path(folder), size, words.pairs, 4 * words.rows)
