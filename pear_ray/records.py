@@ -229,10 +229,12 @@ class RolloutGroup:
 class TrainingSequence:
     """Where SFT and RL meet: tokens, which of them are learned, and two numbers for each.
 
-    In SFT `sampled_logprobs` are the behaviour policy's and `coefficients` are 1; in RL they are
-    the rollout engine's and the advantage. All four arrays have one entry per token (prompt
-    included); entries of tokens that are not trainable are 0. `origin` is the corpus source or
-    the problem id, for diagnostics only.
+    In SFT `sampled_logprobs` are the behaviour policy's and `coefficients` are 1, or below 0 for a
+    trace that is known to be wrong; in RL they are the rollout engine's and the advantage. All
+    arrays have one entry per token (prompt included); entries of tokens that are not trainable are
+    0. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
+    `teacher_ids` and `teacher_logprobs` hold the behaviour policy's k likeliest tokens at each
+    place.
 
         TrainingSequence(token_ids=[16, 20, 3, 11, 43, 1], trainable=[0, 0, 0, 1, 1, 1],
                          sampled_logprobs=[0, 0, 0, -0.7, -1.2, -0.01],
@@ -244,6 +246,8 @@ class TrainingSequence:
     sampled_logprobs: np.ndarray  # float32 [tokens]
     coefficients: np.ndarray  # float32 [tokens]
     origin: str
+    teacher_ids: np.ndarray | None = None  # int64 [tokens, k]
+    teacher_logprobs: np.ndarray | None = None  # float32 [tokens, k]
 
     @classmethod
     def of(
@@ -254,9 +258,12 @@ class TrainingSequence:
         coefficient: float,
         origin: str,
         response_trainable: Any = None,
+        top_ids: Any = None,
+        top_logprobs: Any = None,
     ) -> TrainingSequence:
         """The sequence of one prompt and one response, of which every token is trainable unless
-        `response_trainable` (bool, one for each) says otherwise."""
+        `response_trainable` (bool, one for each) says otherwise. `top_ids` and `top_logprobs` are
+        the likeliest tokens of each response token's place, k after k."""
         num_prompt, num_response = len(prompt_ids), len(response_ids)
         if len(sampled_logprobs) != num_response:
             raise ValueError(
@@ -273,7 +280,17 @@ class TrainingSequence:
             sampled_logprobs=np.concatenate([blank, np.asarray(sampled_logprobs, np.float32)]),
             coefficients=trainable.astype(np.float32) * coefficient,
             origin=origin,
+            teacher_ids=_behind(num_prompt, num_response, top_ids, np.int64),
+            teacher_logprobs=_behind(num_prompt, num_response, top_logprobs, np.float32),
         )
+
+
+def _behind(num_prompt: int, num_response: int, flat: Any, dtype: type) -> np.ndarray | None:
+    """`flat` as [tokens, k], zero for the prompt's tokens; None where there is nothing."""
+    if flat is None:
+        return None
+    rows: np.ndarray = np.asarray(flat, dtype).reshape(num_response, -1)
+    return np.concatenate([np.zeros((num_prompt, rows.shape[1]), dtype), rows])
 
 
 @dataclass(frozen=True)
@@ -299,6 +316,8 @@ class TrainingBatch:
     origins: tuple[str, ...]
     num_trainable_tokens_global: int
     num_sequences_global: int
+    teacher_ids_T: np.ndarray | None = None
+    teacher_logprobs_T: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def connect() -> None:
@@ -17,3 +18,8 @@ def connect() -> None:
     """
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """For an actor that should live and die with the process that starts it: on the same node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointConsistencyMode,
+    CheckpointUploadMode,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -27,21 +30,30 @@ from pear_ray.config import Learner as Settings
 if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
 
+HELDOUT = "heldout_loss"
+
 
 def train(
-    loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], settings: Settings, folder: Path
+    loop: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    settings: Settings,
+    folder: Path,
+    keep_best: bool = False,
 ) -> Any:
     """Run `loop(config)` on every rank and return what rank 0 returns.
 
     A run which was cut off, by the death of a rank or of the driver, goes on from its newest
-    checkpoint below `folder`.
+    checkpoint below `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays
+    beside the newest.
     """
     worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
+    most, fewest = settings.num_workers, settings.min_workers
+    best = {"checkpoint_score_attribute": HELDOUT, "checkpoint_score_order": "min"}
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=most if fewest in (None, most) else (fewest, most),
             use_gpu=settings.use_gpu,
             resources_per_worker=worker,
         ),
@@ -53,7 +65,7 @@ def train(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
         ),
     )
     return trainer.fit().return_value
@@ -65,25 +77,79 @@ def rank_and_count() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
-def restore(learner: Learner) -> int:
-    """Bring the learner to the newest checkpoint of the run; returns the step to go on with."""
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint: the folder that holds it, below which every rank has its part, and what was
+    noted beside it: `next_step`, `num_ranks`, and the metrics given to `keep`."""
+
+    folder: Path
+    notes: dict[str, Any]
+
+    def restore(self, learner: Learner, scratch: Path) -> None:
+        """Bring the learner there; every rank calls this. What another number of ranks wrote is
+        converted to a form for any number below `scratch`, a folder that all ranks see."""
+        rank, num_ranks = rank_and_count()
+        if self.notes["num_ranks"] == num_ranks:
+            learner.load(self.folder)
+            return
+        universal = scratch / f"universal-{self.notes['next_step']}"
+        if rank == 0:
+            from pear_ray.engines.zero import to_universal
+
+            shutil.rmtree(universal, ignore_errors=True)
+            to_universal(self.folder, universal)
+        torch.distributed.barrier()
+        learner.load(universal, universal=True)
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(universal)
+
+
+def newest() -> Kept | None:
+    """The checkpoint that the run goes on from, if there is any."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        learner.load(Path(folder))
-        return json.loads((Path(folder) / "progress.json").read_text())["next_step"]
+    return None if checkpoint is None else read_kept(checkpoint)
 
 
-def keep(learner: Learner, next_step: int, deadline_seconds: float) -> None:
-    """Write a checkpoint, of which each rank holds its part. When this returns, a run that is cut
-    off goes on from here at the earliest."""
-    with tempfile.TemporaryDirectory() as folder:
-        learner.save(Path(folder))
-        (Path(folder) / "progress.json").write_text(json.dumps({"next_step": next_step}))
-        ray.train.report({"next_step": next_step}, checkpoint=Checkpoint.from_directory(folder))
+def best(deadline_seconds: float) -> Kept | None:
+    """The checkpoint with the lowest held-out loss, if any was measured."""
+    reported = ray.train.get_all_reported_checkpoints(
+        CheckpointConsistencyMode.COMMITTED, deadline_seconds
+    )
+    measured = [found for found in reported if HELDOUT in found.metrics]
+    if not measured:
+        return None
+    return read_kept(min(measured, key=lambda found: found.metrics[HELDOUT]).checkpoint)
+
+
+def read_kept(checkpoint: Checkpoint) -> Kept:
+    """What Ray Train knows as a checkpoint. A run's storage is a folder that all nodes see."""
+    folder = Path(checkpoint.path)
+    return Kept(folder, json.loads((folder / "progress.json").read_text()))
+
+
+def keep(learner: Learner, next_step: int, deadline_seconds: float, **metrics: float) -> int:
+    """Write a checkpoint, of which each rank holds its part. It is copied to the run's storage
+    while the next steps run.
+
+    Returns:
+        The step from which a run that is cut off now goes on at the earliest: that of the
+        checkpoint before, which is in its place by now.
+    """
     # What was reported is forgotten if a rank dies before Ray Train's controller has seen it.
-    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, deadline_seconds)
+    committed = ray.train.get_all_reported_checkpoints(
+        CheckpointConsistencyMode.COMMITTED, deadline_seconds
+    )
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    learner.save(folder)
+    notes = {"next_step": next_step, "num_ranks": rank_and_count()[1], **metrics}
+    (folder / "progress.json").write_text(json.dumps(notes))
+    ray.train.report(
+        notes,
+        checkpoint=Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+    )
+    return max((found.metrics["next_step"] for found in committed), default=0)
 
 
 def begin() -> None:

@@ -1,95 +1,82 @@
 """What a learner minimises. Each objective maps one micro-batch to SUMS over its tokens; the
 learner divides once by the global token count, so no split of the batch changes the gradient.
-
-An objective sees only trainable tokens: `logprobs`, `sampled_logprobs`, `coefficients`,
-`entropies` are float32 [n], `sequence_ids` int64 [n], `origins` one string per sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.algorithms.ratios import pear_weights
+from pear_ray.algorithms.losses import Nll, TokenLoss, Unlikelihood
 from pear_ray.algorithms.statistics import NUM_BINS, NUM_POSITIONS
+from pear_ray.algorithms.tokens import Sums, Tokens
+from pear_ray.algorithms.weighting import AsTheyAre, Normalisation, Weigher
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The trainable tokens of one micro-batch, with what the model in training says of them."""
+class Supervised:
+    """Plain SFT with any base objective: the loss of every token times its coefficient.
 
-    logprobs: Tensor
-    entropies: Tensor
-    sampled_logprobs: Tensor
-    coefficients: Tensor
-    sequence_ids: Tensor
-    origins: tuple[str, ...]
+    Tokens with a negative coefficient belong to traces that are known to be wrong; they are pushed
+    down (`losses.Unlikelihood`) rather than learned.
+    """
 
-
-@dataclass(frozen=True)
-class Sums:
-    """A loss with gradient, and additive facts (tensors of any shape, without gradient)."""
-
-    loss: Tensor
-    facts: dict[str, Tensor]
-
-
-Objective = Callable[[Tokens], Sums]
-
-
-@dataclass(frozen=True)
-class Nll:
-    """Plain SFT: minus the log-probability of every token, times its coefficient."""
+    loss: TokenLoss = field(default_factory=Nll)
 
     def __call__(self, tokens: Tokens) -> Sums:
-        loss = -(tokens.coefficients * tokens.logprobs).sum()
-        return Sums(
-            loss, {"entropy": tokens.entropies.sum(), "nll": -tokens.logprobs.detach().sum()}
-        )
+        return Sums((tokens.coefficients.abs() * self.losses(tokens)).sum(), supervised(tokens))
+
+    @property
+    def top_k(self) -> int:
+        return self.loss.top_k
+
+    def losses(self, tokens: Tokens) -> Tensor:
+        """Loss of each token, [n], before weights and coefficients."""
+        wrong = tokens.coefficients < 0
+        return torch.where(wrong, Unlikelihood()(tokens), self.loss(tokens))
+
+    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        """What the step's gradient is multiplied by, given the facts summed over all of it."""
+        return 1.0
 
 
 @dataclass(frozen=True)
-class PearNll:
-    """PEAR-SFT: the same, each token times its detached importance weight (arXiv 2602.01058,
-    section 3.2). The numerator of the ratio is the model in training."""
+class Weighted(Supervised):
+    """PEAR-SFT: the same, each token times its detached importance weight
+    (arXiv 2602.01058, section 3.2)."""
 
-    level: str
-    discount: float
-    block_size: int
-    clip_log_ratio: tuple[float, float]
-    clip_log_weight: tuple[float, float]
-    sources: tuple[str, ...]
+    weigh: Weigher = field(kw_only=True)
+    normalisation: Normalisation = field(default_factory=AsTheyAre)
+    clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
+    clip_log_weight: tuple[float, float] = (-10.0, 5.0)
+    sources: tuple[str, ...] = ()
 
     def __call__(self, tokens: Tokens) -> Sums:
-        weights = pear_weights(
-            tokens.logprobs,
-            tokens.sampled_logprobs,
-            tokens.sequence_ids,
-            level=self.level,
-            discount=self.discount,
-            block_size=self.block_size,
-            clip_log_ratio=self.clip_log_ratio,
-            clip_log_weight=self.clip_log_weight,
-        )
-        loss = -(weights * tokens.coefficients * tokens.logprobs).sum()
-        facts = {"entropy": tokens.entropies.sum(), "nll": -tokens.logprobs.detach().sum()}
-        return Sums(loss, facts | self.facts(weights, tokens))
+        weights = self.weigh(tokens)
+        applied = self.normalisation.applied(weights, tokens)
+        loss = (applied * tokens.coefficients.abs() * self.losses(tokens)).sum()
+        return Sums(loss, supervised(tokens) | self.facts(weights, tokens))
+
+    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        return self.normalisation.factor(float(facts["weight"]) / num_tokens)
 
     def facts(self, weights: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         """Additive statistics of the weights; `statistics.weight_summary` reads them."""
         ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).double()
         low, high = self.clip_log_ratio
         floor, ceiling = self.clip_log_weight
-        log_weights = weights.double().log()
+        weights = weights.double()
+        log_weights = weights.log()
         scaled = (log_weights - floor) / (ceiling - floor) * NUM_BINS
-        relative, is_first = relative_positions(tokens.sequence_ids)
+        relative, is_first = tokens.relative_positions()
         position_bin = (relative * NUM_POSITIONS).long().clamp(max=NUM_POSITIONS - 1)
         facts = {
-            "weight": weights.double().sum(),
-            "weight_squared": weights.double().square().sum(),
+            "weight": weights.sum(),
+            "weight_squared": weights.square().sum(),
             "log_ratio": ratios.sum(),
             "log_ratio_squared": ratios.square().sum(),
             "at_lower_clip": (ratios <= low).sum(),
@@ -100,18 +87,42 @@ class PearNll:
             "weight_by_position": histogram(position_bin, NUM_POSITIONS, weights),
             "tokens_by_position": histogram(position_bin, NUM_POSITIONS),
         }
-        owner = torch.tensor(
-            [
-                self.sources.index(origin) if origin in self.sources else -1
-                for origin in tokens.origins
-            ],
-            device=weights.device,
-        )[tokens.sequence_ids]
+        names = {source: number for number, source in enumerate(self.sources)}
+        owners = torch.tensor([names.get(o, -1) for o in tokens.origins], device=weights.device)
+        owner = owners[tokens.sequence_ids]
         for number, source in enumerate(self.sources):
             starts = is_first & (owner == number)
-            facts[f"first_weight/{source}"] = (weights * starts).double().sum()
+            facts[f"first_weight/{source}"] = (weights * starts).sum()
             facts[f"sequences/{source}"] = starts.sum()
         return facts
+
+
+def supervised(tokens: Tokens) -> dict[str, Tensor]:
+    """Facts of every SFT: the log-likelihood of the traces to be learned, whatever is minimised,
+    and the entropy at all places."""
+    right = tokens.coefficients > 0
+    return {
+        "nll": -(tokens.logprobs.detach() * right).sum(),
+        "tokens_to_learn": right.sum(),
+        "entropy": tokens.entropies.sum(),
+    }
+
+
+@dataclass(frozen=True)
+class TopMasses:
+    """Minimises nothing: how the probability of the `top_k` likeliest tokens is spread."""
+
+    top_k: int
+    num_bins: int = 1000
+
+    def __call__(self, tokens: Tokens) -> Sums:
+        assert tokens.top_masses is not None
+        bins = (tokens.top_masses * self.num_bins).long().clamp(0, self.num_bins - 1)
+        return Sums(tokens.logprobs.sum() * 0, {"histogram": histogram(bins, self.num_bins)})
+
+    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        """There is no gradient."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,7 @@ class ClippedPolicyGradient:
 
     clip_low: float
     clip_high: float
+    top_k = 0
 
     def __call__(self, tokens: Tokens) -> Sums:
         # e^20 is far outside every clip; beyond e^88 float32 would give inf, and inf x 0 is NaN.
@@ -144,15 +156,9 @@ class ClippedPolicyGradient:
         }
         return Sums(-surrogate.sum(), facts)
 
-
-def relative_positions(sequence_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token stands in its sequence, 0 (first) to below 1, and whether it is first."""
-    index = torch.arange(sequence_ids.numel(), device=sequence_ids.device)
-    edge = sequence_ids[1:] != sequence_ids[:-1]
-    is_first = torch.cat([edge.new_ones(min(1, index.numel())), edge])
-    first = torch.where(is_first, index, 0).cummax(0).values
-    lengths = torch.bincount(sequence_ids)[sequence_ids]
-    return (index - first) / lengths, is_first
+    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        """The step's gradient is taken as it is."""
+        return 1.0
 
 
 def histogram(bins: Tensor, num_bins: int, weights: Tensor | None = None) -> Tensor:

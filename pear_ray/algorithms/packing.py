@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from binpacking import to_constant_bin_number
 
 from pear_ray.records import TrainingBatch, TrainingSequence
 
 
 def pack(
-    sequences: Sequence[TrainingSequence], num_ranks: int, tokens_per_micro_batch: int
+    sequences: Sequence[TrainingSequence],
+    num_ranks: int,
+    tokens_per_micro_batch: int,
+    crossover_tokens: float = math.inf,
 ) -> list[list[TrainingBatch]]:
     """The micro-batches of every rank for ONE optimiser step.
 
     All ranks get equally many: under ZeRO-3 a rank that runs one more forward pass than the
     others waits for ever. Where sequences do not suffice, a micro-batch repeats the shortest
     sequence with nothing to learn in it.
+
+    Args:
+        sequences: what the step learns from, in any order.
+        num_ranks: ranks that share the work.
+        tokens_per_micro_batch: most tokens in one micro-batch.
+        crossover_tokens: length at which attention, quadratic in the length of a sequence, costs
+            as much as everything else; sequences are dealt by cost, not by length.
 
     Returns:
         [num_ranks][micro-batches]; the same on every rank that is given the same sequences.
@@ -27,65 +39,69 @@ def pack(
     """
     if not sequences:
         raise ValueError("expected at least one sequence to pack, read none")
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    if max(lengths) > tokens_per_micro_batch:
-        longest = sequences[int(np.argmax(lengths))]
+    lengths = np.array([len(sequence.token_ids) for sequence in sequences])
+    if lengths.max() > tokens_per_micro_batch:
+        longest = sequences[int(lengths.argmax())]
         raise ValueError(
-            f"sequence of {longest.origin!r} has {max(lengths)} tokens; expected at most"
+            f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
             f" learner.tokens_per_micro_batch = {tokens_per_micro_batch}"
         )
-    even_share = -(-sum(lengths) // num_ranks)
-    bins = best_fit(lengths, max(max(lengths), min(tokens_per_micro_batch, even_share)))
+    costs = lengths * (1 + lengths / crossover_tokens)
+    bins = even_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
     num_tokens = sum(int(sequence.trainable.sum()) for sequence in sequences)
-    counts = (num_tokens, len(sequences))
-    filler = sequences[int(np.argmin(lengths))]
-    batches = [_batch([sequences[i] for i in members], *counts) for members in bins]
-    while len(batches) % num_ranks:
-        batches.append(_batch([_nothing_to_learn(filler)], *counts))
-    ranks: list[list[TrainingBatch]] = [[] for _ in range(num_ranks)]
-    # Rounds of one micro-batch per rank, fullest first, dealt there and back: ranks that wait
-    # for each other at every layer carry like loads in every round and in sum.
-    for start in range(0, len(batches), num_ranks):
-        one_round = batches[start : start + num_ranks]
-        forwards = (start // num_ranks) % 2 == 0
-        for rank, batch in zip(ranks, one_round if forwards else one_round[::-1], strict=True):
-            rank.append(batch)
-    return ranks
+    filler = nothing_to_learn(sequences[int(lengths.argmin())])
+    batches = [
+        batch_of([sequences[i] for i in members] or [filler], num_tokens, len(sequences))
+        for members in bins
+    ]
+    # Rounds of one micro-batch per rank, dearest first, dealt there and back: ranks that wait for
+    # each other at every layer carry like loads in every round and in sum.
+    rounds = [batches[start : start + num_ranks] for start in range(0, len(batches), num_ranks)]
+    there_and_back = [one[:: 1 if number % 2 == 0 else -1] for number, one in enumerate(rounds)]
+    return [list(own) for own in zip(*there_and_back, strict=True)]
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: members of each bin as indices, fullest bin first."""
-    free: list[tuple[int, int]] = []  # (free tokens, bin), sorted
-    bins: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = bisect_left(free, (lengths[index], -1))
-        if slot == len(free):
-            bins.append([])
-            room, number = capacity, len(bins) - 1
-        else:
-            room, number = free.pop(slot)
-        bins[number].append(index)
-        insort(free, (room - lengths[index], number))
-    return [bins[number] for _, number in free]
+def even_bins(
+    lengths: np.ndarray, costs: np.ndarray, num_ranks: int, capacity: int
+) -> list[list[int]]:
+    """Indices in bins of like cost and of at most `capacity` tokens, the dearest first: as few
+    bins as that takes, in multiples of `num_ranks`. Some are empty where indices do not suffice."""
+    num_bins = num_ranks * math.ceil(lengths.sum() / (capacity * num_ranks))
+    by_index = dict(enumerate(costs.tolist()))
+    while True:
+        bins = [list(members) for members in to_constant_bin_number(by_index, num_bins)]
+        if max(lengths[members].sum() for members in bins) <= capacity:
+            return sorted(bins, key=lambda members: -costs[members].sum())
+        num_bins += num_ranks
 
 
-def _nothing_to_learn(sequence: TrainingSequence) -> TrainingSequence:
+def nothing_to_learn(sequence: TrainingSequence) -> TrainingSequence:
+    """The same tokens, none of them trainable."""
     zeros = np.zeros(len(sequence.token_ids), np.float32)
-    return TrainingSequence(sequence.token_ids, zeros.astype(bool), zeros, zeros, "")
+    blank = {"trainable": zeros.astype(bool), "sampled_logprobs": zeros, "coefficients": zeros}
+    return replace(sequence, origin="", **blank)
 
 
-def _batch(
-    sequences: list[TrainingSequence], num_trainable_tokens: int, num_sequences: int
+def batch_of(
+    sequences: Sequence[TrainingSequence], num_trainable_tokens: int, num_sequences: int
 ) -> TrainingBatch:
+    """A micro-batch of these sequences in a global batch of these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
+    taught = sequences[0].teacher_ids is not None
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
     return TrainingBatch(
-        token_ids_T=np.concatenate([s.token_ids for s in sequences]),
+        token_ids_T=joined("token_ids"),
         position_ids_T=np.concatenate([np.arange(length) for length in lengths]),
         sequence_ids_T=np.repeat(np.arange(len(lengths)), lengths),
-        trainable_T=np.concatenate([s.trainable for s in sequences]),
-        sampled_logprobs_T=np.concatenate([s.sampled_logprobs for s in sequences]),
-        coefficients_T=np.concatenate([s.coefficients for s in sequences]),
-        origins=tuple(s.origin for s in sequences),
+        trainable_T=joined("trainable"),
+        sampled_logprobs_T=joined("sampled_logprobs"),
+        coefficients_T=joined("coefficients"),
+        origins=tuple(sequence.origin for sequence in sequences),
         num_trainable_tokens_global=num_trainable_tokens,
         num_sequences_global=num_sequences,
+        teacher_ids_T=joined("teacher_ids") if taught else None,
+        teacher_logprobs_T=joined("teacher_logprobs") if taught else None,
     )

@@ -49,12 +49,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def overtraining(loss: float, lowest: float) -> str:
+    """The regime of a checkpoint by its held-out loss beside the lowest of the run: RL should start
+    from a stable one, may from a mildly over-trained one (arXiv 2512.11470, sections 4-6)."""
+    if loss <= 1.02 * lowest:
+        return "stable"
+    return "mild over-training" if loss <= 1.10 * lowest else "severe over-training"
+
+
 def weight_summary(
     facts: Mapping[str, np.ndarray],
     num_tokens: int,
     clip_log_weight: tuple[float, float],
 ) -> dict[str, float | list[float] | dict[str, float]]:
-    """Readable diagnostics of one step's importance weights, from `PearNll.facts` summed over
+    """Readable diagnostics of one step's importance weights, from `Weighted.facts` summed over
     micro-batches and ranks.
 
     `effective_sample_size` is (sum w)^2 / (sum w^2) as a share of the tokens; quantiles are those

@@ -8,18 +8,16 @@ from pear_ray.config.sections import (
     Evaluation,
     Generator,
     Job,
-    Learner,
     Model,
     ModelSource,
-    Optimiser,
     Pretrain,
     Rl,
     Run,
-    Sft,
     TaskSpec,
     Tracking,
     Weights,
 )
+from pear_ray.config.training import Learner, Lora, Optimiser, Sft
 
 __all__ = [
     "Arm",
@@ -31,6 +29,7 @@ __all__ = [
     "Generator",
     "Job",
     "Learner",
+    "Lora",
     "Model",
     "ModelSource",
     "Optimiser",

@@ -14,8 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pear_ray.config.corpus import Corpus
 from pear_ray.config.mistakes import describe
 from pear_ray.config.section import Section
-
-Schedule = Literal["cosine", "linear", "constant"]
+from pear_ray.config.training import Learner, Optimiser, Schedule, Sft
 
 
 class Run(Section):
@@ -76,48 +75,6 @@ class ModelSource(Section):
 class Model(ModelSource):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in which weights are trained and served. CPUs want float32."""
-
-
-class Optimiser(Section):
-    """AdamW and its learning rate, alike in every stage that trains."""
-
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    schedule: Schedule = "cosine"
-    """Learning rate after the warm-up."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradient norm above which the gradient is scaled down."""
-
-
-class Sft(Optimiser):
-    level: Literal["none", "token", "block", "sequence"] = "token"
-    """PEAR's importance weights; "none" is plain SFT."""
-    discount: float = Field(0.999, gt=0, le=1)
-    """Discount of the weights per token of suffix."""
-    block_size: int = Field(4, gt=0)
-    """Tokens in a block, for level "block"."""
-    clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
-    """Bounds of each token's log-ratio, in nats."""
-    clip_log_weight: tuple[float, float] = (-10.0, 5.0)
-    """Bounds of each token's log-weight, in nats."""
-    epochs: int = Field(1, gt=0)
-    """Passes over the corpus."""
-    examples_per_step: int = Field(64, gt=0)
-    """Sequences in one optimiser step, over all ranks."""
-    learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate."""
-
-    @model_validator(mode="after")
-    def _clips_in_order(self) -> Sft:
-        for name in ("clip_log_ratio", "clip_log_weight"):
-            low, high = getattr(self, name)
-            if low >= high:
-                raise ValueError(f"{name}: read {[low, high]}; expected the lower bound first")
-        return self
 
 
 class Rl(Optimiser):
@@ -199,29 +156,6 @@ class Generator(Section):
                 f"min_replicas {self.min_replicas} is more than replicas {self.replicas}"
             )
         return self
-
-
-class Learner(Section):
-    """DeepSpeed ZeRO-3 ranks under Ray Train."""
-
-    num_workers: int = Field(2, gt=0)
-    """Ranks over which parameters, gradients and optimiser states are partitioned."""
-    cpus_per_worker: float = Field(1.0, ge=0)
-    """CPUs a rank reserves in Ray."""
-    use_gpu: bool = False
-    """One GPU per rank, NCCL; otherwise CPU threads and gloo."""
-    tokens_per_micro_batch: int = Field(8192, gt=0)
-    """Packed tokens in one forward and backward pass of one rank."""
-    tokens_per_logits_chunk: int = Field(1024, gt=0)
-    """Tokens whose logits exist at the same time."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass, for less memory."""
-    deadline_seconds: float = Field(600.0, gt=0)
-    """Longest wait for another rank, for rollouts or for a checkpoint."""
-    max_failures: int = Field(2, ge=0)
-    """How often Ray Train restarts the ranks after one of them died."""
-    steps_per_checkpoint: int = Field(50, gt=0)
-    """Optimiser steps between two checkpoints from which a broken run goes on."""
 
 
 class Weights(Section):

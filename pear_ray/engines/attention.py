@@ -1,8 +1,10 @@
 """Attention over a pack of sequences, none of which sees another.
 
-Registered in transformers under the name `pack`. The pack is unfolded to [sequences, longest]
-with padding behind each sequence, where a causal kernel needs no mask and so skips half the
-work; a padded place comes after every real one and so is never attended to by one.
+Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's own
+variable-length flash attention. `pack_unfolded` is the same by other means, for CPUs and float32:
+the pack is unfolded to [sequences, longest] with padding behind each sequence, where a causal
+kernel needs no mask and so skips half the work; a padded place comes after every real one and so is
+never attended to by one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-NAME = "pack"
+UNFOLDED, VARLEN = "pack_unfolded", "pack_varlen"
+
+
+def best(dtype: str) -> str:
+    """The name of the attention for a model in `dtype` on this machine."""
+    return VARLEN if torch.cuda.is_available() and dtype == "bfloat16" else UNFOLDED
+
+
+def layout(sequence_ids_T: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """What either attention wants to know of a pack."""
+    lengths = np.bincount(sequence_ids_T)
+    unfold, fold = unfolding(sequence_ids_T)
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
+    return {
+        "unfold": unfold.to(device),
+        "fold": fold.to(device),
+        "sequence_starts": starts.to(device),
+        "longest": int(lengths.max()),
+    }
 
 
 def unfolding(sequence_ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -36,7 +56,38 @@ def unfolding(sequence_ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(unfold), torch.from_numpy(fold)
 
 
-def packed_attention(
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sequence_starts: Tensor,
+    longest: int,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same as `unfolded_attention`, and with a sliding window where the model has one."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended: Any = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        sequence_starts,
+        sequence_starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None], None
+
+
+def unfolded_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -76,8 +127,9 @@ def packed_attention(
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """The unfolding is the mask."""
+    """The layout is the mask."""
 
 
-AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, no_mask)
+for name, function in ((UNFOLDED, unfolded_attention), (VARLEN, varlen_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, no_mask)

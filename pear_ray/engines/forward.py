@@ -24,7 +24,7 @@ def trainer_logprobs(
     this process may use."""
     torch.set_num_threads(num_threads)
     on_gpu = torch.cuda.is_available()
-    policy = load_policy(path, dtype, 1, device_map="auto" if on_gpu else None).eval()
+    policy = load_policy(path, dtype, device_map="auto" if on_gpu else None).eval()
     device = torch.device("cuda" if on_gpu else "cpu")
     return policy_logprobs(policy, rows, tokens_per_pack, device)
 
@@ -44,7 +44,7 @@ def policy_logprobs(
     found: dict[int, np.ndarray] = {}
     (packs,) = pack(sequences, 1, tokens_per_pack)
     for batch in packs:
-        logprobs = policy(**policy_inputs(batch, device))[0].cpu().numpy()
+        logprobs = policy(**policy_inputs(batch, device))[0][:, 0].cpu().numpy()
         lengths = np.bincount(batch.sequence_ids_T[batch.trainable_T])
         pieces = np.split(logprobs, np.cumsum(lengths)[:-1])
         found |= {int(name): piece for name, piece in zip(batch.origins, pieces, strict=True)}

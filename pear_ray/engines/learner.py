@@ -1,4 +1,4 @@
-"""One rank of a DeepSpeed ZeRO-3 learner. It knows tokens and coefficients, not algorithms."""
+"""One rank of a DeepSpeed learner. It knows tokens and coefficients, not algorithms."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from pear_ray.algorithms.objectives import Objective, Tokens
+from pear_ray.algorithms.tokens import Objective, Tokens
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
+from pear_ray.engines import zero
+from pear_ray.engines.export import write_folder
+from pear_ray.engines.lora import add_adapters, merged_parameters
 from pear_ray.engines.model import load_policy, policy_inputs
 from pear_ray.records import TrainingBatch
 
@@ -46,18 +49,19 @@ class Learner:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        config = deepspeed_config(dtype, optimiser)
+        self._settings, self._dtype = settings, dtype
+        config = zero.deepspeed_config(dtype, settings, optimiser)
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
-        # A full micro-batch's chunks: as many on every rank and in every step.
-        chunks = -(-settings.tokens_per_micro_batch // settings.tokens_per_logits_chunk)
-        policy = load_policy(path, dtype, chunks)
+        policy = load_policy(path, dtype, settings.logits_mib)
+        if settings.lora is not None:
+            add_adapters(policy.language_model, settings.lora)
         if settings.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=policy.parameters(),
+            model_parameters=[p for p in policy.parameters() if p.requires_grad],
             config=config,
             lr_scheduler=lambda adam: get_scheduler(
                 optimiser.schedule,
@@ -67,6 +71,15 @@ class Learner:
             ),
         )
         self._device = self._engine.device
+
+    @property
+    def crossover_tokens(self) -> float:
+        """The length at which the attention of a sequence costs as much as its matrix products, in
+        a forward and backward pass: 6 weights FLOP per token against 6 layers width length."""
+        model = self._engine.module.language_model
+        config = model.config.get_text_config()
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        return num_weights / (config.num_hidden_layers * config.hidden_size)
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
         """One optimiser step on this rank's micro-batches of the global batch.
@@ -81,70 +94,91 @@ class Learner:
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            sums = objective(self._forward(batch))
+            sums = objective(self._forward(batch, objective.top_k))
             self._engine.backward(sums.loss * scale)
-            for name, value in {**sums.facts, "loss": sums.loss.detach()}.items():
-                totals[name] = totals.get(name, 0) + value.double()
-        self._engine.step()
+            add(totals, sums.facts | {"loss": sums.loss.detach()})
         facts = self._over_ranks(totals)
+        factor = objective.factor(facts, num_tokens)
+        if factor != 1.0:
+            zero.scale_gradients(self._engine.module, factor)
+        plain_norm = zero.norm_of_plain_grads(self._engine.module, self._settings, self._dtype)
+        self._engine.step()
         return StepResult(
-            loss=float(facts.pop("loss")) / num_tokens,
-            grad_norm=float(self._engine.get_global_grad_norm()),
+            loss=float(facts.pop("loss")) * factor / num_tokens,
+            grad_norm=zero.grad_norm(self._engine, plain_norm),
             learning_rate=learning_rate,
             num_tokens=num_tokens,
             facts=facts,
         )
 
     @torch.no_grad()
+    def measure(
+        self, batches: Sequence[TrainingBatch], objective: Objective
+    ) -> dict[str, np.ndarray]:
+        """The objective's facts and `loss`, summed over micro-batches and ranks, without a step."""
+        self._engine.eval()
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            sums = objective(self._forward(batch, objective.top_k))
+            add(totals, sums.facts | {"loss": sums.loss})
+        self._engine.train()
+        return self._over_ranks(totals)
+
+    @torch.no_grad()
     def logprobs(self, batches: Sequence[TrainingBatch]) -> list[np.ndarray]:
         """Log-probs of the trainable tokens of each micro-batch of this rank, float32."""
         self._engine.eval()
-        found = [self._forward(batch).logprobs.cpu().numpy() for batch in batches]
+        found = [self._forward(batch, 0).logprobs.cpu().numpy() for batch in batches]
         self._engine.train()
         return found
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """Name (as in the Hugging Face folder), full shape, and this rank's flat partition of
-        every parameter. Partitions are padded to equal size over ranks: joined in rank order and
-        cut to the full size they are the parameter. No communication."""
-        for name, parameter in self._engine.module.language_model.named_parameters():
-            yield name, tuple(parameter.ds_shape), parameter.ds_tensor.detach()
+        every parameter (`zero.partitions`)."""
+        return zero.partitions(self._engine.module.language_model)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint: weights, optimiser and schedule."""
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint that as many ranks saved."""
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """Go on from a checkpoint that as many ranks saved, or from one in DeepSpeed's universal
+        form, for any number of ranks."""
+        # Looked at when a checkpoint is loaded, whatever was configured at the start.
+        self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag="state")
 
     def export(self, folder: Path, tokenizer_path: str) -> None:
-        """Write a Hugging Face folder, from rank 0; one parameter at a time is gathered."""
+        """Write a Hugging Face folder, from rank 0; a few parameters at a time are gathered.
+        Adapters are merged into the weights they adapt."""
         model = self._engine.module.language_model
         state: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):
+        for name, parameters, merge in merged_parameters(model):
+            with zero.whole(parameters):
                 if dist.get_rank() == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = merge().detach().cpu().clone()
         if dist.get_rank() == 0:
-            from pear_ray.engines.export import write_folder
-
             write_folder(model, state, folder, tokenizer_path)
         dist.barrier()
 
-    def _forward(self, batch: TrainingBatch) -> Tokens:
-        logprobs, entropies = self._engine(**policy_inputs(batch, self._device))
+    def _forward(self, batch: TrainingBatch, top_k: int) -> Tokens:
+        inputs = policy_inputs(batch, self._device)
+        logprobs, entropies, top_masses = self._engine(**inputs, top_k=top_k)
 
         def chosen(values_T: np.ndarray) -> Tensor:
             return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
+        theirs_T = batch.teacher_logprobs_T
         return Tokens(
-            logprobs=logprobs,
+            logprobs=logprobs[:, 0],
             entropies=entropies,
             sampled_logprobs=chosen(batch.sampled_logprobs_T),
             coefficients=chosen(batch.coefficients_T),
             sequence_ids=chosen(batch.sequence_ids_T),
             origins=batch.origins,
+            top_masses=top_masses,
+            teacher_logprobs=None if theirs_T is None else chosen(theirs_T),
+            logprobs_of_teacher=None if theirs_T is None else logprobs[:, 1:],
         )
 
     def _over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -158,27 +192,7 @@ class Learner:
         }
 
 
-def deepspeed_config(dtype: str, optimiser: Optimiser) -> dict:
-    """ZeRO stage 3 with everything partitioned, however small a parameter is."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimiser.max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimiser.learning_rate,
-                "weight_decay": optimiser.weight_decay,
-                "torch_adam": True,
-            },
-        },
-        "zero_optimization": {
-            "stage": 3,
-            # By default parameters below 100,000 elements stay whole on every rank.
-            "stage3_param_persistence_threshold": 0,
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
-    }
+def add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add one micro-batch's sums, in float64."""
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0) + value.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from pear_ray.algorithms.logprobs import predicted_logprobs
-from pear_ray.config import Pretrain
+from pear_ray.config import BadInput, Pretrain
 from pear_ray.engines import attention
 from pear_ray.records import TrainingBatch
 
@@ -30,61 +31,110 @@ CHAT_TEMPLATE = (
 )
 
 
+# What some architectures do to logits after the output head, and the value that does nothing.
+TRANSFORMED_LOGITS = {
+    "final_logit_softcapping": None,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+}
+
+
+class LogprobHead(nn.Module):
+    """Takes the place of a model's output head and gives log-probs instead of logits, in one use:
+    under ZeRO-3 the weight is gathered once in each pass."""
+
+    def __init__(self, head: nn.Linear, logits_mib: float) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.logits_mib = logits_mib
+
+    def forward(
+        self, hidden_T: Tensor, token_ids: Tensor, predicted: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `logprobs.predicted_logprobs` returns."""
+        weight, mib = self.weight, self.logits_mib
+        found = predicted_logprobs(
+            hidden_T, weight, token_ids, predicted, logits_mib=mib, top_k=top_k
+        )
+        return found.logprobs, found.entropies, found.top_masses
+
+
 class PackedPolicy(nn.Module):
     """A causal language model whose forward pass takes a pack of sequences and gives the
-    log-probability and entropy of chosen tokens."""
+    log-probabilities of chosen tokens."""
 
-    def __init__(self, language_model: PreTrainedModel, num_logits_chunks: int) -> None:
+    def __init__(self, language_model: PreTrainedModel, logits_mib: float) -> None:
         super().__init__()
         self.language_model = language_model
-        self.num_logits_chunks = num_logits_chunks
+        head = language_model.get_output_embeddings()
+        language_model.set_output_embeddings(LogprobHead(head, logits_mib))
 
     def forward(
         self,
-        token_ids_T: Tensor,
+        packed_ids_T: Tensor,
         position_ids_T: Tensor,
-        unfold: Tensor,
-        fold: Tensor,
+        token_ids: Tensor,
         predicted: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs (with gradient) and entropies of the tokens at `predicted`, float32 [n]."""
+        top_k: int = 0,
+        **layout: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs [n, m] (with gradient), entropies [n] and masses of the `top_k` likeliest
+        tokens [n], float32, of the m `token_ids` at each of the n positions `predicted`. `layout`
+        tells the attention where sequences begin."""
         hidden = self.language_model.base_model(
-            input_ids=token_ids_T[None],
+            input_ids=packed_ids_T[None],
             position_ids=position_ids_T[None],
             use_cache=False,
-            unfold=unfold,
-            fold=fold,
+            **layout,
         ).last_hidden_state[0]
         head = self.language_model.get_output_embeddings()
-        return predicted_logprobs(hidden, head, token_ids_T, predicted, self.num_logits_chunks)
+        return head(hidden, token_ids, predicted, top_k)
 
 
-def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Tensor]:
-    """Arguments of `PackedPolicy` for the trainable tokens of a micro-batch."""
-    unfold, fold = attention.unfolding(batch.sequence_ids_T)
+def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
+    """Arguments of `PackedPolicy` for the trainable tokens of a micro-batch: their own log-probs
+    first, then those of the teacher's likeliest tokens where there are any."""
+    predicted = np.flatnonzero(batch.trainable_T)
+    token_ids = batch.token_ids_T[predicted, None]
+    if batch.teacher_ids_T is not None:
+        token_ids = np.concatenate([token_ids, batch.teacher_ids_T[predicted]], axis=1)
     inputs = {
-        "token_ids_T": torch.from_numpy(batch.token_ids_T),
-        "position_ids_T": torch.from_numpy(batch.position_ids_T),
-        "unfold": unfold,
-        "fold": fold,
-        "predicted": torch.from_numpy(np.flatnonzero(batch.trainable_T)),
+        "packed_ids_T": batch.token_ids_T,
+        "position_ids_T": batch.position_ids_T,
+        "token_ids": token_ids,
+        "predicted": predicted,
     }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    return tensors | attention.layout(batch.sequence_ids_T, device)
 
 
 def load_policy(
-    path: str, dtype: str, num_logits_chunks: int, device_map: str | None = None
+    path: str, dtype: str, logits_mib: float = 512.0, device_map: str | None = None
 ) -> PackedPolicy:
-    """The model of a Hugging Face folder or hub name, from safetensors only."""
+    """The model of a Hugging Face folder or hub name, from safetensors only.
+
+    Raises:
+        BadInput: its logits are not simply the product with its output head.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention.NAME,
+        attn_implementation=attention.best(dtype),
         use_safetensors=True,
         trust_remote_code=False,
         device_map=device_map,
     )
-    return PackedPolicy(model, num_logits_chunks)
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    for name, harmless in TRANSFORMED_LOGITS.items():
+        if getattr(config, name, harmless) != harmless:
+            raise BadInput(
+                f"{path}: config.json: {name}: read {getattr(config, name)}; expected a model whose"
+                f" logits are used as they are ({harmless})"
+            )
+    if getattr(head, "bias", None) is not None:
+        raise BadInput(f"{path}: the output head has a bias; expected one without")
+    return PackedPolicy(model, logits_mib)
 
 
 def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str]) -> None:

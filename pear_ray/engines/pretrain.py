@@ -33,7 +33,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
     else:
         blank = folder.with_name(settings.start_from)
     tokenizer = load_tokenizer(str(blank))
-    policy = load_policy(str(blank), "float32", num_logits_chunks=1)
+    policy = load_policy(str(blank), "float32")
     optimiser = torch.optim.AdamW(
         policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -53,7 +53,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
         optimiser.zero_grad()
         loss = 0.0
         for part in (batch, *more):
-            logprobs, _ = policy(**policy_inputs(part, torch.device("cpu")))
+            logprobs, *_ = policy(**policy_inputs(part, torch.device("cpu")))
             part_loss = -logprobs.sum() / part.num_trainable_tokens_global
             part_loss.backward()
             loss += part_loss.item()

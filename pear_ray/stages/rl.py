@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from pear_ray.actors.board import Board, RolloutQueue
+from pear_ray.actors.board import GRACE_SECONDS, Board, StepQueue, take
 from pear_ray.actors.cluster import connect
 from pear_ray.actors.pool import GeneratorPool
 from pear_ray.actors.rollouts import Rollouts, RolloutStream, sequence_of
-from pear_ray.actors.training import begin, keep, rank_and_count, restore, train
+from pear_ray.actors.training import begin, keep, newest, rank_and_count, train
 from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.objectives import ClippedPolicyGradient
 from pear_ray.algorithms.packing import pack
-from pear_ray.config import Job
+from pear_ray.config import BadInput, Job
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.tracking import Tracker
@@ -44,15 +44,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For the answer of a small actor that keeps deadlines of its own.
-GRACE_SECONDS = 60.0
-
 
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Start both sides, and end the one when the other ends."""
+    if job.learner.lora is not None:
+        raise BadInput("learner.lora: stage rl publishes whole weights; expected none for rl")
     connect()
     board = Board.remote()  # type: ignore[attr-defined]
-    queue = RolloutQueue.remote()  # type: ignore[attr-defined]
+    queue = StepQueue.remote()  # type: ignore[attr-defined]
     export = run.folder / "sft" / "export"
     start = str(export if export.exists() else job.model_path())
     config = {
@@ -118,7 +117,10 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     learner = Learner(
         config["start"], job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed
     )
-    start = restore(learner)
+    start = 0
+    if (kept := newest()) is not None:
+        kept.restore(learner, folder / "rl")
+        start = kept.notes["next_step"]
     tracker = Tracker(folder, "rl", job.tracking).rewind(start) if rank == 0 else None
     objective = ClippedPolicyGradient(*job.rl.clip_ratio)
     probed: dict[int, dict[str, np.ndarray]] = {}
@@ -131,7 +133,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     announce(start)
     for step in range(start, job.rl.steps):
         began = time.perf_counter()
-        rollouts = take(queue, step, job.learner.deadline_seconds)
+        rollouts: Rollouts = take(queue, step, job.learner.deadline_seconds)
         taken = time.perf_counter()
         probed[step] = probe_logprobs(learner, rollouts, job.learner.tokens_per_micro_batch)
         gap = check_probe(job, step, rollouts, probed.get(rollouts.version, {}))
@@ -156,19 +158,12 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
             }
             tracker.log(step, **rollouts.numbers, **numbers_of(result), **measured)
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
-            keep(learner, step + 1, job.learner.deadline_seconds)
-            ray.get(queue.forget_before.remote(step + 1), timeout=job.learner.deadline_seconds)
+            safe_step = keep(learner, step + 1, job.learner.deadline_seconds)
+            ray.get(queue.forget_before.remote(safe_step), timeout=job.learner.deadline_seconds)
     learner.export(folder / "rl" / "export", config["start"])
     if tracker:
         tracker.close()
     return {"steps": job.rl.steps, "problems": job.rl.steps * job.rl.problems_per_step}
-
-
-def take(queue: Any, step: int, deadline_seconds: float) -> Rollouts:
-    """The rollouts of a step, from the queue's reference."""
-    taken = queue.take.remote(step, deadline_seconds)
-    (reference,) = ray.get(taken, timeout=deadline_seconds + GRACE_SECONDS)
-    return ray.get(reference, timeout=deadline_seconds)
 
 
 def probe_logprobs(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from pear_ray.actors.board import Board, Closed, RolloutQueue
+from pear_ray.actors.board import Board, Closed, StepQueue
 from pear_ray.weights.manifest import Bucket
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -128,7 +128,7 @@ def put(queue, step):
 
 
 def test_rollouts_come_by_step_and_again_when_asked_again():
-    queue = RolloutQueue.remote()
+    queue = StepQueue.remote()
     waiting = queue.take.remote(0, LONG)
     for step in (2, 0, 1):
         put(queue, step)
@@ -136,13 +136,13 @@ def test_rollouts_come_by_step_and_again_when_asked_again():
     # A learner that went back to a checkpoint asks for the same steps again.
     for step in (0, 1, 2, 1, 2):
         assert take(queue, step) == f"rollouts of {step}"
-    with pytest.raises(TimeoutError, match="rollouts of step 3: not ready within 0 s"):
+    with pytest.raises(TimeoutError, match="data of step 3: not ready within 0 s"):
         take(queue, 3, SHORT)
     ray.kill(queue)
 
 
 def test_forgotten_rollouts_are_gone_and_later_ones_stay():
-    queue = RolloutQueue.remote()
+    queue = StepQueue.remote()
     for step in range(4):
         put(queue, step)
     ray.get(queue.forget_before.remote(2))
@@ -154,7 +154,7 @@ def test_forgotten_rollouts_are_gone_and_later_ones_stay():
 
 
 def test_a_closed_queue_still_gives_what_is_ready():
-    queue = RolloutQueue.remote()
+    queue = StepQueue.remote()
     put(queue, 0)
     waiting = queue.take.remote(1, LONG)
     assert ray.wait([waiting], timeout=SHORT)[0] == []
@@ -164,4 +164,28 @@ def test_a_closed_queue_still_gives_what_is_ready():
     assert take(queue, 0) == "rollouts of 0"
     with pytest.raises(Closed):
         take(queue, 2)
+    ray.kill(queue)
+
+
+def test_whoever_fills_the_queue_learns_where_to_begin_and_waits_for_learners():
+    queue = StepQueue.remote(2)
+    with pytest.raises(TimeoutError, match="no learner asked within 0 s"):
+        ray.get(queue.first_wanted.remote(SHORT))
+    waiting = queue.take.remote(5, LONG)
+    assert ray.get(queue.first_wanted.remote(LONG)) == 5
+    for step in (5, 6, 7):
+        put(queue, step)
+    assert ray.get(ray.get(waiting, timeout=LONG)[0]) == "rollouts of 5"
+    with pytest.raises(TimeoutError, match="step 8: learners did not come near within 0 s"):
+        ray.get(queue.put.remote(8, [None], SHORT))
+    coming = queue.put.remote(8, [ray.put("rollouts of 8")], LONG)
+    assert take(queue, 6) == "rollouts of 6"
+    ray.get(coming, timeout=LONG)
+    # A learner that restarts takes old steps again, which makes no more room.
+    assert take(queue, 5) == "rollouts of 5"
+    late = queue.put.remote(9, [None], LONG)
+    assert ray.wait([late], timeout=SHORT)[0] == []
+    ray.get(queue.close.remote("the learners have ended"))
+    with pytest.raises(Closed, match="the learners have ended"):
+        ray.get(late, timeout=LONG)
     ray.kill(queue)

@@ -90,6 +90,39 @@ def test_long_responses_equal_the_formulas(level):
         np.testing.assert_allclose(found[held], expected[held], rtol=3e-7, err_msg=f"{chosen}")
 
 
+def padded_weights(
+    target, behaviour, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
+):
+    """The paper's pseudo-code, one row for each response, padded to the longest and masked."""
+    length, place = np.array(lengths)[:, None], np.arange(max(lengths))
+    mask = place < length
+    delta = np.zeros(mask.shape)
+    delta[mask] = np.clip(target - behaviour, *clip_log_ratio)
+    suffix = np.cumsum(delta[:, ::-1], axis=1)[:, ::-1] - delta
+    if level == "token":
+        log_weights = (length - 1 - place) * math.log(discount) + suffix
+    elif level == "block":
+        last = np.minimum(place // block_size * block_size + block_size, length) - 1
+        log_weights = (length - 1 - last) * math.log(discount)
+        log_weights += np.take_along_axis(suffix, last, axis=1)
+    else:
+        log_weights = np.broadcast_to(delta.sum(axis=1, keepdims=True), mask.shape)
+    return np.exp(np.clip(log_weights, *clip_log_weight))[mask]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packs_of_short_and_very_long_responses_equal_the_padded_pseudo_code(level):
+    """Lengths from 1 to 10,000, as many of each order of magnitude."""
+    rng = np.random.default_rng(11)
+    for number in range(24):
+        lengths = np.exp(rng.uniform(0, math.log(10_001), rng.integers(1, 8))).astype(int).tolist()
+        lengths += [[], [1], [10_000]][number % 3]
+        pack, chosen = random_pack(rng, lengths), random_settings(rng)
+        expected = padded_weights(*pack[:2], lengths, level=level, **chosen)
+        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-8, err_msg=f"{lengths} {chosen}")
+
+
 nats = st.floats(-30, 0, width=32)
 responses = st.lists(
     st.lists(st.tuples(nats, nats), min_size=1, max_size=12), min_size=1, max_size=5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.algorithms.objectives import PearNll, Tokens
+from pear_ray.algorithms.objectives import Weighted
 from pear_ray.algorithms.statistics import (
     NUM_BINS,
     NUM_POSITIONS,
@@ -19,6 +19,8 @@ from pear_ray.algorithms.statistics import (
     pass_at_k,
     weight_summary,
 )
+from pear_ray.algorithms.tokens import Tokens
+from pear_ray.algorithms.weighting import Pear
 
 CLIP = (-10.0, 5.0)
 SOURCES = ("tutor", "coder", "absent")
@@ -125,7 +127,7 @@ def random_tokens(rng, lengths):
 
 
 def objective():
-    return PearNll("token", 0.999, 4, (-0.08, 0.3), CLIP, SOURCES)
+    return Weighted(weigh=Pear("token"), clip_log_weight=CLIP, sources=SOURCES)
 
 
 def summary_of(weights, tokens):

@@ -113,7 +113,7 @@ def trainer(corpus: str, model: str) -> None:
 
     torch.set_num_threads(THREADS)
     rows = rows_of(Path(corpus), Path(model))[::4]
-    policy = load_policy(model, "float32", 1).eval()
+    policy = load_policy(model, "float32").eval()
     policy_logprobs(policy, rows[:64], 8192, torch.device("cpu"))
     started = time.perf_counter()
     policy_logprobs(policy, rows, 8192, torch.device("cpu"))
@@ -141,7 +141,7 @@ def matmul_tokens_per_second(model: Path) -> float:
     flops = 2 * 2048**3 / statistics.median(times)
     weights = sum(
         p.numel()
-        for n, p in load_policy(str(model), "float32", 1).named_parameters()
+        for n, p in load_policy(str(model), "float32").named_parameters()
         if "embed" not in n
     )
     return flops / (2 * weights)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.engines.attention import packed_attention, unfolding
+from pear_ray.engines.attention import unfolded_attention, unfolding
 
 SCALING = 0.3
 
@@ -47,7 +47,7 @@ def test_unfolding_puts_every_token_in_its_place_and_back(lengths):
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 6], [1, 1, 1], [2, 7, 2, 1]])
-def test_packed_attention_is_attention_within_each_sequence(lengths, num_key_heads):
+def test_unfolded_attention_is_attention_within_each_sequence(lengths, num_key_heads):
     sequence_ids_T = pack_of(lengths)
     num_tokens = sum(lengths)
     inputs = [states(n, num_tokens, i) for i, n in enumerate([4, num_key_heads, num_key_heads])]
@@ -61,7 +61,7 @@ def test_packed_attention_is_attention_within_each_sequence(lengths, num_key_hea
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
     packed = outcome(
-        lambda q, k, v: packed_attention(
+        lambda q, k, v: unfolded_attention(
             torch.nn.Module(), q, k, v, None, scaling=SCALING, unfold=unfold, fold=fold
         )[0]
     )
@@ -76,5 +76,5 @@ def test_a_window_shorter_than_a_sequence_is_refused():
     arguments = {"scaling": SCALING, "unfold": unfold, "fold": fold}
     module = torch.nn.Module()
     with pytest.raises(ValueError, match=r"sliding window of 3; expected full .* up to 4 tokens"):
-        packed_attention(module, query, query, query, None, sliding_window=3, **arguments)
-    packed_attention(module, query, query, query, None, sliding_window=4, **arguments)
+        unfolded_attention(module, query, query, query, None, sliding_window=3, **arguments)
+    unfolded_attention(module, query, query, query, None, sliding_window=4, **arguments)

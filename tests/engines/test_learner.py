@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +22,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from pear_ray.algorithms.objectives import Nll, PearNll
+from pear_ray.algorithms.objectives import Supervised, Weighted
 from pear_ray.algorithms.packing import pack
+from pear_ray.algorithms.weighting import Pear
 from pear_ray.config import Learner as Settings
-from pear_ray.config import Optimiser
+from pear_ray.config import Lora, Optimiser
 from pear_ray.engines.learner import Learner
 from pear_ray.engines.tokenizer import digests, load_tokenizer
+from pear_ray.engines.zero import to_universal
 from pear_ray.records import TrainingSequence
 
 RANKS = (1, 2, 4)
-SECONDS = 240
-NUM_STEPS = 3
+# What so many ranks kept, so many others go on with.
+RESHAPED = ((2, 1), (1, 2), (4, 2))
+SECONDS = 400
+NUM_STEPS = 20
 # The norm of the gradient lies on both sides of the bound, and the learning rate changes.
 OPTIMISER = Optimiser(
     learning_rate=2e-4,
@@ -40,21 +45,26 @@ OPTIMISER = Optimiser(
     weight_decay=1.0,
     max_grad_norm=5.8,
 )
-# Prompt and response lengths of each step; the first two need packs with nothing to learn when
-# they are cut small and dealt to four ranks.
+# Prompt and response lengths of the steps, in turn; the first two need packs with nothing to learn
+# when they are cut small and dealt to four ranks.
 LENGTHS = (
     ((3, 20), (1, 5), (6, 2), (2, 13), (9, 1)),
     ((4, 8), (2, 3), (1, 1)),
     ((5, 5), (1, 17), (3, 9), (7, 1), (2, 2), (8, 15), (1, 12)),
 )
 ROOMY, TIGHT = 200, 25
-PEAR = PearNll(
-    level="token",
-    discount=1.0,
-    block_size=4,
-    clip_log_ratio=(-0.08, 0.3),
-    clip_log_weight=(-10.0, 5.0),
-    sources=("even", "odd"),
+KEPT_AT = 7
+NUM_ADAPTER_STEPS = 4
+CHANGES: dict[str, dict[str, Any]] = {
+    "tight": {"activation_checkpointing": True},
+    "stage 0": {"zero_stage": 0},
+    "stage 2": {"zero_stage": 2},
+    "offload": {"offload": "parameters"},
+}
+MADE = {1: ("tight", "stage 0"), 2: tuple(CHANGES), 4: ("tight", "stage 0")}
+PEAR = Weighted(weigh=Pear("token", discount=1.0), sources=("even", "odd"))
+UNCLIPPED = dataclasses.replace(
+    PEAR, weigh=dataclasses.replace(PEAR.weigh, clip_log_ratio=(0.0, 0.0))
 )
 
 
@@ -65,10 +75,10 @@ def sequences(step):
             draw.integers(0, 100, num_prompt),
             draw.integers(0, 100, num_response),
             draw.normal(-3, 1, num_response),
-            float(draw.normal(1, 1)),
+            float(draw.uniform(0.1, 2)),
             "odd" if number % 2 else "even",
         )
-        for number, (num_prompt, num_response) in enumerate(LENGTHS[step])
+        for number, (num_prompt, num_response) in enumerate(LENGTHS[step % len(LENGTHS)])
     ]
 
 
@@ -83,7 +93,7 @@ class Rank:
         settings = Settings(
             num_workers=self.num_ranks,
             tokens_per_micro_batch=tokens_per_micro_batch,
-            tokens_per_logits_chunk=16,
+            logits_mib=0.02,
             **changes,
         )
         return Learner(self.model, "float32", settings, OPTIMISER, NUM_STEPS, seed=0)
@@ -92,7 +102,7 @@ class Rank:
         return pack(sequences(step), self.num_ranks, self.cut)[self.rank]
 
     def step(self, learner, step, name, objective=None, batches=None):
-        result = learner.step(batches or self.batches(step), objective or Nll())
+        result = learner.step(batches or self.batches(step), objective or Supervised())
         facts = {key: np.asarray(value).tolist() for key, value in result.facts.items()}
         self.note(f"{name}-{step}", dataclasses.asdict(result) | {"facts": facts})
         if step + 1 in (1, NUM_STEPS):
@@ -121,54 +131,83 @@ class Rank:
         )
 
 
-def everything(number, num_ranks, model, folder):
-    """One rank's process."""
+def begun(number, num_ranks, model, folder):
+    """A rank in a process of its own."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=num_ranks)
-    rank = Rank(number, num_ranks, model, folder)
+    return Rank(number, num_ranks, model, folder)
 
+
+def everything(number, num_ranks, model, folder):
+    """One rank's process."""
+    rank = begun(number, num_ranks, model, folder)
     learner = rank.learner()
     rank.note_partitions(learner)
     rank.export(learner, "before")
-    for step in range(2):
+    for step in range(KEPT_AT):
         rank.step(learner, step, "roomy")
     learner.save(folder / "kept")
     dist.barrier()
     # What was kept is all that another learner needs to go on.
     learner = rank.learner()
     learner.load(folder / "kept")
-    rank.step(learner, 2, "roomy")
+    for step in range(KEPT_AT, NUM_STEPS):
+        rank.step(learner, step, "roomy")
 
-    learner = rank.learner(TIGHT, activation_checkpointing=True)
-    for step in range(NUM_STEPS):
-        rank.step(learner, step, "tight")
+    for name in MADE[num_ranks]:
+        learner = rank.learner(TIGHT, **CHANGES[name])
+        for step in range(NUM_STEPS):
+            rank.step(learner, step, name)
+
+    learner = rank.learner(TIGHT, lora=Lora(rank=4))
+    rank.export(learner, "untrained adapters")
+    for step in range(NUM_ADAPTER_STEPS):
+        rank.step(learner, step, "adapters")
+    rank.export(learner, "adapters")
 
     learner = rank.learner()
     own = [with_logprobs(b, learner.logprobs([b])[0]) for b in rank.batches(0)]
     rank.step(learner, 0, "pear", PEAR, own)
     learner = rank.learner(TIGHT)
-    rank.step(learner, 0, "unclipped", dataclasses.replace(PEAR, clip_log_ratio=(0.0, 0.0)))
+    rank.step(learner, 0, "unclipped", UNCLIPPED)
+
+
+def gone_on(number, num_ranks, model, folder):
+    """One rank's process, of a run that another number of ranks began."""
+    rank = begun(number, num_ranks, model, folder)
+    learner = rank.learner()
+    learner.load(folder / "universal", universal=True)
+    for step in range(KEPT_AT, NUM_STEPS):
+        rank.step(learner, step, "roomy")
 
 
 def main(model, folder):
-    """Each number of ranks in turn."""
+    """Each number of ranks in turn, then some that go on with what others kept."""
+    folder = Path(folder)
     for num_ranks in RANKS:
-        own = Path(folder, str(num_ranks))
-        own.mkdir()
-        ranks = [
-            multiprocessing.get_context("fork").Process(
-                target=everything, args=(number, num_ranks, model, own), daemon=True
-            )
-            for number in range(num_ranks)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        codes = [rank.exitcode for rank in ranks]
-        assert not any(codes), f"of {num_ranks} ranks: exit codes {codes}"
+        run_ranks(everything, num_ranks, model, folder / str(num_ranks))
+    for kept_by, num_ranks in RESHAPED:
+        own = folder / f"{kept_by} to {num_ranks}"
+        to_universal(folder / str(kept_by) / "kept", own / "universal")
+        run_ranks(gone_on, num_ranks, model, own)
+
+
+def run_ranks(target, num_ranks, model, folder):
+    folder.mkdir(exist_ok=True)
+    ranks = [
+        multiprocessing.get_context("fork").Process(
+            target=target, args=(number, num_ranks, model, folder), daemon=True
+        )
+        for number in range(num_ranks)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    codes = [rank.exitcode for rank in ranks]
+    assert not any(codes), f"of {num_ranks} ranks: exit codes {codes}"
 
 
 def with_logprobs(batch, logprobs):
@@ -255,15 +294,18 @@ def largest_difference(ours, theirs):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize("cut", ["roomy", "tight"])
-def test_steps_are_those_of_one_plain_process(outcome, reference, cut):
+@pytest.mark.parametrize(
+    ("num_ranks", "name"), [(n, name) for n in RANKS for name in ("roomy", *MADE[n])]
+)
+def test_steps_are_those_of_one_plain_process(finished, tiny_model, reference, num_ranks, name):
+    outcome = Outcome(num_ranks, finished / str(num_ranks), tiny_model(False))
     for step, (facts, parameters) in enumerate(reference):
-        for ours in outcome.notes(f"{cut}-{step}"):
+        for ours in outcome.notes(f"{name}-{step}"):
             assert ours["loss"] == pytest.approx(facts["loss"], abs=1e-5)
             assert ours["grad_norm"] == pytest.approx(facts["grad_norm"], rel=1e-5)
             assert ours["learning_rate"] == pytest.approx(facts["learning_rate"])
         if step in (0, NUM_STEPS - 1):
-            exported = weights(outcome.folder / f"{cut}-{step}")
+            exported = weights(outcome.folder / f"{name}-{step}")
             assert largest_difference(exported, parameters) <= 1e-5
 
 
@@ -299,6 +341,17 @@ def test_an_export_is_a_folder_that_transformers_loads(outcome):
     assert not list(outcome.folder.glob("*.partial"))
 
 
+def test_adapters_alone_are_trained_and_merged_into_what_is_exported(outcome, finished):
+    base = weights(outcome.model)
+    assert largest_difference(weights(outcome.folder / "untrained adapters"), base) == 0
+    trained = weights(outcome.folder / "adapters")
+    assert trained.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(trained[name], base[name])}
+    assert changed == {name for name in base if "_proj." in name}
+    one_rank = weights(finished / "1" / "adapters")
+    assert largest_difference(trained, one_rank) <= 1e-5
+
+
 @pytest.mark.parametrize(("pear", "plain"), [("pear-0", "roomy-0"), ("unclipped-0", "tight-0")])
 def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear, plain):
     for ours, theirs in zip(outcome.notes(pear), outcome.notes(plain), strict=True):
@@ -309,6 +362,17 @@ def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear,
         assert ours["facts"]["sequences/odd"] == 2
         assert ours["facts"]["first_weight/odd"] == 2
     assert largest_difference(weights(outcome.folder / pear), weights(outcome.folder / plain)) == 0
+
+
+@pytest.mark.parametrize(("kept_by", "num_ranks"), RESHAPED)
+def test_another_number_of_ranks_goes_on(finished, tiny_model, reference, kept_by, num_ranks):
+    outcome = Outcome(num_ranks, finished / f"{kept_by} to {num_ranks}", tiny_model(False))
+    for step in range(KEPT_AT, NUM_STEPS):
+        for ours in outcome.notes(f"roomy-{step}"):
+            assert ours["loss"] == pytest.approx(reference[step][0]["loss"], abs=1e-5)
+            assert ours["learning_rate"] == pytest.approx(reference[step][0]["learning_rate"])
+    exported = weights(outcome.folder / f"roomy-{NUM_STEPS - 1}")
+    assert largest_difference(exported, reference[-1][1]) <= 1e-5
 
 
 def test_facts_do_not_depend_on_the_cut(outcome):

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pear_ray.algorithms.packing import pack
-from pear_ray.engines.attention import unfolding
-from pear_ray.engines.model import load_policy
+from pear_ray.engines.model import load_policy, policy_inputs
 from pear_ray.records import TrainingSequence
 
 
@@ -60,17 +59,13 @@ def one_by_one(model, sequence):
     return log_softmax[places - 1, ids[places]], entropies
 
 
-@pytest.mark.parametrize("num_logits_chunks", [1, 7, 100])
-def test_a_pack_is_its_sequences_one_by_one(folder, num_logits_chunks):
+@pytest.mark.parametrize("logits_mib", [512.0, 0.01, 1e-6])
+def test_a_pack_is_its_sequences_one_by_one(folder, logits_mib):
     lengths = [(1, 1), (5, 9), (1, 30), (20, 1), (3, 3), (2, 14)]
     ((batch,),) = pack(sequences_of(lengths, 0), 1, 1000)
-    policy = load_policy(str(folder), "float32", num_logits_chunks)
-    logprobs, entropies = policy(
-        torch.from_numpy(batch.token_ids_T),
-        torch.from_numpy(batch.position_ids_T),
-        *unfolding(batch.sequence_ids_T),
-        torch.from_numpy(np.flatnonzero(batch.trainable_T)),
-    )
+    policy = load_policy(str(folder), "float32", logits_mib)
+    found, entropies, _ = policy(**policy_inputs(batch, torch.device("cpu")))
+    logprobs = found[:, 0]
     coefficients = torch.from_numpy(batch.coefficients_T[batch.trainable_T])
     (logprobs * coefficients).sum().backward()
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pear_ray.actors.board import Board, RolloutQueue
-from pear_ray.algorithms.objectives import Nll
+from pear_ray.actors.board import Board, StepQueue
+from pear_ray.algorithms.objectives import Supervised
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
@@ -67,7 +67,7 @@ def learn(rank, num_ranks, models, folder):
             # Buckets die with this process: it goes on once they have been fetched.
             ray.get(queue.take.remote(version, SETTINGS.deadline_seconds))
             batches = pack(sequences(version), num_ranks, SETTINGS.tokens_per_micro_batch)
-            learner.step(batches[rank], Nll())
+            learner.step(batches[rank], Supervised())
 
 
 def by_origin(batches, logprobs):
@@ -104,7 +104,7 @@ def met(tiny_model, engine_of, tmp_path_factory):
     """One run of both sides: (folder with the learner's files, what the generator's side saw)."""
     folder = tmp_path_factory.mktemp("met")
     models = {
-        kind: (str(tiny_model(tied)), Board.remote(), RolloutQueue.remote())
+        kind: (str(tiny_model(tied)), Board.remote(), StepQueue.remote())
         for kind, tied in KINDS.items()
     }
     with ThreadPoolExecutor(1) as executor:

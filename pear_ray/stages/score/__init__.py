@@ -106,6 +106,8 @@ def prepare_ray_data(job: Job) -> None:
     """Small blocks, so that memory does not depend on the corpus, and quiet."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BYTES_PER_BLOCK
+    # Once a second it would stop an engine, for as long as the kernel takes to count its pages.
+    context.memory_usage_poll_interval_s = None
     context.wait_for_min_actors_s = int(job.generator.deadline_seconds)
     # Its plans fill the log of a job. Its progress bars are in a terminal and on the dashboard.
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -1,0 +1,103 @@
+"""From a scored corpus to one table of rows for each optimiser step.
+
+Ray Data reads ahead while learners learn. Rows are dealt in windows: row groups in random order,
+so many together that their rows are well mixed, and the rows of a window in random order. The order
+depends on the seed alone, and a position in it is a whole number, so that a run goes on with the
+row after the last one that it learned from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from pear_ray.actors.scored import RowGroup, Wanted, read_group
+from pear_ray.algorithms.seeds import seed_of
+
+# Windows that are read at the same time.
+NUM_READERS = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """Row groups whose rows are mixed, in one epoch; the first `num_skipped` mixed rows were
+    learned from before."""
+
+    epoch: int
+    number: int
+    groups: tuple[RowGroup, ...]
+    num_skipped: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows in the window."""
+        return sum(group.num_train for group in self.groups)
+
+
+def windows(
+    groups: Sequence[RowGroup], num_epochs: int, rows_per_window: int, seed: int, position: int
+) -> Iterator[Window]:
+    """All windows of all epochs from `position` on, counted in rows."""
+    for epoch in range(num_epochs):
+        order = np.random.default_rng(seed_of(seed, "sft", epoch)).permutation(len(groups))
+        held: list[RowGroup] = []
+        number = 0
+        for place, group in enumerate(order, 1):
+            held.append(groups[group])
+            num_rows = sum(one.num_train for one in held)
+            if num_rows < rows_per_window and place < len(order):
+                continue
+            if position < num_rows:
+                yield Window(epoch, number, tuple(held), position)
+            position = max(0, position - num_rows)
+            held, number = [], number + 1
+
+
+def read_window(batch: dict[str, Any], wanted: Wanted, seed: int) -> pa.Table:
+    """The rows of one window, mixed."""
+    (window,) = batch["window"]
+    groups = [RowGroup(**group) for group in window["groups"]]
+    table = pa.concat_tables([read_group(group, wanted, "train") for group in groups])
+    mixed = np.random.default_rng(seed_of(seed, "sft", window["epoch"], window["number"]))
+    order = mixed.permutation(table.num_rows)[window["num_skipped"] :]
+    return table.take(pa.array(order)).combine_chunks()
+
+
+def steps(
+    groups: Sequence[RowGroup],
+    wanted: Wanted,
+    *,
+    num_epochs: int,
+    rows_per_step: int,
+    rows_per_window: int,
+    seed: int,
+    first_step: int,
+) -> Iterator[pa.Table]:
+    """The rows of each optimiser step from `first_step` on. Steps go on over the end of an epoch;
+    only the last one of all may be smaller."""
+    position = first_step * rows_per_step
+    items = [
+        {"window": asdict(window)}
+        for window in windows(groups, num_epochs, rows_per_window, seed, position)
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read_window,
+        batch_size=1,
+        fn_kwargs={"wanted": wanted, "seed": seed},
+        # Learners may hold all CPUs there are; reading takes a little of one.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(NUM_READERS),
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.set_name("sft")
+    # Its plans and progress fill the log of a job; they are on the dashboard.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    yield from dataset.iter_batches(
+        batch_size=rows_per_step, batch_format="pyarrow", prefetch_batches=2
+    )

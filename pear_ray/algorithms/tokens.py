@@ -1,0 +1,81 @@
+"""What an objective sees, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The n trainable tokens of one micro-batch, with what the model in training says of them.
+
+    `logprobs`, `entropies`, `sampled_logprobs`, `coefficients` and `top_masses` are float32 [n],
+    of which only `logprobs` has a gradient; `sequence_ids` int64 [n]; `origins` one string for
+    each sequence. For distillation `teacher_logprobs` and `logprobs_of_teacher` float32 [n, k] are
+    the behaviour policy's log-probs of its k likeliest tokens, and the model's own of the same
+    tokens, with gradient.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    sampled_logprobs: Tensor
+    coefficients: Tensor
+    sequence_ids: Tensor
+    origins: tuple[str, ...]
+    top_masses: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    logprobs_of_teacher: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the micro-batch, those without trainable tokens included."""
+        return len(self.origins)
+
+    def sums_by_sequence(self, values: Tensor) -> Tensor:
+        """Sum of `values` [n] over each sequence's tokens, [sequences]."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
+
+    def means_by_sequence(self, values: Tensor) -> Tensor:
+        """Mean of `values` [n] over each sequence's tokens, [sequences]; 0 where there is none."""
+        counts = self.sums_by_sequence(torch.ones_like(values))
+        return self.sums_by_sequence(values) / counts.clamp(min=1)
+
+    def relative_positions(self) -> tuple[Tensor, Tensor]:
+        """Where each token stands in its sequence, 0 to below 1, and whether it is first."""
+        ids = self.sequence_ids
+        index = torch.arange(ids.numel(), device=ids.device)
+        is_first = torch.ones_like(ids, dtype=torch.bool)
+        is_first[1:] = ids[1:] != ids[:-1]
+        first = torch.where(is_first, index, 0).cummax(0).values
+        lengths = self.sums_by_sequence(torch.ones_like(index))
+        return (index - first) / lengths[ids], is_first
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A loss with gradient, and additive facts (tensors of any shape, without gradient)."""
+
+    loss: Tensor
+    facts: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """Maps one micro-batch to SUMS over its tokens; the learner divides once by the global token
+    count, so that no split of the batch changes the gradient."""
+
+    @property
+    def top_k(self) -> int:
+        """How many likeliest tokens `tokens.top_masses` must count; 0 where it is not looked at."""
+
+    def __call__(self, tokens: Tokens) -> Sums:
+        """The loss, summed, and what there is to say of it."""
+
+    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        """What the step's gradient is multiplied by at its end, given the facts summed over all
+        micro-batches and ranks; 1 for most."""

@@ -1,0 +1,74 @@
+"""The held-out loss on the way, and what it says of over-training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pear_ray.actors.scored import RowGroup, first_rows, sequences_of, wanted_of
+from pear_ray.algorithms.objectives import Supervised
+from pear_ray.algorithms.packing import pack
+from pear_ray.algorithms.statistics import overtraining
+from pear_ray.config import Job
+from pear_ray.records import TrainingBatch, TrainingSequence
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import Learner
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of whatever all ranks are given alike."""
+
+    rank: int
+    num_ranks: int
+    tokens_per_micro_batch: int
+    crossover_tokens: float
+
+    def of(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
+        """This rank's micro-batches."""
+        packed = pack(sequences, self.num_ranks, self.tokens_per_micro_batch, self.crossover_tokens)
+        return packed[self.rank]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's share of the held-out rows, the newest loss on all of them (nats per token, NaN
+    before there is one) and the lowest so far."""
+
+    batches: tuple[TrainingBatch, ...]
+    loss: float = math.nan
+    lowest: float = math.inf
+
+    @classmethod
+    def of(cls, job: Job, groups: Sequence[RowGroup], share: Share) -> HeldOut:
+        """The first held-out rows, as many as the job measures."""
+        table = first_rows(groups, wanted_of(job), "heldout", job.sft.heldout_rows)
+        return cls(() if table is None else tuple(share.of(sequences_of(table, 1.0))))
+
+    def measured(self, learner: Learner) -> HeldOut:
+        """With the loss of the learner as it is now; nothing changes where no row is held out."""
+        if not self.batches:
+            return self
+        facts = learner.measure(self.batches, Supervised())
+        loss = float(facts["nll"]) / float(facts["tokens_to_learn"])
+        return replace(self, loss=loss, lowest=min(loss, self.lowest))
+
+    def after(self, notes: Mapping[str, Any]) -> HeldOut:
+        """As it was when a checkpoint was written."""
+        lowest = notes.get("lowest_heldout_loss", math.inf)
+        return replace(self, loss=notes.get("heldout_loss", math.nan), lowest=lowest)
+
+    @property
+    def regime(self) -> str:
+        """How far over-training has gone."""
+        return overtraining(self.loss, self.lowest)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """For metrics and checkpoints; none before the first measurement."""
+        if math.isnan(self.loss):
+            return {}
+        return {"heldout_loss": self.loss, "lowest_heldout_loss": self.lowest}

@@ -1,0 +1,89 @@
+"""From the job's words to the objective that is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pear_ray.actors.scored import RowGroup, first_rows, sequences_of, wanted_of
+from pear_ray.algorithms.losses import Dft, IwSft, Kl, Nll, SedSft, TokenLoss, TrSft
+from pear_ray.algorithms.objectives import Supervised, TopMasses, Weighted
+from pear_ray.algorithms.weighting import (
+    AsTheyAre,
+    Centred,
+    OnlyTheMean,
+    Pear,
+    PerBatch,
+    PerSequence,
+    Shuffled,
+    Weigher,
+)
+from pear_ray.config import Job
+from pear_ray.engines.tokenizer import num_embeddings
+from pear_ray.stages.sft.heldout import Share
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import Learner
+
+# As many sequences as SED-SFT's authors take to choose their bound.
+ROWS_FOR_SED = 100
+
+NORMALISATIONS = {"none": AsTheyAre, "per_sequence": PerSequence, "per_batch": PerBatch}
+
+
+def objective_of(
+    job: Job, groups: Sequence[RowGroup], learner: Learner, share: Share
+) -> Supervised:
+    """Any base objective, weighted or not. Every rank calls this, before anything is learned."""
+    settings = job.sft
+
+    def sed() -> TokenLoss:
+        bound = decided_mass(job, groups, learner, share)
+        return SedSft(settings.sed_strength, settings.sed_top_k, bound)
+
+    losses: dict[str, Callable[[], TokenLoss]] = {
+        "nll": Nll,
+        "dft": Dft,
+        "kl": lambda: Kl(num_embeddings(job.model_path())),
+        "trsft": lambda: TrSft(settings.trsft_alpha),
+        "iw": lambda: IwSft(settings.iw_temperature, settings.iw_bounds),
+        "sed": sed,
+    }
+    loss = losses[settings.objective]()
+    if settings.level == "none":
+        return Supervised(loss)
+    pear = Pear(
+        settings.level,
+        settings.discount,
+        settings.block_size,
+        settings.ratio_bounds,
+        settings.clip_log_weight,
+    )
+    weighers: dict[str, Callable[[], Weigher]] = {
+        "none": lambda: pear,
+        "mean_weight": lambda: pear,
+        "shuffled": lambda: Shuffled(pear, job.run.seed),
+        "centred": lambda: Centred(pear),
+    }
+    only_mean = settings.control == "mean_weight"
+    return Weighted(
+        loss,
+        weigh=weighers[settings.control](),
+        normalisation=OnlyTheMean() if only_mean else NORMALISATIONS[settings.normalize](),
+        clip_log_ratio=settings.ratio_bounds,
+        clip_log_weight=settings.clip_log_weight,
+        sources=tuple(sorted({source for group in groups for source in group.sources})),
+    )
+
+
+def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner, share: Share) -> float:
+    """SED-SFT's bound: the mass of the likeliest tokens above which the wanted share of places
+    lies, under the model before training (arXiv 2602.07464, from 100 sequences of the corpus)."""
+    table = first_rows(groups, wanted_of(job), "train", ROWS_FOR_SED)
+    assert table is not None
+    facts = learner.measure(share.of(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
+    counts = facts["histogram"]
+    cumulative = np.cumsum(counts) / counts.sum()
+    return float((np.searchsorted(cumulative, 1 - job.sft.sed_decided_share) + 1) / len(counts))
