@@ -81,12 +81,24 @@ def survey(folder: Path, wanted: Wanted) -> list[RowGroup]:
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise BadInput(f"{folder}: holds no .parquet file; expected what stage `score` writes")
+    num_top = likeliest_per_token(files[0]) if wanted.top_logprobs else 0
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        found = pool.map(lambda file: list(look_through(file, wanted)), files)
+        found = pool.map(lambda file: list(look_through(file, wanted, num_top)), files)
         return [group for groups in found for group in groups]
 
 
-def look_through(path: Path, wanted: Wanted) -> Iterator[RowGroup]:
+def likeliest_per_token(path: Path) -> int:
+    """How many likeliest tokens the first row of a file has for each of its own; all rows must
+    have as many. 0 where it cannot be told, which is refused when the file is looked through."""
+    try:
+        first = conform(pq.ParquetFile(path).read_row_group(0)).slice(0, 1)
+    except (pa.ArrowException, OSError, IndexError):
+        return 0
+    num_top, num_response = (counts(first.column(name)) for name in ("top_ids", "response_ids"))
+    return int(num_top[0] // num_response[0]) if num_response.any() else 0
+
+
+def look_through(path: Path, wanted: Wanted, num_top: int) -> Iterator[RowGroup]:
     """The row groups of one file, after checking them."""
     try:
         file = pq.ParquetFile(path)
@@ -104,7 +116,7 @@ def look_through(path: Path, wanted: Wanted) -> Iterator[RowGroup]:
             table = conform(file.read_row_group(number))
         except (pa.ArrowInvalid, OSError) as error:
             raise BadInput(f"{path}: {error}; expected pages that can be read") from error
-        check(path, table, wanted)
+        check(path, table, wanted, num_top)
         num_train, num_heldout = (int(wanted.mask(table, s).sum()) for s in ("train", "heldout"))
         sources = tuple(sorted(set(table.column("source").to_pylist())))
         yield RowGroup(str(path), number, num_train, num_heldout, sources)
@@ -121,7 +133,7 @@ def conform(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=SCORED_SCHEMA)
 
 
-def check(path: Path, table: pa.Table, wanted: Wanted) -> None:
+def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
     """Refuse rows that cannot be trained on."""
 
     def refuse(field: str, bad: np.ndarray, read: np.ndarray, expected: str) -> None:
@@ -150,11 +162,10 @@ def check(path: Path, table: pa.Table, wanted: Wanted) -> None:
     given = ~pc.is_null(table.column("trainable")).to_numpy()
     refuse("trainable", given & (num_trainable != num_response), num_trainable, per_token)
     if wanted.top_logprobs:
-        num_top, num_theirs = (counts(table.column(name)) for name in TEACHER)
-        k = num_top[0] // num_response[0] if len(num_top) else 0
-        uneven = (num_top == 0) | (num_top != k * num_response)
-        refuse("top_ids", uneven, num_top, "as many for each of the response's tokens")
-        refuse("top_logprobs", num_theirs != num_top, num_theirs, "one number for each of top_ids")
+        num_ids, num_theirs = (counts(table.column(name)) for name in TEACHER)
+        uneven = (num_ids == 0) | (num_ids != num_top * num_response)
+        refuse("top_ids", uneven, num_ids, "as many for each of the response's tokens")
+        refuse("top_logprobs", num_theirs != num_ids, num_theirs, "one number for each of top_ids")
     for field in ("prompt_ids", "response_ids", *(TEACHER[:1] if wanted.top_logprobs else ())):
         low, high = extremes(table.column(field))
         refuse(field, np.isnan(low), low, "an id in each place")
