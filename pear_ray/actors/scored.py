@@ -81,7 +81,8 @@ def survey(folder: Path, wanted: Wanted) -> list[RowGroup]:
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise BadInput(f"{folder}: holds no .parquet file; expected what stage `score` writes")
-    num_top = likeliest_per_token(files[0]) if wanted.top_logprobs else 0
+    counted = (likeliest_per_token(file) for file in files if wanted.top_logprobs)
+    num_top = next((number for number in counted if number), 0)
     with ThreadPoolExecutor(NUM_READERS) as pool:
         found = pool.map(lambda file: list(look_through(file, wanted, num_top)), files)
         return [group for groups in found for group in groups]

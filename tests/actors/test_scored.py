@@ -154,6 +154,12 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
     assert sum(group.num_train + group.num_heldout for group in groups) == 5
 
 
+def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
+    """Stage `score` leaves one where it rejects all rows of a part."""
+    groups = survey(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
+    assert sum(group.num_train for group in groups) == 2
+
+
 some_rows = st.lists(
     st.tuples(
         st.sampled_from(["train", "heldout"]),

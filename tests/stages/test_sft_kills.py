@@ -164,7 +164,8 @@ def test_the_weights_are_those_of_an_undisturbed_run(undisturbed: Path, disturbe
 
 
 def test_every_row_is_learned_from_once_in_each_epoch(scored_run: Path, disturbed: Path) -> None:
-    table = pq.read_table(scored_run / "scored", columns=["split", "response_ids", "trainable"])
+    stored = sorted((scored_run / "scored").glob("*.parquet"))
+    table = pq.read_table(stored, columns=["split", "response_ids", "trainable"])
     num_tokens = sum(
         len(row["response_ids"]) if row["trainable"] is None else sum(row["trainable"])
         for row in table.to_pylist()
