@@ -45,7 +45,7 @@ THREADS = 2
 SETTLE_SECONDS = 30.0
 MEMORY = ("driver", "scorer", "worker")
 ENGINE = Generator(
-    num_cpus=1, threads=THREADS, max_new_tokens=8, max_model_len=512, max_concurrent=256
+    num_cpus=THREADS, threads=THREADS, max_new_tokens=8, max_model_len=512, max_concurrent=256
 )
 CORE = """
 import sys; sys.path.insert(0, {here!r}); import score; score.{call}
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--no-growth", action="store_true", help="leave 1x, 4x and 16x out")
     words = parser.parse_args()
     # A cluster that stands already, as users have it: its own start would slow the first parts.
-    ray.init("local", num_cpus=4, log_to_driver=False)
+    ray.init("local", num_cpus=THREADS, log_to_driver=False)
     time.sleep(SETTLE_SECONDS)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for size in words.sizes:
