@@ -249,6 +249,10 @@ def check_inputs(job: Job, stage: str) -> None:
             that its family does not know.
     """
     make_tasks(job.tasks)
+    if job.learner.lora is not None and stage in ("rl", "pipeline"):
+        raise BadInput(
+            "learner.lora: stage rl publishes whole weights; expected no [learner.lora] for it"
+        )
     corpus = job.corpus
     nowhere = corpus.path is None and corpus.sample is None and corpus.scored_path is None
     if nowhere and stage in ("score", "pipeline"):

@@ -149,6 +149,24 @@ MISTAKES = {
         {"num_workers": 2, "min_workers": 3},
         ["min_workers 3 is more than num_workers 2"],
     ),
+    **{
+        f"{name} that cannot share packs": (
+            ("learner",),
+            {"num_workers": 4, "sequence_parallel": 2, name: 3},
+            [f"{name} 3 cannot be dealt into groups of sequence_parallel 2"],
+        )
+        for name in ("num_workers", "min_workers")
+    },
+    "fewer ranks than share packs": (
+        ("learner",),
+        {"num_workers": 4, "min_workers": 2, "sequence_parallel": 2},
+        ["min_workers 2: ranks that share packs go together; expected num_workers, 4"],
+    ),
+    "nobody to distil from": (
+        ("sft",),
+        {"objective": "kl"},
+        ['sft.objective: read "kl", which needs', "corpus.top_logprobs 0; expected at least 1"],
+    ),
     "no ranks": (("learner",), {"min_workers": 0}, [".min_workers:", "greater than 0; read 0"]),
     "no memory for logits": (
         ("learner",),
@@ -158,7 +176,10 @@ MISTAKES = {
     "micro-batches without room": (
         ("learner",),
         {"tokens_per_micro_batch": 15},
-        ["learner.tokens_per_micro_batch 15 cannot hold", "generator.max_model_len 16"],
+        [
+            "learner.tokens_per_micro_batch 15 (shared by 1) cannot hold",
+            "generator.max_model_len 16",
+        ],
     ),
     "adapters of rank 0": (LORA, {"rank": 0}, [".rank:", "greater than 0; read 0"]),
     "adapters of nothing": (LORA, {"alpha": 0}, [".alpha:", "greater than 0; read 0"]),

@@ -66,7 +66,7 @@ def wanted_of(job: Job) -> Wanted:
     return Wanted(
         digests=digests(load_tokenizer(path)),
         vocab_size=num_embeddings(path),
-        max_tokens=job.learner.tokens_per_micro_batch,
+        max_tokens=job.learner.tokens_per_pack,
         negatives=job.sft.negatives,
         top_logprobs=job.sft.objective == "kl",
     )
@@ -155,13 +155,16 @@ def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
     refuse("response_ids", num_response < 1, num_response, "at least one token")
     refuse("prompt_ids", num_prompt < 1, num_prompt, "at least one token")
     lengths = num_prompt + num_response
-    limit = f"at most learner.tokens_per_micro_batch = {wanted.max_tokens} tokens"
+    limit = f"at most {wanted.max_tokens}, the learner.tokens_per_micro_batch of all who share one"
     refuse("response_ids", lengths > wanted.max_tokens, lengths, limit)
     per_token = "one number for each of the response's tokens"
     refuse("behaviour_logprobs", num_logprobs != num_response, num_logprobs, per_token)
     num_trainable = counts(table.column("trainable"))
     given = ~pc.is_null(table.column("trainable")).to_numpy()
     refuse("trainable", given & (num_trainable != num_response), num_trainable, per_token)
+    _, most = extremes(table.column("trainable"))
+    nothing = given & (most == 0)
+    refuse("trainable", nothing, most.astype(bool), "true for one token or more")
     if wanted.top_logprobs:
         num_ids, num_theirs = (counts(table.column(name)) for name in TEACHER)
         uneven = (num_ids == 0) | (num_ids != num_top * num_response)
@@ -174,7 +177,8 @@ def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
         refuse(field, high >= wanted.vocab_size, high, f"ids below {wanted.vocab_size}")
     for field in ("behaviour_logprobs", *(TEACHER[1:] if wanted.top_logprobs else ())):
         low, high = extremes(table.column(field))
-        refuse(field, ~np.isfinite(low + high), low + high, "finite numbers")
+        odd = np.where(np.isfinite(low), high, low)
+        refuse(field, ~np.isfinite(odd), odd, "finite numbers")
         refuse(field, high > 0.001, high, "logs of probabilities, at most 0")
 
 

@@ -89,7 +89,9 @@ class Kept:
         """Bring the learner there; every rank calls this. What another number of ranks wrote is
         converted to a form for any number below `scratch`, a folder that all ranks see."""
         rank, num_ranks = rank_and_count()
-        if self.notes["num_ranks"] == num_ranks:
+        # Under stage 0 nothing is partitioned: every rank has written everything.
+        is_whole = not any((self.folder / "state").glob("*optim_states.pt"))
+        if self.notes["num_ranks"] == num_ranks or is_whole:
             learner.load(self.folder)
             return
         universal = scratch / f"universal-{self.notes['next_step']}"
@@ -108,23 +110,27 @@ class Kept:
 def newest() -> Kept | None:
     """The checkpoint that the run goes on from, if there is any."""
     checkpoint = ray.train.get_checkpoint()
-    return None if checkpoint is None else read_kept(checkpoint)
+    return None if checkpoint is None else read_kept(Path(checkpoint.path))
 
 
 def best(deadline_seconds: float) -> Kept | None:
-    """The checkpoint with the lowest held-out loss, if any was measured."""
-    reported = ray.train.get_all_reported_checkpoints(
-        CheckpointConsistencyMode.COMMITTED, deadline_seconds
-    )
-    measured = [found for found in reported if HELDOUT in found.metrics]
-    if not measured:
-        return None
-    return read_kept(min(measured, key=lambda found: found.metrics[HELDOUT]).checkpoint)
+    """The checkpoint with the lowest held-out loss, if any was measured; the same on all ranks."""
+    chosen: list[str | None] = [None]
+    if rank_and_count()[0] == 0:
+        reported = ray.train.get_all_reported_checkpoints(
+            CheckpointConsistencyMode.COMMITTED, deadline_seconds
+        )
+        measured = [found for found in reported if HELDOUT in found.metrics]
+        if measured:
+            found = min(measured, key=lambda found: found.metrics[HELDOUT])
+            chosen = [found.checkpoint.path]
+    torch.distributed.broadcast_object_list(chosen)
+    (path,) = chosen
+    return None if path is None else read_kept(Path(path))
 
 
-def read_kept(checkpoint: Checkpoint) -> Kept:
+def read_kept(folder: Path) -> Kept:
     """What Ray Train knows as a checkpoint. A run's storage is a folder that all nodes see."""
-    folder = Path(checkpoint.path)
     return Kept(folder, json.loads((folder / "progress.json").read_text()))
 
 

@@ -66,7 +66,7 @@ class Weighted(Supervised):
 
     def facts(self, weights: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         """Additive statistics of the weights; `statistics.weight_summary` reads them."""
-        ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).double()
+        ratios = self.weigh.ratios(tokens).double()
         low, high = self.clip_log_ratio
         floor, ceiling = self.clip_log_weight
         weights = weights.double()

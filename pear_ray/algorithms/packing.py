@@ -44,7 +44,7 @@ def pack(
         longest = sequences[int(lengths.argmax())]
         raise ValueError(
             f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
-            f" learner.tokens_per_micro_batch = {tokens_per_micro_batch}"
+            f" {tokens_per_micro_batch}, learner.tokens_per_micro_batch of all ranks that share it"
         )
     costs = lengths * (1 + lengths / crossover_tokens)
     bins = even_bins(lengths, costs, num_ranks, tokens_per_micro_batch)

@@ -8,8 +8,8 @@ step's gradient, known only when all its weights are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,15 @@ from torch import Tensor
 from pear_ray.algorithms.ratios import pear_weights
 from pear_ray.algorithms.tokens import Tokens
 
-Weigher = Callable[[Tokens], Tensor]
+
+class Weigher(Protocol):
+    """Weights, and the log-ratios that they are made of."""
+
+    def ratios(self, tokens: Tokens) -> Tensor:
+        """Log-ratio of every token before any clip, float32 [n], without gradient."""
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Weights, float32 [n], without gradient."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,9 @@ class Pear:
     block_size: int = 4
     clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
     clip_log_weight: tuple[float, float] = (-10.0, 5.0)
+
+    def ratios(self, tokens: Tokens) -> Tensor:
+        return tokens.logprobs.detach() - tokens.sampled_logprobs
 
     def __call__(self, tokens: Tokens) -> Tensor:
         return pear_weights(
@@ -50,10 +61,16 @@ class Centred:
 
     pear: Pear
 
+    def ratios(self, tokens: Tokens) -> Tensor:
+        return self.pear.ratios(self.centred(tokens))
+
     def __call__(self, tokens: Tokens) -> Tensor:
-        ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
-        means = tokens.means_by_sequence(ratios)[tokens.sequence_ids]
-        return self.pear(replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means))
+        return self.pear(self.centred(tokens))
+
+    def centred(self, tokens: Tokens) -> Tokens:
+        """The tokens as if their behaviour policy had found each trace as likely as the model."""
+        means = tokens.means_by_sequence(self.pear.ratios(tokens))[tokens.sequence_ids]
+        return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,9 @@ class Shuffled:
 
     pear: Pear
     seed: int
+
+    def ratios(self, tokens: Tokens) -> Tensor:
+        return self.pear.ratios(tokens)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         weights = self.pear(tokens)

@@ -247,9 +247,10 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Job:
-        if self.learner.tokens_per_micro_batch < self.generator.max_model_len:
+        if self.learner.tokens_per_pack < self.generator.max_model_len:
             raise ValueError(
-                f"learner.tokens_per_micro_batch {self.learner.tokens_per_micro_batch} cannot hold"
+                f"learner.tokens_per_micro_batch {self.learner.tokens_per_micro_batch} (shared by"
+                f" {self.learner.sequence_parallel}) cannot hold"
                 f" one sequence of generator.max_model_len {self.generator.max_model_len} tokens"
             )
         for field in ("source", "reference"):
@@ -286,6 +287,20 @@ class Job(Section):
                 except ValidationError as error:
                     where = f"arms.{arm.name}.{key}"
                     raise ValueError(describe(where, error, type(section))) from error
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_has_a_teacher(self) -> Job:
+        objectives = {"sft": self.sft.objective} | {
+            f"arms.{arm.name}.sft": arm.sft.get("objective") for arm in self.arms
+        }
+        distilled = [where for where, objective in objectives.items() if objective == "kl"]
+        # A corpus that was scored before brings what it has, and the stage looks.
+        if distilled and self.corpus.scored_path is None and not self.corpus.top_logprobs:
+            raise ValueError(
+                f'{distilled[0]}.objective: read "kl", which needs likeliest tokens of'
+                " the behaviour policy, and corpus.top_logprobs 0; expected at least 1"
+            )
         return self
 
     @property

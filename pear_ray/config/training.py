@@ -144,6 +144,9 @@ class Learner(Section):
     """One GPU per rank, NCCL; otherwise CPU threads and gloo."""
     tokens_per_micro_batch: int = Field(8192, gt=0)
     """Packed tokens in one forward and backward pass of one rank."""
+    sequence_parallel: int = Field(1, gt=0)
+    """Ranks that share each pack, for sequences longer than one rank can hold (DeepSpeed-Ulysses).
+    A pack then has so many times `tokens_per_micro_batch`."""
     logits_mib: float = Field(512.0, gt=0)
     """Memory for logits and their softmax. Where a micro-batch's need more, they are made chunk by
     chunk, in the forward and again in the backward pass."""
@@ -162,11 +165,27 @@ class Learner(Section):
     steps_per_checkpoint: int = Field(50, gt=0)
     """Optimiser steps between two checkpoints from which a broken run goes on."""
 
+    @property
+    def tokens_per_pack(self) -> int:
+        """Packed tokens of the ranks that share a pack."""
+        return self.tokens_per_micro_batch * self.sequence_parallel
+
     @model_validator(mode="after")
     def _fits_together(self) -> Learner:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers {self.min_workers} is more than num_workers {self.num_workers}"
+            )
+        for name in ("num_workers", "min_workers"):
+            if (getattr(self, name) or 0) % self.sequence_parallel:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} cannot be dealt into groups of sequence_parallel"
+                    f" {self.sequence_parallel}"
+                )
+        if self.sequence_parallel > 1 and self.min_workers not in (None, self.num_workers):
+            raise ValueError(
+                f"min_workers {self.min_workers}: ranks that share packs go together; expected"
+                f" num_workers, {self.num_workers}"
             )
         if self.offload == "parameters" and self.zero_stage < 3:
             raise ValueError(

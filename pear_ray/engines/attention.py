@@ -9,6 +9,7 @@ never attended to by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,16 @@ def unfolding(sequence_ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def varlen_attention(
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
     *,
     scaling: float,
     sequence_starts: Tensor,
     longest: int,
     sliding_window: int | None = None,
     **_: Any,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The same as `unfolded_attention`, and with a sliding window where the model has one."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -84,22 +83,20 @@ def varlen_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return attended[None], None
+    return attended[None]
 
 
 def unfolded_attention(
-    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
     *,
     scaling: float,
     unfold: Tensor,
     fold: Tensor,
     sliding_window: int | None = None,
     **_: Any,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """Causal attention within each sequence. Tensors are [1, heads, tokens, head size]; the
     result is [1, tokens, heads, head size].
 
@@ -123,7 +120,36 @@ def unfolded_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return attended.transpose(1, 2).flatten(0, 1)[fold][None], None
+    return attended.transpose(1, 2).flatten(0, 1)[fold][None]
+
+
+def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """A kernel as transformers calls it. Where a `group` of ranks shares the pack, each sends the
+    states of its tokens and receives those of all tokens, for its share of the heads."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        group: Any = None,
+        s_aux: Tensor | None = None,
+        **layout: Any,
+    ) -> tuple[Tensor, None]:
+        if s_aux is not None:
+            raise ValueError("the model's attention has sinks; expected one without")
+        if group is None:
+            return kernel(query, key, value, **layout), None
+        from deepspeed.sequence.layer import DistributedAttention
+
+        def attend(*states: Tensor) -> Tensor:
+            return kernel(*(state.transpose(1, 2) for state in states), **layout)
+
+        exchanged = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+        return exchanged(*(state.transpose(1, 2) for state in (query, key, value)), 0), None
+
+    return attention
 
 
 def no_mask(*_: Any, **__: Any) -> None:
@@ -131,5 +157,5 @@ def no_mask(*_: Any, **__: Any) -> None:
 
 
 for name, function in ((UNFOLDED, unfolded_attention), (VARLEN, varlen_attention)):
-    AttentionInterface.register(name, function)
+    AttentionInterface.register(name, as_called(function))
     AttentionMaskInterface.register(name, no_mask)

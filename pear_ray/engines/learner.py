@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
+from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.tokens import Objective, Tokens
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
@@ -21,7 +23,8 @@ from pear_ray.engines import zero
 from pear_ray.engines.export import write_folder
 from pear_ray.engines.lora import add_adapters, merged_parameters
 from pear_ray.engines.model import load_policy, policy_inputs
-from pear_ray.records import TrainingBatch
+from pear_ray.engines.ulysses import SequenceGroup
+from pear_ray.records import TrainingBatch, TrainingSequence
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,21 @@ class Learner:
             ),
         )
         self._device = self._engine.device
+        size = settings.sequence_parallel
+        self._group = SequenceGroup.of(size, settings.deadline_seconds) if size > 1 else None
+        self._crossover_tokens = crossover_tokens(policy.language_model)
 
-    @property
-    def crossover_tokens(self) -> float:
-        """The length at which the attention of a sequence costs as much as its matrix products, in
-        a forward and backward pass: 6 weights FLOP per token against 6 layers width length."""
-        model = self._engine.module.language_model
-        config = model.config.get_text_config()
-        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        return num_weights / (config.num_hidden_layers * config.hidden_size)
+    def share(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
+        """This rank's micro-batches of the sequences of one step, which all ranks are given alike.
+
+        Raises:
+            ValueError: no sequence, or one longer than a micro-batch.
+        """
+        size = self._settings.sequence_parallel
+        tokens_per_pack = self._settings.tokens_per_pack
+        num_groups = dist.get_world_size() // size
+        packed = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens)
+        return packed[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
         """One optimiser step on this rank's micro-batches of the global batch.
@@ -100,7 +109,7 @@ class Learner:
         facts = self._over_ranks(totals)
         factor = objective.factor(facts, num_tokens)
         if factor != 1.0:
-            zero.scale_gradients(self._engine.module, factor)
+            zero.scale_gradients(self._engine, factor)
         plain_norm = zero.norm_of_plain_grads(self._engine.module, self._settings, self._dtype)
         self._engine.step()
         return StepResult(
@@ -162,8 +171,9 @@ class Learner:
         dist.barrier()
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> Tokens:
-        inputs = policy_inputs(batch, self._device)
-        logprobs, entropies, top_masses = self._engine(**inputs, top_k=top_k)
+        if self._group is not None:
+            batch = self._group.padded(batch)
+        logprobs, entropies, top_masses = self._read(policy_inputs(batch, self._device), top_k)
 
         def chosen(values_T: np.ndarray) -> Tensor:
             return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
@@ -181,15 +191,33 @@ class Learner:
             logprobs_of_teacher=None if theirs_T is None else logprobs[:, 1:],
         )
 
+    def _read(self, inputs: dict[str, Any], top_k: int) -> tuple[Tensor, ...]:
+        if self._group is None:
+            return self._engine(**inputs, top_k=top_k)
+        group, num_predictions = self._group, len(inputs["predicted"])
+        stretch, own = group.stretch(inputs)
+        found = self._engine(**stretch, top_k=top_k)
+        return tuple(group.joined(values, own, num_predictions) for values in found)
+
     def _over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         names = sorted(totals)
         flat = torch.cat([totals[name].reshape(-1) for name in names])
         dist.all_reduce(flat)
+        # Ranks that share a pack have each counted all of it.
+        flat /= self._settings.sequence_parallel
         parts = flat.cpu().split([totals[name].numel() for name in names])
         return {
             name: part.reshape(totals[name].shape).numpy()
             for name, part in zip(names, parts, strict=True)
         }
+
+
+def crossover_tokens(model: PreTrainedModel) -> float:
+    """The length at which the attention of a sequence costs as much as its matrix products, in a
+    forward and backward pass: 6 weights FLOP per token against 6 layers width length."""
+    config = model.config.get_text_config()
+    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return num_weights / (config.num_hidden_layers * config.hidden_size)
 
 
 def add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

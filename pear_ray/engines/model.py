@@ -21,6 +21,7 @@ from transformers import (
 from pear_ray.algorithms.logprobs import predicted_logprobs
 from pear_ray.config import BadInput, Pretrain
 from pear_ray.engines import attention
+from pear_ray.engines.suitable import refuse_other_than_plain
 from pear_ray.records import TrainingBatch
 
 CHAT_TEMPLATE = (
@@ -29,15 +30,6 @@ CHAT_TEMPLATE = (
     "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
 )
-
-
-# What some architectures do to logits after the output head, and the value that does nothing.
-TRANSFORMED_LOGITS = {
-    "final_logit_softcapping": None,
-    "logits_scaling": 1,
-    "logit_scale": 1,
-    "lm_head_multiplier": 1,
-}
 
 
 class LogprobHead(nn.Module):
@@ -115,7 +107,8 @@ def load_policy(
     """The model of a Hugging Face folder or hub name, from safetensors only.
 
     Raises:
-        BadInput: its logits are not simply the product with its output head.
+        BadInput: its logits are not simply the product with its output head, or it is not all
+            attention.
     """
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -125,14 +118,10 @@ def load_policy(
         trust_remote_code=False,
         device_map=device_map,
     )
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    for name, harmless in TRANSFORMED_LOGITS.items():
-        if getattr(config, name, harmless) != harmless:
-            raise BadInput(
-                f"{path}: config.json: {name}: read {getattr(config, name)}; expected a model whose"
-                f" logits are used as they are ({harmless})"
-            )
-    if getattr(head, "bias", None) is not None:
+    refuse_other_than_plain(path, model.config.get_text_config())
+    if model._is_stateful:
+        raise BadInput(f"{path}: the model keeps a state from token to token; expected attention")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise BadInput(f"{path}: the output head has a bias; expected one without")
     return PackedPolicy(model, logits_mib)
 

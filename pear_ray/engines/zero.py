@@ -75,11 +75,15 @@ def whole(parameters: list[Tensor]) -> Any:
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
 
 
-def scale_gradients(module: nn.Module, factor: float) -> None:
+def scale_gradients(engine: Any, factor: float) -> None:
     """Multiply the gradients of the step to be taken, on every rank alike."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
     if not hasattr(trained[0], "ds_id"):
         safe_update_full_grad_vectorized(trained, lambda grad, _: grad * factor)
+        # With offloading, stages 1 and 2 clip by the norms that they noted in the backward pass.
+        norms = getattr(engine.optimizer, "norm_for_param_grads", {})
+        for number in norms:
+            norms[number] *= factor
         return
     for parameter in trained:
         safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)

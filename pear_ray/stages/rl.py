@@ -33,7 +33,8 @@ from pear_ray.actors.training import begin, keep, newest, rank_and_count, train
 from pear_ray.actors.verifiers import Verifier
 from pear_ray.algorithms.objectives import ClippedPolicyGradient
 from pear_ray.algorithms.packing import pack
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Job
+from pear_ray.engines.suitable import refuse_unsuitable
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.tracking import Tracker
@@ -47,13 +48,12 @@ log = logging.getLogger(__name__)
 
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Start both sides, and end the one when the other ends."""
-    if job.learner.lora is not None:
-        raise BadInput("learner.lora: stage rl publishes whole weights; expected none for rl")
+    export = run.folder / "sft" / "export"
+    start = str(export if export.exists() else job.model_path())
+    refuse_unsuitable(job, start)
     connect()
     board = Board.remote()  # type: ignore[attr-defined]
     queue = StepQueue.remote()  # type: ignore[attr-defined]
-    export = run.folder / "sft" / "export"
-    start = str(export if export.exists() else job.model_path())
     config = {
         "job": job.model_dump(),
         "folder": str(run.folder),
@@ -135,15 +135,14 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         rollouts: Rollouts = take(queue, step, job.learner.deadline_seconds)
         taken = time.perf_counter()
-        probed[step] = probe_logprobs(learner, rollouts, job.learner.tokens_per_micro_batch)
+        probed[step] = probe_logprobs(learner, rollouts, job.learner.tokens_per_pack)
         gap = check_probe(job, step, rollouts, probed.get(rollouts.version, {}))
         sequences = [
             sequence_of(group, member)
             for group in rollouts.groups
             for member in range(len(group.completions))
         ]
-        batches = pack(sequences, num_ranks, job.learner.tokens_per_micro_batch)[rank]
-        result = learner.step(batches, objective)
+        result = learner.step(learner.share(sequences), objective)
         learned = time.perf_counter()
         announce(step + 1)
         published = time.perf_counter()
@@ -167,12 +166,12 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe_logprobs(
-    learner: Learner, rollouts: Rollouts, tokens_per_micro_batch: int
+    learner: Learner, rollouts: Rollouts, tokens_per_pack: int
 ) -> dict[str, np.ndarray]:
     """The learner's log-probs of the probe's answers, by origin. Every rank scores all of them,
     so that none has to tell the others."""
     sequences: Sequence[TrainingSequence] = [sequence for sequence, _ in rollouts.probe]
-    batches: list[TrainingBatch] = pack(sequences, 1, tokens_per_micro_batch)[0]
+    batches: list[TrainingBatch] = pack(sequences, 1, tokens_per_pack)[0]
     found: dict[str, np.ndarray] = {}
     for batch, logprobs in zip(batches, learner.logprobs(batches), strict=True):
         owners = batch.sequence_ids_T[batch.trainable_T]

@@ -346,8 +346,9 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
             "run": {"dir": "run"},
             "model": {"path": path},
             "generator": {"max_new_tokens": 8, "max_model_len": 16},
-            "learner": {"tokens_per_micro_batch": 32},
+            "learner": {"tokens_per_micro_batch": 16, "sequence_parallel": 2},
             "tasks": [{"name": "countdown"}],
+            "corpus": {"top_logprobs": 2},
             "sft": sft,
         }
     )

@@ -79,7 +79,7 @@ def of_length(num_prompt, num_response):
 
 PER_TOKEN = "one number for each of the response's tokens"
 TOP_PER_TOKEN = "as many for each of the response's tokens"
-FITS = r"at most learner\.tokens_per_micro_batch = 8 tokens"
+FITS = r"at most 8, the learner\.tokens_per_micro_batch of all who share one"
 OF_THE_MODEL = "that of the model to be trained"
 # What is wrong: (changes to a good row, field, what was read, what was expected).
 BAD_ROWS = {
@@ -140,7 +140,7 @@ BAD_ROWS = {
     "both infinities": (
         {"behaviour_logprobs": [math.inf, -1.0, -math.inf]},
         "behaviour_logprobs",
-        ".*",
+        "-inf",
         "finite numbers",
     ),
     "a log of more than 1": (
@@ -193,6 +193,7 @@ MISFITS = {
     "trainable of fewer tokens": ({"trainable": [True, False]}, "trainable"),
     "trainable of one token": ({"trainable": [True]}, "trainable"),
     "trainable of more tokens": ({"trainable": [True] * 4}, "trainable"),
+    "nothing to learn": ({"trainable": [False] * 3}, "trainable"),
     "no log-probs of the likeliest": ({"top_logprobs": None}, "top_logprobs"),
     "fewer log-probs of the likeliest": ({"top_logprobs": [-1.0] * 3}, "top_logprobs"),
     "NaN among the likeliest": ({"top_logprobs": [-1.0] * 5 + [math.nan]}, "top_logprobs"),

@@ -132,7 +132,6 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
     import torch.distributed as dist
 
     from pear_ray.algorithms.objectives import Supervised, Weighted
-    from pear_ray.algorithms.packing import pack
     from pear_ray.algorithms.weighting import Pear
     from pear_ray.config import Learner as Settings
     from pear_ray.config import Sft
@@ -157,7 +156,7 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
             TrainingSequence.of(row[:1], row[1:], draw.normal(-5, 1, TOKENS - 1), 1.0, "a")
             for row in ids_of(step)
         ]
-        ours.step(pack(sequences, num_ranks, per_micro_batch)[rank], objective)
+        ours.step(ours.share(sequences), objective)
         seconds.append(time.perf_counter() - started)
     if rank == 0:
         report(seconds)
@@ -172,18 +171,28 @@ CONTENDERS = {
 }
 
 
+def meeting_of(rank: int, num_ranks: int) -> dict[str, str]:
+    """What torch.distributed and DeepSpeed want to know. TRL would take it for a request to train
+    in parallel, which costs it time and memory."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29471",
+        "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+    }
+
+
 def measured(name: str, model: Path, num_steps: int) -> dict[str, Any]:
     """What a contender printed; on several ranks, its first rank."""
     call = CONTENDERS[name].format(model=str(model), steps=num_steps)
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sft; sft."
     num_ranks = 2 if name == "zero" else 1
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29471", "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", program + call],
-            env=os.environ
-            | meeting
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)},
+            env=os.environ | (meeting_of(rank, num_ranks) if "learner" in call else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -61,9 +61,7 @@ def test_unfolded_attention_is_attention_within_each_sequence(lengths, num_key_h
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
     packed = outcome(
-        lambda q, k, v: unfolded_attention(
-            torch.nn.Module(), q, k, v, None, scaling=SCALING, unfold=unfold, fold=fold
-        )[0]
+        lambda q, k, v: unfolded_attention(q, k, v, scaling=SCALING, unfold=unfold, fold=fold)
     )
     slow = outcome(lambda q, k, v: slow_attention(q, k, v, sequence_ids_T))
     for ours, theirs in zip(packed, slow, strict=True):
@@ -74,7 +72,6 @@ def test_a_window_shorter_than_a_sequence_is_refused():
     unfold, fold = unfolding(pack_of([4, 2]))
     query = states(2, 6, 0)
     arguments = {"scaling": SCALING, "unfold": unfold, "fold": fold}
-    module = torch.nn.Module()
     with pytest.raises(ValueError, match=r"sliding window of 3; expected full .* up to 4 tokens"):
-        unfolded_attention(module, query, query, query, None, sliding_window=3, **arguments)
-    unfolded_attention(module, query, query, query, None, sliding_window=4, **arguments)
+        unfolded_attention(query, query, query, sliding_window=3, **arguments)
+    unfolded_attention(query, query, query, sliding_window=4, **arguments)

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from pear_ray.algorithms.objectives import Supervised, Weighted
-from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.weighting import Pear
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Lora, Optimiser
@@ -60,8 +59,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "stage 0": {"zero_stage": 0},
     "stage 2": {"zero_stage": 2},
     "offload": {"offload": "parameters"},
+    # Packs over two ranks, some of an odd number of tokens.
+    "shared": {"sequence_parallel": 2},
 }
-MADE = {1: ("tight", "stage 0"), 2: tuple(CHANGES), 4: ("tight", "stage 0")}
+MADE = {1: ("tight", "stage 0"), 2: tuple(CHANGES), 4: ("tight", "stage 0", "shared")}
 PEAR = Weighted(weigh=Pear("token", discount=1.0), sources=("even", "odd"))
 UNCLIPPED = dataclasses.replace(
     PEAR, weigh=dataclasses.replace(PEAR.weigh, clip_log_ratio=(0.0, 0.0))
@@ -89,7 +90,6 @@ class Rank:
         self.rank, self.num_ranks, self.model, self.folder = rank, num_ranks, model, folder
 
     def learner(self, tokens_per_micro_batch=ROOMY, **changes):
-        self.cut = tokens_per_micro_batch
         settings = Settings(
             num_workers=self.num_ranks,
             tokens_per_micro_batch=tokens_per_micro_batch,
@@ -98,11 +98,9 @@ class Rank:
         )
         return Learner(self.model, "float32", settings, OPTIMISER, NUM_STEPS, seed=0)
 
-    def batches(self, step):
-        return pack(sequences(step), self.num_ranks, self.cut)[self.rank]
-
     def step(self, learner, step, name, objective=None, batches=None):
-        result = learner.step(batches or self.batches(step), objective or Supervised())
+        batches = batches or learner.share(sequences(step))
+        result = learner.step(batches, objective or Supervised())
         facts = {key: np.asarray(value).tolist() for key, value in result.facts.items()}
         self.note(f"{name}-{step}", dataclasses.asdict(result) | {"facts": facts})
         if step + 1 in (1, NUM_STEPS):
@@ -168,10 +166,13 @@ def everything(number, num_ranks, model, folder):
     rank.export(learner, "adapters")
 
     learner = rank.learner()
-    own = [with_logprobs(b, learner.logprobs([b])[0]) for b in rank.batches(0)]
+    own = [with_logprobs(b, learner.logprobs([b])[0]) for b in learner.share(sequences(0))]
     rank.step(learner, 0, "pear", PEAR, own)
     learner = rank.learner(TIGHT)
     rank.step(learner, 0, "unclipped", UNCLIPPED)
+    if "shared" in MADE[num_ranks]:
+        for name, size in (("weighted", 1), ("weighted, shared", 2)):
+            rank.step(rank.learner(TIGHT, sequence_parallel=size), 0, name, PEAR)
 
 
 def gone_on(number, num_ranks, model, folder):
@@ -362,6 +363,20 @@ def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear,
         assert ours["facts"]["sequences/odd"] == 2
         assert ours["facts"]["first_weight/odd"] == 2
     assert largest_difference(weights(outcome.folder / pear), weights(outcome.folder / plain)) == 0
+
+
+@pytest.mark.parametrize("num_ranks", [n for n in RANKS if "shared" in MADE[n]])
+def test_weights_sum_over_the_ranks_that_share_a_response(finished, tiny_model, num_ranks):
+    outcome = Outcome(num_ranks, finished / str(num_ranks), tiny_model(False))
+    (alone, *_), shared = outcome.notes("weighted-0"), outcome.notes("weighted, shared-0")
+    assert alone["facts"]["weight"] != pytest.approx(alone["num_tokens"], rel=1e-2)
+    for ours in shared:
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
+        for name, value in alone["facts"].items():
+            assert ours["facts"][name] == pytest.approx(value, rel=1e-5), name
+    exported = (weights(outcome.folder / name) for name in ("weighted-0", "weighted, shared-0"))
+    assert largest_difference(*exported) <= 1e-5
 
 
 @pytest.mark.parametrize(("kept_by", "num_ranks"), RESHAPED)

@@ -45,6 +45,7 @@ def job_of(model: str = "./model", **sft: Any) -> Job:
             "model": {"path": model},
             "generator": {"max_new_tokens": 8, "max_model_len": 64},
             "tasks": [{"name": "countdown"}],
+            "corpus": {"top_logprobs": 2},
             "sft": sft,
         }
     )
@@ -52,7 +53,7 @@ def job_of(model: str = "./model", **sft: Any) -> Job:
 
 def made_of(job: Job) -> Supervised:
     """Its objective. Only SED-SFT measures anything first."""
-    return objective_of(job, GROUPS, None, None)  # type: ignore[arg-type]
+    return objective_of(job, GROUPS, None)  # type: ignore[arg-type]
 
 
 LOSSES: dict[str, tuple[dict[str, Any], TokenLoss]] = {

@@ -285,7 +285,7 @@ def compare_with_trainer(job: Job, folder: Path) -> dict[str, Any]:
             folder / "probe",
             job.model_path(source),
             job.model.dtype,
-            job.learner.tokens_per_micro_batch,
+            job.learner.tokens_per_pack,
             settings.threads,
         )
         for source in job.behaviour

@@ -21,9 +21,10 @@ from pear_ray.actors.feed import steps
 from pear_ray.actors.scored import RowGroup, sequences_of, survey, wanted_of
 from pear_ray.actors.training import begin, best, keep, newest, rank_and_count, train
 from pear_ray.config import BadInput, Job
+from pear_ray.engines.suitable import refuse_unsuitable
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch
-from pear_ray.stages.sft.heldout import HeldOut, Share
+from pear_ray.stages.sft.heldout import HeldOut
 from pear_ray.stages.sft.numbers import numbers_of, speak
 from pear_ray.stages.sft.objective import objective_of
 from pear_ray.tracking import Tracker
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEPS_READ_AHEAD = 4
+# Learners may wait for nodes that a cloud has yet to give; `run` closes the queue when they end.
+LEARNER_SECONDS = 24 * 3600.0
 
 
 def run(job: Job, run: Run) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
             f"sft.examples_per_step: read {job.sft.examples_per_step}; {job.scored_folder} holds"
             f" {num_rows} training rows; expected at most as many"
         )
+    refuse_unsuitable(job, job.model_path())
     connect()
     queue = StepQueue.options(  # type: ignore[attr-defined]
         scheduling_strategy=here()
@@ -72,10 +76,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 def feed(job: Job, groups: list[RowGroup], queue: Any) -> None:
     """The reading side: rows of one step after another, from the first that learners ask for."""
-    deadline = job.learner.deadline_seconds
-    patience = deadline + GRACE_SECONDS
     try:
-        first_step = ray.get(queue.first_wanted.remote(patience), timeout=patience + GRACE_SECONDS)
+        first_step = ray.get(queue.first_wanted.remote(LEARNER_SECONDS))
         tables = steps(
             groups,
             wanted_of(job),
@@ -86,9 +88,7 @@ def feed(job: Job, groups: list[RowGroup], queue: Any) -> None:
             first_step=first_step,
         )
         for step, table in enumerate(tables, first_step):
-            # Learners may be restarting meanwhile.
-            offered = queue.put.remote(step, [ray.put(table)], 2 * patience)
-            ray.get(offered, timeout=3 * patience)
+            ray.get(queue.put.remote(step, [ray.put(table)], LEARNER_SECONDS))
     except BaseException as error:
         ray.get(queue.close.remote(f"reading failed: {error!r}"), timeout=GRACE_SECONDS)
         raise
@@ -102,15 +102,14 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
     settings, deadline = job.sft, job.learner.deadline_seconds
-    rank, num_ranks = rank_and_count()
+    rank, _ = rank_and_count()
     num_rows = settings.epochs * sum(group.num_train for group in config["groups"])
     num_steps = -(-num_rows // settings.examples_per_step)
     learner = Learner(
         job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed
     )
-    share = Share(rank, num_ranks, job.learner.tokens_per_micro_batch, learner.crossover_tokens)
-    objective = objective_of(job, config["groups"], learner, share)
-    heldout = HeldOut.of(job, config["groups"], share)
+    objective = objective_of(job, config["groups"], learner)
+    heldout = HeldOut.of(job, config["groups"], learner)
     start = 0
     if (kept := newest()) is not None:
         kept.restore(learner, folder / "sft")
@@ -120,7 +119,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     def batches_of(step: int) -> list[TrainingBatch]:
         rows = take(config["queue"], step, deadline)
         distils = settings.objective == "kl"
-        return share.of(sequences_of(rows, settings.negative_coefficient, distils))
+        return learner.share(sequences_of(rows, settings.negative_coefficient, distils))
 
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(batches_of, start)
@@ -149,6 +148,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
 def export_best(learner: Learner, folder: Path, job: Job, last: HeldOut) -> None:
     """Write `best` where a checkpoint has a lower held-out loss than the last state."""
     kept = best(job.learner.deadline_seconds)
-    if kept is not None and kept.notes["heldout_loss"] < last.loss:
+    # A last loss that is not a number is no better.
+    if kept is not None and not kept.notes["heldout_loss"] >= last.loss:
         kept.restore(learner, folder)
         learner.export(folder / "best", job.model_path())

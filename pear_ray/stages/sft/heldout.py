@@ -9,28 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pear_ray.actors.scored import RowGroup, first_rows, sequences_of, wanted_of
 from pear_ray.algorithms.objectives import Supervised
-from pear_ray.algorithms.packing import pack
 from pear_ray.algorithms.statistics import overtraining
 from pear_ray.config import Job
-from pear_ray.records import TrainingBatch, TrainingSequence
+from pear_ray.records import TrainingBatch
 
 if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's share of whatever all ranks are given alike."""
-
-    rank: int
-    num_ranks: int
-    tokens_per_micro_batch: int
-    crossover_tokens: float
-
-    def of(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
-        """This rank's micro-batches."""
-        packed = pack(sequences, self.num_ranks, self.tokens_per_micro_batch, self.crossover_tokens)
-        return packed[self.rank]
 
 
 @dataclass(frozen=True)
@@ -43,10 +27,10 @@ class HeldOut:
     lowest: float = math.inf
 
     @classmethod
-    def of(cls, job: Job, groups: Sequence[RowGroup], share: Share) -> HeldOut:
+    def of(cls, job: Job, groups: Sequence[RowGroup], learner: Learner) -> HeldOut:
         """The first held-out rows, as many as the job measures."""
         table = first_rows(groups, wanted_of(job), "heldout", job.sft.heldout_rows)
-        return cls(() if table is None else tuple(share.of(sequences_of(table, 1.0))))
+        return cls(() if table is None else tuple(learner.share(sequences_of(table, 1.0))))
 
     def measured(self, learner: Learner) -> HeldOut:
         """With the loss of the learner as it is now; nothing changes where no row is held out."""

@@ -22,7 +22,6 @@ from pear_ray.algorithms.weighting import (
 )
 from pear_ray.config import Job
 from pear_ray.engines.tokenizer import num_embeddings
-from pear_ray.stages.sft.heldout import Share
 
 if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
@@ -33,14 +32,12 @@ ROWS_FOR_SED = 100
 NORMALISATIONS = {"none": AsTheyAre, "per_sequence": PerSequence, "per_batch": PerBatch}
 
 
-def objective_of(
-    job: Job, groups: Sequence[RowGroup], learner: Learner, share: Share
-) -> Supervised:
+def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
     """Any base objective, weighted or not. Every rank calls this, before anything is learned."""
     settings = job.sft
 
     def sed() -> TokenLoss:
-        bound = decided_mass(job, groups, learner, share)
+        bound = decided_mass(job, groups, learner)
         return SedSft(settings.sed_strength, settings.sed_top_k, bound)
 
     losses: dict[str, Callable[[], TokenLoss]] = {
@@ -78,12 +75,12 @@ def objective_of(
     )
 
 
-def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner, share: Share) -> float:
+def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner) -> float:
     """SED-SFT's bound: the mass of the likeliest tokens above which the wanted share of places
     lies, under the model before training (arXiv 2602.07464, from 100 sequences of the corpus)."""
     table = first_rows(groups, wanted_of(job), "train", ROWS_FOR_SED)
     assert table is not None
-    facts = learner.measure(share.of(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
+    facts = learner.measure(learner.share(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
     counts = facts["histogram"]
     cumulative = np.cumsum(counts) / counts.sum()
     return float((np.searchsorted(cumulative, 1 - job.sft.sed_decided_share) + 1) / len(counts))
