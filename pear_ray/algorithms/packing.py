@@ -51,7 +51,12 @@ def pack(
     num_tokens = sum(int(sequence.trainable.sum()) for sequence in sequences)
     filler = nothing_to_learn(sequences[int(lengths.argmin())])
     batches = [
-        batch_of([sequences[i] for i in members] or [filler], num_tokens, len(sequences))
+        # Attention takes sequences of one length together where they are neighbours.
+        batch_of(
+            [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler],
+            num_tokens,
+            len(sequences),
+        )
         for members in bins
     ]
     # Rounds of one micro-batch per rank, dearest first, dealt there and back: ranks that wait for

@@ -1,15 +1,15 @@
 """Attention over a pack of sequences, none of which sees another.
 
 Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's own
-variable-length flash attention. `pack_unfolded` is the same by other means, for CPUs and float32:
-the pack is unfolded to [sequences, longest] with padding behind each sequence, where a causal
-kernel needs no mask and so skips half the work; a padded place comes after every real one and so is
-never attended to by one.
+variable-length flash attention. `pack_by_runs`, for CPUs and float32, is a causal kernel for each
+run of sequences of one length, which needs neither mask nor padding: packs have their sequences in
+order of length, so runs are few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,42 +19,28 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-UNFOLDED, VARLEN = "pack_unfolded", "pack_varlen"
+BY_RUNS, VARLEN = "pack_by_runs", "pack_varlen"
 
 
 def best(dtype: str) -> str:
     """The name of the attention for a model in `dtype` on this machine."""
-    return VARLEN if torch.cuda.is_available() and dtype == "bfloat16" else UNFOLDED
+    return VARLEN if torch.cuda.is_available() and dtype == "bfloat16" else BY_RUNS
 
 
 def layout(sequence_ids_T: np.ndarray, device: torch.device) -> dict[str, Any]:
     """What either attention wants to know of a pack."""
     lengths = np.bincount(sequence_ids_T)
-    unfold, fold = unfolding(sequence_ids_T)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
     return {
-        "unfold": unfold.to(device),
-        "fold": fold.to(device),
+        "runs": runs(lengths),
         "sequence_starts": starts.to(device),
         "longest": int(lengths.max()),
     }
 
 
-def unfolding(sequence_ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
-    """How to unfold a pack, and how to fold it again.
-
-    Returns:
-        (unfold, fold): unfold int64 [sequences, longest], the packed position of each place (0
-        where there is padding); fold int64 [tokens], the place of each packed position in the
-        flattened [sequences * longest].
-    """
-    lengths = np.bincount(sequence_ids_T)
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    offsets = np.arange(lengths.max())
-    unfold = np.where(offsets < lengths[:, None], starts[:, None] + offsets, 0)
-    within = np.arange(len(sequence_ids_T)) - starts[sequence_ids_T]
-    fold = sequence_ids_T * len(offsets) + within
-    return torch.from_numpy(unfold), torch.from_numpy(fold)
+def runs(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Neighbours of one length: (how many sequences, tokens in each), in the order of the pack."""
+    return tuple((len(list(same)), int(length)) for length, same in groupby(lengths))
 
 
 def varlen_attention(
@@ -68,7 +54,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """The same as `unfolded_attention`, and with a sliding window where the model has one."""
+    """The same as `attention_by_runs`, and with a sliding window where the model has one."""
     from torch.nn.attention.varlen import varlen_attn
 
     attended: Any = varlen_attn(
@@ -86,14 +72,13 @@ def varlen_attention(
     return attended[None]
 
 
-def unfolded_attention(
+def attention_by_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     scaling: float,
-    unfold: Tensor,
-    fold: Tensor,
+    runs: tuple[tuple[int, int], ...],
     sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
@@ -103,24 +88,26 @@ def unfolded_attention(
     Raises:
         ValueError: the layer wants a sliding window, which is not offered here.
     """
-    if sliding_window is not None and sliding_window < unfold.shape[1]:
+    longest = max(length for _, length in runs)
+    if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"the model's attention has a sliding window of {sliding_window}; expected full"
-            f" attention for sequences of up to {unfold.shape[1]} tokens"
+            f" attention for sequences of up to {longest} tokens"
         )
-
-    def unfolded(states: Tensor) -> Tensor:
-        return states[0, :, unfold].transpose(0, 1)
-
-    attended = scaled_dot_product_attention(
-        unfolded(query),
-        unfolded(key),
-        unfolded(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended.transpose(1, 2).flatten(0, 1)[fold][None]
+    num_tokens = [number * length for number, length in runs]
+    attended = [
+        scaled_dot_product_attention(
+            # [heads, tokens, size] as [sequences, heads, length, size], without a copy
+            *(states.unflatten(1, run).transpose(0, 1) for states in of_run),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for run, *of_run in zip(
+            runs, *(states[0].split(num_tokens, 1) for states in (query, key, value)), strict=True
+        )
+    ]
+    return torch.cat([states.transpose(1, 2).flatten(0, 1) for states in attended])[None]
 
 
 def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
@@ -156,6 +143,6 @@ def no_mask(*_: Any, **__: Any) -> None:
     """The layout is the mask."""
 
 
-for name, function in ((UNFOLDED, unfolded_attention), (VARLEN, varlen_attention)):
+for name, function in ((BY_RUNS, attention_by_runs), (VARLEN, varlen_attention)):
     AttentionInterface.register(name, as_called(function))
     AttentionMaskInterface.register(name, no_mask)

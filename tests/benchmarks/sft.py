@@ -7,7 +7,8 @@ Every contender trains the same model on the same sequences, as many in each ste
 threads and AdamW, in a process of its own; they take turns, as often as `--pairs` says:
 
     bare        transformers' model, cross-entropy of all logits, torch.optim.AdamW: no trainer
-    trl         TRL's SFTTrainer on sequences of even length, which need no padding
+    trl         TRL's SFTTrainer with packing
+    trl-even    the same without: these sequences are of even length and need no padding
     sft         the learner on one rank without ZeRO, plain SFT
     token, block, sequence      the same with PEAR's weights
     zero        (--zero) the learner on two ranks with ZeRO-3, a thread each
@@ -84,7 +85,7 @@ def bare(model: str, num_steps: int) -> None:
     report(seconds)
 
 
-def trl(model: str, num_steps: int) -> None:
+def trl(model: str, num_steps: int, packing: bool) -> None:
     """TRL on rows that fill a pack exactly."""
     import torch
     from datasets import Dataset
@@ -108,7 +109,7 @@ def trl(model: str, num_steps: int) -> None:
             max_steps=num_steps,
             per_device_train_batch_size=SEQUENCES,
             max_length=TOKENS,
-            packing=False,
+            packing=packing,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -164,7 +165,8 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
 
 CONTENDERS = {
     "bare": "bare({model!r}, {steps})",
-    "trl": "trl({model!r}, {steps})",
+    "trl": "trl({model!r}, {steps}, True)",
+    "trl-even": "trl({model!r}, {steps}, False)",
     "sft": "learner({model!r}, {steps}, 'none', 0)",
     **{level: f"learner({{model!r}}, {{steps}}, {level!r}, 0)" for level in LEVELS},
     "zero": "learner({model!r}, {steps}, 'token', 3)",

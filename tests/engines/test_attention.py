@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.engines.attention import unfolded_attention, unfolding
+from pear_ray.engines.attention import attention_by_runs, runs
 
 SCALING = 0.3
 
@@ -32,27 +34,20 @@ def states(num_heads, num_tokens, seed):
     return torch.randn(1, num_heads, num_tokens, 8, generator=generator, dtype=torch.float64)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-def test_unfolding_puts_every_token_in_its_place_and_back(lengths):
-    sequence_ids_T = pack_of(lengths)
-    unfold, fold = unfolding(sequence_ids_T)
-    assert unfold.shape == (len(lengths), max(lengths))
-    tokens = torch.arange(len(sequence_ids_T))
-    assert torch.equal(unfold.flatten()[fold], tokens)
-    start = 0
-    for row, length in zip(unfold, lengths, strict=True):
-        assert row[:length].tolist() == list(range(start, start + length))
-        start += length
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12))
+def test_runs_are_neighbours_of_one_length(lengths):
+    found = runs(np.array(lengths))
+    assert [length for number, length in found for _ in range(number)] == lengths
+    assert all(one[1] != other[1] for one, other in pairwise(found))
 
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 6], [1, 1, 1], [2, 7, 2, 1]])
-def test_unfolded_attention_is_attention_within_each_sequence(lengths, num_key_heads):
+@pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 6], [1, 1, 1], [2, 7, 2, 1], [2, 2, 5, 5, 5]])
+def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_heads):
     sequence_ids_T = pack_of(lengths)
     num_tokens = sum(lengths)
     inputs = [states(n, num_tokens, i) for i, n in enumerate([4, num_key_heads, num_key_heads])]
     direction = torch.randn(1, num_tokens, 4, 8, dtype=torch.float64)
-    unfold, fold = unfolding(sequence_ids_T)
 
     def outcome(attend):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -61,7 +56,7 @@ def test_unfolded_attention_is_attention_within_each_sequence(lengths, num_key_h
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
     packed = outcome(
-        lambda q, k, v: unfolded_attention(q, k, v, scaling=SCALING, unfold=unfold, fold=fold)
+        lambda q, k, v: attention_by_runs(q, k, v, scaling=SCALING, runs=runs(np.array(lengths)))
     )
     slow = outcome(lambda q, k, v: slow_attention(q, k, v, sequence_ids_T))
     for ours, theirs in zip(packed, slow, strict=True):
@@ -69,9 +64,8 @@ def test_unfolded_attention_is_attention_within_each_sequence(lengths, num_key_h
 
 
 def test_a_window_shorter_than_a_sequence_is_refused():
-    unfold, fold = unfolding(pack_of([4, 2]))
     query = states(2, 6, 0)
-    arguments = {"scaling": SCALING, "unfold": unfold, "fold": fold}
+    arguments = {"scaling": SCALING, "runs": ((1, 4), (1, 2))}
     with pytest.raises(ValueError, match=r"sliding window of 3; expected full .* up to 4 tokens"):
-        unfolded_attention(query, query, query, sliding_window=3, **arguments)
-    unfolded_attention(query, query, query, sliding_window=4, **arguments)
+        attention_by_runs(query, query, query, sliding_window=3, **arguments)
+    attention_by_runs(query, query, query, sliding_window=4, **arguments)
