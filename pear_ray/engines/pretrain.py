@@ -46,7 +46,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
             for pair in islice(demonstrations, settings.examples_per_step)
         ]
         num_tokens = sum(len(s.token_ids) for s in sequences)
-        # Sorted by length, in two packs, each is unfolded with little padding.
+        # Sorted by length, in two packs.
         ((batch, *more),) = pack(
             sequences, 1, num_tokens // 2 + max(len(s.token_ids) for s in sequences)
         )

@@ -151,12 +151,12 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
     objective = Supervised() if level == "none" else Weighted(weigh=Pear(level), sources=("a",))
     seconds = []
     for step in range(num_steps):
-        started = time.perf_counter()
         draw = np.random.default_rng(step)
         sequences = [
             TrainingSequence.of(row[:1], row[1:], draw.normal(-5, 1, TOKENS - 1), 1.0, "a")
             for row in ids_of(step)
         ]
+        started = time.perf_counter()
         ours.step(ours.share(sequences), objective)
         seconds.append(time.perf_counter() - started)
     if rank == 0:
