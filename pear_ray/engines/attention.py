@@ -95,19 +95,17 @@ def attention_by_runs(
             f" attention for sequences of up to {longest} tokens"
         )
     num_tokens = [number * length for number, length in runs]
-    attended = [
-        scaled_dot_product_attention(
-            # [heads, tokens, size] as [sequences, heads, length, size], without a copy
-            *(states.unflatten(1, run).transpose(0, 1) for states in of_run),
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+    by_run = (states[0].split(num_tokens, 1) for states in (query, key, value))
+    attended = []
+    for run, *of_run in zip(runs, *by_run, strict=True):
+        # [heads, tokens, size] as [sequences, heads, length, size], without a copy
+        q, k, v = (states.unflatten(1, run).transpose(0, 1) for states in of_run)
+        with_groups = query.shape[1] != key.shape[1]
+        found = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=with_groups
         )
-        for run, *of_run in zip(
-            runs, *(states[0].split(num_tokens, 1) for states in (query, key, value)), strict=True
-        )
-    ]
-    return torch.cat([states.transpose(1, 2).flatten(0, 1) for states in attended])[None]
+        attended.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)[None]
 
 
 def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

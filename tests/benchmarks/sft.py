@@ -119,7 +119,8 @@ def trl(model: str, num_steps: int, packing: bool) -> None:
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
+            # Packing is part of the preparation.
+            dataset_kwargs={"skip_prepare_dataset": not packing},
             model_init_kwargs={"dtype": "float32"},
         )
         dataset = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
