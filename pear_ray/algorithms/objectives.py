@@ -14,7 +14,7 @@ from torch import Tensor
 from pear_ray.algorithms.losses import Nll, TokenLoss, Unlikelihood
 from pear_ray.algorithms.statistics import NUM_BINS, NUM_POSITIONS
 from pear_ray.algorithms.tokens import Sums, Tokens
-from pear_ray.algorithms.weighting import AsTheyAre, Normalisation, Weigher
+from pear_ray.algorithms.weighting import AsTheyAre, Normalisation, Pear
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ class Weighted(Supervised):
     """PEAR-SFT: the same, each token times its detached importance weight
     (arXiv 2602.01058, section 3.2)."""
 
-    weigh: Weigher = field(kw_only=True)
+    weigh: Pear = field(kw_only=True)
     normalisation: Normalisation = field(default_factory=AsTheyAre)
-    clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
-    clip_log_weight: tuple[float, float] = (-10.0, 5.0)
     sources: tuple[str, ...] = ()
 
     def __call__(self, tokens: Tokens) -> Sums:
@@ -67,8 +65,8 @@ class Weighted(Supervised):
     def facts(self, weights: Tensor, tokens: Tokens) -> dict[str, Tensor]:
         """Additive statistics of the weights; `statistics.weight_summary` reads them."""
         ratios = self.weigh.ratios(tokens).double()
-        low, high = self.clip_log_ratio
-        floor, ceiling = self.clip_log_weight
+        low, high = self.weigh.clip_log_ratio
+        floor, ceiling = self.weigh.clip_log_weight
         weights = weights.double()
         log_weights = weights.log()
         scaled = (log_weights - floor) / (ceiling - floor) * NUM_BINS

@@ -9,23 +9,12 @@ step's gradient, known only when all its weights are.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pear_ray.algorithms.ratios import pear_weights
 from pear_ray.algorithms.tokens import Tokens
-
-
-class Weigher(Protocol):
-    """Weights, and the log-ratios that they are made of."""
-
-    def ratios(self, tokens: Tokens) -> Tensor:
-        """Log-ratio of every token before any clip, float32 [n], without gradient."""
-
-    def __call__(self, tokens: Tokens) -> Tensor:
-        """Weights, float32 [n], without gradient."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +28,11 @@ class Pear:
     clip_log_weight: tuple[float, float] = (-10.0, 5.0)
 
     def ratios(self, tokens: Tokens) -> Tensor:
+        """Log-ratio of every token before any clip, float32 [n], without gradient."""
         return tokens.logprobs.detach() - tokens.sampled_logprobs
 
     def __call__(self, tokens: Tokens) -> Tensor:
+        """Weights, float32 [n], without gradient."""
         return pear_weights(
             tokens.logprobs,
             tokens.sampled_logprobs,
@@ -55,40 +46,36 @@ class Pear:
 
 
 @dataclass(frozen=True)
-class Centred:
+class Centred(Pear):
     """Control: the same with each trace's mean log-ratio taken away first, so that only the shape
     within a trace is left and not how implausible the whole trace is. No longer PEAR."""
 
-    pear: Pear
-
     def ratios(self, tokens: Tokens) -> Tensor:
-        return self.pear.ratios(self.centred(tokens))
+        return super().ratios(centred(tokens))
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        return self.pear(self.centred(tokens))
-
-    def centred(self, tokens: Tokens) -> Tokens:
-        """The tokens as if their behaviour policy had found each trace as likely as the model."""
-        means = tokens.means_by_sequence(self.pear.ratios(tokens))[tokens.sequence_ids]
-        return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
+        return super().__call__(centred(tokens))
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class Shuffled(Pear):
     """Control: the same weights dealt to the micro-batch's tokens at random, so that their
     distribution is kept and what they say of a token is not. How a batch was cut matters here."""
 
-    pear: Pear
-    seed: int
-
-    def ratios(self, tokens: Tokens) -> Tensor:
-        return self.pear.ratios(tokens)
+    seed: int = 0
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        weights = self.pear(tokens)
+        weights = super().__call__(tokens)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(weights.numel(), generator=generator)
         return weights[order.to(weights.device)]
+
+
+def centred(tokens: Tokens) -> Tokens:
+    """The tokens as if their behaviour policy had found each trace as likely as the model."""
+    ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
+    means = tokens.means_by_sequence(ratios)[tokens.sequence_ids]
+    return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
 
 
 class AsTheyAre:

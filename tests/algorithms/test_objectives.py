@@ -62,9 +62,9 @@ OBJECTIVES = {
         name: Weighted(weigh=Pear("token"), normalisation=chosen, sources=SOURCES)
         for name, chosen in NORMALISATIONS.items()
     },
-    "block": Weighted(weigh=Pear("block", 0.9, 3, **CLIPS), **CLIPS, sources=SOURCES),
+    "block": Weighted(weigh=Pear("block", 0.9, 3, **CLIPS), sources=SOURCES),
     "sequence": Weighted(weigh=Pear("sequence", 1.0), sources=SOURCES),
-    "centred": Weighted(weigh=Centred(Pear("token")), sources=SOURCES),
+    "centred": Weighted(weigh=Centred("token"), sources=SOURCES),
     "policy gradient": ClippedPolicyGradient(0.2, 0.28),
 }
 
@@ -167,7 +167,7 @@ def test_pear_is_the_loss_times_detached_weights(random_tokens, loss, level):
 
 
 @pytest.mark.parametrize("name", NORMALISATIONS)
-@pytest.mark.parametrize("weigh", [Pear("block"), Shuffled(Pear("token"), 5)])
+@pytest.mark.parametrize("weigh", [Pear("block"), Shuffled("token", seed=5)])
 def test_normalised_weights_multiply_and_raw_ones_are_reported(random_tokens, name, weigh):
     tokens = random_tokens(2, [9, 0, 40], spread=0.5, coefficients=(1.0, 2.0))
     raw = weigh(tokens)

@@ -127,7 +127,7 @@ def random_tokens(rng, lengths):
 
 
 def objective():
-    return Weighted(weigh=Pear("token"), clip_log_weight=CLIP, sources=SOURCES)
+    return Weighted(weigh=Pear("token", clip_log_weight=CLIP), sources=SOURCES)
 
 
 def summary_of(weights, tokens):

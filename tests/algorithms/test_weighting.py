@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ LEVELS = ("token", "block", "sequence")
 WIDE = {"clip_log_ratio": (-2.0, 3.0), "clip_log_weight": (-4.0, 2.0)}
 WEIGHERS = {
     "pear": Pear("token"),
-    "centred": Centred(Pear("block", discount=0.9, **WIDE)),
-    "shuffled": Shuffled(Pear("sequence", **WIDE), seed=3),
+    "centred": Centred("block", discount=0.9, **WIDE),
+    "shuffled": Shuffled("sequence", **WIDE, seed=3),
 }
 NORMALISATIONS = (AsTheyAre(), PerSequence(), PerBatch(), OnlyTheMean())
 some_lengths = st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(any)
@@ -72,14 +72,16 @@ def test_centred_takes_each_traces_mean_away(random_tokens, level):
             sampled_logprobs=torch.zeros(len(centred), dtype=torch.float64),
         )
     )
-    torch.testing.assert_close(Centred(pear)(tokens).double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        Centred(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0
+    )
 
 
 def test_centred_does_not_see_how_plausible_a_trace_is(random_tokens):
     tokens = random_tokens(2, [12, 40], spread=0.1)
     shift = torch.tensor([-0.25, 0.5])[tokens.sequence_ids]
     shifted = replace(tokens, sampled_logprobs=tokens.sampled_logprobs + shift)
-    centred = Centred(Pear("token"))
+    centred = Centred("token")
     torch.testing.assert_close(centred(shifted), centred(tokens), rtol=1e-4, atol=0)
     assert (Pear("token")(shifted) / Pear("token")(tokens) - 1).abs().max() > 0.5
 
@@ -90,10 +92,10 @@ def test_shuffled_deals_the_same_weights_to_other_tokens(random_tokens, lengths,
     tokens = random_tokens(3, lengths)
     pear = Pear("token")
     before = torch.get_rng_state()
-    dealt = Shuffled(pear, seed)(tokens)
+    dealt = Shuffled(*astuple(pear), seed=seed)(tokens)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(dealt.sort().values, pear(tokens).sort().values)
-    assert torch.equal(Shuffled(pear, seed)(tokens), dealt)
+    assert torch.equal(Shuffled(*astuple(pear), seed=seed)(tokens), dealt)
 
 
 def test_shuffled_differs_from_what_it_shuffles_and_from_seed_to_seed(random_tokens):
@@ -102,7 +104,7 @@ def test_shuffled_differs_from_what_it_shuffles_and_from_seed_to_seed(random_tok
     shift = torch.tensor([0.2, -0.2])[tokens.sequence_ids]
     tokens = replace(tokens, sampled_logprobs=tokens.logprobs.detach() + shift)
     pear = Pear("sequence", clip_log_weight=(-1.0, 1.0))
-    dealt = [Shuffled(pear, seed)(tokens) for seed in range(3)]
+    dealt = [Shuffled(*astuple(pear), seed=seed)(tokens) for seed in range(3)]
     assert not torch.equal(dealt[0], dealt[1]) and not torch.equal(dealt[1], dealt[2])
     low, high = pear(tokens)[[0, -1]].tolist()
     for weights in dealt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,8 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any, type[AsTheyAre]]] = {
     "per sequence": ({**CHOSEN, "normalize": "per_sequence"}, OWN, PerSequence),
     "per batch": ({**CHOSEN, "normalize": "per_batch"}, OWN, PerBatch),
     "mean weight": ({**CHOSEN, "control": "mean_weight"}, OWN, OnlyTheMean),
-    "shuffled": ({**CHOSEN, "control": "shuffled"}, Shuffled(OWN, SEED), AsTheyAre),
-    "centred": ({**CHOSEN, "control": "centred"}, Centred(OWN), AsTheyAre),
+    "shuffled": ({**CHOSEN, "control": "shuffled"}, Shuffled(*astuple(OWN), seed=SEED), AsTheyAre),
+    "centred": ({**CHOSEN, "control": "centred"}, Centred(*astuple(OWN)), AsTheyAre),
 }
 
 
@@ -117,8 +118,8 @@ def test_weights_are_those_of_the_job(
     assert found.weigh == weigh
     assert type(found.normalisation) is normalisation
     # Facts are told by the same bounds as weights are clipped by.
-    assert found.clip_log_ratio == job.sft.ratio_bounds
-    assert found.clip_log_weight == job.sft.clip_log_weight
+    assert found.weigh.clip_log_ratio == job.sft.ratio_bounds
+    assert found.weigh.clip_log_weight == job.sft.clip_log_weight
     assert found.sources == ("coder", "tutor", "web")
 
 

@@ -18,7 +18,6 @@ from pear_ray.algorithms.weighting import (
     PerBatch,
     PerSequence,
     Shuffled,
-    Weigher,
 )
 from pear_ray.config import Job
 from pear_ray.engines.tokenizer import num_embeddings
@@ -51,26 +50,24 @@ def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supe
     loss = losses[settings.objective]()
     if settings.level == "none":
         return Supervised(loss)
-    pear = Pear(
+    pear = (
         settings.level,
         settings.discount,
         settings.block_size,
         settings.ratio_bounds,
         settings.clip_log_weight,
     )
-    weighers: dict[str, Callable[[], Weigher]] = {
-        "none": lambda: pear,
-        "mean_weight": lambda: pear,
-        "shuffled": lambda: Shuffled(pear, job.run.seed),
-        "centred": lambda: Centred(pear),
+    weighers: dict[str, Callable[[], Pear]] = {
+        "none": lambda: Pear(*pear),
+        "mean_weight": lambda: Pear(*pear),
+        "shuffled": lambda: Shuffled(*pear, seed=job.run.seed),
+        "centred": lambda: Centred(*pear),
     }
     only_mean = settings.control == "mean_weight"
     return Weighted(
         loss,
         weigh=weighers[settings.control](),
         normalisation=OnlyTheMean() if only_mean else NORMALISATIONS[settings.normalize](),
-        clip_log_ratio=settings.ratio_bounds,
-        clip_log_weight=settings.clip_log_weight,
         sources=tuple(sorted({source for group in groups for source in group.sources})),
     )
 
