@@ -50,12 +50,12 @@ def windows(
         number = 0
         for place, group in enumerate(order, 1):
             held.append(groups[group])
-            num_rows = sum(one.num_train for one in held)
-            if num_rows < rows_per_window and place < len(order):
+            window = Window(epoch, number, tuple(held), position)
+            if window.num_rows < rows_per_window and place < len(order):
                 continue
-            if position < num_rows:
-                yield Window(epoch, number, tuple(held), position)
-            position = max(0, position - num_rows)
+            if position < window.num_rows:
+                yield window
+            position = max(0, position - window.num_rows)
             held, number = [], number + 1
 
 
