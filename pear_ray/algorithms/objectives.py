@@ -1,4 +1,4 @@
-"""What a learner minimises. Each objective maps one micro-batch to SUMS over its tokens; the
+"""What SFT minimises. Each objective maps one micro-batch to SUMS over its tokens; the
 learner divides once by the global token count, so no split of the batch changes the gradient.
 """
 
@@ -120,42 +120,6 @@ class TopMasses:
 
     def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
         """There is no gradient."""
-        return 1.0
-
-
-@dataclass(frozen=True)
-class ClippedPolicyGradient:
-    """PPO's clipped surrogate with asymmetric bounds (arXiv 1707.06347 eq. 7; the higher upper
-    bound is DAPO's, arXiv 2503.14476 section 3.1), summed over tokens.
-
-    The ratio is taken to the log-probs which the rollout engine sampled with, so what the two
-    engines differ by is part of the ratio and is corrected by it.
-    """
-
-    clip_low: float
-    clip_high: float
-    top_k = 0
-
-    def __call__(self, tokens: Tokens) -> Sums:
-        # e^20 is far outside every clip; beyond e^88 float32 would give inf, and inf x 0 is NaN.
-        log_ratios = (tokens.logprobs - tokens.sampled_logprobs).clamp(-20.0, 20.0)
-        ratios = log_ratios.exp()
-        clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
-        advantages = tokens.coefficients
-        surrogate = torch.minimum(ratios * advantages, clipped * advantages)
-        gap = log_ratios.detach().double()
-        facts = {
-            "entropy": tokens.entropies.sum(),
-            "ratio": ratios.detach().double().sum(),
-            "ratio_squared": ratios.detach().double().square().sum(),
-            "clipped": (surrogate < ratios * advantages).sum(),
-            "mismatch": gap.abs().sum(),
-            "mismatch_kl": (gap.exp() - 1 - gap).sum(),
-        }
-        return Sums(-surrogate.sum(), facts)
-
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """The step's gradient is taken as it is."""
         return 1.0
 
 

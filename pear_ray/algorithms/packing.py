@@ -35,7 +35,7 @@ def pack(
         [num_ranks][micro-batches]; the same on every rank that is given the same sequences.
 
     Raises:
-        ValueError: no sequence, or one longer than a micro-batch.
+        ValueError: no sequence, no trainable token in any, or one longer than a micro-batch.
     """
     if not sequences:
         raise ValueError("expected at least one sequence to pack, read none")
@@ -46,16 +46,21 @@ def pack(
             f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
             f" {tokens_per_micro_batch}, learner.tokens_per_micro_batch of all ranks that share it"
         )
+    num_trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
+    if not num_trainable.any():
+        raise ValueError(
+            f"expected at least one trainable token in a step, read none in its"
+            f" {len(sequences)} sequences"
+        )
     costs = lengths * (1 + lengths / crossover_tokens)
     bins = even_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
-    num_tokens = sum(int(sequence.trainable.sum()) for sequence in sequences)
     filler = nothing_to_learn(sequences[int(lengths.argmin())])
     batches = [
         # Attention takes sequences of one length together where they are neighbours.
         batch_of(
             [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler],
-            num_tokens,
-            len(sequences),
+            int(num_trainable.sum()),
+            int((num_trainable > 0).sum()),
         )
         for members in bins
     ]
@@ -92,10 +97,12 @@ def batch_of(
 ) -> TrainingBatch:
     """A micro-batch of these sequences in a global batch of these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    taught = sequences[0].teacher_ids is not None
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(sequence, name) for sequence in sequences])
+
+    def joined_if_any(name: str) -> np.ndarray | None:
+        return None if getattr(sequences[0], name) is None else joined(name)
 
     return TrainingBatch(
         token_ids_T=joined("token_ids"),
@@ -107,6 +114,7 @@ def batch_of(
         origins=tuple(sequence.origin for sequence in sequences),
         num_trainable_tokens_global=num_trainable_tokens,
         num_sequences_global=num_sequences,
-        teacher_ids_T=joined("teacher_ids") if taught else None,
-        teacher_logprobs_T=joined("teacher_logprobs") if taught else None,
+        teacher_ids_T=joined_if_any("teacher_ids"),
+        teacher_logprobs_T=joined_if_any("teacher_logprobs"),
+        reference_logprobs_T=joined_if_any("reference_logprobs"),
     )

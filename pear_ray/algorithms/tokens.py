@@ -17,9 +17,11 @@ class Tokens:
 
     `logprobs`, `entropies`, `sampled_logprobs`, `coefficients` and `top_masses` are float32 [n],
     of which only `logprobs` has a gradient; `sequence_ids` int64 [n]; `origins` one string for
-    each sequence. For distillation `teacher_logprobs` and `logprobs_of_teacher` float32 [n, k] are
-    the behaviour policy's log-probs of its k likeliest tokens, and the model's own of the same
-    tokens, with gradient.
+    each sequence. `num_tokens_global` counts the trainable tokens of the whole step and
+    `num_sequences_global` its sequences that have one. For distillation `teacher_logprobs` and
+    `logprobs_of_teacher` float32 [n, k] are the behaviour policy's log-probs of its k likeliest
+    tokens, and the model's own of the same tokens, with gradient. For a KL penalty
+    `reference_logprobs` float32 [n] are the reference policy's of the same tokens as `logprobs`.
     """
 
     logprobs: Tensor
@@ -28,9 +30,12 @@ class Tokens:
     coefficients: Tensor
     sequence_ids: Tensor
     origins: tuple[str, ...]
+    num_tokens_global: int
+    num_sequences_global: int
     top_masses: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     logprobs_of_teacher: Tensor | None = None
+    reference_logprobs: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -41,10 +46,13 @@ class Tokens:
         """Sum of `values` [n] over each sequence's tokens, [sequences]."""
         return values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
 
+    def lengths(self) -> Tensor:
+        """Trainable tokens of each sequence, int64 [sequences]."""
+        return self.sums_by_sequence(torch.ones_like(self.sequence_ids))
+
     def means_by_sequence(self, values: Tensor) -> Tensor:
         """Mean of `values` [n] over each sequence's tokens, [sequences]; 0 where there is none."""
-        counts = self.sums_by_sequence(torch.ones_like(values))
-        return self.sums_by_sequence(values) / counts.clamp(min=1)
+        return self.sums_by_sequence(values) / self.lengths().clamp(min=1)
 
     def relative_positions(self) -> tuple[Tensor, Tensor]:
         """Where each token stands in its sequence, 0 to below 1, and whether it is first."""
@@ -53,8 +61,7 @@ class Tokens:
         is_first = torch.ones_like(ids, dtype=torch.bool)
         is_first[1:] = ids[1:] != ids[:-1]
         first = torch.where(is_first, index, 0).cummax(0).values
-        lengths = self.sums_by_sequence(torch.ones_like(index))
-        return (index - first) / lengths[ids], is_first
+        return (index - first) / self.lengths()[ids], is_first
 
 
 @dataclass(frozen=True)

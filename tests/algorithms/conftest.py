@@ -34,6 +34,7 @@ def _random_tokens(
     noise = torch.from_numpy(rng.standard_normal((n, VOCABULARY)))
     teacher_logprobs, stored = teacher_logits.log_softmax(-1).topk(STORED)
     own = (teacher_logits + spread * noise).log_softmax(-1).gather(-1, stored)
+    present = [length for length in lengths if length]
     return Tokens(
         logprobs=logprobs.clone().requires_grad_(),
         entropies=torch.from_numpy(rng.uniform(0, 3, n)).float(),
@@ -41,7 +42,11 @@ def _random_tokens(
         coefficients=torch.from_numpy(rng.choice(coefficients, n)).float(),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         origins=tuple(ORIGINS[i % 3] for i in range(len(lengths))),
+        # A micro-batch without any token is one of a step that has some.
+        num_tokens_global=max(1, sum(present)),
+        num_sequences_global=max(1, len(present)),
         top_masses=torch.from_numpy(rng.uniform(0.9, 1.0, n)).float(),
         teacher_logprobs=teacher_logprobs.float(),
         logprobs_of_teacher=own.float().requires_grad_(),
+        reference_logprobs=logprobs + spread * torch.from_numpy(rng.standard_normal(n)).float(),
     )

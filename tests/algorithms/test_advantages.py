@@ -17,6 +17,8 @@ groups = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=32)
 
 def slow_advantages(rewards, kind):
     mean = statistics.fmean(rewards)
+    if kind == "nft":
+        return [mean * (mean < 1) if r == 1 else -mean for r in rewards]
     if kind == "grpo":
         return [(r - mean) / (statistics.stdev(rewards) + 1e-6) for r in rewards]
     if kind == "dr_grpo":
@@ -25,13 +27,23 @@ def slow_advantages(rewards, kind):
     return [r - statistics.fmean(rest) for r, rest in zip(rewards, others, strict=True)]
 
 
+def compare(rewards, kind):
+    found = group_advantages(torch.tensor(rewards, dtype=torch.float64), kind)
+    expected = torch.tensor(slow_advantages(rewards, kind), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(rewards=groups)
 def test_formula(kind, rewards):
-    found = group_advantages(torch.tensor(rewards, dtype=torch.float64), kind)
-    expected = torch.tensor(slow_advantages(rewards, kind), dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    compare(rewards, kind)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=32))
+def test_formula_of_right_and_wrong(rewards):
+    compare(rewards, "nft")
 
 
 def test_worked_example():
@@ -40,6 +52,7 @@ def test_worked_example():
         "grpo": [1.5, -0.5, -0.5, -0.5],
         "dr_grpo": [0.75, -0.25, -0.25, -0.25],
         "rloo": [1.0, -1 / 3, -1 / 3, -1 / 3],
+        "nft": [0.25, -0.25, -0.25, -0.25],
     }
     for kind, advantages in expected.items():
         torch.testing.assert_close(
@@ -78,6 +91,12 @@ def test_shape_and_dtype_are_kept(dtype):
         (torch.zeros(1), "grpo", r"at least 2 rewards .* read \(1,\)"),
         (torch.zeros(0), "rloo", r"read \(0,\)"),
         (torch.zeros(2, 4), "grpo", r"read \(2, 4\)"),
+        (
+            torch.tensor([0.0, 0.5, 1.0]),
+            "nft",
+            r"^advantage 'nft': read rewards \[0\.0, 0\.5, 1\.0\]; expected each to be 0 or 1$",
+        ),
+        (torch.tensor([1.0, float("nan")]), "nft", r"read rewards \[1\.0, nan\]; expected"),
     ],
 )
 def test_refused(rewards, kind, said):

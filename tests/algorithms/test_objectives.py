@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -21,13 +21,11 @@ from pear_ray.algorithms.losses import (
     Unlikelihood,
 )
 from pear_ray.algorithms.objectives import (
-    ClippedPolicyGradient,
     Supervised,
     Weighted,
     histogram,
 )
 from pear_ray.algorithms.ratios import pear_weights
-from pear_ray.algorithms.tokens import Tokens
 from pear_ray.algorithms.weighting import (
     AsTheyAre,
     Centred,
@@ -65,20 +63,17 @@ OBJECTIVES = {
     "block": Weighted(weigh=Pear("block", 0.9, 3, **CLIPS), sources=SOURCES),
     "sequence": Weighted(weigh=Pear("sequence", 1.0), sources=SOURCES),
     "centred": Weighted(weigh=Centred("token"), sources=SOURCES),
-    "policy gradient": ClippedPolicyGradient(0.2, 0.28),
 }
 
 
 def part(tokens, members):
     """The micro-batch of some of the sequences, numbered afresh."""
     where = torch.cat([(tokens.sequence_ids == member).nonzero()[:, 0] for member in members])
-    names = {field.name for field in fields(tokens)} - {"sequence_ids", "origins"}
+    found = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    chosen = {name: v[where] for name, v in found.items() if isinstance(v, torch.Tensor)}
     lengths = torch.bincount(tokens.sequence_ids, minlength=tokens.num_sequences)[members]
-    return Tokens(
-        **{name: getattr(tokens, name)[where] for name in names},
-        sequence_ids=torch.repeat_interleave(torch.arange(len(members)), lengths),
-        origins=tuple(tokens.origins[member] for member in members),
-    )
+    chosen["sequence_ids"] = torch.repeat_interleave(torch.arange(len(members)), lengths)
+    return replace(tokens, **chosen, origins=tuple(tokens.origins[member] for member in members))
 
 
 def gradients(loss, tokens):
@@ -207,13 +202,13 @@ def test_factor_makes_whole_steps_comparable(random_tokens, name):
 
 def test_other_objectives_take_the_gradient_as_it_is(random_tokens):
     tokens = random_tokens(3, [9])
-    for objective in (Supervised(), Supervised(IwSft()), ClippedPolicyGradient(0.2, 0.28)):
+    for objective in (Supervised(), Supervised(IwSft())):
         facts = {name: fact.numpy() for name, fact in objective(tokens).facts.items()}
         assert objective.factor(facts, 9) == 1
 
 
 def test_top_k_is_that_of_the_loss():
-    assert Supervised().top_k == ClippedPolicyGradient(0.2, 0.28).top_k == 0
+    assert Supervised().top_k == 0
     assert Supervised(SedSft(top_k=7)).top_k == 7
     assert Weighted(SedSft(top_k=7), weigh=Pear("token")).top_k == 7
 
@@ -250,66 +245,6 @@ def test_facts_carry_no_gradient_and_the_empty_batch_adds_nothing(random_tokens,
     assert all(gradient.shape[0] == 0 for gradient in gradients(sums.loss, nothing))
     assert sums.loss.item() == 0
     assert all(not fact.any() for fact in sums.facts.values())
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.floats(-5, 0, width=32),
-            st.floats(-5, 0, width=32),
-            st.sampled_from([1.0, -1.0, 0.0, 0.37, -2.5]),
-        ),
-        min_size=1,
-        max_size=40,
-    ),
-    st.sampled_from([(0.2, 0.28), (0.2, 0.2), (0.5, 3.0)]),
-)
-def test_policy_gradient_token_by_token(rows, clips):
-    low, high = clips
-    loss, gradient, clipped = 0.0, [], 0
-    for logprob, sampled, advantage in rows:
-        ratio = math.exp(logprob - sampled)
-        held = ratio > 1 + high if advantage > 0 else ratio < 1 - low
-        bound = 1 + high if advantage > 0 else 1 - low
-        loss -= advantage * (bound if held else ratio)
-        gradient.append(0.0 if held else -advantage * ratio)
-        clipped += held and advantage != 0
-    columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
-    logprobs = columns[0].requires_grad_()
-    tokens = Tokens(
-        logprobs, torch.zeros(len(rows)), *columns[1:], torch.zeros(len(rows)).long(), ("p",)
-    )
-    sums = ClippedPolicyGradient(low, high)(tokens)
-    sums.loss.backward()
-    scale = sum(abs(g) for g in gradient) + abs(loss) + 1
-    assert sums.loss.item() == pytest.approx(loss, abs=1e-5 * scale)
-    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient), rtol=1e-5, atol=1e-6)
-    assert int(sums.facts["clipped"]) == clipped
-
-
-def test_on_policy_gradient_is_reinforce_and_facts_say_so(random_tokens):
-    tokens = random_tokens(3, [10, 20], spread=0.0)
-    sums = ClippedPolicyGradient(0.2, 0.28)(tokens)
-    sums.loss.backward()
-    assert torch.equal(tokens.logprobs.grad, -tokens.coefficients)
-    facts = {name: float(fact) for name, fact in sums.facts.items()}
-    assert facts["ratio"] == facts["ratio_squared"] == 30
-    assert facts["clipped"] == facts["mismatch"] == facts["mismatch_kl"] == 0
-
-
-def test_mismatch_facts_equal_numpy(random_tokens):
-    tokens = random_tokens(4, [50, 60])
-    facts = ClippedPolicyGradient(0.2, 0.28)(tokens).facts
-    gap = (tokens.logprobs.detach() - tokens.sampled_logprobs).double().numpy()
-    expected = {
-        "ratio": np.exp(gap).sum(),
-        "ratio_squared": np.exp(2 * gap).sum(),
-        "mismatch": np.abs(gap).sum(),
-        "mismatch_kl": (np.exp(gap) - 1 - gap).sum(),
-    }
-    for name, value in expected.items():
-        assert float(facts[name]) == pytest.approx(value, rel=1e-5), name
 
 
 def test_first_weight_of_a_source_is_that_of_its_first_tokens(random_tokens):

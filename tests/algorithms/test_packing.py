@@ -18,10 +18,11 @@ ARRAYS = {
     "trainable": "trainable_T",
     "sampled_logprobs": "sampled_logprobs_T",
     "coefficients": "coefficients_T",
+    "reference_logprobs": "reference_logprobs_T",
 }
 
 
-def sequence(number, num_prompt, num_response):
+def sequence(number, num_prompt, num_response, learned=True):
     """One whose every entry tells where it came from."""
     rng = np.random.default_rng(number)
     return TrainingSequence.of(
@@ -30,10 +31,17 @@ def sequence(number, num_prompt, num_response):
         -rng.exponential(1.0, num_response),
         coefficient=number + 0.5,
         origin=f"source-{number}",
+        response_trainable=np.full(num_response, learned),
+        reference_logprobs=-rng.exponential(1.0, num_response),
     )
 
 
-shapes = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 20)), min_size=1, max_size=40)
+# In one out of a few nothing is learned, as in answers that were cut off, but not in all.
+shapes = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(1, 20), st.sampled_from([True, True, False])),
+    min_size=1,
+    max_size=40,
+).filter(lambda drawn: any(learned for *_, learned in drawn))
 
 
 @st.composite
@@ -110,7 +118,8 @@ def test_fillers_teach_nothing_and_are_counted_nowhere(packing):
         assert not filler.trainable_T.any()
         assert not filler.coefficients_T.any() and not filler.sampled_logprobs_T.any()
     counts = {(b.num_trainable_tokens_global, b.num_sequences_global) for b in batches}
-    assert counts == {(sum(int(s.trainable.sum()) for s in sequences), len(sequences))}
+    learned = [int(s.trainable.sum()) for s in sequences if s.trainable.any()]
+    assert counts == {(sum(learned), len(learned))}
     assert sum(int(b.trainable_T.sum()) for b in batches) == counts.pop()[0]
 
 
@@ -174,6 +183,7 @@ def test_teachers_travel_along_and_fillers_have_them_too():
     assert one.teacher_ids_T.tolist() == [[0, 0], [5, 6], [7, 8]]
     assert one.teacher_logprobs_T.tolist() == [[0, 0], [-1, -2], [-3, -4]]
     assert filler.teacher_ids_T.shape == (3, 2) and not filler.trainable_T.any()
+    assert one.reference_logprobs_T is filler.reference_logprobs_T is None
 
 
 def test_too_long_is_refused_by_name():
@@ -181,6 +191,12 @@ def test_too_long_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'source-2' has 9 tokens; expected at most 8, learner"):
         pack(sequences, 2, 8)
     assert pack(sequences, 2, 9)
+
+
+def test_a_step_with_nothing_to_learn_is_refused():
+    said = "expected at least one trainable token in a step, read none in its 3 sequences"
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        pack([sequence(n, 2, 3, learned=False) for n in range(3)], 2, 100)
 
 
 def test_nothing_to_pack_is_refused():

@@ -121,6 +121,8 @@ def random_tokens(rng, lengths):
         coefficients=torch.ones(num_tokens),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         origins=origins,
+        num_tokens_global=num_tokens,
+        num_sequences_global=len(lengths),
     )
     log_weights = np.clip(rng.normal(-1, 4, num_tokens), *CLIP)
     return tokens, torch.from_numpy(np.exp(log_weights))

@@ -15,6 +15,7 @@ def test_sums_and_means_equal_a_loop(random_tokens):
     values = torch.arange(24.0) - 5
     rows = [row.tolist() for row in values.split(lengths)]
     assert tokens.num_sequences == 5
+    assert tokens.lengths().tolist() == lengths
     assert tokens.sums_by_sequence(values).tolist() == [sum(row) for row in rows]
     means = tokens.means_by_sequence(values).tolist()
     assert means == [sum(row) / len(row) if row else 0.0 for row in rows]

@@ -194,6 +194,8 @@ def summary_of(job: Job, log_ratios: list[list[float]]) -> dict[str, Any]:
         coefficients=torch.ones_like(ratios),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         origins=("tutor",) * len(lengths),
+        num_tokens_global=len(ratios),
+        num_sequences_global=len(lengths),
     )
     facts = {name: fact.numpy() for name, fact in made_of(job)(tokens).facts.items()}
     return weight_summary(facts, len(ratios), job.sft.clip_log_weight)
