@@ -83,7 +83,7 @@ class Countdown:
 
     def __init__(
         self,
-        name: str = "countdown",
+        label: str = "countdown",
         max_number: int = 12,
         max_result: int = 99,
         heldout_fraction: float = 0.1,
@@ -97,7 +97,7 @@ class Countdown:
             raise ValueError(
                 f"heldout_fraction: read {heldout_fraction}, expected 0 to 1 exclusive"
             )
-        self.name = name
+        self.name = label
         self.max_number = max_number
         self.max_result = max_result
         self.heldout_fraction = heldout_fraction

@@ -1,0 +1,65 @@
+"""A task whose answers do to their judge what they say. It is imported by verifiers' processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+
+from pear_ray.records import Problem, Verdict
+
+
+class Troublesome:
+    name = "troublesome"
+
+    def problems(self, split, seed):
+        yield Problem("troublesome-1", self.name, (), "", split)
+
+    def verdict(self, problem, text):
+        word, *rest = text.split()
+        return getattr(self, word)(*rest)
+
+    def right(self):
+        return Verdict(1.0, True)
+
+    def wrong(self):
+        return Verdict(0.0, False, note="wrong")
+
+    def slow(self, seconds):
+        time.sleep(float(seconds))
+        return Verdict(1.0, True)
+
+    def loop(self):
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:
+                continue
+
+    def loop_in_c(self):
+        all(itertools.repeat(True))
+
+    def fill_memory(self):
+        kept = []
+        while True:
+            kept.append(bytes(2**26))
+
+    def end_process(self):
+        os._exit(3)
+
+    def ask_to_exit(self):
+        sys.exit(3)
+
+    def fail(self):
+        raise LookupError("no such thing")
+
+    def nothing(self):
+        return None
+
+    def no_number(self):
+        return Verdict(float("nan"), False)
+
+    def no_message(self):
+        return Verdict(1.0, True, {"part": threading.Lock()})

@@ -1,0 +1,63 @@
+"""Datasets of reasoning-gym as tasks."""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from itertools import islice
+
+import pytest
+
+from pear_ray.config import BadInput, TaskSpec
+from pear_ray.tasks import make_tasks
+from pear_ray.tasks.gym import ReasoningGym
+
+
+def answered(task, problem):
+    """The dataset's own answer, in the tags that it asks for."""
+    entry = literal_eval(problem.reference)
+    return f"<answer>{entry['answer']}</answer>"
+
+
+@pytest.mark.parametrize("dataset", ["leg_counting", "countdown", "knights_knaves", "rearc"])
+def test_the_answer_of_a_dataset_is_right(dataset):
+    task = ReasoningGym(dataset)
+    for problem in islice(task.problems("train", seed=3), 3):
+        verdict = task.verdict(problem, f"I think. {answered(task, problem)}")
+        assert (verdict.reward, verdict.correct, verdict.note) == (1.0, True, "")
+
+
+def test_wrong_answers_are_told_why():
+    task = ReasoningGym("leg_counting")
+    problem = next(task.problems("train", seed=0))
+    assert task.verdict(problem, "4").note == "no <answer> tags"
+    assert task.verdict(problem, "<answer>-1</answer>").correct is False
+
+
+def test_problems_are_distinct_and_on_one_side_of_the_split():
+    task = ReasoningGym("leg_counting", heldout_fraction=0.3)
+    splits = [list(islice(task.problems(split, 1), 60)) for split in ("train", "heldout")]
+    ids = [problem.problem_id for problems in splits for problem in problems]
+    assert len(set(ids)) == 120
+    assert list(islice(task.problems("train", 1), 60)) == splits[0]
+    assert list(islice(task.problems("train", 2), 60)) != splits[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "ReasoningGym.__init__() missing 1 required positional argument: 'dataset'"),
+        ({"dataset": "no_such"}, "Dataset 'no_such' not registered"),
+        (
+            {"dataset": "leg_counting", "heldout_fraction": 1.0},
+            "heldout_fraction: read 1.0, expected 0 to 1 exclusive",
+        ),
+        (
+            {"dataset": "leg_counting", "min_animals": 0},
+            "dataset 'leg_counting' refuses its parameters: min_animals must be positive",
+        ),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(BadInput) as refusal:
+        make_tasks([TaskSpec(name="reasoning_gym", options=options)])
+    assert str(refusal.value) == f"tasks.0.options: read {options}; {message}"
