@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import ray
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pear_ray.weights.assemble import fetch
-from pear_ray.weights.manifest import WeightVersion
-from pear_ray.weights.publish import publish
+from pear_ray.weights.assemble import Replica
+from pear_ray.weights.publish import Publisher, checksum
+from tests.weights.ranks import Ranks, assert_same, partitions, random_bits, with_bucket
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -27,6 +29,10 @@ SHAPES = {
     "head.weight": (333, 777),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+A_RANK_IS_MISSING = (
+    "weights version 5: embed.weight lacks a rank's partition: read those of ranks {},"
+    " expected one of each of 3"
+)
 
 
 def tensors(seed):
@@ -37,73 +43,137 @@ def tensors(seed):
     }
 
 
-def partitions(whole, rank, num_ranks):
-    """What ZeRO-3 leaves a rank of every parameter: an equal, padded piece of the flat tensor."""
-    for name, tensor in whole.items():
-        length = -(-tensor.numel() // num_ranks)
-        flat = torch.full((length * num_ranks,), 99, dtype=tensor.dtype)
-        flat[: tensor.numel()] = tensor.reshape(-1)
-        yield name, tuple(tensor.shape), flat[rank * length :][:length]
-
-
-def published(whole, num_ranks, bucket_mib, version=5):
-    shares = [publish(partitions(whole, r, num_ranks), r, bucket_mib) for r in range(num_ranks)]
-    return WeightVersion(version, num_ranks, tuple(bucket for share in shares for bucket in share))
-
-
-def with_bucket(version, number, **changes):
-    buckets = list(version.buckets)
-    buckets[number] = dataclasses.replace(buckets[number], **changes)
-    return dataclasses.replace(version, buckets=tuple(buckets))
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("bucket_mib", [1, 512])
-def test_what_is_fetched_is_what_was_published(num_ranks, bucket_mib):
+@pytest.mark.parametrize("full_every", [1, 2])
+def test_what_is_fetched_is_what_was_published(num_ranks, bucket_mib, full_every):
     whole = tensors(num_ranks)
-    version = published(whole, num_ranks, bucket_mib)
+    version = Ranks(num_ranks, bucket_mib, full_every).publish(whole, 5)
     num_buckets = len(version.buckets) / num_ranks
     assert num_buckets == 1 if bucket_mib == 512 else num_buckets > 1
-    found = fetch(version, 30)
-    assert found.keys() == whole.keys()
-    for name, tensor in whole.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert torch.equal(found[name], tensor), name
+    assert_same(Replica().fetch(version, 30), whole)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shapes=st.lists(st.lists(st.integers(1, 40), max_size=3), min_size=1, max_size=6),
+    num_ranks=st.integers(1, 4),
+    full_every=st.integers(1, 2),
+)
+def test_every_bit_arrives(seed, shapes, num_ranks, full_every):
+    rng = np.random.default_rng(seed)
+    whole = {
+        str(number): random_bits(rng, tuple(shape), DTYPES[rng.integers(len(DTYPES))])
+        for number, shape in enumerate(shapes)
+    }
+    version = Ranks(num_ranks, full_every=full_every).publish(whole, 0)
+    assert_same(Replica().fetch(version, 30), whole)
+
+
+def test_other_dtypes_arrive_too():
+    whole = {
+        "nan": torch.tensor([float("nan"), -0.0, float("inf")], dtype=torch.bfloat16),
+        "double": torch.linspace(0, 1, 11, dtype=torch.float64),
+        "count": torch.arange(5),
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 3),
+    }
+    for num_ranks in (1, 2):
+        assert_same(Replica().fetch(Ranks(num_ranks).publish(whole, 0), 30), whole)
 
 
 def test_a_bucket_is_no_longer_than_asked_unless_one_partition_is():
-    version = published(tensors(0), num_ranks=2, bucket_mib=1)
+    ranks = Ranks(2)
+    version = ranks.publish(tensors(0), 5)
+    total = 0
     for bucket in version.buckets:
         size = sum(entry.num_bytes for entry in bucket.entries)
-        assert len(ray.get(bucket.reference[0])) == size
+        assert sum(item.nbytes for item in ray.get(bucket.reference[0])) == size
         assert size <= 2**20 or len(bucket.entries) == 1
+        total += size
+    assert sum(share.num_bytes for share in ranks.shares) == total
 
 
 def test_buckets_may_come_in_any_order_of_ranks():
     whole = tensors(1)
-    version = published(whole, num_ranks=3, bucket_mib=1)
+    version = Ranks(3).publish(whole, 5)
     backwards = dataclasses.replace(version, buckets=version.buckets[::-1])
-    found = fetch(backwards, 30)
-    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    assert_same(Replica().fetch(backwards, 30), whole)
 
 
-def test_a_flipped_bit_is_refused():
-    version = published(tensors(2), num_ranks=2, bucket_mib=1)
+def test_one_rank_without_deltas_is_not_copied():
+    version = Ranks(1).publish(tensors(1), 5)
+    found = Replica().fetch(version, 30)
+    stored = [item for bucket in version.buckets for item in ray.get(bucket.reference[0])]
+    assert [tensor.data_ptr() for tensor in found.values()] == [i.ctypes.data for i in stored]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_where_deltas_may_follow_a_replica_writes_into_the_same_memory(num_ranks):
+    ranks, replica = Ranks(num_ranks, full_every=2), Replica()
+    places = [
+        [tensor.data_ptr() for tensor in replica.fetch(ranks.publish(tensors(n), n), 30).values()]
+        for n in range(3)
+    ]
+    assert places[0] == places[1] == places[2]
+
+
+def test_a_replica_outlives_a_change_of_the_number_of_ranks():
+    replica = Replica()
+    for version, num_ranks in enumerate((2, 3, 1)):
+        whole = tensors(num_ranks)
+        found = replica.fetch(Ranks(num_ranks, full_every=2).publish(whole, version), 30)
+        assert_same(found, whole)
+
+
+def test_published_is_what_was_there_when_publish_was_called():
+    whole = {"weight": torch.zeros(1000, dtype=torch.bfloat16)}
+    shares = [Publisher(0, 1, every).publish(partitions(whole, 0, 1), 0) for every in (1, 2)]
+    whole["weight"] += 1
+    for share in shares:
+        assert not ray.get(share.buckets[0].reference[0])[0].any()
+
+
+@pytest.mark.parametrize("full_every", [1, 2])
+def test_a_flipped_bit_is_refused(full_every):
+    version = Ranks(2, full_every=full_every).publish(tensors(2), 5)
     number = len(version.buckets) - 1
-    flat = ray.get(version.buckets[number].reference[0]).copy()
-    flat[len(flat) // 2] ^= 1
-    damaged = with_bucket(version, number, reference=[ray.put(flat)])
-    with pytest.raises(ValueError, match=rf"version 5, rank 1, bucket {number}: checksum"):
-        fetch(damaged, 30)
+    items = [item.copy() for item in ray.get(version.buckets[number].reference[0])]
+    items[-1][len(items[-1]) // 2] ^= 1
+    damaged = with_bucket(version, number, reference=[ray.put(items)])
+    message = f"weights version 5, rank 1, bucket {number}: checksum differs from the published one"
+    with pytest.raises(ValueError) as caught:
+        Replica().fetch(damaged, 30)
+    assert str(caught.value) == message
+
+
+def test_a_shortened_object_is_refused():
+    version = Ranks(2).publish(tensors(2), 5)
+    for change in (lambda items: items[:-1], lambda items: [*items[:-1], items[-1][:-1]]):
+        items = change(ray.get(version.buckets[0].reference[0]))
+        with pytest.raises(ValueError, match=r"^weights version 5, rank 0, bucket 0: "):
+            Replica().fetch(with_bucket(version, 0, reference=[ray.put(items)]), 30)
 
 
 def test_a_missing_rank_is_refused():
-    version = published(tensors(3), num_ranks=3, bucket_mib=512)
+    version = Ranks(3, 512).publish(tensors(3), 5)
     for absent in range(3):
         kept = tuple(bucket for bucket in version.buckets if bucket.rank != absent)
-        with pytest.raises(ValueError, match=r"version 5: embed.weight lacks a rank's partition"):
-            fetch(dataclasses.replace(version, buckets=kept), 30)
+        with pytest.raises(ValueError) as caught:
+            Replica().fetch(dataclasses.replace(version, buckets=kept), 30)
+        left = [rank for rank in range(3) if rank != absent]
+        assert str(caught.value) == A_RANK_IS_MISSING.format(left)
+
+
+def test_the_checksum_is_that_of_the_bytes_in_a_row():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, size, np.uint8) for size in (0, 1, 1000, 70_000)]
+    joined = np.concatenate(arrays)
+    assert checksum(arrays) == checksum([joined])
+    assert checksum([]) == 0x2D06800538D394C2  # XXH3 of nothing, as its specification has it
+    joined[500] ^= 1
+    assert checksum(arrays) != checksum([joined])
 
 
 @ray.remote(num_cpus=0)
@@ -111,7 +181,7 @@ class Learner:
     """Publishes from a process of its own, with which its objects die."""
 
     def publish(self, whole):
-        return published(whole, num_ranks=1, bucket_mib=1)
+        return Ranks(1).publish(whole, 5)
 
     def never(self):
         time.sleep(3600)
@@ -123,8 +193,9 @@ def test_a_bucket_that_never_comes_ends_the_wait_at_its_deadline():
     late = with_bucket(version, 1, reference=[learner.never.remote()])
     # The buckets before it do not lengthen the wait.
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"version 5, rank 0, bucket 1: not fetched within 1 s"):
-        fetch(late, 1)
+    with pytest.raises(TimeoutError) as caught:
+        Replica().fetch(late, 1)
+    assert str(caught.value) == "weights version 5, rank 0, bucket 1: not fetched within 1 s"
     assert time.monotonic() - started < 5
     ray.kill(learner)
 
@@ -137,15 +208,4 @@ def test_a_bucket_whose_publisher_died_is_named():
     with pytest.raises(LookupError, match=r"version 5, rank 0, bucket \d: no longer in the store"):
         # The store learns of the death a moment later; until then the version is whole.
         while time.monotonic() < end:
-            fetch(version, 60)
-
-
-def test_every_dtype_keeps_its_bits():
-    whole = {
-        "nan": torch.tensor([float("nan"), -0.0, float("inf")], dtype=torch.bfloat16),
-        "double": torch.linspace(0, 1, 11, dtype=torch.float64),
-        "count": torch.arange(5),
-    }
-    found = fetch(WeightVersion(0, 1, tuple(publish(partitions(whole, 0, 1), 0, 1))), 30)
-    for name, tensor in whole.items():
-        assert np.array_equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+            Replica().fetch(version, 60)

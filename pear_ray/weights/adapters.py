@@ -1,0 +1,101 @@
+"""Low-rank adapters alone travel, and are merged where they arrive: W + scaling B A
+(arXiv 2106.09685, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pear_ray.config import BadInput
+from pear_ray.engines.lora import ADAPTER
+from pear_ray.weights.assemble import Replica
+from pear_ray.weights.manifest import WeightVersion
+
+SCALING = "lora_scaling"
+A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
+
+
+def adapter_partitions(
+    partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
+) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Of a rank's partitions those of adapters, and behind them `scaling` (alpha / rank), which
+    every rank sends: what a `Publisher` publishes for an `AdapterReplica`."""
+    for name, shape, flat in partitions:
+        if name.endswith((A, B)):
+            yield name, shape, flat
+    yield SCALING, (), torch.tensor([scaling], dtype=torch.float64)
+
+
+class AdapterReplica:
+    """Like `Replica`, of versions that hold adapters: the weights they adapt come from the Hugging
+    Face folder that training started from, one at a time.
+
+    Raises:
+        BadInput: the folder holds no safetensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder, self._adapters = Path(folder), Replica()
+        # Opened files are mapped, not read.
+        self._files: dict[str, Any] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+        if not self._files:
+            raise BadInput(f"{folder}: read no *.safetensors, expected those of the start model")
+
+    @property
+    def version(self) -> int | None:
+        """As `Replica.version`."""
+        return self._adapters.version
+
+    def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
+        """The adapted parameters of a version by their names in the folder, merged, in the
+        adapters' dtype. All others are, and stay, those of the folder.
+
+        Raises:
+            BadInput: the folder lacks a weight that is adapted, or has one of another shape.
+            TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
+        """
+        adapters = self._adapters.fetch(version, deadline_seconds)
+        label = f"weights version {version.version}"
+        if SCALING not in adapters:
+            raise ValueError(f"{label}: lacks {SCALING}, expected adapters and their scaling")
+        scaling = float(adapters.pop(SCALING))
+        layers = {name.removesuffix(A).removesuffix(B) for name in adapters}
+        merged = {}
+        for layer in sorted(layers):
+            for name in (layer + A, layer + B):
+                if name not in adapters:
+                    raise ValueError(f"{label}: lacks {name}, half of an adapter")
+            lora_A, lora_B = adapters[layer + A], adapters[layer + B]
+            base = self._base(f"{layer}.weight", (len(lora_B), lora_A.shape[1]))
+            merged[f"{layer}.weight"] = merge(base, lora_A, lora_B, scaling)
+        return merged
+
+    def _base(self, name: str, shape: tuple[int, int]) -> Tensor:
+        if name not in self._files:
+            raise BadInput(f"{self._folder}: read no {name}, which is adapted")
+        weight = self._files[name].get_tensor(name)
+        if weight.shape != shape:
+            raise BadInput(
+                f"{self._folder}: {name}: read shape {tuple(weight.shape)}, expected {shape} as"
+                " its adapter has"
+            )
+        return weight
+
+
+def merge(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + scaling B A in the adapter's dtype. The product of half-precision adapters is taken in
+    float32 and rounded before it is added, as peft does when it merges on a CPU.
+
+    `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
+    """
+    wide = torch.promote_types(lora_A.dtype, torch.float32)
+    product = lora_B.to(wide) @ lora_A.to(wide) * scaling
+    return base.to(lora_A.dtype) + product.to(lora_A.dtype)

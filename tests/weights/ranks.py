@@ -1,0 +1,67 @@
+"""Learner ranks without learners, for the tests of what they publish."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from pear_ray.weights.manifest import WeightVersion
+from pear_ray.weights.publish import Publisher
+
+
+class Ranks:
+    """The publishers of so many ranks, and the shares of the version published last."""
+
+    def __init__(self, num_ranks, bucket_mib=1, full_every=1):
+        self.publishers = [Publisher(rank, bucket_mib, full_every) for rank in range(num_ranks)]
+        self.shares = []
+
+    def publish(self, whole, version, full=False):
+        self.shares = [
+            publisher.publish(partitions(whole, rank, len(self.publishers)), version, full)
+            for rank, publisher in enumerate(self.publishers)
+        ]
+        return WeightVersion.of(self.shares)
+
+
+def partitions(whole, rank, num_ranks):
+    """What ZeRO-3 leaves a rank of every parameter: an equal, padded piece of the flat tensor."""
+    for name, tensor in whole.items():
+        length = -(-tensor.numel() // num_ranks)
+        flat = torch.full((length * num_ranks,), 99, dtype=tensor.dtype)
+        flat[: tensor.numel()] = tensor.reshape(-1)
+        yield name, tuple(tensor.shape), flat[rank * length :][:length]
+
+
+def bits(tensor):
+    """The elements as integers, of which NaN and -0.0 are some like others."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().view(f"u{tensor.element_size()}")
+
+
+def random_bits(rng, shape, dtype):
+    """A tensor of any values that the dtype has."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(rng.integers(0, 256, size, np.uint8)).view(dtype).view(shape)
+
+
+def changed(rng, tensor, share):
+    """A copy in which about this share of the elements differs."""
+    copy = tensor.clone()
+    bits(copy)[rng.random(copy.numel()) < share] ^= 1
+    return copy
+
+
+def assert_same(found, whole):
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert np.array_equal(bits(found[name].contiguous()), bits(tensor)), name
+
+
+def with_bucket(version, number, **changes):
+    buckets = list(version.buckets)
+    buckets[number] = dataclasses.replace(buckets[number], **changes)
+    return dataclasses.replace(version, buckets=tuple(buckets))

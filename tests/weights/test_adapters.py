@@ -1,0 +1,175 @@
+"""Adapters alone through the store: merged they are what the learner's export merges."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pear_ray.config import BadInput, Lora
+from pear_ray.engines.lora import add_adapters, merged_parameters
+from pear_ray.weights.adapters import AdapterReplica, adapter_partitions, merge
+from pear_ray.weights.manifest import WeightVersion
+from pear_ray.weights.publish import Publisher
+from tests.weights.ranks import assert_same, bits, partitions
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+SETTINGS = Lora(rank=3, alpha=7, targets=("q_proj", "o_proj", "down_proj"))
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_model):
+    """By dtype: a start folder and its model with adapters."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(True)
+
+    def make(dtype):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        add_adapters(model, SETTINGS)
+        return model
+
+    return folder, {dtype: make(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def trained(model, seed):
+    """What a few steps might make of the adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            drawn = torch.randn(parameter.shape, generator=generator) / 8
+            parameter.data.copy_(drawn.to(parameter.dtype))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def published(publishers, whole, version, scaling=SETTINGS.alpha / SETTINGS.rank):
+    num_ranks = len(publishers)
+    adapters = (
+        adapter_partitions(partitions(whole, rank, num_ranks), scaling) for rank in range(num_ranks)
+    )
+    return WeightVersion.of(
+        [
+            publisher.publish(own, version)
+            for publisher, own in zip(publishers, adapters, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_merged_is_what_the_export_merges(adapted, dtype, num_ranks):
+    folder, models = adapted
+    base = load_file(folder / "model.safetensors")
+    replica = AdapterReplica(folder)
+    publishers = [Publisher(rank, 1, full_every=2) for rank in range(num_ranks)]
+    for version in range(3):
+        whole = trained(models[dtype], version)
+        found = replica.fetch(published(publishers, whole, version), 30)
+        assert replica.version == version
+        exported = {name: made().detach() for name, _, made in merged_parameters(models[dtype])}
+        assert len(found) == 6
+        assert_same(found, {name: exported.pop(name) for name in found})
+        # The rest is what the folder has.
+        for name, tensor in exported.items():
+            assert torch.equal(tensor, base[name].to(dtype)), name
+
+
+def test_only_adapters_travel(adapted):
+    _, models = adapted
+    whole = trained(models[torch.float32], 0)
+    version = published([Publisher(0, 1, 1)], whole, 0)
+    names = [entry.name for bucket in version.buckets for entry in bucket.entries]
+    assert names == [name for name in whole if ".lora_" in name] + ["lora_scaling"]
+    assert len(names) == 13
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merge_is_the_sum_element_by_element(dtype):
+    draw = torch.Generator().manual_seed(0)
+    base, lora_A, lora_B = (
+        torch.randn(shape, generator=draw).to(dtype) for shape in ((4, 5), (2, 5), (4, 2))
+    )
+    found = merge(base, lora_A, lora_B, 0.3)
+    # The summands are smaller than 4, and each is rounded.
+    assert max(part.abs().max() for part in (base, found)) < 4
+    bound = 4 * torch.finfo(dtype).eps
+    for row in range(4):
+        for column in range(5):
+            product = sum(float(lora_B[row, r]) * float(lora_A[r, column]) for r in range(2))
+            wanted = float(base[row, column]) + 0.3 * product
+            assert float(found[row, column]) == pytest.approx(wanted, abs=bound)
+    assert found.dtype == dtype
+    assert bits(merge(base, lora_A, torch.zeros_like(lora_B), 0.3)).tolist() == bits(base).tolist()
+
+
+@pytest.fixture
+def whole():
+    draw = torch.Generator().manual_seed(0)
+    return {
+        f"{Q}.lora_A.default.weight": torch.randn(2, 5, generator=draw),
+        f"{Q}.lora_B.default.weight": torch.randn(4, 2, generator=draw),
+    }
+
+
+def folder_of(tmp_path, **tensors):
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_weights_come_from_any_file_of_the_folder(tmp_path, whole):
+    base = torch.randn(4, 5)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({f"{Q}.weight": base}, tmp_path / "model-00002-of-00002.safetensors")
+    found = AdapterReplica(tmp_path).fetch(published([Publisher(0, 1, 1)], whole, 4, 0.5), 30)
+    A, B = whole.values()
+    assert found.keys() == {f"{Q}.weight"}
+    torch.testing.assert_close(found[f"{Q}.weight"], base + 0.5 * B @ A)
+
+
+FOLDERS = {
+    "a weight is missing": (
+        {"other": (4, 5)},
+        f"FOLDER: read no {Q}.weight, which is adapted",
+    ),
+    "a weight has another shape": (
+        {f"{Q}.weight": (5, 4)},
+        f"FOLDER: {Q}.weight: read shape (5, 4), expected (4, 5) as its adapter has",
+    ),
+}
+
+
+@pytest.mark.parametrize(("shapes", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, whole, shapes, message):
+    folder = folder_of(tmp_path, **{name: torch.zeros(shape) for name, shape in shapes.items()})
+    replica = AdapterReplica(folder)
+    with pytest.raises(BadInput) as caught:
+        replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
+    assert str(caught.value) == message.replace("FOLDER", str(folder))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    message = f"{tmp_path}: read no *.safetensors, expected those of the start model"
+    with pytest.raises(BadInput, match=f"^{re.escape(message)}$"):
+        AdapterReplica(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["lora_A.default.weight", "lora_B.default.weight"])
+def test_half_an_adapter_is_refused(tmp_path, whole, lost):
+    del whole[f"{Q}.{lost}"]
+    replica = AdapterReplica(folder_of(tmp_path, **{f"{Q}.weight": torch.zeros(4, 5)}))
+    with pytest.raises(ValueError) as caught:
+        replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
+    assert str(caught.value) == f"weights version 4: lacks {Q}.{lost}, half of an adapter"
+
+
+def test_a_version_of_whole_parameters_is_refused(tmp_path):
+    share = Publisher(0, 1, 1).publish(partitions({"w": torch.zeros(3)}, 0, 1), 4)
+    replica = AdapterReplica(folder_of(tmp_path, w=torch.zeros(3)))
+    with pytest.raises(ValueError) as caught:
+        replica.fetch(WeightVersion(4, 1, share.buckets), 30)
+    message = "weights version 4: lacks lora_scaling, expected adapters and their scaling"
+    assert str(caught.value) == message
