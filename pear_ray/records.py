@@ -184,17 +184,25 @@ class Problem:
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer. `logprobs` are the sampler's, one per token of `token_ids`, and
-    `policy_versions` the oldest and newest weight version that wrote a token of it.
+    `version_spans` say which weight version wrote how many of the tokens, in their order. With a
+    KL penalty `reference_logprobs` are the reference policy's of the same tokens.
 
         Completion(token_ids=(11, 43, 1), logprobs=(-0.7, -1.2, -0.01), text="undo 30",
-                   finish_reason="stop", policy_versions=(4, 4))
+                   finish_reason="stop", version_spans=((4, 2), (5, 1)))
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish_reason: str
-    policy_versions: tuple[int, int]
+    version_spans: tuple[tuple[int, int], ...]
+    reference_logprobs: tuple[float, ...] | None = None
+
+    @property
+    def policy_versions(self) -> tuple[int, int]:
+        """The oldest and the newest weight version that wrote a token of it."""
+        versions = [version for version, _ in self.version_spans]
+        return min(versions), max(versions)
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,7 @@ class TrainingSequence:
     arrays have one entry per token (prompt included); entries of tokens that are not trainable are
     0. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
     `teacher_ids` and `teacher_logprobs` hold the behaviour policy's k likeliest tokens at each
-    place.
+    place; for a KL penalty `reference_logprobs` are the reference policy's of the same tokens.
 
         TrainingSequence(token_ids=[16, 20, 3, 11, 43, 1], trainable=[0, 0, 0, 1, 1, 1],
                          sampled_logprobs=[0, 0, 0, -0.7, -1.2, -0.01],
@@ -248,6 +256,7 @@ class TrainingSequence:
     origin: str
     teacher_ids: np.ndarray | None = None  # int64 [tokens, k]
     teacher_logprobs: np.ndarray | None = None  # float32 [tokens, k]
+    reference_logprobs: np.ndarray | None = None  # float32 [tokens]
 
     @classmethod
     def of(
@@ -260,28 +269,42 @@ class TrainingSequence:
         response_trainable: Any = None,
         top_ids: Any = None,
         top_logprobs: Any = None,
+        reference_logprobs: Any = None,
     ) -> TrainingSequence:
         """The sequence of one prompt and one response, of which every token is trainable unless
-        `response_trainable` (bool, one for each) says otherwise. `top_ids` and `top_logprobs` are
-        the likeliest tokens of each response token's place, k after k."""
+        `response_trainable` (bool, one for each) says otherwise. `sampled_logprobs` and
+        `reference_logprobs` are one for each response token; `top_ids` and `top_logprobs` the
+        likeliest tokens of each response token's place, k after k.
+
+        Raises:
+            ValueError: more or fewer log-probs than response tokens.
+        """
         num_prompt, num_response = len(prompt_ids), len(response_ids)
-        if len(sampled_logprobs) != num_response:
-            raise ValueError(
-                f"{origin}: {len(sampled_logprobs)} log-probs for {num_response} response tokens"
-            )
-        blank = np.zeros(num_prompt, dtype=np.float32)
         trainable = np.zeros(num_prompt + num_response, dtype=bool)
         trainable[num_prompt:] = True if response_trainable is None else response_trainable
+
+        def where_trainable(logprobs: Any) -> np.ndarray:
+            if len(logprobs) != num_response:
+                raise ValueError(
+                    f"{origin}: {len(logprobs)} log-probs for {num_response} response tokens"
+                )
+            spread = np.zeros(num_prompt + num_response, np.float32)
+            spread[num_prompt:] = logprobs
+            return np.where(trainable, spread, np.float32(0))
+
         return cls(
             token_ids=np.concatenate(
                 [np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]
             ),
             trainable=trainable,
-            sampled_logprobs=np.concatenate([blank, np.asarray(sampled_logprobs, np.float32)]),
+            sampled_logprobs=where_trainable(sampled_logprobs),
             coefficients=trainable.astype(np.float32) * coefficient,
             origin=origin,
             teacher_ids=_behind(num_prompt, num_response, top_ids, np.int64),
             teacher_logprobs=_behind(num_prompt, num_response, top_logprobs, np.float32),
+            reference_logprobs=None
+            if reference_logprobs is None
+            else where_trainable(reference_logprobs),
         )
 
 
@@ -299,8 +322,9 @@ class TrainingBatch:
 
     `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts
     at 0 in each. A loss returns sums over its own tokens; the learner divides once by
-    `num_trainable_tokens_global`. `origins[s]` is the origin of sequence s. The arrays are numpy
-    here (a batch crosses process borders); the learner makes tensors of them.
+    `num_trainable_tokens_global`. `num_sequences_global` counts the sequences with a trainable
+    token. `origins[s]` is the origin of sequence s. The arrays are numpy here (a batch crosses
+    process borders); the learner makes tensors of them.
 
         TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 12, 1], position_ids_T=[0,1,2,3,0,1,2,3],
                       sequence_ids_T=[0,0,0,0,1,1,1,1], trainable_T=[0,0,1,1,0,0,1,1], ...,
@@ -318,6 +342,7 @@ class TrainingBatch:
     num_sequences_global: int
     teacher_ids_T: np.ndarray | None = None
     teacher_logprobs_T: np.ndarray | None = None
+    reference_logprobs_T: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 if TYPE_CHECKING:
-    from pear_ray.actors.pool import GeneratorPool
+    from pear_ray.actors.fleet import Fleet
 
 # Read when the libraries are imported or Ray starts, and handed on to every process of the tests.
 MARK = ("PEAR_RAY_TEST_SESSION", uuid.uuid4().hex)
@@ -130,20 +130,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def engine_of(
     ray_session: None, tiny_model: Callable[..., Path]
-) -> Iterator[Callable[[bool], GeneratorPool]]:
+) -> Iterator[Callable[[bool], Fleet]]:
     """vLLM engines of the tied and of the untied model, each in its own process. They start
     slowly, so each starts once and serves model after model."""
-    from pear_ray.actors.pool import GeneratorPool
-    from pear_ray.config import Generator
+    from pear_ray.actors.fleet import Fleet
+    from pear_ray.config import Generator as Settings
+    from pear_ray.engines.generator import Generator
 
-    settings = Generator(
+    settings = Settings(
         max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
     )
     with ExitStack() as started:
 
         @cache
-        def engine(tied: bool) -> GeneratorPool:
-            pool = GeneratorPool(str(tiny_model(tied)), "float32", settings, seed=0)
-            return started.enter_context(pool)
+        def engine(tied: bool) -> Fleet:
+            make = partial(Generator, dtype="float32", settings=settings, seed=0)
+            fleet = Fleet(make, str(tiny_model(tied)), settings, tell=lambda kind, text: None)
+            return started.enter_context(fleet)
 
         yield engine

@@ -18,6 +18,8 @@ export XDG_CACHE_HOME=$HOME/.cache XDG_CONFIG_HOME=$HOME/.config XDG_STATE_HOME=
 export HYPOTHESIS_STORAGE_DIRECTORY=$root/.venv/cache/hypothesis
 # vLLM's sampler compiles a kernel when it first samples.
 export TORCHINDUCTOR_CACHE_DIR=$root/.venv/cache/inductor
+# To learn what a model can do, vLLM starts a process, once for each kind of model.
+export VLLM_CACHE_ROOT=$root/.venv/cache/vllm
 # DeepSpeed compiles an operator when a learner first starts.
 export TORCH_EXTENSIONS_DIR=$root/.venv/cache/torch_extensions
 export HF_HUB_OFFLINE=1

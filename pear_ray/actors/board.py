@@ -1,15 +1,20 @@
 """Two small actors: what the newest weights are, and what the next steps learn from. Both hold
-references, never payloads, and every wait in them has a deadline."""
+references, never payloads; every wait in them has a deadline; and what they know can be told to
+them again."""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
 
-from pear_ray.weights.manifest import Bucket, WeightVersion
+from pear_ray.weights.manifest import Share, WeightVersion
+
+Wish = Literal["nothing", "again", "full"]
 
 # For the answer of an actor that keeps deadlines of its own.
 GRACE_SECONDS = 60.0
@@ -19,64 +24,92 @@ class Closed(RuntimeError):
     """The other side has gone; the message says why."""
 
 
+@dataclass(frozen=True)
+class Announced:
+    """What the board knows: the newest version, before it the one that it is a change to, if it is
+    one; and where the stream of problems stands behind the newest. `mark` differs after each
+    announcement."""
+
+    versions: tuple[WeightVersion, ...]
+    next_problem: int
+    mark: str
+
+
 @ray.remote(num_cpus=0)
 class Board:
-    """Knows the newest weight version. At most two are alive: the newest whole one, and the one
-    that ranks are announcing."""
+    """Knows the newest weight versions. Started again after a death it knows nothing: learners ask
+    it what it wishes while they wait, and say again what they have published."""
 
     def __init__(self) -> None:
-        self._newest: WeightVersion | None = None
-        self._arriving: dict[int, list[Bucket]] = {}
-        self._arriving_version = -1
+        self._announced: Announced | None = None
+        self._arriving: dict[int, Share] = {}
+        self._wants_full = False
         self._closed: str | None = None
         self._change = asyncio.Condition()
 
-    async def announce(
-        self, version: int, rank: int, num_ranks: int, buckets: list[Bucket]
-    ) -> None:
-        """One rank's share of a version. The version counts once every rank has announced it."""
+    async def announce(self, share: Share, num_ranks: int, next_problem: int) -> None:
+        """One rank's share of a version, which counts once every rank has announced its own."""
         async with self._change:
-            if version != self._arriving_version:
-                self._arriving, self._arriving_version = {}, version
-            self._arriving[rank] = buckets
-            if len(self._arriving) == num_ranks:
-                shares = [bucket for _, share in sorted(self._arriving.items()) for bucket in share]
-                self._newest = WeightVersion(version, num_ranks, tuple(shares))
-                self._arriving, self._arriving_version = {}, -1
+            if any(other.version != share.version for other in self._arriving.values()):
+                self._arriving = {}
+            self._arriving[share.rank] = share
+            if len(self._arriving) < num_ranks:
+                return
+            whole = WeightVersion.of([self._arriving[rank] for rank in range(num_ranks)])
+            self._arriving = {}
+            known = () if self._announced is None else self._announced.versions
+            base = [version for version in known if version.version == whole.base_version]
+            self._announced = Announced((*base, whole), next_problem, uuid.uuid4().hex)
+            self._wants_full &= whole.base_version is not None
             self._change.notify_all()
 
-    async def newest(self, minimum: int, deadline_seconds: float) -> WeightVersion:
-        """The newest version, once it is at least `minimum`.
+    async def newest(self, mark: str | None, wait_seconds: float) -> Announced | None:
+        """What there is, once its mark is another; None if it stays as it is for so long.
 
         Raises:
-            TimeoutError: it did not come in time.
-            Closed: it will not come any more.
+            Closed: nothing will come any more.
         """
 
         def ready() -> bool:
-            return self._closed is not None or (
-                self._newest is not None and self._newest.version >= minimum
-            )
+            changed = self._announced is not None and self._announced.mark != mark
+            return changed or self._closed is not None
 
         async with self._change:
             try:
-                await asyncio.wait_for(self._change.wait_for(ready), deadline_seconds)
+                await asyncio.wait_for(self._change.wait_for(ready), wait_seconds)
             except TimeoutError:
-                have = "none" if self._newest is None else str(self._newest.version)
-                raise TimeoutError(
-                    f"weights version {minimum}: not announced within {deadline_seconds:.0f} s"
-                    f" (newest: {have})"
-                ) from None
+                return None
             if self._closed is not None:
                 raise Closed(self._closed)
-            assert self._newest is not None
-            return self._newest
+            return self._announced
+
+    async def want_full(self) -> None:
+        """An engine cannot follow by changes: the next version shall be whole."""
+        self._wants_full = True
+
+    async def wish(self, version: int) -> Wish:
+        """What learners at `version` should publish or say again."""
+        newest = -1 if self._announced is None else self._announced.versions[-1].version
+        if self._wants_full:
+            return "full"
+        return "nothing" if newest == version else "again"
 
     async def close(self, reason: str) -> None:
         """Wake everyone who waits."""
         async with self._change:
             self._closed = reason
             self._change.notify_all()
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """`name` is another one after a death, when the queue is empty again; steps before
+    `first_needed` will not be asked for; `is_awaited`: a learner waits for a step that is not
+    there."""
+
+    name: str
+    first_needed: int
+    is_awaited: bool
 
 
 @ray.remote(num_cpus=0)
@@ -86,7 +119,10 @@ class StepQueue:
     whoever fills the queue waits while it is that many steps ahead of the learners."""
 
     def __init__(self, max_ahead: int | None = None) -> None:
+        self._name = uuid.uuid4().hex
         self._ready: dict[int, Any] = {}
+        self._first_needed = 0
+        self._num_waiting = 0
         self._newest_taken: int | None = None
         self._max_ahead = max_ahead
         self._closed: str | None = None
@@ -134,10 +170,18 @@ class StepQueue:
             newest = self._newest_taken
             self._newest_taken = step if newest is None else max(newest, step)
             self._change.notify_all()
-            await self._wait(
-                lambda: step in self._ready, deadline_seconds, f"data of step {step}: not ready"
-            )
+            self._num_waiting += 1
+            try:
+                await self._wait(
+                    lambda: step in self._ready, deadline_seconds, f"data of step {step}: not ready"
+                )
+            finally:
+                self._num_waiting -= 1
             return self._ready[step]
+
+    async def state(self) -> QueueState:
+        """How it stands."""
+        return QueueState(self._name, self._first_needed, self._num_waiting > 0)
 
     async def _wait(self, ready: Callable[[], bool], deadline_seconds: float, what: str) -> None:
         """Until something is ready; also what was ready before the queue was closed counts."""
@@ -153,6 +197,7 @@ class StepQueue:
 
     async def forget_before(self, step: int) -> None:
         """Drop what no learner will ask for again."""
+        self._first_needed = max(step, self._first_needed)
         for old in [known for known in self._ready if known < step]:
             del self._ready[old]
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pear_ray.config import BadInput, Job
-from pear_ray.engines.tokenizer import digests, load_tokenizer, num_embeddings
 from pear_ray.records import SCORED_SCHEMA, TrainingSequence
 
 NUM_READERS = 8
@@ -62,6 +61,9 @@ class RowGroup:
 
 def wanted_of(job: Job) -> Wanted:
     """What rows must be like to be trained on."""
+    # Those who read rows for the learners need no tokenizer, and start sooner without.
+    from pear_ray.engines.tokenizer import digests, load_tokenizer, num_embeddings
+
     path = job.model_path()
     return Wanted(
         digests=digests(load_tokenizer(path)),

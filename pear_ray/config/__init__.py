@@ -15,6 +15,7 @@ from pear_ray.config.sections import (
     Run,
     TaskSpec,
     Tracking,
+    Verifier,
     Weights,
 )
 from pear_ray.config.training import Learner, Lora, Optimiser, Sft
@@ -39,6 +40,7 @@ __all__ = [
     "Sft",
     "TaskSpec",
     "Tracking",
+    "Verifier",
     "Weights",
     "describe",
     "read_job",

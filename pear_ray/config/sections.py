@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from pear_ray.config.corpus import Corpus
 from pear_ray.config.mistakes import describe
+from pear_ray.config.reinforcement import Generator, Rl, Weights
 from pear_ray.config.section import Section
-from pear_ray.config.training import Learner, Optimiser, Schedule, Sft
+from pear_ray.config.training import Learner, Sft
 
 
 class Run(Section):
@@ -77,98 +78,6 @@ class Model(ModelSource):
     """Precision in which weights are trained and served. CPUs want float32."""
 
 
-class Rl(Optimiser):
-    steps: int = Field(200, gt=0)
-    """Optimiser steps; each learns from one batch of fresh rollouts."""
-    problems_per_step: int = Field(128, gt=0)
-    """Problems in one step."""
-    group_size: int = Field(8, gt=1)
-    """Answers to each problem."""
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """How the rewards of a group become advantages."""
-    clip_ratio: tuple[float, float] = (0.2, 0.28)
-    """The ratio to the sampling policy is clipped to [1 - low, 1 + high]."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
-    max_staleness: int = Field(0, ge=0)
-    """Learner steps by which sampling may run ahead of learning; 0 is on-policy."""
-    learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
-    schedule: Schedule = "constant"
-    """Learning rate after the warm-up."""
-
-
-class Generator(Section):
-    """vLLM engines, for sampling, scoring and evaluation alike."""
-
-    replicas: int = Field(1, gt=0)
-    """Engines; `score` starts more of them, up to this number, as work waits."""
-    min_replicas: int = Field(1, gt=0)
-    """Engines that `score` starts with and keeps."""
-    tensor_parallel: int = Field(1, gt=0)
-    """GPUs (or CPU processes) that share one engine."""
-    num_cpus: float = Field(1.0, ge=0)
-    """CPUs an engine reserves in Ray."""
-    num_gpus: float = Field(0.0, ge=0)
-    """GPUs an engine reserves in Ray."""
-    threads: int = Field(1, gt=0)
-    """Compute threads of an engine that runs on CPUs."""
-    max_new_tokens: int = Field(gt=0)
-    """Longest answer, in tokens."""
-    max_model_len: int = Field(gt=0)
-    """Longest prompt and answer together, in tokens."""
-    max_concurrent: int = Field(256, gt=0)
-    """Requests an engine works on at once."""
-    tokens_per_batch: int | None = Field(None, gt=0)
-    """Tokens an engine reads in one forward pass; longer prompts are read in chunks. Without it
-    8192 on GPUs and 2048 on CPUs."""
-    memory_fraction: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine may take."""
-    kv_cache_gib: int = Field(1, gt=0)
-    """Memory for the key-value cache of an engine that runs on CPUs."""
-    deadline_seconds: float = Field(600.0, gt=0)
-    """Longest wait for an engine to start, or to finish one batch of work."""
-
-    @property
-    def batch_tokens(self) -> int:
-        """`tokens_per_batch`, or what stands for it."""
-        return self.tokens_per_batch or (8192 if self.num_gpus > 0 else 2048)
-
-    @property
-    def num_actor_gpus(self) -> float:
-        """GPUs of the actor itself: under tensor parallelism vLLM's own Ray workers hold them."""
-        return self.num_gpus if self.tensor_parallel == 1 else 0.0
-
-    @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> Generator:
-        if self.max_new_tokens >= self.max_model_len:
-            raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in"
-                f" max_model_len {self.max_model_len}"
-            )
-        if self.batch_tokens < self.max_concurrent:
-            raise ValueError(
-                f"tokens_per_batch {self.batch_tokens} is less than max_concurrent"
-                f" {self.max_concurrent}: each request has a token in each batch"
-            )
-        if self.min_replicas > self.replicas:
-            raise ValueError(
-                f"min_replicas {self.min_replicas} is more than replicas {self.replicas}"
-            )
-        return self
-
-
-class Weights(Section):
-    """From learners to generators, through the object store."""
-
-    bucket_mib: int = Field(512, gt=0)
-    """Size of one object in the store; a rank's share of the model is cut into such buckets."""
-    deadline_seconds: float = Field(300.0, gt=0)
-    """Longest wait for a version."""
-    max_probe_gap: float = Field(0.1, gt=0)
-    """Stage `rl` stops when generator and learner disagree by more nats on the probe."""
-
-
 class Evaluation(Section):
     num_problems: int = Field(256, gt=0)
     """Held-out problems of each task."""
@@ -200,10 +109,25 @@ class Tracking(Section):
 
 
 class TaskSpec(Section):
-    name: Literal["countdown", "reasoning_gym"]
-    """Which family of problems."""
+    name: str = Field(min_length=1)
+    """Which family of problems: "countdown", "math", "reasoning_gym", one that an installed package
+    offers as an entry point of the group `pear_ray.tasks`, or "package.module:Class"."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the training problems, relative to the other tasks' weights. `evaluate` takes as
+    many held-out problems of each."""
     options: dict[str, Any] = Field({})
-    """The family's own options."""
+    """The family's own options; `label` tells two tasks of one family apart."""
+
+
+class Verifier(Section):
+    """Processes that judge answers."""
+
+    processes: int = Field(2, gt=0)
+    """How many there are: so many answers are judged at once."""
+    seconds_per_verdict: float = Field(10.0, ge=0.1, le=3600)
+    """Longest judging of one answer; cut off, it earns nothing."""
+    memory_mib: int = Field(2048, ge=256)
+    """Memory that judging an answer may take beyond what the process has already."""
 
 
 class Arm(Section):
@@ -238,6 +162,8 @@ class Job(Section):
     """The DeepSpeed ranks."""
     weights: Weights = Weights()
     """Weight hand-over."""
+    verifier: Verifier = Verifier()
+    """Processes that judge answers."""
     evaluation: Evaluation = Evaluation()
     """Stage `evaluate`."""
     tracking: Tracking = Tracking()

@@ -25,12 +25,23 @@ WEIGHT_TRANSFER = "ray_object_store"
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer `num_samples` times. The seed decides the answers, whichever engine
-    serves the request and whatever else it serves."""
+    """One prompt to answer `num_samples` times, under weights of `min_version` or newer. The seed
+    decides the answers, whichever engine serves the request and whatever else it serves."""
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     seed: int
+    temperature: float = 1.0
+    min_version: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A given answer, whose response tokens are to be scored under the newest weights."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    min_version: int = 0
 
 
 class Generator:
@@ -91,33 +102,46 @@ class Generator:
         )
         self._tokenizer = self._llm.get_tokenizer()
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
-        self.version = 0
+        self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner
+        self._open: dict[str, Request | Trace] = {}
+        self._name(0)
 
-    def sample(
-        self, requests: Sequence[Request], temperature: float
-    ) -> list[tuple[Completion, ...]]:
-        """The answers to each request, with the log-prob of every token under the weights that
-        wrote it (at temperature 1, whatever the sampling temperature)."""
-        from vllm import SamplingParams
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was added is finished."""
+        return not self._open
 
-        parameters = [
-            SamplingParams(
-                n=request.num_samples,
-                temperature=temperature,
-                seed=request.seed,
-                max_tokens=min(
-                    self._settings.max_new_tokens,
-                    self._settings.max_model_len - len(request.prompt_ids),
-                ),
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [tuple(self._completion(answer) for answer in out.outputs) for out in outputs]
+    def add(self, key: str, work: Request | Trace) -> None:
+        """Take up a prompt or a trace beside those in work; `step` tells of its end."""
+        parameters: Any
+        if isinstance(work, Request):
+            ids, parameters = work.prompt_ids, self._sampling(work)
+        else:
+            ids = (*work.prompt_ids, *work.response_ids)
+            parameters = dense_request(work) if self._is_dense else flat_request(0)
+        prompt: Any = {"prompt_token_ids": list(ids)}
+        self._llm.llm_engine.add_request(key, prompt, parameters)
+        self._open[key] = work
+
+    def step(self) -> list[tuple[str, tuple[Completion, ...] | np.ndarray]]:
+        """One forward pass for everything in work. Returns what finished, by key: the answers to
+        a request, with the log-prob of every token under the weights that wrote it (at
+        temperature 1, whatever the sampling temperature); the log-probs of a trace's response
+        tokens, float32."""
+        finished: list[tuple[str, tuple[Completion, ...] | np.ndarray]] = []
+        for output in self._llm.llm_engine.step():
+            if not output.finished:
+                continue
+            work = self._open.pop(output.request_id)
+            if isinstance(work, Request):
+                answers = tuple(self._completion(answer) for answer in output.outputs)
+                finished.append((output.request_id, answers))
+            elif self._is_dense:
+                finished.append((output.request_id, dense_logprobs(output, work)))
+            else:
+                logprobs, _, _ = flat_logprobs(output, work.prompt_ids, work.response_ids, 0)
+                finished.append((output.request_id, logprobs))
+        return finished
 
     def score(self, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """Log-probs of the response tokens of each (prompt_ids, response_ids), float32.
@@ -126,9 +150,10 @@ class Generator:
             RuntimeError: the engine returned something else than one value per token sent.
         """
         rows = list(rows)
-        if self._llm.llm_engine.vllm_config.use_v2_model_runner:
-            outputs = self._prefill(rows, [dense_request(*row) for row in rows])
-            return [dense_logprobs(out, row[1]) for out, row in zip(outputs, rows, strict=True)]
+        if self._is_dense:
+            traces = [Trace(tuple(prompt), tuple(response)) for prompt, response in rows]
+            outputs = self._prefill(rows, [dense_request(trace) for trace in traces])
+            return [dense_logprobs(out, trace) for out, trace in zip(outputs, traces, strict=True)]
         outputs = self._prefill(rows, flat_request(0))
         return [flat_logprobs(out, *row, 0)[0] for out, row in zip(outputs, rows, strict=True)]
 
@@ -156,8 +181,7 @@ class Generator:
         self._llm.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
         self._llm.collective_rpc("finish_weight_update")
         self._llm.reset_prefix_cache()
-        self._llm.llm_engine.set_weight_version(str(version))
-        self.version = version
+        self._name(version)
         return time.perf_counter() - started
 
     def load_folder(self, path: str, version: int) -> None:
@@ -167,6 +191,27 @@ class Generator:
             with safe_open(file, framework="pt") as handle:
                 tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         self.load(tensors, version)
+
+    def _name(self, version: int) -> None:
+        """Number the live weights; vLLM notes the number beside each token that they write."""
+        self._llm.llm_engine.set_weight_version(str(version))
+        self.version = version
+
+    def _sampling(self, request: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self._settings.max_model_len - len(request.prompt_ids)
+        return SamplingParams(
+            n=request.num_samples,
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=min(self._settings.max_new_tokens, room),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _completion(self, answer: Any) -> Completion:
         token_ids = tuple(answer.token_ids)
@@ -179,7 +224,9 @@ class Generator:
             logprobs=logprobs,
             text=text.strip(),
             finish_reason=str(answer.finish_reason),
-            policy_versions=(self.version, self.version),
+            version_spans=tuple(
+                (int(span.version), span.end - span.start) for span in answer.weight_versions
+            ),
         )
 
 
@@ -228,25 +275,25 @@ def flat_logprobs(
     return logprobs[:, 0], ids.reshape(shape)[-len(response_ids) :, 1:], logprobs[:, 1:]
 
 
-def dense_request(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Any:
+def dense_request(trace: Trace) -> Any:
     """Asks vLLM's newer model runner for one array with the response tokens' log-probs alone."""
     from vllm import SamplingParams
 
     return SamplingParams(
         max_tokens=1,
         temperature=0.0,
-        prompt_logprob_token_ids=np.asarray(response_ids, dtype=np.int32)[:, None],
-        prompt_logprob_start=len(prompt_ids) - 1,
+        prompt_logprob_token_ids=np.asarray(trace.response_ids, dtype=np.int32)[:, None],
+        prompt_logprob_start=len(trace.prompt_ids) - 1,
         detokenize=False,
     )
 
 
-def dense_logprobs(output: Any, response_ids: Sequence[int]) -> np.ndarray:
+def dense_logprobs(output: Any, trace: Trace) -> np.ndarray:
     """The answer to it, after checking that there is one value for each token."""
-    scores = output.prompt_token_id_logprobs
-    if scores is None or tuple(scores.shape) != (len(response_ids), 1):
+    scores, num_tokens = output.prompt_token_id_logprobs, len(trace.response_ids)
+    if scores is None or tuple(scores.shape) != (num_tokens, 1):
         found = None if scores is None else tuple(scores.shape)
         raise RuntimeError(
-            f"the engine returned scores of shape {found} for {len(response_ids)} response tokens"
+            f"the engine returned scores of shape {found} for {num_tokens} response tokens"
         )
     return np.asarray(scores, dtype=np.float32)[:, 0]

@@ -171,14 +171,14 @@ class Learner:
         dist.barrier()
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> Tokens:
-        if self._group is not None:
-            batch = self._group.padded(batch)
-        logprobs, entropies, top_masses = self._read(policy_inputs(batch, self._device), top_k)
+        # What is padded for the ranks of a group is not trainable: nothing of it is chosen below.
+        shared = batch if self._group is None else self._group.padded(batch)
+        logprobs, entropies, top_masses = self._read(policy_inputs(shared, self._device), top_k)
 
         def chosen(values_T: np.ndarray) -> Tensor:
             return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
-        theirs_T = batch.teacher_logprobs_T
+        theirs_T, reference_T = batch.teacher_logprobs_T, batch.reference_logprobs_T
         return Tokens(
             logprobs=logprobs[:, 0],
             entropies=entropies,
@@ -186,9 +186,12 @@ class Learner:
             coefficients=chosen(batch.coefficients_T),
             sequence_ids=chosen(batch.sequence_ids_T),
             origins=batch.origins,
+            num_tokens_global=batch.num_trainable_tokens_global,
+            num_sequences_global=batch.num_sequences_global,
             top_masses=top_masses,
             teacher_logprobs=None if theirs_T is None else chosen(theirs_T),
             logprobs_of_teacher=None if theirs_T is None else logprobs[:, 1:],
+            reference_logprobs=None if reference_T is None else chosen(reference_T),
         )
 
     def _read(self, inputs: dict[str, Any], top_k: int) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ pair by pair.
 from __future__ import annotations
 
 import logging
-from itertools import combinations, islice
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
-from pear_ray.actors.pool import GeneratorPool
-from pear_ray.actors.verifiers import Verifier
+from pear_ray.actors.fleet import Fleet, engines_of
+from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import bootstrap_interval, mean_pass_at_k
-from pear_ray.config import BadInput, Job
-from pear_ray.engines.generator import Request
+from pear_ray.config import Job
+from pear_ray.engines.generator import Request, Trace
 from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.manifest import Run, write_json
 from pear_ray.records import ATTEMPT_SCHEMA, Problem
-from pear_ray.tasks import make_tasks, mixed_problems
+from pear_ray.tasks import heldout_problems
 
 log = logging.getLogger(__name__)
 
@@ -34,28 +35,21 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     """Evaluate the model the run starts from and every export of it and of its arms."""
     checkpoints = checkpoints_of(job, run.folder)
     connect()
-    wanted = job.evaluation.num_problems * len(job.tasks)
-    stream = mixed_problems(make_tasks(job.tasks), "heldout", seed_of(job.run.seed, "evaluate"))
-    problems = list(islice(stream, wanted))
-    if len(problems) < wanted:
-        raise BadInput(
-            f"evaluation.num_problems: read {job.evaluation.num_problems}; the tasks hold out only"
-            f" {len(problems) // len(job.tasks)} each; expected at most as many"
-        )
+    problems = heldout_problems(job.tasks, job.evaluation.num_problems, job.run.seed)
     heldout = heldout_rows(job.scored_folder)
     rows: list[dict[str, Any]] = []
     cards: dict[str, Any] = {}
-    verifier = Verifier(job.tasks)
+    verifier = Verifiers(job.tasks, job.verifier)
     try:
         first = next(iter(checkpoints.values()))
-        with GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool:
+        with Fleet(engines_of(job), first, job.generator, partial(run.event, "evaluate")) as fleet:
             for number, (label, path) in enumerate(checkpoints.items()):
                 if number:
-                    pool.serve(path)
-                attempts, parts = attempt(job, label, path, problems, pool, verifier)
+                    fleet.load_folder(path)
+                attempts, parts = attempt(job, label, path, problems, fleet, verifier)
                 rows += attempts
                 cards[label] = card(job, path, attempts, parts)
-                cards[label]["heldout_nll"] = heldout_nll(pool, heldout)
+                cards[label]["heldout_nll"] = heldout_nll(fleet, heldout)
                 log.info("evaluate: %s: %s", label, in_words(cards[label]))
     finally:
         verifier.close()
@@ -86,8 +80,8 @@ def attempt(
     label: str,
     path: str,
     problems: list[Problem],
-    pool: GeneratorPool,
-    verifier: Verifier,
+    fleet: Fleet,
+    verifier: Verifiers,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Attempt rows of one checkpoint, and the mean of each part of its verdicts."""
     tokenizer = load_tokenizer(path)
@@ -96,10 +90,11 @@ def attempt(
             tuple(prompt_ids(tokenizer, problem.messages)),
             job.evaluation.samples_per_problem,
             seed_of(job.run.seed, "evaluate", problem.problem_id),
+            job.evaluation.temperature,
         )
         for problem in problems
     ]
-    answers = pool.sample(requests, job.evaluation.temperature)
+    answers = fleet.ask(requests)
     pairs = [
         (problem, number, answer)
         for problem, group in zip(problems, answers, strict=True)
@@ -159,11 +154,11 @@ def heldout_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def heldout_nll(pool: GeneratorPool, rows: list[dict[str, Any]]) -> float | None:
+def heldout_nll(fleet: Fleet, rows: list[dict[str, Any]]) -> float | None:
     """Mean loss over the assistant's tokens of the held-out rows, in nats."""
     if not rows:
         return None
-    scores = pool.score([(row["prompt_ids"], row["response_ids"]) for row in rows])
+    scores = fleet.ask([Trace(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in rows])
     chosen = [score[row.get("trainable") or ...] for score, row in zip(scores, rows, strict=True)]
     return float(-np.concatenate(chosen).mean())
 

@@ -4,6 +4,7 @@ kept with the log-probs they were sampled with."""
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
-from pear_ray.actors.pool import GeneratorPool
-from pear_ray.actors.verifiers import Verifier
+from pear_ray.actors.fleet import Fleet, engines_of
+from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
 from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer, prompt_ids
 from pear_ray.manifest import Run
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
-from pear_ray.tasks import endless_problems, make_tasks
+from pear_ray.tasks import endless_problems
 from pear_ray.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -35,17 +36,17 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     connect()
     facts: dict[str, Any] = {}
     tracker = Tracker(run.folder, "sample", job.tracking).rewind(0)
-    verifier = Verifier(job.tasks)
+    verifier = Verifiers(job.tasks, job.verifier)
     first = job.model_path(next(iter(settings.num_examples)))
     try:
         with (
-            GeneratorPool(first, job.model.dtype, job.generator, job.run.seed) as pool,
+            Fleet(engines_of(job), first, job.generator, partial(run.event, "sample")) as fleet,
             run.new_folder("sample") as folder,
         ):
             for number, (source, num_examples) in enumerate(settings.num_examples.items()):
                 if number:
-                    pool.serve(job.model_path(source))
-                rows, num_attempts = sample_source(job, source, num_examples, pool, verifier)
+                    fleet.load_folder(job.model_path(source))
+                rows, num_attempts = sample_source(job, source, num_examples, fleet, verifier)
                 table = pa.Table.from_pylist(rows, EXAMPLE_SCHEMA)
                 pq.write_table(table, folder / f"{source}.parquet")
                 facts[source] = {"examples": len(rows), "attempts": num_attempts}
@@ -58,13 +59,13 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 
 def sample_source(
-    job: Job, source: str, num_examples: int, pool: GeneratorPool, verifier: Verifier
+    job: Job, source: str, num_examples: int, fleet: Fleet, verifier: Verifiers
 ) -> tuple[list[dict[str, Any]], int]:
     """Example rows of one source, and how many answers they took."""
     settings = job.corpus.sample
     assert settings is not None
     tokenizer = load_tokenizer(job.model_path(source))
-    problems = endless_problems(make_tasks(job.tasks), "train", seed_of(job.run.seed, source))
+    problems = endless_problems(job.tasks, "train", seed_of(job.run.seed, source))
     rows: list[dict[str, Any]] = []
     num_attempts = 0
     while len(rows) < num_examples:
@@ -80,10 +81,11 @@ def sample_source(
                 tuple(prompt_ids(tokenizer, problem.messages)),
                 num_samples=1,
                 seed=seed_of(job.run.seed, "sample", source, problem.problem_id, epoch),
+                temperature=settings.temperature,
             )
             for epoch, problem in batch
         ]
-        answers = [answer for (answer,) in pool.sample(requests, settings.temperature)]
+        answers = [answer for (answer,) in fleet.ask(requests)]
         pairs = [(p, answer.text) for (_, p), answer in zip(batch, answers, strict=True)]
         rows += [
             example(source, epoch, problem, answer)

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from pear_ray.actors.board import Board, Closed, StepQueue
-from pear_ray.weights.manifest import Bucket
+from pear_ray.weights.manifest import Bucket, Share
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -17,23 +17,29 @@ SHORT, LONG = 0.3, 60.0
 MIB = 2**20
 
 
-def share(rank, label=b""):
-    """One rank's buckets, told apart by their content."""
-    return [Bucket([ray.put(np.frombuffer(label, np.uint8))], rank, 0, ())]
+def share(rank, version=0, label=b"", base_version=None):
+    """One rank's part of a version, told apart by its content."""
+    reference = [ray.put(np.frombuffer(label, np.uint8))]
+    return Share(version, rank, (Bucket(reference, rank, 0, (), base_version),), len(label))
 
 
-def newest(board, minimum=0, deadline=LONG):
-    return ray.get(board.newest.remote(minimum, deadline))
+def announce(board, *shares, num_ranks=1, next_problem=0):
+    for each in shares:
+        ray.get(board.announce.remote(each, num_ranks, next_problem))
+
+
+def newest(board, mark=None, seconds=LONG):
+    return ray.get(board.newest.remote(mark, seconds))
 
 
 def test_a_version_counts_once_every_rank_has_announced_it():
     board = Board.remote()
-    ray.get(board.announce.remote(0, 1, 2, share(1, b"1")))
-    with pytest.raises(TimeoutError, match=r"weights version 0: .* \(newest: none\)"):
-        newest(board, deadline=SHORT)
-    ray.get(board.announce.remote(0, 0, 2, share(0, b"0")))
-    version = newest(board)
-    assert (version.version, version.num_ranks) == (0, 2)
+    announce(board, share(1, label=b"1"), num_ranks=2)
+    assert newest(board, seconds=SHORT) is None
+    announce(board, share(0, label=b"0"), num_ranks=2, next_problem=17)
+    announced = newest(board)
+    (version,) = announced.versions
+    assert (version.version, version.num_ranks, announced.next_problem) == (0, 2, 17)
     assert [bucket.rank for bucket in version.buckets] == [0, 1]
     contents = [ray.get(bucket.reference[0]).tobytes() for bucket in version.buckets]
     assert contents == [b"0", b"1"]
@@ -42,39 +48,87 @@ def test_a_version_counts_once_every_rank_has_announced_it():
 
 def test_a_rank_that_announces_twice_counts_once():
     board = Board.remote()
-    for label in (b"old", b"new"):
-        ray.get(board.announce.remote(0, 0, 2, share(0, label)))
-    with pytest.raises(TimeoutError):
-        newest(board, deadline=SHORT)
-    ray.get(board.announce.remote(0, 1, 2, share(1)))
-    assert ray.get(newest(board).buckets[0].reference[0]).tobytes() == b"new"
+    announce(board, share(0, label=b"old"), share(0, label=b"new"), num_ranks=2)
+    assert newest(board, seconds=SHORT) is None
+    announce(board, share(1), num_ranks=2)
+    (version,) = newest(board).versions
+    assert ray.get(version.buckets[0].reference[0]).tobytes() == b"new"
     ray.kill(board)
+
+
+def versions_of(board):
+    return [version.version for version in newest(board).versions]
 
 
 def test_shares_of_different_versions_are_not_mixed():
     """A rank had announced version 4 when the learners went back to their checkpoint, step 3."""
     board = Board.remote()
-    ray.get(board.announce.remote(4, 0, 2, share(0)))
-    for rank in (1, 0):
-        ray.get(board.announce.remote(3, rank, 2, share(rank)))
-    assert newest(board).version == 3
-    ray.get(board.announce.remote(4, 1, 2, share(1)))
-    assert newest(board).version == 3
-    ray.get(board.announce.remote(4, 0, 2, share(0)))
-    assert newest(board).version == 4
+    announce(board, share(0, 4), share(1, 3), share(0, 3), num_ranks=2)
+    assert versions_of(board) == [3]
+    announce(board, share(1, 4), num_ranks=2)
+    assert versions_of(board) == [3]
+    announce(board, share(0, 4), num_ranks=2)
+    assert versions_of(board) == [4]
     ray.kill(board)
 
 
-def test_a_wait_ends_with_the_version_that_satisfies_it():
+def test_a_change_comes_with_what_it_changes():
     board = Board.remote()
-    ray.get(board.announce.remote(0, 0, 1, share(0)))
-    waiting = board.newest.remote(2, LONG)
-    ray.get(board.announce.remote(1, 0, 1, share(0)))
+    announce(board, share(0, 5), share(0, 6, base_version=5))
+    assert versions_of(board) == [5, 6]
+    announce(board, share(0, 7, base_version=6))
+    assert versions_of(board) == [6, 7]
+    # Learners that fell back to a checkpoint: what they say is whole, and all else is void.
+    announce(board, share(0, 4))
+    assert versions_of(board) == [4]
+    announce(board, share(0, 5, base_version=4))
+    assert versions_of(board) == [4, 5]
+    ray.kill(board)
+
+
+def test_a_wait_ends_with_the_next_announcement():
+    board = Board.remote()
+    announce(board, share(0, 0))
+    seen = newest(board)
+    waiting = board.newest.remote(seen.mark, LONG)
     assert ray.wait([waiting], timeout=SHORT)[0] == []
-    ray.get(board.announce.remote(2, 0, 1, share(0)))
-    assert ray.get(waiting, timeout=LONG).version == 2
-    with pytest.raises(TimeoutError, match=r"weights version 3: .* 0 s \(newest: 2\)"):
-        newest(board, 3, deadline=SHORT)
+    announce(board, share(0, 1))
+    assert [v.version for v in ray.get(waiting, timeout=LONG).versions] == [1]
+    assert newest(board, newest(board).mark, seconds=SHORT) is None
+    # The same version again, whole this time, is news too.
+    mark = newest(board).mark
+    announce(board, share(0, 1))
+    assert newest(board, mark).mark != mark
+    ray.kill(board)
+
+
+def test_whole_weights_are_wished_for_until_they_come():
+    board = Board.remote()
+    assert ray.get(board.wish.remote(0)) == "again"
+    announce(board, share(0, 0))
+    assert ray.get(board.wish.remote(0)) == "nothing"
+    ray.get(board.want_full.remote())
+    assert ray.get(board.wish.remote(0)) == "full"
+    announce(board, share(0, 1, base_version=0))
+    assert ray.get(board.wish.remote(1)) == "full"
+    announce(board, share(0, 2))
+    assert ray.get(board.wish.remote(2)) == "nothing"
+    ray.kill(board)
+
+
+LASTING = {"max_restarts": -1, "max_task_retries": -1}
+
+
+def test_a_board_that_died_is_told_again():
+    board = Board.options(**LASTING).remote()
+    announce(board, share(0, 3))
+    mark = newest(board).mark
+    waiting = board.newest.remote(mark, LONG)
+    ray.kill(board, no_restart=False)
+    assert becomes(lambda: ray.get(board.wish.remote(3), timeout=LONG) == "again")
+    announce(board, share(0, 3))
+    again = ray.get(waiting, timeout=LONG)
+    assert [v.version for v in again.versions] == [3] and again.mark != mark
     ray.kill(board)
 
 
@@ -84,12 +138,13 @@ def test_at_most_two_versions_are_alive_in_the_store():
     for version in range(5):
         for rank in range(2):
             reference = ray.put(np.full(size, version, np.uint8))
-            ray.get(board.announce.remote(version, rank, 2, [Bucket([reference], rank, 0, ())]))
+            announce(
+                board, Share(version, rank, (Bucket([reference], rank, 0, ()),), size), num_ranks=2
+            )
             del reference
             assert store_bytes() > before + size - MIB
             assert settles_below(before + 2 * 2 * size + MIB)
-        assert (ray.get(newest(board).buckets[1].reference[0]) == version).all()
-    assert settles_below(before + 2 * size + MIB)
+        assert (ray.get(newest(board).versions[-1].buckets[1].reference[0]) == version).all()
     ray.kill(board)
     assert settles_below(before + MIB)
 
@@ -102,18 +157,22 @@ def store_bytes():
 
 
 def settles_below(limit):
+    return becomes(lambda: store_bytes() <= limit)
+
+
+def becomes(condition):
     end = time.monotonic() + 10
-    while (used := store_bytes()) > limit and time.monotonic() < end:
+    while not (is_so := condition()) and time.monotonic() < end:
         time.sleep(0.05)
-    return used <= limit
+    return is_so
 
 
 def test_closing_the_board_wakes_those_who_wait():
     board = Board.remote()
-    waiting = [board.newest.remote(minimum, LONG) for minimum in (0, 7)]
+    waiting = [board.newest.remote(None, LONG) for _ in range(2)]
     assert ray.wait(waiting, timeout=SHORT)[0] == []
     ray.get(board.close.remote("the learners have ended"))
-    for wait in (*waiting, board.newest.remote(0, LONG)):
+    for wait in (*waiting, board.newest.remote(None, LONG)):
         with pytest.raises(Closed, match="the learners have ended"):
             ray.get(wait, timeout=LONG)
     ray.kill(board)
@@ -188,4 +247,21 @@ def test_whoever_fills_the_queue_learns_where_to_begin_and_waits_for_learners():
     ray.get(queue.close.remote("the learners have ended"))
     with pytest.raises(Closed, match="the learners have ended"):
         ray.get(late, timeout=LONG)
+    ray.kill(queue)
+
+
+def test_a_queue_that_died_is_empty_and_has_another_name():
+    queue = StepQueue.options(**LASTING).remote()
+    put(queue, 0)
+    ray.get(queue.forget_before.remote(0))
+    before = ray.get(queue.state.remote())
+    waiting = queue.take.remote(1, LONG)
+    assert ray.wait([waiting], timeout=SHORT)[0] == []
+    assert ray.get(queue.state.remote()).is_awaited and not before.is_awaited
+    ray.kill(queue, no_restart=False)
+    assert becomes(lambda: ray.get(queue.state.remote(), timeout=LONG).name != before.name)
+    put(queue, 1)
+    assert ray.get(ray.get(waiting, timeout=LONG)[0]) == "rollouts of 1"
+    with pytest.raises(TimeoutError):
+        take(queue, 0, SHORT)
     ray.kill(queue)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pear_ray.engines.generator import Request
+from pear_ray.engines.generator import Request, Trace
 
 LONGEST = 48  # max_model_len. Rows are read in one piece; stages/test_score.py reads in chunks.
 
@@ -26,9 +26,13 @@ def models(tied, tiny_model):
 @pytest.fixture
 def engine(models, tied, engine_of):
     """The engine, serving the first model."""
-    pool = engine_of(tied)
-    pool.serve(models[0])
-    return pool
+    fleet = engine_of(tied)
+    fleet.load_folder(models[0])
+    return fleet
+
+
+def scored(engine, rows):
+    return engine.ask([Trace(tuple(prompt), tuple(response)) for prompt, response in rows])
 
 
 def rows_of(lengths, seed=0):
@@ -63,7 +67,7 @@ def largest_gap(ours, theirs):
 
 
 def test_scores_are_those_of_transformers(engine, models):
-    scores = engine.score(ROWS)
+    scores = scored(engine, ROWS)
     assert {score.dtype for score in scores} == {np.dtype(np.float32)}
     gap = largest_gap(scores, by_transformers(models[0], ROWS))
     assert gap <= 1e-4
@@ -71,37 +75,40 @@ def test_scores_are_those_of_transformers(engine, models):
 
 def test_scores_follow_the_weights_that_are_loaded(engine, models):
     """With tied embeddings the output head once kept its old weights, without an error."""
-    before = engine.score(ROWS)
+    before = scored(engine, ROWS)
     for folder in (models[1], models[0], models[1]):
-        engine.serve(folder)
-        gap = largest_gap(engine.score(ROWS), by_transformers(folder, ROWS))
+        engine.load_folder(folder)
+        gap = largest_gap(scored(engine, ROWS), by_transformers(folder, ROWS))
         assert gap <= 1e-4
     # The models differ so much that a mixture of both would show.
-    assert largest_gap(engine.score(ROWS), before) > 1
+    assert largest_gap(scored(engine, ROWS), before) > 1
 
 
-def requests_of(count, num_samples=4):
+def requests_of(count, num_samples=4, temperature=1.0):
     prompts = rows_of([(1 + n % 9, 1) for n in range(count)], seed=1)
-    return [Request(tuple(p), num_samples, seed=1000 * n) for n, (p, _) in enumerate(prompts)]
+    return [
+        Request(tuple(prompt), num_samples, 1000 * number, temperature)
+        for number, (prompt, _) in enumerate(prompts)
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_logprobs_are_scored_ones(engine, models, temperature):
-    requests = requests_of(24)
-    answers = engine.sample(requests, temperature)
+    requests = requests_of(24, temperature=temperature)
+    answers = engine.ask(requests)
     assert [len(group) for group in answers] == [4] * 24
     rows, sampled = [], []
     for request, group in zip(requests, answers, strict=True):
         for answer in group:
             rows.append((list(request.prompt_ids), list(answer.token_ids)))
             sampled.append(np.asarray(answer.logprobs, np.float32))
-    gap = largest_gap(engine.score(rows), sampled)
+    gap = largest_gap(scored(engine, rows), sampled)
     gap = max(gap, largest_gap(by_transformers(models[0], rows), sampled))
     assert gap <= 1e-4
 
 
 def test_an_answer_ends_with_its_end_or_at_the_longest(engine):
-    answers = [a for group in engine.sample(requests_of(24), 1.0) for a in group]
+    answers = [a for group in engine.ask(requests_of(24)) for a in group]
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     eos = 1
     for answer in answers:
@@ -115,32 +122,32 @@ def test_an_answer_ends_with_its_end_or_at_the_longest(engine):
 
 def test_answers_say_which_weights_wrote_them(engine, models):
     def version():
-        ((answer,),) = engine.sample(requests_of(1, num_samples=1), 1.0)
+        ((answer,),) = engine.ask(requests_of(1, num_samples=1))
         oldest, newest = answer.policy_versions
         assert oldest == newest
         return newest
 
     first = version()
     assert version() == first
-    engine.serve(models[1])
+    engine.load_folder(models[1])
     assert version() == first + 1
 
 
 def test_seeds_decide_the_answers_whatever_else_is_served(engine):
     requests = requests_of(24)
-    alone = engine.sample(requests, 1.0)
-    backwards = engine.sample(requests[::-1], 1.0)[::-1]
-    few = engine.sample(requests[5:7], 1.0)
+    alone = engine.ask(requests)
+    backwards = engine.ask(requests[::-1])[::-1]
+    few = engine.ask(requests[5:7])
     tokens = [[answer.token_ids for answer in group] for group in alone]
     assert [[a.token_ids for a in group] for group in backwards] == tokens
     assert [[a.token_ids for a in group] for group in few] == tokens[5:7]
     # Other seeds give other answers, and so do the samples of one request.
     other = [Request(r.prompt_ids, r.num_samples, r.seed + 17) for r in requests]
-    assert [[a.token_ids for a in g] for g in engine.sample(other, 1.0)] != tokens
+    assert [[a.token_ids for a in g] for g in engine.ask(other)] != tokens
     assert all(len(set(group)) > 1 for group in tokens)
 
 
 def test_a_row_that_does_not_fit_is_an_error(engine):
     with pytest.raises(Exception, match="49"):
-        engine.score(rows_of([(20, 29)]))
-    assert len(engine.score(ROWS[:2])) == 2
+        scored(engine, rows_of([(20, 29)]))
+    assert len(scored(engine, ROWS[:2])) == 2

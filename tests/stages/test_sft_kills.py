@@ -72,8 +72,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Path, ray_session: None) -> Path:
-    """A run in one go, on two ranks."""
-    assert command(["sft", str(job)]) == 0
+    """A run in one go, on one rank."""
+    assert command(["sft", str(job), "--learner.num_workers", "1"]) == 0
     return job.parent / "undisturbed"
 
 

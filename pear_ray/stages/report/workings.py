@@ -185,7 +185,7 @@ def agreement(measured: Measured) -> Section | str:
         names = ("mismatch_mean", "ratio_mean", "clipped_share", "effective_sample_size")
         means = [number(mean(arm.values("rl", name))) for name in names]
         above = f"{np.count_nonzero(gaps > WANTED_GAP)} of {len(gaps)}"
-        stale = number(largest(arm.values("rl", "staleness")), digits=0)
+        stale = number(largest(arm.values("rl", "staleness_max")), digits=0)
         rows.append((arm.name, number(largest(gaps)), above, *means, stale))
     lines = {arm.name: by_step(arm.of("rl"), "probe_gap_max", np.max) for arm in arms}
     return Section(
@@ -230,8 +230,7 @@ def step_tables(arms: list[Home]) -> list[Table]:
     """Mean seconds of one RL step, by what they went to on either side."""
     learners = {"wait_seconds": "wait for rollouts", "learn_seconds": "learn"}
     learners |= {"publish_seconds": "publish weights"}
-    generators = {"pause_seconds": "take over weights", "sample_seconds": "sample"}
-    generators |= {"verdict_seconds": "judge"}
+    generators = {"pause_seconds": "take over weights", "generator_idle_seconds": "idle"}
     tables = []
     for side, parts in {"learners": learners, "generators": generators}.items():
         rows: list[tuple[Cell, ...]] = []

@@ -236,7 +236,7 @@ def scored(
             job.corpus.top_logprobs,
         ),
         compute=ray.data.ActorPoolStrategy(
-            min_size=settings.min_replicas,
+            min_size=settings.fewest_replicas,
             max_size=settings.replicas,
             # Else an engine is called from another thread than it was made in, and an engine on
             # CPUs keeps its number of threads by thread.

@@ -1,0 +1,195 @@
+"""Problems on their way to learner steps: which may be asked now, and which a step learns from.
+
+The stream of problems has a fixed order. Step after step takes the next groups of it, so that a
+position in the stream is all that a run needs to go on: none is learned from twice and none is
+skipped, whoever dies. With dynamic sampling (DAPO, arXiv 2503.14476 section 3.2) groups without
+signal are passed over, and later ones move up.
+
+A problem is asked under weights so new that the latest step which may learn from it is at most
+`rl.max_staleness` ahead of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from pear_ray.algorithms.advantages import group_advantages
+from pear_ray.algorithms.overlong import soft_punishment
+from pear_ray.algorithms.seeds import seed_of
+from pear_ray.config import Job
+from pear_ray.engines.generator import Request
+from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
+from pear_ray.records import Completion, Problem, RolloutGroup, Verdict
+from pear_ray.tasks import endless_problems
+
+# Groups without signal in one step, for each that is wanted, before a run gives up.
+MAX_DRAWS = 20
+
+
+@dataclass
+class Asked:
+    """A problem that was asked; `group` is there once its answers are judged."""
+
+    problem: Problem
+    request: Request
+    completions: tuple[Completion, ...] = ()
+    group: RolloutGroup | None = None
+    is_dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one step learns from. `next_problem` is the position in the stream behind it;
+    `dropped` are the ids of problems passed over on the way."""
+
+    step: int
+    groups: tuple[RolloutGroup, ...]
+    first_problem: int
+    next_problem: int
+    dropped: tuple[str, ...]
+
+
+class Course:
+    """The way of all problems from `first_problem` on, to steps from `first_step` on."""
+
+    def __init__(self, job: Job, path: str, first_step: int, first_problem: int) -> None:
+        self._settings, self._seed = job.rl, job.run.seed
+        self._max_new_tokens = job.generator.max_new_tokens
+        self._tokenizer = load_tokenizer(path)
+        stream = endless_problems(job.tasks, "train", seed_of(job.run.seed, "rl"))
+        self._stream = islice(stream, first_problem, None)
+        self._step = first_step
+        # Problems that no step has taken, by their position in the stream.
+        self._asked: OrderedDict[Hashable, Asked] = OrderedDict()
+        self._first = self._next = first_problem
+
+    def due(self, version: int) -> list[tuple[int, Request]]:
+        """Problems to ask now, by position, if `version` is the newest there is.
+
+        On-policy runs are repeatable to the bit: what an engine works on together must not depend
+        on which answer came first. So they replace groups without signal only once all are judged.
+        """
+        rl = self._settings
+        num_kept = sum(not asked.is_dropped for asked in self._asked.values())
+        num_open = sum(asked.group is None for asked in self._asked.values())
+        if rl.max_staleness == 0 and num_open:
+            return []
+        last_step = min(version + rl.max_staleness, rl.steps - 1)
+        wanted = (last_step + 1 - self._step) * rl.problems_per_step
+        return [self._ask(number) for number in range(num_kept, wanted)]
+
+    def prompt_ids(self, position: Hashable) -> tuple[int, ...]:
+        """The prompt of a problem that was asked."""
+        return self._asked[position].request.prompt_ids
+
+    def answered(
+        self, position: Hashable, completions: tuple[Completion, ...]
+    ) -> list[tuple[Problem, str]]:
+        """Note the answers to a problem; returns what is to be judged."""
+        asked = self._asked[position]
+        asked.completions = completions
+        return [(asked.problem, completion.text) for completion in completions]
+
+    def judged(self, position: Hashable, verdicts: Sequence[Verdict]) -> None:
+        """Note the verdicts on a problem's answers."""
+        asked, rl = self._asked[position], self._settings
+        rewards = [verdict.reward for verdict in verdicts]
+        if rl.overlong_cache_tokens:
+            rewards = [
+                reward
+                + soft_punishment(
+                    len(answer.token_ids), self._max_new_tokens, rl.overlong_cache_tokens
+                )
+                for reward, answer in zip(rewards, asked.completions, strict=True)
+            ]
+        kind = "nft" if rl.loss == "nft" else rl.advantage
+        advantages = group_advantages(torch.tensor(rewards), kind).tolist()
+        asked.group = RolloutGroup(
+            asked.problem.problem_id,
+            asked.request.prompt_ids,
+            asked.completions,
+            tuple(verdicts),
+            tuple(advantages),
+        )
+        asked.is_dropped = rl.replace_without_signal and not any(advantages)
+
+    def lesson(self) -> Lesson | None:
+        """What the next step learns from, once it is there.
+
+        Raises:
+            RuntimeError: the tasks give next to no signal.
+        """
+        wanted, groups, dropped = self._settings.problems_per_step, [], []
+        for asked in self._asked.values():
+            if asked.group is None:
+                return None
+            if asked.is_dropped:
+                dropped.append(asked.group.problem_id)
+                self._refuse_silence(dropped)
+                continue
+            groups.append(asked.group)
+            if len(groups) == wanted:
+                return self._hand_over(tuple(groups), tuple(dropped))
+        return None
+
+    def _hand_over(self, groups: tuple[RolloutGroup, ...], dropped: tuple[str, ...]) -> Lesson:
+        end = self._first + len(groups) + len(dropped)
+        lesson = Lesson(self._step, groups, self._first, end, dropped)
+        for position in range(self._first, end):
+            del self._asked[position]
+        self._first, self._step = end, self._step + 1
+        return lesson
+
+    def _ask(self, number: int) -> tuple[int, Request]:
+        """Draw the next problem, the `number`-th that steps may learn from."""
+        rl = self._settings
+        latest_step = self._step + number // rl.problems_per_step
+        epoch, problem = next(self._stream)
+        request = Request(
+            tuple(prompt_ids(self._tokenizer, problem.messages)),
+            rl.group_size,
+            seed_of(self._seed, "rl", problem.problem_id, epoch),
+            rl.temperature,
+            max(0, latest_step - rl.max_staleness),
+        )
+        position = self._next
+        self._asked[position] = Asked(problem, request)
+        self._next += 1
+        return position, request
+
+    def _refuse_silence(self, dropped: Sequence[str]) -> None:
+        most = MAX_DRAWS * self._settings.problems_per_step
+        if len(dropped) > most:
+            raise RuntimeError(
+                f"step {self._step}: {len(dropped)} problems in a row had answers that all earned"
+                " the same (rl.replace_without_signal); expected problems that are sometimes"
+                " solved"
+            )
+
+
+def lesson_numbers(lesson: Lesson) -> dict[str, float]:
+    """The sampling side's part of a line of metrics.jsonl."""
+    verdicts = [verdict for group in lesson.groups for verdict in group.verdicts]
+    answers = [answer for group in lesson.groups for answer in group.completions]
+    unanimous = sum(not any(group.advantages) for group in lesson.groups) + len(lesson.dropped)
+    tokens_by_lag: Counter[int] = Counter()
+    for answer in answers:
+        for version, num_tokens in answer.version_spans:
+            tokens_by_lag[lesson.step - version] += num_tokens
+    num_tokens = sum(tokens_by_lag.values())
+    return {
+        "reward_mean": float(np.mean([verdict.reward for verdict in verdicts])),
+        "pass_rate": float(np.mean([verdict.correct for verdict in verdicts])),
+        "groups_without_signal_share": unanimous / (len(lesson.groups) + len(lesson.dropped)),
+        "problems_dropped": len(lesson.dropped),
+        "response_tokens_mean": float(np.mean([len(answer.token_ids) for answer in answers])),
+        "truncated_share": float(np.mean([answer.finish_reason == "length" for answer in answers])),
+        "staleness_max": max(tokens_by_lag),
+        "staleness_mean": sum(lag * count for lag, count in tokens_by_lag.items()) / num_tokens,
+    }

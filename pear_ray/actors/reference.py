@@ -1,0 +1,97 @@
+"""What the policy that RL starts from thinks of sampled answers, for a KL penalty to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from pear_ray.actors.fleet import Fleet
+from pear_ray.actors.server import Engine
+from pear_ray.config import Generator as Settings
+from pear_ray.engines.generator import Trace
+from pear_ray.records import Completion
+
+Answers = tuple[Completion, ...]
+
+
+class NoReference:
+    """Hands answers on as they are."""
+
+    calls: tuple[Any, ...] = ()
+
+    def __init__(self) -> None:
+        self._passing: list[tuple[Hashable, Answers]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
+        """Have `finished` tell of these answers."""
+        self._passing.append((key, answers))
+
+    def finished(self) -> list[tuple[Hashable, Answers]]:
+        """What was submitted since the last call."""
+        passed, self._passing = self._passing, []
+        return passed
+
+
+class Reference:
+    """Adds its log-probs to answers: engines that always serve the model in `path`."""
+
+    def __init__(
+        self,
+        make: Callable[[str], Engine],
+        path: str,
+        settings: Settings,
+        tell: Callable[[str, str], None],
+    ) -> None:
+        self._fleet = Fleet(make, path, settings, tell)
+        self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
+        self._places: dict[Hashable, tuple[Hashable, int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._fleet.__exit__(kind, error, trace)
+
+    @property
+    def calls(self) -> list[Any]:
+        """References to calls, at whose end `finished` may have something new to say."""
+        return self._fleet.calls
+
+    def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
+        """Have the answers to a prompt scored."""
+        self._open[key] = answers, {}
+        for number, answer in enumerate(answers):
+            place = (key, number)
+            self._places[place] = place
+            self._fleet.submit([(place, Trace(prompt_ids, answer.token_ids))])
+
+    def finished(self) -> list[tuple[Hashable, Answers]]:
+        """Answers that have all been scored, with `reference_logprobs`."""
+        done: list[tuple[Hashable, Answers]] = []
+        for place, logprobs in self._fleet.finished():
+            key, number = self._places.pop(place)
+            answers, found = self._open[key]
+            found[number] = logprobs
+            if len(found) == len(answers):
+                del self._open[key]
+                scored = (
+                    replace(answer, reference_logprobs=tuple(found[n].tolist()))
+                    for n, answer in enumerate(answers)
+                )
+                done.append((key, tuple(scored)))
+        return done

@@ -1,0 +1,301 @@
+"""The learners' side: what every rank does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from pear_ray.actors.board import GRACE_SECONDS, take
+from pear_ray.actors.training import begin, keep, newest, rank_and_count
+from pear_ray.algorithms.packing import pack
+from pear_ray.config import Job
+from pear_ray.records import TrainingBatch, TrainingSequence
+from pear_ray.stages.rl.objective import ends_of, objective_of, sequences_of, warnings_of
+from pear_ray.stages.rl.rollouts import Rollouts
+from pear_ray.tracking import Tracker
+from pear_ray.weights.manifest import Share
+from pear_ray.weights.publish import Publisher
+
+if TYPE_CHECKING:
+    from pear_ray.engines.learner import Learner, StepResult
+
+log = logging.getLogger(__name__)
+
+# How long a rank waits for rollouts before it asks whether the board still knows its weights.
+LOOK_SECONDS = 5.0
+# Steps in which a warning is not repeated.
+STEPS_OF_SILENCE = 20
+# Numbers that are means over tokens, and the objective's facts that they are made of.
+MEANS = {
+    "entropy": "entropy",
+    "ratio_mean": "ratio",
+    "clipped_share": "clipped",
+    "mismatch_mean": "mismatch",
+    "mismatch_kl": "mismatch_kl",
+    "truncated_weight_share": "truncated",
+    "reference_kl": "reference_kl",
+}
+
+
+def learn(config: dict[str, Any]) -> dict[str, Any]:
+    """Step after step: take rollouts, learn from them, publish what came of it."""
+    # The driver, which only names this function, need not wait for DeepSpeed.
+    from pear_ray.engines.learner import Learner
+
+    begin()
+    job, folder = Job(**config["job"]), Path(config["folder"])
+    rank, _ = rank_and_count()
+    learner = Learner(
+        config["start"], job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed
+    )
+    start = next_problem = 0
+    if (kept := newest()) is not None:
+        kept.restore(learner, folder / "rl")
+        start, next_problem = kept.notes["next_step"], kept.notes["next_problem"]
+    tracker = Tracker(folder, "rl", job.tracking).rewind(start) if rank == 0 else None
+    desk = Desk(job, config["board"], config["queue"], learner)
+    objective, probes = objective_of(job), Probes(job, learner)
+    log_book, end = LogBook(job, folder, start), None
+    desk.publish(start, next_problem)
+    for step in range(start, job.rl.steps):
+        began = time.perf_counter()
+        rollouts = desk.take(step)
+        taken = time.perf_counter()
+        refuse_stale(job, step, rollouts)
+        gap = probes.check(step, rollouts)
+        result = learner.step(learner.share(sequences_of(job, rollouts.lesson.groups)), objective)
+        learned = time.perf_counter()
+        next_problem = rollouts.lesson.next_problem
+        num_bytes = desk.publish(step + 1, next_problem)
+        published = time.perf_counter()
+        row = {
+            **rollouts.numbers,
+            **numbers_of(result),
+            **evaluation_numbers(rollouts),
+            "probe_gap_max": gap,
+            "wait_seconds": taken - began,
+            "learn_seconds": learned - taken,
+            "publish_seconds": published - learned,
+            "published_mib": num_bytes / 2**20,
+            "step_seconds": published - began,
+        }
+        if tracker:
+            tracker.log(step, **row)
+        if end := log_book.note(step, row):
+            log.info("rl: ends early: %s", end)
+            break
+        log_book.keep_best(learner, step + 1, rollouts, config["start"])
+        if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
+            seconds = job.learner.deadline_seconds
+            safe_step = keep(learner, step + 1, seconds, next_problem=next_problem)
+            ray.get(desk.queue.forget_before.remote(safe_step), timeout=seconds)
+    learner.export(folder / "rl" / "export", config["start"])
+    if tracker:
+        tracker.close()
+    return {"steps": step + 1, "problems": next_problem, "ended_early": end}
+
+
+class Desk:
+    """A rank's side of board and queue. It keeps what it published last, so that a board which has
+    died can be told again."""
+
+    def __init__(self, job: Job, board: Any, queue: Any, learner: Learner) -> None:
+        self.queue = queue
+        self._job, self._board, self._learner = job, board, learner
+        self._rank, self._num_ranks = rank_and_count()
+        self._publisher = Publisher(self._rank, job.weights.bucket_mib, job.weights.full_every)
+        self._shares: list[Share] = []
+        self._next_problem = 0
+
+    def publish(self, version: int, next_problem: int) -> int:
+        """Put this rank's part of the weights into the store and announce it; returns the bytes."""
+        is_wanted_full = self._wish(version) == "full"
+        return self._publish(version, next_problem, is_wanted_full)
+
+    def take(self, step: int) -> Rollouts:
+        """The rollouts of a step.
+
+        Raises:
+            TimeoutError: they did not come within `learner.deadline_seconds`.
+            Closed: they will not come, since the rollouts failed; says why.
+        """
+        seconds = self._job.learner.deadline_seconds
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                rollouts: Rollouts = take(self.queue, step, min(LOOK_SECONDS, seconds))
+                return rollouts
+            except TimeoutError as error:
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"rollouts of step {step} did not come within {seconds:.0f} s"
+                        " (learner.deadline_seconds)"
+                    ) from error
+            self._say_again()
+
+    def _say_again(self) -> None:
+        """Do what the board wishes, if it wishes anything."""
+        newest = self._shares[-1].version
+        wish = self._wish(newest)
+        if wish == "full":
+            self._publish(newest, self._next_problem, full=True)
+        elif wish == "again":
+            for share in self._shares:
+                self._announce(share)
+
+    def _publish(self, version: int, next_problem: int, full: bool) -> int:
+        share = self._publisher.publish(self._learner.partitions(), version, full)
+        # What is kept here stays in the store: no more than an engine needs that is one behind.
+        self._shares = [old for old in self._shares if old.version == share.base_version]
+        self._shares.append(share)
+        self._next_problem = next_problem
+        self._announce(share)
+        return share.num_bytes
+
+    def _announce(self, share: Share) -> None:
+        call = self._board.announce.remote(share, self._num_ranks, self._next_problem)
+        ray.get(call, timeout=self._job.weights.deadline_seconds)
+
+    def _wish(self, version: int) -> str:
+        return ray.get(self._board.wish.remote(version), timeout=GRACE_SECONDS)
+
+
+class Probes:
+    """The learner's log-probs of the probe under its last weights, beside the generators'."""
+
+    def __init__(self, job: Job, learner: Learner) -> None:
+        self._job, self._learner = job, learner
+        self._ours: dict[int, list[np.ndarray]] = {}
+
+    def check(self, step: int, rollouts: Rollouts) -> float | None:
+        """Largest difference, in nats, over the loads of weights that rollouts tell of; None where
+        there is none that this learner can judge. Every rank scores all of the probe, so that none
+        has to tell the others.
+
+        Raises:
+            RuntimeError: it is too large: the two sides do not hold the same weights.
+        """
+        self._ours[step] = self._logprobs(rollouts.probe)
+        for version in [v for v in self._ours if v < step - self._job.rl.max_staleness - 1]:
+            del self._ours[version]
+        gap = None
+        for version, theirs in rollouts.probed:
+            ours = self._ours.get(version, [])
+            for one, other in zip(ours, theirs, strict=False):
+                found = float(np.abs(one - other).max())
+                gap = max(found, gap or 0.0)
+                if not found <= self._job.weights.max_probe_gap:
+                    raise RuntimeError(
+                        f"step {step}: generator and learner differ by {found:.2e} nats on the"
+                        f" probe under weights version {version}; expected at most"
+                        f" weights.max_probe_gap = {self._job.weights.max_probe_gap}"
+                    )
+        return gap
+
+    def _logprobs(self, probe: Sequence[TrainingSequence]) -> list[np.ndarray]:
+        if not probe:
+            return []
+        # By place, not by problem: a sequence is known by its number.
+        numbered = [replace(sequence, origin=str(n)) for n, sequence in enumerate(probe)]
+        batches: list[TrainingBatch] = pack(numbered, 1, self._job.learner.tokens_per_pack)[0]
+        found: dict[int, np.ndarray] = {}
+        for batch, logprobs in zip(batches, self._learner.logprobs(batches), strict=True):
+            owners = batch.sequence_ids_T[batch.trainable_T]
+            for place, origin in enumerate(batch.origins):
+                found[int(origin)] = logprobs[owners == place]
+        return [found[number] for number in range(len(probe))]
+
+
+class LogBook:
+    """The rows of a run so far: what is to be said of them, and which weights were best."""
+
+    def __init__(self, job: Job, folder: Path, first_step: int) -> None:
+        self._every, self._home = job.rl.steps_per_evaluation, folder / "rl"
+        self._warnings, self._ends = warnings_of(job), ends_of(job)
+        self._last_said: dict[type, int] = {}
+        self._rank, _ = rank_and_count()
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        self._rows = [row for row in rows if row["stage"] == "rl" and row["step"] < first_step]
+
+    def note(self, step: int, row: dict[str, Any]) -> str | None:
+        """Add a step's row. Says what is to be warned of, and returns why the run should end, if
+        it should; all ranks come to the same."""
+        self._rows.append({"step": step, **row})
+        for rule in self._warnings:
+            is_fresh = step >= self._last_said.get(type(rule), -STEPS_OF_SILENCE) + STEPS_OF_SILENCE
+            if is_fresh and (text := rule(self._rows)):
+                self._last_said[type(rule)] = step
+                if self._rank == 0:
+                    log.warning("rl: %s", text)
+        return next((text for rule in self._ends if (text := rule(self._rows))), None)
+
+    def keep_best(self, learner: Learner, version: int, rollouts: Rollouts, start: str) -> None:
+        """Export weights that are going to be evaluated, and of those that were keep the best by
+        pass@1, as RUN/rl/best."""
+        candidates = self._home / "evaluated"
+        if self._every and version % self._every == 0:
+            learner.export(candidates / str(version), start)
+        if self._rank > 0:
+            return
+        known = [row["pass_at_1"] for row in self._rows[:-1] if "pass_at_1" in row]
+        for evaluated, numbers in rollouts.evaluations.items():
+            found = candidates / str(evaluated)
+            if not found.exists():
+                continue
+            if numbers["pass_at_1"] > max(known, default=-1.0):
+                shutil.rmtree(self._home / "best", ignore_errors=True)
+                found.rename(self._home / "best")
+            else:
+                shutil.rmtree(found)
+
+
+def refuse_stale(job: Job, step: int, rollouts: Rollouts) -> None:
+    """Raises RuntimeError where a token is older than rl.max_staleness allows."""
+    lag = rollouts.numbers["staleness_max"]
+    if lag > job.rl.max_staleness:
+        raise RuntimeError(
+            f"step {step}: a token was sampled {lag:.0f} steps before; expected at most"
+            f" rl.max_staleness = {job.rl.max_staleness}"
+        )
+
+
+def evaluation_numbers(rollouts: Rollouts) -> dict[str, float]:
+    """What was evaluated since the last step, the newest version of it."""
+    if not rollouts.evaluations:
+        return {}
+    newest = max(rollouts.evaluations)
+    return {"evaluated_version": newest, **rollouts.evaluations[newest]}
+
+
+def numbers_of(result: StepResult) -> dict[str, float]:
+    """The learning side's part of a line of metrics.jsonl."""
+    facts, num_tokens = result.facts, result.num_tokens
+    numbers = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "num_tokens": num_tokens,
+        "effective_sample_size": effective_share(facts, num_tokens),
+    }
+    for name, fact in MEANS.items():
+        if fact in facts:
+            numbers[name] = float(facts[fact]) / num_tokens
+    return numbers
+
+
+def effective_share(facts: dict[str, np.ndarray], num_tokens: int) -> float:
+    """(sum w)^2 / sum w^2 of what corrects for the sampling policy, as a share of the tokens."""
+    name = "weight" if "weight" in facts else "ratio"
+    squared = float(facts[f"{name}_squared"])
+    return float(facts[name]) ** 2 / squared / num_tokens if squared else 0.0
