@@ -249,10 +249,6 @@ def check_inputs(job: Job, stage: str) -> None:
             that its family does not know.
     """
     make_tasks(job.tasks)
-    if job.learner.lora is not None and stage in ("rl", "pipeline"):
-        raise BadInput(
-            "learner.lora: stage rl publishes whole weights; expected no [learner.lora] for it"
-        )
     corpus = job.corpus
     nowhere = corpus.path is None and corpus.sample is None and corpus.scored_path is None
     if nowhere and stage in ("score", "pipeline"):
@@ -265,6 +261,11 @@ def check_inputs(job: Job, stage: str) -> None:
     is_here = corpus.path is not None and "://" not in corpus.path
     if is_here and not glob(os.path.expanduser(corpus.path or "")):
         raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
+    if job.rl.replay is not None and not Path(job.rl.replay).is_dir():
+        raise BadInput(
+            f"rl.replay: read {job.rl.replay!r}; expected a folder that exists, RUN/rl/rollouts of"
+            " a run with rl.record"
+        )
     named = {"model.path": job.model.path}
     named |= {f"behaviour.{source}.path": model.path for source, model in job.behaviour.items()}
     named |= {f"evaluation.checkpoints.{n}": p for n, p in job.evaluation.checkpoints.items()}

@@ -104,11 +104,12 @@ class Board:
 @dataclass(frozen=True)
 class QueueState:
     """`name` is another one after a death, when the queue is empty again; steps before
-    `first_needed` will not be asked for; `is_awaited`: a learner waits for a step that is not
-    there."""
+    `first_needed` will not be asked for; `newest_taken` is the latest that was; `is_awaited`: a
+    learner waits for a step that is not there."""
 
     name: str
     first_needed: int
+    newest_taken: int | None
     is_awaited: bool
 
 
@@ -181,7 +182,8 @@ class StepQueue:
 
     async def state(self) -> QueueState:
         """How it stands."""
-        return QueueState(self._name, self._first_needed, self._num_waiting > 0)
+        is_awaited = self._num_waiting > 0
+        return QueueState(self._name, self._first_needed, self._newest_taken, is_awaited)
 
     async def _wait(self, ready: Callable[[], bool], deadline_seconds: float, what: str) -> None:
         """Until something is ready; also what was ready before the queue was closed counts."""

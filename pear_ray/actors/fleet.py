@@ -20,6 +20,8 @@ from pear_ray.actors.server import Engine, Loaded, Server
 from pear_ray.config import Generator as Settings
 from pear_ray.config import Job
 from pear_ray.engines.generator import Generator, Request, Trace, same_architecture
+from pear_ray.weights.adapters import AdapterReplica
+from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,9 @@ class Member:
 class Fleet:
     """Engines between `settings.fewest_replicas` and `settings.replicas`, ended with the block.
 
-    `make(path)` builds one, in its own process. They start together, beside whatever the caller
-    does next. `tell(kind, text)` hears of deaths and of engines that come and go.
+    `make(path)` builds one, in its own process, and `make_replica()` what fetches weights for it.
+    They start together, beside whatever the caller does next. `tell(kind, text)` hears of deaths
+    and of engines that come and go.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class Fleet:
         path: str,
         settings: Settings,
         tell: Callable[[str, str], None],
+        make_replica: Callable[[], Replica | AdapterReplica] = Replica,
     ) -> None:
         self._make, self._path, self._settings, self._tell = make, path, settings, tell
+        self._make_replica = make_replica
         self._members: dict[str, Member] = {}
         # Calls that have not ended, and who hears of their end.
         self._calls: dict[Any, tuple[Member, Callable[[Member, Any], None]]] = {}
@@ -264,7 +269,7 @@ class Fleet:
         settings = self._settings
         actor = Server.options(  # type: ignore[attr-defined]
             num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus, max_concurrency=1000
-        ).remote(partial(self._make, self._path), settings.deadline_seconds)
+        ).remote(partial(self._make, self._path), self._make_replica, settings.deadline_seconds)
         member = Member(str(self._num_started), actor)
         self._num_started += 1
         self._members[member.name] = member

@@ -20,6 +20,7 @@ import ray
 from torch import Tensor
 
 from pear_ray.engines.generator import Request, Trace
+from pear_ray.weights.adapters import AdapterReplica
 from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
@@ -77,10 +78,15 @@ class Server:
     """`make` builds the engine, in the thread that will use it: vLLM on CPUs keeps its number of
     threads by thread. An engine that hangs for `deadline_seconds`, or fails, ends the process."""
 
-    def __init__(self, make: Callable[[], Engine], deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        make_replica: Callable[[], Replica | AdapterReplica],
+        deadline_seconds: float,
+    ) -> None:
         # Weights are fetched in a thread of their own: nothing that is asynchronous waits for it.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
-        self._replica = Replica()
+        self._replica = make_replica()
         self._deadline_seconds = deadline_seconds
         self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         # Work for weights that have yet to come.

@@ -15,8 +15,13 @@ class BadInput(ValueError):
 
 def describe(path: Path | str, error: ValidationError, root: type[BaseModel]) -> str:
     """One line per mistake: file, field, what was expected, what was read."""
-    lines = []
-    for mistake in error.errors():
+    lines, mistakes = [], error.errors()
+    for mistake in mistakes:
+        here = mistake["loc"]
+        others = [other["loc"] for other in mistakes if other is not mistake]
+        if mistake["type"] == "too_short" and any(o[: len(here)] == here for o in others):
+            # Only because pydantic has left out the items that are mistakes themselves.
+            continue
         field = ".".join(str(part) for part in mistake["loc"]) or "(whole job)"
         if mistake["type"] == "extra_forbidden":
             known = known_keys(mistake["loc"][:-1], root)

@@ -33,8 +33,8 @@ class Rl(Optimiser):
     """What is done where the sampling engine's log-probs are not the learner's: they are the
     denominator of the ratio, or each token's loss is multiplied by their ratio, up to
     `truncate_ratio` (truncated importance sampling)."""
-    truncate_ratio: float = Field(2.0, gt=0)
-    """Largest weight of a token under `correction = "truncated"`."""
+    truncate_ratio: float | None = Field(None, gt=0)
+    """Largest weight of a token under `correction = "truncated"`; without it 2."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over tokens, over sequences of their tokens' means, or the sum over tokens divided by
     sequences times generator.max_new_tokens."""
@@ -71,6 +71,11 @@ class Rl(Optimiser):
         """`clip_ratio`, or what stands for it."""
         return self.clip_ratio or CLIP_RATIO[self.loss]
 
+    @property
+    def largest_weight(self) -> float:
+        """`truncate_ratio`, or what stands for it."""
+        return self.truncate_ratio or 2.0
+
     @model_validator(mode="after")
     def _keys_agree(self) -> Rl:
         if self.clip_ratio is not None:
@@ -87,6 +92,17 @@ class Rl(Optimiser):
                 f'overlong_cache_tokens: read {self.overlong_cache_tokens}; loss "nft" wants'
                 " rewards of 0 and 1, expected 0"
             )
+        if self.truncate_ratio is not None and self.correction != "truncated":
+            raise ValueError(
+                f"truncate_ratio: read {self.truncate_ratio} with correction {self.correction!r};"
+                ' expected "truncated"'
+            )
+        for key in ("record", "steps_per_evaluation"):
+            if self.replay is not None and getattr(self, key):
+                raise ValueError(
+                    f"{key}: read {getattr(self, key)}, and replay {self.replay!r}, which starts"
+                    " no engine; expected one of them"
+                )
         for key in ("stop_without_progress", "stop_at_pass_rate"):
             if getattr(self, key) and not self.steps_per_evaluation:
                 raise ValueError(

@@ -216,6 +216,22 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _rl_fits_the_machines(self) -> Job:
+        cache, longest = self.rl.overlong_cache_tokens, self.generator.max_new_tokens
+        if cache > longest:
+            raise ValueError(
+                f"rl.overlong_cache_tokens: read {cache}; expected at most"
+                f" generator.max_new_tokens, {longest}"
+            )
+        num_answers = self.rl.problems_per_step * self.rl.group_size
+        if num_answers < self.learner.num_workers // self.learner.sequence_parallel:
+            raise ValueError(
+                f"rl.problems_per_step {self.rl.problems_per_step} of {self.rl.group_size} answers"
+                f" are fewer than learner.num_workers {self.learner.num_workers} can share"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distillation_has_a_teacher(self) -> Job:
         objectives = {"sft": self.sft.objective} | {
             f"arms.{arm.name}.sft": arm.sft.get("objective") for arm in self.arms

@@ -32,22 +32,22 @@ def adapter_partitions(
 
 
 class AdapterReplica:
-    """Like `Replica`, of versions that hold adapters: the weights they adapt come from the Hugging
-    Face folder that training started from, one at a time.
+    """Like `Replica`, of versions that hold adapters: all else comes from the Hugging Face folder
+    or hub name that training started from.
 
     Raises:
         BadInput: the folder holds no safetensors.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder, self._adapters = Path(folder), Replica()
+    def __init__(self, path: str) -> None:
+        self._folder, self._adapters = local_folder(path), Replica()
         # Opened files are mapped, not read.
         self._files: dict[str, Any] = {}
-        for path in sorted(self._folder.glob("*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
+        for weights in sorted(self._folder.glob("*.safetensors")):
+            file: Any = safe_open(weights, framework="pt")
             self._files |= dict.fromkeys(file.keys(), file)
         if not self._files:
-            raise BadInput(f"{folder}: read no *.safetensors, expected those of the start model")
+            raise BadInput(f"{path}: read no *.safetensors, expected those of the start model")
 
     @property
     def version(self) -> int | None:
@@ -55,8 +55,9 @@ class AdapterReplica:
         return self._adapters.version
 
     def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
-        """The adapted parameters of a version by their names in the folder, merged, in the
-        adapters' dtype. All others are, and stay, those of the folder.
+        """The parameters of a version by their names in the folder, in the adapters' dtype: merged
+        where they are adapted, the folder's own where they are not. An engine fuses adapted weights
+        with others, and loads all of them or none.
 
         Raises:
             BadInput: the folder lacks a weight that is adapted, or has one of another shape.
@@ -76,7 +77,9 @@ class AdapterReplica:
             lora_A, lora_B = adapters[layer + A], adapters[layer + B]
             base = self._base(f"{layer}.weight", (len(lora_B), lora_A.shape[1]))
             merged[f"{layer}.weight"] = merge(base, lora_A, lora_B, scaling)
-        return merged
+        dtype = next(iter(adapters.values())).dtype
+        others = self._files.keys() - merged.keys()
+        return merged | {name: self._files[name].get_tensor(name).to(dtype) for name in others}
 
     def _base(self, name: str, shape: tuple[int, int]) -> Tensor:
         if name not in self._files:
@@ -88,6 +91,15 @@ class AdapterReplica:
                 " its adapter has"
             )
         return weight
+
+
+def local_folder(path: str) -> Path:
+    """The folder itself, or the one to which a hub name's weights are downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
 
 
 def merge(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

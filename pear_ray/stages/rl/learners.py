@@ -22,6 +22,7 @@ from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.stages.rl.objective import ends_of, objective_of, sequences_of, warnings_of
 from pear_ray.stages.rl.rollouts import Rollouts
 from pear_ray.tracking import Tracker
+from pear_ray.weights.adapters import adapter_partitions
 from pear_ray.weights.manifest import Share
 from pear_ray.weights.publish import Publisher
 
@@ -153,7 +154,10 @@ class Desk:
                 self._announce(share)
 
     def _publish(self, version: int, next_problem: int, full: bool) -> int:
-        share = self._publisher.publish(self._learner.partitions(), version, full)
+        partitions, lora = self._learner.partitions(), self._job.learner.lora
+        if lora is not None:
+            partitions = adapter_partitions(partitions, lora.alpha / lora.rank)
+        share = self._publisher.publish(partitions, version, full)
         # What is kept here stays in the store: no more than an engine needs that is one behind.
         self._shares = [old for old in self._shares if old.version == share.base_version]
         self._shares.append(share)

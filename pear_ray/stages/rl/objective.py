@@ -36,7 +36,7 @@ def objective_of(job: Job) -> PolicyGradient:
     }
     return PolicyGradient(
         losses[rl.loss](),
-        AsRatio() if rl.correction == "ratio" else Truncated(rl.truncate_ratio),
+        AsRatio() if rl.correction == "ratio" else Truncated(rl.largest_weight),
         aggregations[rl.aggregation](),
         KlToReference(rl.kl_coefficient) if rl.kl_coefficient else None,
     )

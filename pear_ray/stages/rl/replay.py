@@ -12,6 +12,8 @@ from pear_ray.manifest import Run
 from pear_ray.stages.rl.recording import read
 from pear_ray.stages.rl.rollouts import LOOK_SECONDS, Handover, Rollouts, first_announced
 
+STEPS_AHEAD = 64
+
 
 def replay(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event) -> None:
     """Hand over what was recorded, step after step, a few ahead of the learners.
@@ -24,9 +26,12 @@ def replay(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event)
     news = first_announced(board, job.learner.deadline_seconds, ended)
     if news is None:
         return
-    handover = Handover(queue)
-    for step in range(news.versions[-1].version, job.rl.steps):
-        lesson = read(folder, step)
-        handover.put(Rollouts(lesson, (), (), {}, lesson_numbers(lesson)))
-    while not ended.wait(LOOK_SECONDS):
+    handover, step = Handover(queue), news.versions[-1].version
+    while not ended.is_set():
+        if step < job.rl.steps and step <= handover.newest_taken + STEPS_AHEAD:
+            lesson = read(folder, step)
+            handover.put(Rollouts(lesson, (), (), {}, lesson_numbers(lesson)))
+            step += 1
+            continue
+        ended.wait(LOOK_SECONDS)
         handover.look_after()

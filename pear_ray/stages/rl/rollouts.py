@@ -29,6 +29,8 @@ from pear_ray.manifest import Run
 from pear_ray.records import RolloutGroup, TrainingSequence
 from pear_ray.stages.rl.evaluation import Evaluation
 from pear_ray.stages.rl.recording import Recorder
+from pear_ray.weights.adapters import AdapterReplica
+from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,12 @@ class Handover:
             self.call, self._asked = self._queue.state.remote(), time.monotonic()
         return self._state is not None and self._state.is_awaited
 
+    @property
+    def newest_taken(self) -> int:
+        """The latest step that learners are known to have taken; -1: none."""
+        taken = None if self._state is None else self._state.newest_taken
+        return -1 if taken is None else taken
+
 
 class Probe:
     """Fixed answers, which every engine scores after every load of weights."""
@@ -158,7 +166,7 @@ def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Even
         Reference(make, start, job.generator, tell) if job.rl.kl_coefficient else NoReference()
     )
     with (
-        Fleet(make, start, job.generator, tell) as fleet,
+        Fleet(make, start, job.generator, tell, replicas_of(job, start)) as fleet,
         referee as reference,
         Verifiers(job.tasks, job.verifier) as verifiers,
     ):
@@ -197,6 +205,11 @@ def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Even
             fleet.adapt(handover.look_after())
             calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
             ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
+
+
+def replicas_of(job: Job, start: str) -> Callable[[], Replica | AdapterReplica]:
+    """What engines fetch weights with: adapters travel alone."""
+    return Replica if job.learner.lora is None else partial(AdapterReplica, start)
 
 
 def first_announced(board: Any, deadline_seconds: float, ended: Event) -> Announced | None:
