@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,9 +133,9 @@ def engine_of(
 ) -> Iterator[Callable[[bool], Fleet]]:
     """vLLM engines of the tied and of the untied model, each in its own process. They start
     slowly, so each starts once and serves model after model."""
+    from pear_ray.actors.engines import EngineServers
     from pear_ray.actors.fleet import Fleet
     from pear_ray.config import Generator as Settings
-    from pear_ray.engines.generator import Generator
 
     settings = Settings(
         max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
@@ -144,8 +144,8 @@ def engine_of(
 
         @cache
         def engine(tied: bool) -> Fleet:
-            make = partial(Generator, dtype="float32", settings=settings, seed=0)
-            fleet = Fleet(make, str(tiny_model(tied)), settings, tell=lambda kind, text: None)
+            servers = EngineServers("float32", settings, seed=0)
+            fleet = Fleet(servers, str(tiny_model(tied)), settings, tell=lambda kind, text: None)
             return started.enter_context(fleet)
 
         yield engine

@@ -187,6 +187,8 @@ def lesson_numbers(lesson: Lesson) -> dict[str, float]:
         "reward_mean": float(np.mean([verdict.reward for verdict in verdicts])),
         "pass_rate": float(np.mean([verdict.correct for verdict in verdicts])),
         "groups_without_signal_share": unanimous / (len(lesson.groups) + len(lesson.dropped)),
+        "first_problem": lesson.first_problem,
+        "next_problem": lesson.next_problem,
         "problems_dropped": len(lesson.dropped),
         "response_tokens_mean": float(np.mean([len(answer.token_ids) for answer in answers])),
         "truncated_share": float(np.mean([answer.finish_reason == "length" for answer in answers])),

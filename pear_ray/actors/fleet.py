@@ -10,18 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import ray
 
-from pear_ray.actors.server import Engine, Loaded, Server
+from pear_ray.actors.server import Loaded
 from pear_ray.config import Generator as Settings
-from pear_ray.config import Job
-from pear_ray.engines.generator import Generator, Request, Trace, same_architecture
-from pear_ray.weights.adapters import AdapterReplica
-from pear_ray.weights.assemble import Replica
+from pear_ray.engines.generator import Request, Trace, same_architecture
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -72,24 +68,31 @@ class Member:
     """Time in which it has had nothing to do."""
 
 
+class Servers(Protocol):
+    """Where engines come from: actors with the methods of `Server`."""
+
+    def start(self, path: str) -> Any:
+        """An actor whose engine serves the model in `path`."""
+
+    def end(self, actor: Any) -> None:
+        """End one."""
+
+
 class Fleet:
     """Engines between `settings.fewest_replicas` and `settings.replicas`, ended with the block.
 
-    `make(path)` builds one, in its own process, and `make_replica()` what fetches weights for it.
-    They start together, beside whatever the caller does next. `tell(kind, text)` hears of deaths
-    and of engines that come and go.
+    They start together with the model in `path`, beside whatever the caller does next.
+    `tell(kind, text)` hears of deaths and of engines that come and go.
     """
 
     def __init__(
         self,
-        make: Callable[[str], Engine],
+        servers: Servers,
         path: str,
         settings: Settings,
         tell: Callable[[str, str], None],
-        make_replica: Callable[[], Replica | AdapterReplica] = Replica,
     ) -> None:
-        self._make, self._path, self._settings, self._tell = make, path, settings, tell
-        self._make_replica = make_replica
+        self._servers, self._path, self._settings, self._tell = servers, path, settings, tell
         self._members: dict[str, Member] = {}
         # Calls that have not ended, and who hears of their end.
         self._calls: dict[Any, tuple[Member, Callable[[Member, Any], None]]] = {}
@@ -116,7 +119,7 @@ class Fleet:
         trace: TracebackType | None,
     ) -> None:
         for member in self._members.values():
-            ray.kill(member.actor)
+            self._servers.end(member.actor)
         self._members, self._calls = {}, {}
 
     @property
@@ -266,10 +269,7 @@ class Fleet:
         return [results[key] for key in wanted]
 
     def _start(self) -> Member:
-        settings = self._settings
-        actor = Server.options(  # type: ignore[attr-defined]
-            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus, max_concurrency=1000
-        ).remote(partial(self._make, self._path), self._make_replica, settings.deadline_seconds)
+        actor = self._servers.start(self._path)
         member = Member(str(self._num_started), actor)
         self._num_started += 1
         self._members[member.name] = member
@@ -325,7 +325,7 @@ class Fleet:
 
     def _end(self, member: Member) -> None:
         del self._members[member.name]
-        ray.kill(member.actor)
+        self._servers.end(member.actor)
         self._backlog.extendleft(reversed(member.open.values()))
 
     def _replace(self, member: Member, why: str) -> None:
@@ -364,13 +364,3 @@ class Fleet:
             heapq.heapreplace(able, (member.num_sequences, number, member))
         for name, share in given.items():
             self._members[name].actor.submit.remote(share)
-
-
-def engines_of(job: Job) -> Callable[[str], Generator]:
-    """What makes an engine of the job, given a model's path. On CPUs an engine that samples reads
-    every prompt in one piece (see `Generator`)."""
-    settings = job.generator
-    if settings.num_gpus == 0:
-        whole = max(settings.batch_tokens, settings.max_model_len + 1)
-        settings = settings.model_copy(update={"tokens_per_batch": whole})
-    return partial(Generator, dtype=job.model.dtype, settings=settings, seed=job.run.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -10,8 +10,6 @@ from typing import Any, Self
 import numpy as np
 
 from pear_ray.actors.fleet import Fleet
-from pear_ray.actors.server import Engine
-from pear_ray.config import Generator as Settings
 from pear_ray.engines.generator import Trace
 from pear_ray.records import Completion
 
@@ -43,16 +41,10 @@ class NoReference:
 
 
 class Reference:
-    """Adds its log-probs to answers: engines that always serve the model in `path`."""
+    """Adds its log-probs to answers, by engines that always serve the same model."""
 
-    def __init__(
-        self,
-        make: Callable[[str], Engine],
-        path: str,
-        settings: Settings,
-        tell: Callable[[str, str], None],
-    ) -> None:
-        self._fleet = Fleet(make, path, settings, tell)
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
         self._places: dict[Hashable, tuple[Hashable, int]] = {}
 

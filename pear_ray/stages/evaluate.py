@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
-from pear_ray.actors.fleet import Fleet, engines_of
+from pear_ray.actors.engines import fleet_of
+from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import bootstrap_interval, mean_pass_at_k
@@ -42,7 +43,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     verifier = Verifiers(job.tasks, job.verifier)
     try:
         first = next(iter(checkpoints.values()))
-        with Fleet(engines_of(job), first, job.generator, partial(run.event, "evaluate")) as fleet:
+        with fleet_of(job, first, partial(run.event, "evaluate")) as fleet:
             for number, (label, path) in enumerate(checkpoints.items()):
                 if number:
                     fleet.load_folder(path)

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
-from pear_ray.actors.fleet import Fleet, engines_of
+from pear_ray.actors.engines import fleet_of
+from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
@@ -40,7 +41,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     first = job.model_path(next(iter(settings.num_examples)))
     try:
         with (
-            Fleet(engines_of(job), first, job.generator, partial(run.event, "sample")) as fleet,
+            fleet_of(job, first, partial(run.event, "sample")) as fleet,
             run.new_folder("sample") as folder,
         ):
             for number, (source, num_examples) in enumerate(settings.num_examples.items()):

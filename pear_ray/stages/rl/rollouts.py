@@ -20,7 +20,8 @@ import ray
 
 from pear_ray.actors.board import GRACE_SECONDS, Announced, QueueState
 from pear_ray.actors.course import Course, Lesson, lesson_numbers
-from pear_ray.actors.fleet import Fleet, engines_of
+from pear_ray.actors.engines import fleet_of
+from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.reference import NoReference, Reference
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.config import Job
@@ -158,53 +159,65 @@ class Probe:
 
 
 def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event) -> None:
-    """Answer problem after problem until the learners have ended. Nothing here waits but for
-    whatever comes next; how far it may run ahead of the learners, `Course` says."""
+    """Answer problem after problem until the learners have ended."""
     tell = partial(run.event, "rl")
-    make = engines_of(job)
-    referee = (
-        Reference(make, start, job.generator, tell) if job.rl.kl_coefficient else NoReference()
-    )
+    referee = Reference(fleet_of(job, start, tell)) if job.rl.kl_coefficient else NoReference()
     with (
-        Fleet(make, start, job.generator, tell, replicas_of(job, start)) as fleet,
+        fleet_of(job, start, tell, replicas_of(job, start)) as fleet,
         referee as reference,
         Verifiers(job.tasks, job.verifier) as verifiers,
     ):
         fleet.settle()
-        news: Announced | None = first_announced(board, job.learner.deadline_seconds, ended)
-        if news is None:
-            return
-        course = Course(job, start, news.versions[-1].version, news.next_problem)
-        evaluation, recorder = Evaluation(job, start), Recorder(job, run.folder / "rl", start)
-        watch, handover, probe = Watch(board, news.mark), Handover(queue), Probe(fleet)
-        version = -1
-        while not ended.is_set():
-            news = watch.news() or news
-            if news is not None and not evaluation.is_running:
-                versions = evaluation.up_to(news.versions)
-                probe.serve(versions)
-                news = None if versions == news.versions else news
-                version = max(version, versions[-1].version)
-                fleet.submit(evaluation.due(version))
-            fleet.submit(course.due(version))
-            for key, answers in fleet.finished():
-                if evaluation.has(key):
-                    verifiers.submit(key, evaluation.answered(key, answers))
-                else:
-                    reference.submit(key, course.prompt_ids(key), answers)
-            for key, answers in reference.finished():
-                verifiers.submit(key, course.answered(key, answers))
-            for key, verdicts in verifiers.finished(0.0):
-                (evaluation if evaluation.has(key) else course).judged(key, verdicts)
-            while (lesson := course.lesson()) is not None:
-                rollouts = probe.rollouts(lesson, evaluation.finished())
-                recorder.keep(lesson)
-                handover.put(rollouts)
-                log.info(in_words(job, rollouts))
-            probe.look_after(board, tell)
-            fleet.adapt(handover.look_after())
-            calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
-            ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
+        answer(job, run, start, fleet, reference, verifiers, board, queue, ended)
+
+
+def answer(
+    job: Job,
+    run: Run,
+    start: str,
+    fleet: Fleet,
+    reference: Reference | NoReference,
+    verifiers: Verifiers,
+    board: Any,
+    queue: Any,
+    ended: Event,
+) -> None:
+    """Engines, verifiers and learners brought together. Nothing here waits but for whatever comes
+    next; how far it may run ahead of the learners, `Course` says."""
+    news: Announced | None = first_announced(board, job.learner.deadline_seconds, ended)
+    if news is None:
+        return
+    course = Course(job, start, news.versions[-1].version, news.next_problem)
+    evaluation, recorder = Evaluation(job, start), Recorder(job, run.folder / "rl", start)
+    watch, handover, probe = Watch(board, news.mark), Handover(queue), Probe(fleet)
+    version = -1
+    while not ended.is_set():
+        news = watch.news() or news
+        if news is not None and not evaluation.is_running:
+            versions = evaluation.up_to(news.versions)
+            probe.serve(versions)
+            news = None if versions == news.versions else news
+            version = max(version, versions[-1].version)
+            fleet.submit(evaluation.due(version))
+        fleet.submit(course.due(version))
+        for key, answers in fleet.finished():
+            if evaluation.has(key):
+                verifiers.submit(key, evaluation.answered(key, answers))
+            else:
+                reference.submit(key, course.prompt_ids(key), answers)
+        for key, answers in reference.finished():
+            verifiers.submit(key, course.answered(key, answers))
+        for key, verdicts in verifiers.finished(0.0):
+            (evaluation if evaluation.has(key) else course).judged(key, verdicts)
+        while (lesson := course.lesson()) is not None:
+            rollouts = probe.rollouts(lesson, evaluation.finished())
+            recorder.keep(lesson)
+            handover.put(rollouts)
+            log.info(in_words(job, rollouts))
+        probe.look_after(board, partial(run.event, "rl"))
+        fleet.adapt(handover.look_after())
+        calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
+        ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
 
 
 def replicas_of(job: Job, start: str) -> Callable[[], Replica | AdapterReplica]:

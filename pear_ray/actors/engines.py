@@ -1,0 +1,58 @@
+"""The vLLM engines that a job asks for, as a fleet of actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import ray
+
+from pear_ray.actors.fleet import Fleet
+from pear_ray.actors.server import Server
+from pear_ray.config import Generator as Settings
+from pear_ray.config import Job
+from pear_ray.engines.generator import Generator
+from pear_ray.weights.adapters import AdapterReplica
+from pear_ray.weights.assemble import Replica
+
+
+class EngineServers:
+    """vLLM engines, each in a process of its own that `make_replica()` fetches weights for. On CPUs
+    an engine that samples reads every prompt in one piece (see `Generator`)."""
+
+    def __init__(
+        self,
+        dtype: str,
+        settings: Settings,
+        seed: int,
+        make_replica: Callable[[], Replica | AdapterReplica] = Replica,
+    ) -> None:
+        if settings.num_gpus == 0:
+            whole = max(settings.batch_tokens, settings.max_model_len + 1)
+            settings = settings.model_copy(update={"tokens_per_batch": whole})
+        self._settings, self._make_replica = settings, make_replica
+        self._make = partial(Generator, dtype=dtype, settings=settings, seed=seed)
+
+    def start(self, path: str) -> Any:
+        settings = self._settings
+        server = Server.options(  # type: ignore[attr-defined]
+            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus, max_concurrency=1000
+        )
+        make = partial(self._make, path)
+        return server.remote(make, self._make_replica, settings.deadline_seconds)
+
+    def end(self, actor: Any) -> None:
+        ray.kill(actor)
+
+
+def fleet_of(
+    job: Job,
+    path: str,
+    tell: Callable[[str, str], None],
+    make_replica: Callable[[], Replica | AdapterReplica] = Replica,
+) -> Fleet:
+    """The engines that a job asks for, serving the model in `path`."""
+    settings = job.generator
+    servers = EngineServers(job.model.dtype, settings, job.run.seed, make_replica)
+    return Fleet(servers, path, settings, tell)

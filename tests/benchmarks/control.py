@@ -1,0 +1,236 @@
+"""The control plane of RL alone: problems, engines, verdicts, queue and board, with engines that
+only pretend. One command.
+
+    python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 40]
+
+The loop is the stage's own (`stages.rl.rollouts.answer`) with its own fleet, verifiers, queue and
+board. Engines are pretended, many in one process: each answers a group after a fixed time, whatever
+else it works on. Learners are pretended too: they take a step whenever one is due, and announce a
+version without weights. Printed: groups per second, CPU seconds per second of the loop's process,
+of queue and board, and of the verifiers; and how much memory the loop's process gained between one
+third of the time and the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from pear_ray.actors.board import Board, StepQueue, take
+from pear_ray.actors.fleet import Fleet
+from pear_ray.actors.reference import NoReference
+from pear_ray.actors.server import Loaded, Report
+from pear_ray.actors.verifiers import Verifiers
+from pear_ray.config import Job, Pretrain
+from pear_ray.engines.generator import Request
+from pear_ray.engines.model import write_new_model
+from pear_ray.manifest import Run
+from pear_ray.records import Completion
+from pear_ray.stages.rl.rollouts import answer
+from pear_ray.tasks import make_tasks
+from pear_ray.weights.manifest import Share
+
+LATENCY_SECONDS = 2.0
+TOKENS_PER_ANSWER = 16
+GROUP_SIZE = 8
+STEPS_PER_SECOND = 2
+HOSTS = 2
+
+
+@ray.remote(num_cpus=0)
+class Host:
+    """Many pretended engines in one process."""
+
+    def __init__(self) -> None:
+        self._finished: dict[str, list[tuple[str, Any]]] = {}
+        self._news: dict[str, asyncio.Event] = {}
+        self._version: dict[str, int] = {}
+
+    async def ready(self, name: str) -> None:
+        self._finished[name], self._news[name] = [], asyncio.Event()
+
+    async def submit(self, name: str, work: list[tuple[str, Request]]) -> None:
+        asyncio.get_running_loop().call_later(LATENCY_SECONDS, self._finish, name, work)
+
+    def _finish(self, name: str, work: list[tuple[str, Request]]) -> None:
+        version = self._version.get(name, 0)
+        for key, request in work:
+            draw = random.Random(request.seed)
+            answers = tuple(
+                Completion(
+                    tuple(draw.randrange(100) for _ in range(TOKENS_PER_ANSWER)),
+                    (-1.0,) * TOKENS_PER_ANSWER,
+                    "build 1 + 2 = 3 , 3 + 4 = 7",
+                    "stop",
+                    ((max(version, request.min_version), TOKENS_PER_ANSWER),),
+                )
+                for _ in range(request.num_samples)
+            )
+            self._finished[name].append((key, answers))
+        self._news[name].set()
+
+    async def finished(self, name: str, wait_seconds: float) -> Report:
+        try:
+            await asyncio.wait_for(self._news[name].wait(), wait_seconds)
+        except TimeoutError:
+            return Report([], 0.0)
+        self._news[name].clear()
+        found, self._finished[name] = self._finished[name], []
+        return Report(found, 0.0)
+
+    async def update(self, name: str, versions: Any, probe: Any, seconds: float) -> Loaded:
+        self._version[name] = versions[-1].version
+        return Loaded(versions[-1].version, 0.0, 0.0, ())
+
+
+class Method:
+    """A method of one pretended engine."""
+
+    def __init__(self, method: Any, name: str) -> None:
+        self._method, self._name = method, name
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._method.remote(self._name, *arguments)
+
+
+class Pretended:
+    """An engine's actor, as a fleet sees it."""
+
+    def __init__(self, host: Any, name: str) -> None:
+        for method in ("ready", "submit", "finished", "update"):
+            setattr(self, method, Method(getattr(host, method), name))
+
+
+class PretendedServers:
+    """Pretended engines, dealt over a few processes."""
+
+    def __init__(self, num_hosts: int) -> None:
+        self._hosts = [Host.options(max_concurrency=10_000).remote() for _ in range(num_hosts)]  # type: ignore[attr-defined]
+        self._num_started = 0
+
+    def start(self, path: str) -> Pretended:
+        self._num_started += 1
+        host = self._hosts[self._num_started % len(self._hosts)]
+        return Pretended(host, str(self._num_started))
+
+    def end(self, actor: Pretended) -> None:
+        """They end with their hosts."""
+
+
+def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
+    """A job whose steps are so large that learners take `STEPS_PER_SECOND`."""
+    document = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "rl": {
+            "steps": 10**6,
+            "problems_per_step": groups_per_second // STEPS_PER_SECOND,
+            "group_size": GROUP_SIZE,
+            # As many steps as are under way in the engines, and a few that wait.
+            "max_staleness": int(LATENCY_SECONDS * STEPS_PER_SECOND) + 2,
+        },
+        "generator": {"replicas": num_engines, "max_new_tokens": 32, "max_model_len": 64},
+        "learner": {"tokens_per_micro_batch": 64},
+        "tasks": [{"name": "countdown"}],
+    }
+    job = Job(**document)  # type: ignore[arg-type]
+    words = make_tasks(job.tasks)[0].vocabulary()  # type: ignore[attr-defined]
+    shape = Pretrain(styles={}, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1)
+    write_new_model(folder / "model", shape, words)
+    return job
+
+
+def learn(board: Any, queue: Any, ended: threading.Event) -> None:
+    """Pretended learners: a step whenever one is due."""
+    due, step = time.monotonic(), 0
+    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0))
+    while not ended.is_set():
+        rollouts = take(queue, step, 120.0)
+        due = max(due + 1 / STEPS_PER_SECOND, time.monotonic() - 1)
+        time.sleep(max(0.0, due - time.monotonic()))
+        step += 1
+        ray.get(board.announce.remote(Share(step, 0, (), 0), 1, rollouts.lesson.next_problem))
+        ray.get(queue.forget_before.remote(step - 1))
+        LEARNED.append((time.monotonic(), len(rollouts.lesson.groups)))
+
+
+LEARNED: list[tuple[float, int]] = []
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds so far, by what used them."""
+    found = {"loop": sum(psutil.Process().cpu_times()[:2])}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            title = (process.cmdline() or [""])[0].removeprefix("ray::").split(".")[0]
+            used = sum(process.cpu_times()[:2])
+        except psutil.Error:
+            continue
+        for name in ("Board", "StepQueue", "VerifierActor", "Host"):
+            if title.startswith(name):
+                found[name] = found.get(name, 0.0) + used
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=int, default=256)
+    parser.add_argument("--groups-per-second", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    arguments = parser.parse_args()
+    logging.getLogger("pear_ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        job = job_of(Path(folder), arguments.engines, arguments.groups_per_second)
+        (Path(folder) / "run").mkdir()
+        board, queue = Board.remote(), StepQueue.remote()  # type: ignore[attr-defined]
+        learner = threading.Thread(target=learn, args=(board, queue, ended), daemon=True)
+        with (
+            Fleet(PretendedServers(HOSTS), "", job.generator, print) as fleet,
+            Verifiers(job.tasks, job.verifier) as verifiers,
+        ):
+            fleet.settle()
+            learner.start()
+            rest = (fleet, NoReference(), verifiers, board, queue, ended)
+            loop = threading.Thread(
+                target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
+            )
+            loop.start()
+            time.sleep(arguments.seconds / 3)
+            measure(loop, arguments.seconds * 2 / 3)
+            ended.set()
+            loop.join(30)
+    ray.shutdown()
+
+
+def measure(loop: threading.Thread, seconds: float) -> None:
+    """Print what the loop did in so many seconds."""
+    started, used = time.monotonic(), cpu_seconds()
+    memory, num_before = psutil.Process().memory_info().rss, len(LEARNED)
+    time.sleep(seconds)
+    assert loop.is_alive(), "the loop ended"
+    passed = time.monotonic() - started
+    now = cpu_seconds()
+    groups = sum(count for _, count in LEARNED[num_before:])
+    print(f"groups per second    {groups / passed:10.0f}")
+    for name, total in now.items():
+        print(f"CPU of {name:<14}{(total - used.get(name, 0.0)) / passed:10.2f} cores")
+    gained = psutil.Process().memory_info().rss - memory
+    print(f"memory gained        {gained / 2**20:10.1f} MiB of {memory / 2**20:.0f}")
+
+
+if __name__ == "__main__":
+    main()

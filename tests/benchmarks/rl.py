@@ -1,0 +1,234 @@
+"""The RL loop beside TRL's GRPOTrainer: one command, ratios from one run.
+
+    pip install -e '.[benchmarks]'        # TRL and datasets
+    python tests/benchmarks/rl.py [--pairs 3] [--steps 14] [--only trl one zero]
+
+Every contender learns the same game with the same tiny model (3.2 M parameters), as many problems
+and answers in each step, answers of at most 32 tokens, AdamW, float32, on the same two cores; they
+take turns, as often as `--pairs` says:
+
+    trl         TRL's GRPOTrainer, which samples with transformers
+    one         stage `rl`, one rank without ZeRO, one vLLM engine
+    zero        the same, two ranks with ZeRO-3
+    ahead       the same as `one`, rollouts one step ahead (rl.max_staleness = 1)
+
+A step's rate is its sampled-and-trained tokens over the time since the step before; the medians
+over steps after a warm-up are compared. For stage `rl` a second table says what learners and
+engines did in that time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PROBLEMS, GROUP, MAX_NEW_TOKENS = 32, 8, 32
+TASK = "tests.stages.parity:Parity"
+WARM_UP = 4
+THREADS = 2
+CONTENDERS = ("trl", "one", "zero", "ahead")
+
+
+def write_model(folder: Path) -> None:
+    """A Qwen3, 4 layers of width 256, untied."""
+    from pear_ray.config import Pretrain
+    from pear_ray.engines.model import write_new_model
+
+    shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
+    write_new_model(folder, shape, [f"w{number}" for number in range(97)])
+
+
+def trl(model: str, num_steps: int) -> None:
+    """TRL, sampling with transformers: prints [tokens, seconds] of each step."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from tests.stages.parity import Parity
+
+    torch.set_num_threads(THREADS)
+    task = Parity()
+    problems = list(islice(task.problems("train", 0), PROBLEMS * num_steps))
+    rows = {"prompt": [problem.messages[0]["content"] for problem in problems]}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    steps: list[tuple[int, float]] = []
+    num_tokens = 0
+
+    def reward(completions: list[str], completion_ids: Any, **_: Any) -> list[float]:
+        nonlocal num_tokens
+        num_tokens += sum(len(ids) for ids in completion_ids)
+        return [task.verdict(problems[0], text).reward for text in completions]
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            steps.append((num_tokens, time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder,
+            max_steps=num_steps,
+            per_device_train_batch_size=PROBLEMS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=MAX_NEW_TOKENS,
+            steps_per_generation=1,
+            beta=0.0,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            learning_rate=1e-4,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            model_init_kwargs={"dtype": "float32"},
+        )
+        GRPOTrainer(
+            model,
+            reward,
+            args=settings,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        ).train()
+    print(json.dumps([(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(steps)]))
+
+
+def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
+    """The same as a job."""
+    num_ranks = 2 if name == "zero" else 1
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f"""
+        [run]
+        dir = "{folder}/{name}"
+        [model]
+        path = "{model}"
+        dtype = "float32"
+        [rl]
+        steps = {num_steps}
+        problems_per_step = {PROBLEMS}
+        group_size = {GROUP}
+        learning_rate = 1e-4
+        max_staleness = {int(name == "ahead")}
+        [generator]
+        num_cpus = 0.5
+        threads = {THREADS}
+        max_new_tokens = {MAX_NEW_TOKENS}
+        max_model_len = 64
+        max_concurrent = {PROBLEMS * GROUP}
+        [learner]
+        num_workers = {num_ranks}
+        zero_stage = {3 if name == "zero" else 0}
+        cpus_per_worker = {THREADS // num_ranks}
+        tokens_per_micro_batch = 8192
+        steps_per_checkpoint = 1000
+        [verifier]
+        processes = 1
+        [[tasks]]
+        name = "{TASK}"
+        """
+    )
+    return path
+
+
+def stage(folder: Path, model: Path, name: str, num_steps: int) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl of stage `rl`."""
+    job = job_of(folder, model, name, num_steps)
+    environment = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pear_ray", "rl", str(job)],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def measured(folder: Path, model: Path, name: str, num_steps: int) -> dict[str, Any]:
+    """Tokens per second of each step, and the rows, if there are any."""
+    if name == "trl":
+        program = f"from tests.benchmarks.rl import trl; trl({str(model)!r}, {num_steps})"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=1800
+        )
+        if done.returncode:
+            raise RuntimeError(f"trl: {done.stderr[-3000:]}")
+        steps, rows = json.loads(done.stdout.splitlines()[-1]), []
+    else:
+        rows = stage(folder, model, name, num_steps)
+        steps = [
+            (row["num_tokens"], row["time"] - before["time"]) for before, row in pairwise(rows)
+        ]
+    rates = [tokens / seconds for tokens, seconds in steps[WARM_UP:]]
+    return {"rate": statistics.median(rates), "rows": rows[WARM_UP + 1 :]}
+
+
+def print_times(name: str, rows: list[dict[str, Any]]) -> None:
+    """What learners and engines did, as shares of a step."""
+
+    def share(key: str) -> float:
+        return statistics.median(row[key] / row["step_seconds"] for row in rows)
+
+    parts = {
+        "learn": share("learn_seconds"),
+        "publish": share("publish_seconds"),
+        "learners wait": share("wait_seconds"),
+        "engines idle": share("generator_idle_seconds"),
+        "engines load weights": share("pause_seconds"),
+    }
+    seconds = statistics.median(row["step_seconds"] for row in rows)
+    said = "  ".join(f"{part} {value:.2f}" for part, value in parts.items())
+    print(f"  {name:<8}{seconds:6.2f} s a step: {said}")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=3, help="rounds in which all take turns")
+    parser.add_argument("--steps", type=int, default=14, help="optimiser steps of each")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="leave others out")
+    words = parser.parse_args()
+    names = words.only or list(CONTENDERS)
+    rounds = []
+    with tempfile.TemporaryDirectory() as home:
+        model = Path(home) / "model"
+        write_model(model)
+        for number in range(words.pairs):
+            folder = Path(home) / str(number)
+            folder.mkdir()
+            rounds.append({name: measured(folder, model, name, words.steps) for name in names})
+    print(f"{words.pairs} rounds of {words.steps} steps of {PROBLEMS} x {GROUP} answers")
+    for name in names:
+        rate = statistics.median(one[name]["rate"] for one in rounds)
+        line = f"  {name:<8}{rate:>8.0f} tokens/s"
+        for base in ("trl", "one"):
+            if base in names:
+                ratio = statistics.median(one[name]["rate"] / one[base]["rate"] for one in rounds)
+                line += f"   {ratio:6.3f} of {base}"
+        print(line)
+    print("Where the time goes, medians over steps, as shares of a step:")
+    for name in names:
+        if rows := [row for one in rounds for row in one[name]["rows"]]:
+            print_times(name, rows)
+
+
+if __name__ == "__main__":
+    main()

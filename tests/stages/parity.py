@@ -1,0 +1,26 @@
+"""A game for models of a hundred words that know nothing: answers earn by their first word, so that
+some of every group do. It is imported by the processes of a run."""
+
+from __future__ import annotations
+
+import random
+
+from pear_ray.records import Problem, Verdict
+
+
+class Parity:
+    name = "parity"
+
+    def problems(self, split, seed):
+        order = list(range(97 * 97))
+        random.Random(f"{split} {seed}").shuffle(order)
+        for number in order:
+            if (number % 10 == 0) == (split == "heldout"):
+                words = f"w{number // 97} w{number % 97}"
+                messages = ({"role": "user", "content": words},)
+                yield Problem(f"parity-{number}", self.name, messages, words, split)
+
+    def verdict(self, problem, text):
+        first, *_ = [*text.split(), "w1"]
+        right = first[1:].isdigit() and int(first[1:]) % 2 == 0
+        return Verdict(float(right), right, note="" if right else "odd")
