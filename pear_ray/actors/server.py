@@ -92,7 +92,6 @@ class Server:
         # Work for weights that have yet to come.
         self._held: deque[Work] = deque()
         self._finished: list[tuple[str, Any]] = []
-        self._probes: dict[str, Future[Any]] = {}
         self._is_idle = True
         self._idle_seconds = 0.0
         self._news = asyncio.Event()
@@ -131,10 +130,10 @@ class Server:
         newest = versions[-1].version
         tensors = await asyncio.to_thread(self._fetch, versions, deadline_seconds)
         fetched = time.perf_counter()
-        pause = await self._between_steps(lambda engine: engine.load(tensors, newest))
-        scores = await self._between_steps(lambda engine: self._ask(engine, probe))
-        probed = [await asyncio.wrap_future(score) for score in scores]
-        return Loaded(newest, fetched - started, pause, tuple(probed))
+        pause, scores = await self._between_steps(
+            lambda engine: (engine.load(tensors, newest), self._ask(engine, probe))
+        )
+        return Loaded(newest, fetched - started, pause, scores)
 
     def _fetch(
         self, versions: Sequence[WeightVersion], deadline_seconds: float
@@ -205,24 +204,22 @@ class Server:
         except Exception as error:  # the engine's: it refuses this piece of work alone
             self._tell([(key, error)], engine.is_idle)
 
-    def _ask(self, engine: Engine, probe: Sequence[Trace]) -> list[Future[Any]]:
-        scores: list[Future[Any]] = []
-        for number, trace in enumerate(probe):
-            key = f"probe-{engine.version}-{number}"
-            self._probes[key] = Future()
-            scores.append(self._probes[key])
+    def _ask(self, engine: Engine, probe: Sequence[Trace]) -> tuple[np.ndarray, ...]:
+        """The probe's log-probs, before any other work is taken up: what an engine works on
+        together must not depend on when a message came."""
+        keys = [f"probe-{number}" for number in range(len(probe))]
+        for key, trace in zip(keys, probe, strict=True):
             engine.add(key, trace)
-        return scores
+        scores: dict[str, np.ndarray] = {}
+        while len(scores) < len(probe):
+            finished = engine.step()
+            scores |= {key: result for key, result in finished if key in keys}
+            self._tell([pair for pair in finished if pair[0] not in keys], engine.is_idle)
+        return tuple(scores[key] for key in keys)
 
     def _tell(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
-        others = []
-        for key, result in finished:
-            if key in self._probes:
-                self._probes.pop(key).set_result(result)
-            else:
-                others.append((key, result))
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._note, others, is_idle)
+        self._loop.call_soon_threadsafe(self._note, finished, is_idle)
 
     def _note(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
         self._finished += finished

@@ -20,8 +20,8 @@ Key = tuple[str, int, int]
 
 class Evaluation:
     """pass@1 of every `rl.steps_per_evaluation`-th weight version, on the same problems with the
-    same seeds each time. While it runs engines get no newer weights, so each value is that of one
-    version."""
+    same seeds each time. While it runs engines get no newer weights and no other work, so each
+    value is that of one version, and on-policy runs repeat to the bit."""
 
     def __init__(self, job: Job, path: str) -> None:
         self._settings, self._seed = job.evaluation, job.run.seed

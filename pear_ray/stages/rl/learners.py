@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+import torch
 
 from pear_ray.actors.board import GRACE_SECONDS, take
 from pear_ray.actors.training import begin, keep, newest, rank_and_count
@@ -73,7 +75,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         taken = time.perf_counter()
         refuse_stale(job, step, rollouts)
         gap = probes.check(step, rollouts)
-        result = learner.step(learner.share(sequences_of(job, rollouts.lesson.groups)), objective)
+        packs = learner.share(sequences_of(job, rollouts.lesson.groups))
+        result = learner.step(packs, objective)
         learned = time.perf_counter()
         next_problem = rollouts.lesson.next_problem
         num_bytes = desk.publish(step + 1, next_problem)
@@ -91,6 +94,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         }
         if tracker:
             tracker.log(step, **row)
+            if step == start:
+                log.info("rl: %s", in_figures(job, packs, num_bytes))
         if end := log_book.note(step, row):
             log.info("rl: ends early: %s", end)
             break
@@ -262,6 +267,20 @@ class LogBook:
                 found.rename(self._home / "best")
             else:
                 shutil.rmtree(found)
+
+
+def in_figures(job: Job, packs: Sequence[TrainingBatch], num_bytes: int) -> str:
+    """What a step is made of, on one line: shapes and memory of a rank."""
+    sizes = [len(pack.token_ids_T) for pack in packs]
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        f"a rank's step: {len(packs)} packs of {min(sizes)} to {max(sizes)} tokens (room for"
+        f" {job.learner.tokens_per_pack}), peak memory {peak / 2**30:.2f} GiB,"
+        f" {num_bytes / 2**20:.1f} MiB of weights published"
+    )
 
 
 def refuse_stale(job: Job, step: int, rollouts: Rollouts) -> None:
