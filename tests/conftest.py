@@ -103,10 +103,11 @@ def ray_session(nothing_left: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a Hugging Face folder of a tiny Qwen3 with 100 words, by `tied` and `seed`."""
+    """Makes a Hugging Face folder of a tiny Qwen3 with 100 words, by `tied`, `seed` and the
+    number of layers."""
 
     @cache
-    def make(tied: bool, seed: int = 0) -> Path:
+    def make(tied: bool, seed: int = 0, num_layers: int = 2) -> Path:
         from pear_ray.config import Pretrain
         from pear_ray.engines.model import write_new_model
 
@@ -115,7 +116,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             seed=seed,
             hidden_size=64,
             intermediate_size=128,
-            num_layers=2,
+            num_layers=num_layers,
             tie_word_embeddings=tied,
             # Fresh weights predict and attend to all alike; larger ones do not.
             initializer_range=0.08,

@@ -234,35 +234,41 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, tmp_path_factory):
+def model(tiny_model):
+    """A folder. Of one layer: ranks that share two cores wait for each other layer by layer."""
+    return tiny_model(False, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
     """The folder that `main` filled."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__, str(tiny_model(False)), str(folder)]
+    command = [sys.executable, __file__, str(model), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
 @pytest.fixture(scope="module", params=RANKS)
-def outcome(request, finished, tiny_model):
-    return Outcome(request.param, finished / str(request.param), tiny_model(False))
+def outcome(request, finished, model):
+    return Outcome(request.param, finished / str(request.param), model)
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model):
+def reference(model):
     """The same steps, one sequence at a time: losses, gradient norms, rates and parameters."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(False), attn_implementation="sdpa")
+    policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
     optimiser = torch.optim.AdamW(
-        model.parameters(), OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay
+        policy.parameters(), OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay
     )
     scheduler = get_scheduler("linear", optimiser, 0, NUM_STEPS)
     steps = []
     for step in range(NUM_STEPS):
-        loss = sum(minus_logprobs(model, s) for s in sequences(step))
+        loss = sum(minus_logprobs(policy, s) for s in sequences(step))
         loss = loss / sum(int(s.trainable.sum()) for s in sequences(step))
         optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISER.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMISER.max_grad_norm)
         facts = {
             "loss": loss.item(),
             "grad_norm": float(norm),
@@ -270,7 +276,7 @@ def reference(tiny_model):
         }
         optimiser.step()
         scheduler.step()
-        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        parameters = {name: p.detach().clone() for name, p in policy.named_parameters()}
         steps.append((facts, parameters))
     norms = [facts["grad_norm"] for facts, _ in steps]
     assert min(norms) < OPTIMISER.max_grad_norm < max(norms)
@@ -298,8 +304,8 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize(
     ("num_ranks", "name"), [(n, name) for n in RANKS for name in ("roomy", *MADE[n])]
 )
-def test_steps_are_those_of_one_plain_process(finished, tiny_model, reference, num_ranks, name):
-    outcome = Outcome(num_ranks, finished / str(num_ranks), tiny_model(False))
+def test_steps_are_those_of_one_plain_process(finished, model, reference, num_ranks, name):
+    outcome = Outcome(num_ranks, finished / str(num_ranks), model)
     for step, (facts, parameters) in enumerate(reference):
         for ours in outcome.notes(f"{name}-{step}"):
             assert ours["loss"] == pytest.approx(facts["loss"], abs=1e-5)
@@ -366,8 +372,8 @@ def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear,
 
 
 @pytest.mark.parametrize("num_ranks", [n for n in RANKS if "shared" in MADE[n]])
-def test_weights_sum_over_the_ranks_that_share_a_response(finished, tiny_model, num_ranks):
-    outcome = Outcome(num_ranks, finished / str(num_ranks), tiny_model(False))
+def test_weights_sum_over_the_ranks_that_share_a_response(finished, model, num_ranks):
+    outcome = Outcome(num_ranks, finished / str(num_ranks), model)
     (alone, *_), shared = outcome.notes("weighted-0"), outcome.notes("weighted, shared-0")
     assert alone["facts"]["weight"] != pytest.approx(alone["num_tokens"], rel=1e-2)
     for ours in shared:
@@ -380,8 +386,8 @@ def test_weights_sum_over_the_ranks_that_share_a_response(finished, tiny_model, 
 
 
 @pytest.mark.parametrize(("kept_by", "num_ranks"), RESHAPED)
-def test_another_number_of_ranks_goes_on(finished, tiny_model, reference, kept_by, num_ranks):
-    outcome = Outcome(num_ranks, finished / f"{kept_by} to {num_ranks}", tiny_model(False))
+def test_another_number_of_ranks_goes_on(finished, model, reference, kept_by, num_ranks):
+    outcome = Outcome(num_ranks, finished / f"{kept_by} to {num_ranks}", model)
     for step in range(KEPT_AT, NUM_STEPS):
         for ours in outcome.notes(f"roomy-{step}"):
             assert ours["loss"] == pytest.approx(reference[step][0]["loss"], abs=1e-5)

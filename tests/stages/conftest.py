@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pear_ray.__main__ import command
 from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer
 
-NUM_ROWS = 1200
+NUM_ROWS = 600
 MAX_MODEL_LEN = 64
 TOP = 3
 WORDS = [f"w{number}" for number in range(97)]

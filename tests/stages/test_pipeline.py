@@ -1,4 +1,4 @@
-"""The whole chain, with real engines, on a job of minutes; killed and taken up again on the way."""
+"""The whole chain, with real engines, on a job of minutes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -45,47 +43,21 @@ def lasting(entries: dict[str, Any]) -> dict[str, float]:
     return {s: e["started"] for s, e in entries.items() if s not in ("report", "pipeline")}
 
 
-def until(condition: Any, driver: subprocess.Popen[bytes], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert driver.poll() is None, f"the driver ended before {what}"
-        assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for {what}"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def address(ray_session: None) -> str:
     return ray.get_runtime_context().gcs_address
 
 
-def kill_a_rank() -> None:
-    titled = ((p, " ".join(p.cmdline())) for p in psutil.Process().children(recursive=True))
-    ranks = [process for process, title in titled if title.startswith("ray::RayTrainWorker")]
-    assert len(ranks) == 2
-    ranks[1].kill()
-
-
 @pytest.fixture(scope="module")
 def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose driver was killed as SFT began, and a rank in the middle of RL."""
+    """A finished run."""
     folder = tmp_path_factory.mktemp("pipeline") / "run"
-    pear = folder / "arms" / "pear"
     driver = drive(folder, address)
-    until(lambda: "sft" in stages(pear), driver, "SFT")
-    driver.kill()
-    driver.wait()
-    done = {s: e["started"] for s, e in stages(folder).items() if e["state"] == "done"}
-    assert {"pretrain", "sample", "score"} <= done.keys()
-    driver = drive(folder, address)
-    until(lambda: len(rows(pear, "rl")) >= 5, driver, "RL")
-    kill_a_rank()
     assert driver.wait(timeout=SECONDS) == 0, (folder.parent / "driver.log").read_text()[-5000:]
-    repeated = {s for s, start in done.items() if stages(folder)[s]["started"] != start}
-    assert not repeated
     return folder
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1200)
 def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     assert {s for s, e in stages(run).items() if e["state"] == "done"} >= {
         "pretrain", "sample", "score", "evaluate", "report", "pipeline",
@@ -97,7 +69,7 @@ def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-def test_steps_are_written_once_each_in_spite_of_the_kills(run: Path) -> None:
+def test_steps_are_written_once_each(run: Path) -> None:
     sft, rl = (rows(run / "arms" / "pear", stage) for stage in ("sft", "rl"))
     assert [row["step"] for row in sft] == list(range(len(sft))) and len(sft) >= 16
     assert [row["step"] for row in rl] == list(range(8))

@@ -44,9 +44,9 @@ def job(corpus: Any, scored_run: Path, tmp_path_factory: pytest.TempPathFactory)
         scored_path = "{scored_run}/scored"
         [sft]
         learning_rate = 1e-3
-        examples_per_step = 60
+        examples_per_step = 30
         epochs = 2
-        rows_per_window = 200
+        rows_per_window = 100
         steps_per_heldout = 8
         [learner]
         num_workers = 2
