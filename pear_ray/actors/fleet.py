@@ -318,7 +318,8 @@ class Fleet:
         try:
             self.loaded.append((member.name, ray.get(call)))
         except ray.exceptions.RayTaskError as error:
-            # It serves what it served before, until it is asked for another version.
+            # It serves what it served before, until something is announced again.
+            member.asked = -1
             self.failed_loads.append((member.name, error.cause))
             return
         self._update(member)

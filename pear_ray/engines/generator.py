@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -72,8 +73,13 @@ class Generator:
             torch.set_num_threads(settings.threads)
             keep_freed_memory()
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
+        # A million objects come to stay: looking for garbage among them is a fifth of the import.
+        gc.disable()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
+
+        gc.freeze()
+        gc.enable()
 
         executor = "uni" if settings.tensor_parallel == 1 else "mp" if on_cpu else "ray"
         self._settings = settings

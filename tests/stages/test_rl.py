@@ -38,7 +38,6 @@ problems_per_step = 4
 group_size = 4
 learning_rate = 1e-3
 replace_without_signal = true
-overlong = "mask"
 {rl}
 [generator]
 num_cpus = 0.5
@@ -168,9 +167,9 @@ def test_learners_learn_the_same_from_what_was_recorded(plain: Path, replayed: P
 
 
 def test_generator_and_learner_agree_after_every_update(plain: Path, adapters: Path) -> None:
-    for job in (plain, adapters):
+    for job, num_least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
         gaps = [row["probe_gap_max"] for row in rows(job) if row["probe_gap_max"] is not None]
-        assert len(gaps) >= STEPS - 2 and max(gaps) <= 1e-4
+        assert len(gaps) >= num_least and max(gaps) <= 1e-4
 
 
 def test_held_out_problems_are_evaluated_on_the_way(plain: Path) -> None:

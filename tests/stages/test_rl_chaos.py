@@ -127,17 +127,25 @@ class Chaos:
         return max((row["step"] for row in rows(self.folder)), default=-1)
 
     def kill_one(self, kind: str) -> None:
-        """kill -9 of an actor of this kind."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{kind}"):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        assert found, f"no {kind} is there"
+        """kill -9 of an actor of this kind, once there is one."""
+        deadline = time.monotonic() + SECONDS
+        while not (found := processes(kind)):
+            assert time.monotonic() < deadline, f"no {kind} came in {SECONDS:.0f} s"
+            time.sleep(0.05)
         self.draw.choice(found).kill()
         self.num_kills += 1
+
+
+def processes(kind: str) -> list[psutil.Process]:
+    """Actors of this kind among the children of this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,6 @@ class Evaluation:
             "pass_at_1": float(values.mean()),
             "pass_at_1_low": low,
             "pass_at_1_high": high,
-            "response_tokens_mean": float(np.mean([len(a.token_ids) for a in answers])),
-            "truncated_share": float(np.mean(cut)),
+            "evaluated_tokens_mean": float(np.mean([len(a.token_ids) for a in answers])),
+            "evaluated_truncated_share": float(np.mean(cut)),
         }

@@ -44,8 +44,12 @@ def objective_of(job: Job) -> PolicyGradient:
 
 def sequences_of(job: Job, groups: tuple[RolloutGroup, ...]) -> list[TrainingSequence]:
     """One sequence for each answer, its advantage on each token; none to learn in an answer that
-    was cut, under `rl.overlong = "mask"`."""
-    return [
+    was cut, under `rl.overlong = "mask"`.
+
+    Raises:
+        RuntimeError: they were all cut.
+    """
+    sequences = [
         TrainingSequence.of(
             group.prompt_ids,
             answer.token_ids,
@@ -60,6 +64,13 @@ def sequences_of(job: Job, groups: tuple[RolloutGroup, ...]) -> list[TrainingSeq
         for group in groups
         for answer, advantage in zip(group.completions, group.advantages, strict=True)
     ]
+    if not any(sequence.trainable.any() for sequence in sequences):
+        raise RuntimeError(
+            f'rl.overlong: read "mask", and all {len(sequences)} answers of a step were cut at'
+            f" generator.max_new_tokens {job.generator.max_new_tokens}; expected room for some to"
+            " end by themselves"
+        )
+    return sequences
 
 
 def warnings_of(job: Job) -> list[LowEntropy | FallingEntropy | LittleSignal]:
