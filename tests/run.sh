@@ -65,15 +65,15 @@ if (($#)); then
   echo "== pytest $*"
   env "$mark" python -m pytest "$@" || status=$?
 else
-  # Half its time the whole chain waits for processes to start: it runs beside the others.
-  chain=tests/stages/test_pipeline.py
-  env "$mark" python -m pytest "$chain" > "$scratch/chain.log" 2>&1 &
+  # Half their time the tests of RL wait for processes to start: they run beside the others.
+  rl=(tests/stages/test_rl.py tests/stages/test_rl_chaos.py tests/stages/test_pipeline.py)
+  env "$mark" python -m pytest "${rl[@]}" > "$scratch/rl.log" 2>&1 &
   beside=$!
-  echo "== pytest --ignore=$chain"
-  env "$mark" python -m pytest "--ignore=$chain" || status=$?
-  echo "== pytest $chain"
+  echo "== pytest ${rl[*]/#/--ignore=}"
+  env "$mark" python -m pytest "${rl[@]/#/--ignore=}" || status=$?
+  echo "== pytest ${rl[*]}"
   wait "$beside" || status=$?
-  cat "$scratch/chain.log"
+  cat "$scratch/rl.log"
 fi
 
 # A Ray session takes a moment to end after the test that shut it down.
