@@ -10,10 +10,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import ray
@@ -130,9 +131,12 @@ class Server:
         newest = versions[-1].version
         tensors = await asyncio.to_thread(self._fetch, versions, deadline_seconds)
         fetched = time.perf_counter()
-        pause, scores = await self._between_steps(
-            lambda engine: (engine.load(tensors, newest), self._ask(engine, probe))
-        )
+        try:
+            pause, scores = await self._between_steps(
+                lambda engine: (engine.load(tensors, newest), self._ask(engine, probe))
+            )
+        except Exception:  # the engine's: half of its weights may be new
+            self._die("weights could not be loaded")
         return Loaded(newest, fetched - started, pause, scores)
 
     def _fetch(
@@ -175,13 +179,25 @@ class Server:
         try:
             while True:
                 self._do_what_is_asked(engine)
-                faulthandler.dump_traceback_later(self._deadline_seconds, exit=True)
-                self._tell(engine.step(), engine.is_idle)
-                faulthandler.cancel_dump_traceback_later()
+                with self._in_time():
+                    self._tell(engine.step(), engine.is_idle)
         except Exception:  # the engine's: an actor whose engine is dead must not look alive
-            log.exception("the engine failed")
-            logging.shutdown()
-            os._exit(1)
+            self._die("the engine failed")
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """An engine that hangs ends its process."""
+        faulthandler.dump_traceback_later(self._deadline_seconds, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _die(self, why: str) -> NoReturn:
+        """End the process, so that the engine is replaced."""
+        log.exception(why)
+        logging.shutdown()
+        os._exit(1)
 
     def _do_what_is_asked(self, engine: Engine) -> None:
         """Empty the inbox; wait for it while there is no other work."""
@@ -189,7 +205,8 @@ class Server:
             began = time.perf_counter()
             action = self._inbox.get()
             self._idle_seconds += time.perf_counter() - began
-            action(engine)
+            with self._in_time():
+                action(engine)
 
     def _take_up(self, engine: Engine, work: Sequence[Work]) -> None:
         for key, item in work:
