@@ -43,15 +43,18 @@ class Board:
     def __init__(self) -> None:
         self._announced: Announced | None = None
         self._arriving: dict[int, Share] = {}
+        self._arriving_from: tuple[int, int, str] | None = None
         self._wants_full = False
         self._closed: str | None = None
         self._change = asyncio.Condition()
 
-    async def announce(self, share: Share, num_ranks: int, next_problem: int) -> None:
-        """One rank's share of a version, which counts once every rank has announced its own."""
+    async def announce(self, share: Share, num_ranks: int, next_problem: int, attempt: str) -> None:
+        """One rank's share of a version, which counts once every rank of the same attempt (name of
+        one start of the learners) has announced its own."""
         async with self._change:
-            if any(other.version != share.version for other in self._arriving.values()):
+            if self._arriving_from != (share.version, num_ranks, attempt):
                 self._arriving = {}
+            self._arriving_from = (share.version, num_ranks, attempt)
             self._arriving[share.rank] = share
             if len(self._arriving) < num_ranks:
                 return

@@ -34,13 +34,19 @@ MAX_DRAWS = 20
 
 @dataclass
 class Asked:
-    """A problem that was asked; `group` is there once its answers are judged."""
+    """A problem that was asked; `group` is there once its answers are judged. One whose prompt
+    leaves no room for an answer is dropped and never asked."""
 
     problem: Problem
     request: Request
     completions: tuple[Completion, ...] = ()
     group: RolloutGroup | None = None
     is_dropped: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not known yet what will become of it."""
+        return self.group is None and not self.is_dropped
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Course:
     def __init__(self, job: Job, path: str, first_step: int, first_problem: int) -> None:
         self._settings, self._seed = job.rl, job.run.seed
         self._max_new_tokens = job.generator.max_new_tokens
+        self._max_model_len = job.generator.max_model_len
         self._tokenizer = load_tokenizer(path)
         stream = endless_problems(job.tasks, "train", seed_of(job.run.seed, "rl"))
         self._stream = islice(stream, first_problem, None)
@@ -77,7 +84,7 @@ class Course:
         """
         rl = self._settings
         num_kept = sum(not asked.is_dropped for asked in self._asked.values())
-        num_open = sum(asked.group is None for asked in self._asked.values())
+        num_open = sum(asked.is_open for asked in self._asked.values())
         if rl.max_staleness == 0 and num_open:
             return []
         last_step = min(version + rl.max_staleness, rl.steps - 1)
@@ -127,12 +134,13 @@ class Course:
         """
         wanted, groups, dropped = self._settings.problems_per_step, [], []
         for asked in self._asked.values():
+            if asked.is_dropped:
+                dropped.append(asked.problem.problem_id)
+                if len(dropped) == self._most_useless:
+                    raise self._useless()
+                continue
             if asked.group is None:
                 return None
-            if asked.is_dropped:
-                dropped.append(asked.group.problem_id)
-                self._refuse_silence(dropped)
-                continue
             groups.append(asked.group)
             if len(groups) == wanted:
                 return self._hand_over(tuple(groups), tuple(dropped))
@@ -147,30 +155,36 @@ class Course:
         return lesson
 
     def _ask(self, number: int) -> tuple[int, Request]:
-        """Draw the next problem, the `number`-th that steps may learn from."""
+        """Draw the next problem that can be asked, the `number`-th that steps may learn from."""
         rl = self._settings
         latest_step = self._step + number // rl.problems_per_step
-        epoch, problem = next(self._stream)
-        request = Request(
-            tuple(prompt_ids(self._tokenizer, problem.messages)),
-            rl.group_size,
-            seed_of(self._seed, "rl", problem.problem_id, epoch),
-            rl.temperature,
-            max(0, latest_step - rl.max_staleness),
-        )
-        position = self._next
-        self._asked[position] = Asked(problem, request)
-        self._next += 1
-        return position, request
-
-    def _refuse_silence(self, dropped: Sequence[str]) -> None:
-        most = MAX_DRAWS * self._settings.problems_per_step
-        if len(dropped) > most:
-            raise RuntimeError(
-                f"step {self._step}: {len(dropped)} problems in a row had answers that all earned"
-                " the same (rl.replace_without_signal); expected problems that are sometimes"
-                " solved"
+        for _ in range(self._most_useless):
+            epoch, problem = next(self._stream)
+            request = Request(
+                tuple(prompt_ids(self._tokenizer, problem.messages)),
+                rl.group_size,
+                seed_of(self._seed, "rl", problem.problem_id, epoch),
+                rl.temperature,
+                max(0, latest_step - rl.max_staleness),
             )
+            position, self._next = self._next, self._next + 1
+            fits = len(request.prompt_ids) < self._max_model_len
+            self._asked[position] = Asked(problem, request, is_dropped=not fits)
+            if fits:
+                return position, request
+        raise self._useless()
+
+    @property
+    def _most_useless(self) -> int:
+        return MAX_DRAWS * self._settings.problems_per_step + 1
+
+    def _useless(self) -> RuntimeError:
+        return RuntimeError(
+            f"step {self._step}: {self._most_useless} problems were of no use: their answers all"
+            " earned the same (rl.replace_without_signal), or their prompts leave no room in"
+            f" generator.max_model_len {self._max_model_len}; expected problems that fit and are"
+            " sometimes solved"
+        )
 
 
 def lesson_numbers(lesson: Lesson) -> dict[str, float]:

@@ -30,8 +30,9 @@ GRACE_SECONDS = 30.0
 MAX_ATTEMPTS = 20
 # An engine beyond the fewest ends when nothing was to be done for so many seconds.
 IDLE_SECONDS = 60.0
-# Engines that die in a row, none having finished anything.
+# Engines that die without having finished anything, none of the others having done so meanwhile.
 MAX_DEATHS = 5
+MAX_FAILED_LOADS = 5
 
 
 @dataclass
@@ -55,6 +56,10 @@ class Member:
     name: str
     actor: Any
     stands: bool = False
+    has_finished: bool = False
+    """Whether it has done anything yet."""
+    num_failed_loads: int = 0
+    """Loads of weights that failed since the last that did not."""
     polled: float = 0.0
     """When it was last asked what it has finished."""
     loading: bool = False
@@ -100,6 +105,8 @@ class Fleet:
         self._backlog: deque[Ticket] = deque()
         self._versions: tuple[WeightVersion, ...] = ()
         self._probe: tuple[Trace, ...] = ()
+        self._load_seconds = settings.deadline_seconds
+        self._has_stood = False
         self._num_started = self._num_deaths = self._num_submitted = self._num_loaded = 0
         self._busy_until = time.monotonic()
         # Of all engines together, since the beginning.
@@ -168,16 +175,24 @@ class Fleet:
                 continue
             try:
                 hear(member, call)
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                # What it had to say may be lost with its node.
                 self._replace(member, str(error))
         for member in self._overdue():
             self._replace(member, "it did not answer in time (generator.deadline_seconds)")
         self._deal()
 
-    def serve(self, versions: tuple[WeightVersion, ...], probe: Sequence[Trace]) -> None:
+    def serve(
+        self,
+        versions: tuple[WeightVersion, ...],
+        probe: Sequence[Trace],
+        deadline_seconds: float,
+    ) -> None:
         """Have every engine serve the last of `versions` as soon as it can, and score the probe
-        under it; `loaded` and `failed_loads` tell what came of it."""
+        under it; `loaded` and `failed_loads` tell what came of it. `finished` raises RuntimeError
+        when an engine fails to load again and again."""
         self._versions, self._probe = versions, tuple(probe)
+        self._load_seconds = deadline_seconds
         for member in self._members.values():
             self._update(member)
 
@@ -277,8 +292,15 @@ class Fleet:
         return member
 
     def _hear_start(self, member: Member, call: Any) -> None:
-        ray.get(call)
-        member.stands = True
+        try:
+            ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            if not self._has_stood:
+                raise
+            # One like it has stood: what keeps it from starting may pass.
+            self._replace(member, str(error))
+            return
+        member.stands = self._has_stood = True
         self._poll(member)
         if self._versions:
             self._update(member)
@@ -295,7 +317,7 @@ class Fleet:
             ticket = member.open.pop(key)
             member.num_sequences -= ticket.num_sequences
             self._finished.append((ticket.key, result))
-            self._num_deaths = 0
+            self._num_deaths, member.has_finished = 0, True
         self._poll(member)
 
     def _overdue(self) -> list[Member]:
@@ -307,9 +329,7 @@ class Fleet:
         newest = self._versions[-1].version
         if not member.stands or member.loading or member.asked >= newest:
             return
-        call = member.actor.update.remote(
-            self._versions, self._probe, self._settings.deadline_seconds
-        )
+        call = member.actor.update.remote(self._versions, self._probe, self._load_seconds)
         self._calls[call] = member, self._hear_load
         member.loading, member.asked = True, newest
 
@@ -321,7 +341,14 @@ class Fleet:
             # It serves what it served before, until something is announced again.
             member.asked = -1
             self.failed_loads.append((member.name, error.cause))
+            member.num_failed_loads += 1
+            if member.num_failed_loads == MAX_FAILED_LOADS:
+                raise RuntimeError(
+                    f"engine {member.name} could not load weights {MAX_FAILED_LOADS} times in a"
+                    f" row: {error.cause}"
+                ) from error
             return
+        member.num_failed_loads = 0
         self._update(member)
 
     def _end(self, member: Member) -> None:
@@ -335,14 +362,14 @@ class Fleet:
         Raises:
             RuntimeError: it is not the first to die like this.
         """
-        self._num_deaths += 1
+        self._num_deaths += not member.has_finished
         text = f"engine {member.name} died, {len(member.open)} pieces of work go to others: {why}"
         self._tell("died", text)
         worn = [t.key for t in member.open.values() if t.num_attempts >= MAX_ATTEMPTS]
         if worn:
             raise RuntimeError(f"{MAX_ATTEMPTS} engines died over the work {worn[0]}; {text}")
         if self._num_deaths > MAX_DEATHS:
-            raise RuntimeError(f"{self._num_deaths} engines died in a row; {text}")
+            raise RuntimeError(f"{self._num_deaths} engines died before they did anything; {text}")
         self._end(member)
         self._start()
 

@@ -30,6 +30,9 @@ class NoReference:
     def __exit__(self, *error: object) -> None:
         return None
 
+    def settle(self) -> None:
+        """There is nothing to wait for."""
+
     def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
         """Have `finished` tell of these answers."""
         self._passing.append((key, answers))
@@ -63,6 +66,10 @@ class Reference:
     def calls(self) -> list[Any]:
         """References to calls, at whose end `finished` may have something new to say."""
         return self._fleet.calls
+
+    def settle(self) -> None:
+        """Wait until its engines stand."""
+        self._fleet.settle()
 
     def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
         """Have the answers to a prompt scored."""

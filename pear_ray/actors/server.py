@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pear_ray.engines.generator import Request, Trace
 from pear_ray.weights.adapters import AdapterReplica
-from pear_ray.weights.assemble import Replica
+from pear_ray.weights.assemble import BaseMissing, Replica
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -142,12 +142,21 @@ class Server:
     def _fetch(
         self, versions: Sequence[WeightVersion], deadline_seconds: float
     ) -> dict[str, Tensor]:
-        """Parameters of the last version, by way of the first where it is a change to that."""
-        base = versions[-1].base_version
-        if base is not None and self._replica.version != base:
-            for version in versions[:-1]:
-                self._replica.fetch(version, deadline_seconds)
-        return self._replica.fetch(versions[-1], deadline_seconds)
+        """Parameters of the last version, by way of the first where it is a change to that.
+
+        Raises:
+            BaseMissing: they are changes to what this engine does not hold; it keeps what it does.
+        """
+        *earlier, newest = versions
+        if newest.base_version in (None, self._replica.version):
+            return self._replica.fetch(newest, deadline_seconds)
+        if not earlier or earlier[0].base_version not in (None, self._replica.version):
+            raise BaseMissing(
+                f"weights version {newest.version} is a change to version {newest.base_version};"
+                f" this engine holds version {self._replica.version}"
+            )
+        self._replica.fetch(earlier[0], deadline_seconds)
+        return self._replica.fetch(newest, deadline_seconds)
 
     async def load_folder(self, path: str, version: int) -> None:
         """Serve the weights of a Hugging Face folder."""
@@ -171,9 +180,11 @@ class Server:
     def _run(self, make: Callable[[], Engine]) -> None:
         """The engine's thread."""
         try:
-            engine = make()
-        except Exception as error:  # the engine's: told by `ready`
-            self._started.set_exception(error)
+            with self._in_time():
+                engine = make()
+        except BaseException as error:  # the engine's, which may ask to exit: told by `ready`
+            told = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self._started.set_exception(told)
             return
         self._started.set_result(None)
         try:

@@ -100,6 +100,8 @@ class Generator:
             enforce_eager=on_cpu,
             gpu_memory_utilization=settings.memory_fraction,
             enable_prefix_caching=False,
+            # With it a step is under way while weights change, and its tokens get the wrong number.
+            async_scheduling=None if only_scores else False,
             weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             trust_remote_code=False,
             disable_log_stats=True,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from pear_ray.algorithms.packing import pack
+from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.tokens import Objective, Tokens
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
@@ -52,7 +53,7 @@ class Learner:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        self._settings, self._dtype = settings, dtype
+        self._settings, self._dtype, self._seed = settings, dtype, seed
         config = zero.deepspeed_config(dtype, settings, optimiser)
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
@@ -97,6 +98,8 @@ class Learner:
         the number of ranks because DeepSpeed averages gradients over ranks: so the step does not
         depend on how the batch was cut.
         """
+        # What is dropped depends on the step alone, also in a run that was taken up again.
+        torch.manual_seed(seed_of(self._seed, self._engine.global_steps, dist.get_rank()))
         num_tokens = batches[0].num_trainable_tokens_global
         learning_rate = self._engine.get_lr()[0]
         scale = dist.get_world_size() / num_tokens

@@ -23,9 +23,9 @@ def share(rank, version=0, label=b"", base_version=None):
     return Share(version, rank, (Bucket(reference, rank, 0, (), base_version),), len(label))
 
 
-def announce(board, *shares, num_ranks=1, next_problem=0):
+def announce(board, *shares, num_ranks=1, next_problem=0, attempt="first"):
     for each in shares:
-        ray.get(board.announce.remote(each, num_ranks, next_problem))
+        ray.get(board.announce.remote(each, num_ranks, next_problem, attempt))
 
 
 def newest(board, mark=None, seconds=LONG):
@@ -69,6 +69,18 @@ def test_shares_of_different_versions_are_not_mixed():
     assert versions_of(board) == [3]
     announce(board, share(0, 4), num_ranks=2)
     assert versions_of(board) == [4]
+    ray.kill(board)
+
+
+def test_shares_of_different_attempts_are_not_mixed():
+    """Learners died after one of them had announced their first version, and began again."""
+    board = Board.remote()
+    announce(board, share(0, 3, label=b"dead"), share(2, 3), num_ranks=3)
+    announce(board, share(1, 3), num_ranks=2, attempt="second")
+    assert newest(board, seconds=SHORT) is None
+    announce(board, share(0, 3, label=b"alive"), num_ranks=2, attempt="second")
+    (version,) = newest(board).versions
+    assert ray.get(version.buckets[0].reference[0]).tobytes() == b"alive"
     ray.kill(board)
 
 

@@ -133,7 +133,7 @@ def test_overlapped_a_group_is_replaced_at_once(model):
 
 def test_problems_that_never_give_a_signal_end_the_run(model):
     course = Course(job_of(model, replace_without_signal=True), model, 0, 0)
-    with pytest.raises(RuntimeError, match="step 0: 61 problems in a row") as raised:
+    with pytest.raises(RuntimeError, match="step 0: 61 problems were of no use") as raised:
         for _ in range(MAX_DRAWS + 2):
             for position, _ in course.due(0):
                 course.answered(position, answers_at(0))
@@ -166,3 +166,16 @@ def test_the_same_problem_gets_another_seed_in_another_epoch(model):
     for (_, problem), request in zip(stream, requests.values(), strict=False):
         seeds.setdefault(problem.problem_id, set()).add(request.seed)
     assert min(map(len, seeds.values())) > 1
+
+
+def test_a_prompt_that_leaves_no_room_is_passed_over(model):
+    """Prompts of Countdown have 6 to 8 tokens here; the longest ones do not fit."""
+    job = job_of(model, replace_without_signal=False)
+    lengths = {len(request.prompt_ids) for _, request in Course(job, model, 0, 0).due(0)}
+    assert len(lengths) == 1
+    (length,) = lengths
+    document = job.model_dump()
+    document["generator"] |= {"max_new_tokens": 1, "max_model_len": length}
+    course = Course(Job(**document), model, 0, 0)
+    with pytest.raises(RuntimeError, match=r"of no use: .*generator\.max_model_len"):
+        course.due(0)

@@ -154,13 +154,15 @@ def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
 def learn(board: Any, queue: Any, ended: threading.Event) -> None:
     """Pretended learners: a step whenever one is due."""
     due, step = time.monotonic(), 0
-    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0))
+    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
     while not ended.is_set():
         rollouts = take(queue, step, 120.0)
         due = max(due + 1 / STEPS_PER_SECOND, time.monotonic() - 1)
         time.sleep(max(0.0, due - time.monotonic()))
         step += 1
-        ray.get(board.announce.remote(Share(step, 0, (), 0), 1, rollouts.lesson.next_problem))
+        ray.get(
+            board.announce.remote(Share(step, 0, (), 0), 1, rollouts.lesson.next_problem, "only")
+        )
         ray.get(queue.forget_before.remote(step - 1))
         LEARNED.append((time.monotonic(), len(rollouts.lesson.groups)))
 

@@ -73,7 +73,7 @@ def learn(rank, num_ranks, meetings, folder):
         publisher = Publisher(rank, bucket_mib=1, full_every=kind.full_every)
         for version in range(NUM_VERSIONS):
             share = publisher.publish(learner.partitions(), version)
-            ray.get(board.announce.remote(share, num_ranks, 0))
+            ray.get(board.announce.remote(share, num_ranks, 0, "only"))
             probe = pack(PROBE, 1, SETTINGS.tokens_per_micro_batch)[0]
             logprobs = by_origin(probe, learner.logprobs(probe))
             learner.export(folder / f"{name_of(kind)}-{version}", model)
@@ -136,7 +136,7 @@ def generate(meetings, engine_of):
 
 def served(engine, versions, traces):
     """What the only engine says once it serves the last of the versions."""
-    engine.serve(versions, traces)
+    engine.serve(versions, traces, SETTINGS.deadline_seconds)
     end = time.monotonic() + SETTINGS.deadline_seconds
     while time.monotonic() < end:
         engine.finished()

@@ -16,6 +16,7 @@ weights come go on under them.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -29,7 +30,7 @@ from pear_ray.engines.suitable import refuse_unsuitable
 from pear_ray.manifest import Run
 from pear_ray.stages.rl.learners import learn
 from pear_ray.stages.rl.replay import replay
-from pear_ray.stages.rl.rollouts import roll_out
+from pear_ray.stages.rl.rollouts import LOOK_SECONDS, roll_out
 
 # Board and queue are started again where they die, and calls to them are repeated.
 LASTING = {"max_restarts": -1, "max_task_retries": -1}
@@ -58,14 +59,14 @@ def run(job: Job, run: Run) -> dict[str, Any]:
             bring_or_say_why, bring, job, run, start, board, queue, ended
         )
         try:
-            return train(learn, config, job.learner, run.folder / "rl" / f"{run.folder.name}-rl")
-        except Exception as error:
-            if rollouts.done() and (cause := rollouts.exception()) is not None:
-                raise cause from error
-            raise
+            facts = train(learn, config, job.learner, run.folder / "rl" / f"{run.folder.name}-rl")
         finally:
             ended.set()
-            ray.get(board.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
+            with suppress(ray.exceptions.RayError):
+                ray.get(board.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
+    if "rollouts_ended" in facts:
+        rollouts.result()
+    return facts
 
 
 def bring_or_say_why(
@@ -75,6 +76,8 @@ def bring_or_say_why(
     try:
         bring(job, run, start, board, queue, ended)
     except BaseException as error:
-        why = f"the rollouts failed: {error!r}"
-        ray.get(queue.close.remote(why), timeout=GRACE_SECONDS)
+        # Again and again: a queue that dies has forgotten it.
+        while not ended.is_set():
+            ray.get(queue.close.remote(f"the rollouts failed: {error!r}"), timeout=GRACE_SECONDS)
+            ended.wait(LOOK_SECONDS)
         raise

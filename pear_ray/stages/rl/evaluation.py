@@ -8,7 +8,7 @@ import numpy as np
 
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import bootstrap_interval
-from pear_ray.config import Job
+from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
 from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.records import Completion, Problem, Verdict
@@ -26,12 +26,19 @@ class Evaluation:
     def __init__(self, job: Job, path: str) -> None:
         self._settings, self._seed = job.evaluation, job.run.seed
         self._every = job.rl.steps_per_evaluation
-        self._tokenizer = load_tokenizer(path)
         self._problems = (
             heldout_problems(job.tasks, job.evaluation.num_problems, job.run.seed)
             if self._every
             else []
         )
+        tokenizer = load_tokenizer(path)
+        self._prompts = [tuple(prompt_ids(tokenizer, p.messages)) for p in self._problems]
+        for problem, prompt in zip(self._problems, self._prompts, strict=True):
+            if len(prompt) >= job.generator.max_model_len:
+                raise BadInput(
+                    f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
+                    f" expected fewer than generator.max_model_len {job.generator.max_model_len}"
+                )
         self._begun: set[int] = set()
         self._answers: dict[Hashable, tuple[Completion, ...]] = {}
         self._open: dict[Hashable, int] = {}
@@ -45,8 +52,14 @@ class Evaluation:
         return bool(self._open)
 
     def has(self, key: Hashable) -> bool:
-        """Whether work under this key is part of it."""
-        return key in self._open
+        """Whether work under this key is, or was, part of it."""
+        return isinstance(key, tuple)
+
+    def abandon(self) -> None:
+        """Give up what is running; it is due again when its version is served again."""
+        if self._open:
+            self._open, self._answers = {}, {}
+            self._begun.discard(self._version)
 
     def up_to(self, versions: Sequence[WeightVersion]) -> tuple[WeightVersion, ...]:
         """The first of these versions, up to one that is to be evaluated."""
@@ -66,7 +79,7 @@ class Evaluation:
             key = ("evaluation", version, number)
             self._open[key] = number
             request = Request(
-                tuple(prompt_ids(self._tokenizer, problem.messages)),
+                self._prompts[number],
                 self._settings.samples_per_problem,
                 seed_of(self._seed, "evaluate", problem.problem_id),
                 self._settings.temperature,
@@ -76,13 +89,17 @@ class Evaluation:
         return work
 
     def answered(self, key: Hashable, answers: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
-        """Note answers; returns what is to be judged."""
+        """Note answers; returns what is to be judged, nothing of what was given up."""
+        if key not in self._open:
+            return []
         self._answers[key] = answers
         problem = self._problems[self._open[key]]
         return [(problem, answer.text) for answer in answers]
 
     def judged(self, key: Hashable, verdicts: Sequence[Verdict]) -> None:
         """Note the verdicts on them."""
+        if key not in self._open or not verdicts:
+            return
         number = self._open.pop(key)
         self._correct[number] = float(np.mean([verdict.correct for verdict in verdicts]))
         if not self._open:

@@ -7,6 +7,7 @@ import logging
 import resource
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import ray
 import torch
 
-from pear_ray.actors.board import GRACE_SECONDS, take
+from pear_ray.actors.board import GRACE_SECONDS, Closed, take
 from pear_ray.actors.training import begin, keep, newest, rank_and_count
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Job
@@ -71,7 +72,11 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     desk.publish(start, next_problem)
     for step in range(start, job.rl.steps):
         began = time.perf_counter()
-        rollouts = desk.take(step)
+        try:
+            rollouts = desk.take(step)
+        except Closed as error:
+            # No other attempt would fare better: the stage says what became of the rollouts.
+            return {"rollouts_ended": str(error)}
         taken = time.perf_counter()
         refuse_stale(job, step, rollouts)
         gap = probes.check(step, rollouts)
@@ -89,17 +94,18 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
             "wait_seconds": taken - began,
             "learn_seconds": learned - taken,
             "publish_seconds": published - learned,
-            "published_mib": num_bytes / 2**20,
+            "published_mib_per_rank": num_bytes / 2**20,
             "step_seconds": published - began,
         }
         if tracker:
             tracker.log(step, **row)
             if step == start:
                 log.info("rl: %s", in_figures(job, packs, num_bytes))
-        if end := log_book.note(step, row):
+        end = log_book.note(step, row)
+        log_book.keep_best(learner, step + 1, rollouts, config["start"])
+        if end:
             log.info("rl: ends early: %s", end)
             break
-        log_book.keep_best(learner, step + 1, rollouts, config["start"])
         if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
             seconds = job.learner.deadline_seconds
             safe_step = keep(learner, step + 1, seconds, next_problem=next_problem)
@@ -121,6 +127,7 @@ class Desk:
         self._publisher = Publisher(self._rank, job.weights.bucket_mib, job.weights.full_every)
         self._shares: list[Share] = []
         self._next_problem = 0
+        self._attempt: str = from_first_rank(uuid.uuid4().hex)
 
     def publish(self, version: int, next_problem: int) -> int:
         """Put this rank's part of the weights into the store and announce it; returns the bytes."""
@@ -154,9 +161,11 @@ class Desk:
         wish = self._wish(newest)
         if wish == "full":
             self._publish(newest, self._next_problem, full=True)
+        elif wish == "again" and len(self._shares) > 1:
+            # Ranks that say two versions again could miss each other for ever.
+            self._publish(newest, self._next_problem, full=True)
         elif wish == "again":
-            for share in self._shares:
-                self._announce(share)
+            self._announce(self._shares[0])
 
     def _publish(self, version: int, next_problem: int, full: bool) -> int:
         partitions, lora = self._learner.partitions(), self._job.learner.lora
@@ -171,7 +180,9 @@ class Desk:
         return share.num_bytes
 
     def _announce(self, share: Share) -> None:
-        call = self._board.announce.remote(share, self._num_ranks, self._next_problem)
+        call = self._board.announce.remote(
+            share, self._num_ranks, self._next_problem, self._attempt
+        )
         ray.get(call, timeout=self._job.weights.deadline_seconds)
 
     def _wish(self, version: int) -> str:
@@ -191,28 +202,28 @@ class Probes:
         has to tell the others.
 
         Raises:
-            RuntimeError: it is too large: the two sides do not hold the same weights.
+            RuntimeError: the mean difference is too large: the sides do not hold the same weights.
         """
-        self._ours[step] = self._logprobs(rollouts.probe)
+        if rollouts.probe:
+            self._ours[step] = self._logprobs(rollouts.probe)
         for version in [v for v in self._ours if v < step - self._job.rl.max_staleness - 1]:
             del self._ours[version]
-        gap = None
+        largest = None
         for version, theirs in rollouts.probed:
-            ours = self._ours.get(version, [])
-            for one, other in zip(ours, theirs, strict=False):
-                found = float(np.abs(one - other).max())
-                gap = max(found, gap or 0.0)
-                if not found <= self._job.weights.max_probe_gap:
-                    raise RuntimeError(
-                        f"step {step}: generator and learner differ by {found:.2e} nats on the"
-                        f" probe under weights version {version}; expected at most"
-                        f" weights.max_probe_gap = {self._job.weights.max_probe_gap}"
-                    )
-        return gap
+            if version not in self._ours:
+                continue
+            pairs = zip(self._ours[version], theirs, strict=True)
+            gaps = np.concatenate([np.abs(one - other) for one, other in pairs])
+            largest = max(float(gaps.max()), largest or 0.0)
+            if not gaps.mean() <= self._job.weights.max_probe_gap:
+                raise RuntimeError(
+                    f"step {step}: generator and learner differ by {gaps.mean():.2e} nats a token"
+                    f" on the probe under weights version {version}; expected at most"
+                    f" weights.max_probe_gap = {self._job.weights.max_probe_gap}"
+                )
+        return largest
 
     def _logprobs(self, probe: Sequence[TrainingSequence]) -> list[np.ndarray]:
-        if not probe:
-            return []
         # By place, not by problem: a sequence is known by its number.
         numbered = [replace(sequence, origin=str(n)) for n, sequence in enumerate(probe)]
         batches: list[TrainingBatch] = pack(numbered, 1, self._job.learner.tokens_per_pack)[0]
@@ -229,13 +240,13 @@ class LogBook:
 
     def __init__(self, job: Job, folder: Path, first_step: int) -> None:
         self._every, self._home = job.rl.steps_per_evaluation, folder / "rl"
+        self._num_steps = job.rl.steps
         self._warnings, self._ends = warnings_of(job), ends_of(job)
         self._last_said: dict[type, int] = {}
         self._rank, _ = rank_and_count()
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
-        self._rows = [row for row in rows if row["stage"] == "rl" and row["step"] < first_step]
+        # One rank reads for all: they must come to the same, and it has taken away what was torn.
+        rows = from_first_rank(rows_of(folder) if self._rank == 0 else [])
+        self._rows = [row for row in rows if row["step"] < first_step]
 
     def note(self, step: int, row: dict[str, Any]) -> str | None:
         """Add a step's row. Says what is to be warned of, and returns why the run should end, if
@@ -253,20 +264,35 @@ class LogBook:
         """Export weights that are going to be evaluated, and of those that were keep the best by
         pass@1, as RUN/rl/best."""
         candidates = self._home / "evaluated"
-        if self._every and version % self._every == 0:
+        is_due = self._every and version % self._every == 0 and version < self._num_steps
+        if is_due:
             learner.export(candidates / str(version), start)
         if self._rank > 0:
             return
         known = [row["pass_at_1"] for row in self._rows[:-1] if "pass_at_1" in row]
-        for evaluated, numbers in rollouts.evaluations.items():
+        for evaluated, numbers in sorted(rollouts.evaluations.items()):
             found = candidates / str(evaluated)
-            if not found.exists():
-                continue
-            if numbers["pass_at_1"] > max(known, default=-1.0):
+            if found.exists() and numbers["pass_at_1"] > max(known, default=-1.0):
                 shutil.rmtree(self._home / "best", ignore_errors=True)
                 found.rename(self._home / "best")
-            else:
-                shutil.rmtree(found)
+            known.append(numbers["pass_at_1"])
+            for old in candidates.glob("*"):
+                if int(old.name) <= evaluated:
+                    shutil.rmtree(old)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """What the stage has written of its steps so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["stage"] == "rl"]
+
+
+def from_first_rank(value: Any) -> Any:
+    """The same on all ranks: what the first one has."""
+    held = [value]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
 
 
 def in_figures(job: Job, packs: Sequence[TrainingBatch], num_bytes: int) -> str:

@@ -7,9 +7,9 @@ from threading import Event
 from typing import Any
 
 from pear_ray.actors.course import lesson_numbers
-from pear_ray.config import Job
+from pear_ray.config import BadInput, Job
 from pear_ray.manifest import Run
-from pear_ray.stages.rl.recording import read
+from pear_ray.stages.rl.recording import file_of, read
 from pear_ray.stages.rl.rollouts import LOOK_SECONDS, Handover, Rollouts, first_announced
 
 STEPS_AHEAD = 64
@@ -27,9 +27,18 @@ def replay(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event)
     if news is None:
         return
     handover, step = Handover(queue), news.versions[-1].version
+    for number in range(step, job.rl.steps):
+        if not file_of(folder, number).exists():
+            raise BadInput(f"rl.replay: {file_of(folder, number)} is missing; expected every step")
     while not ended.is_set():
         if step < job.rl.steps and step <= handover.newest_taken + STEPS_AHEAD:
             lesson = read(folder, step)
+            answers = [answer for group in lesson.groups for answer in group.completions]
+            if job.rl.kl_coefficient and any(a.reference_logprobs is None for a in answers):
+                raise BadInput(
+                    f"rl.replay: {file_of(folder, step)} was recorded without rl.kl_coefficient;"
+                    f" read {job.rl.kl_coefficient}, expected 0"
+                )
             handover.put(Rollouts(lesson, (), (), {}, lesson_numbers(lesson)))
             step += 1
             continue

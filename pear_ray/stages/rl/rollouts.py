@@ -116,21 +116,16 @@ class Handover:
 class Probe:
     """Fixed answers, which every engine scores after every load of weights."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, fleet: Fleet, deadline_seconds: float) -> None:
+        self._fleet, self._deadline_seconds = fleet, deadline_seconds
         self._sequences: tuple[TrainingSequence, ...] = ()
         self._idle_before = 0.0
         self._since = time.monotonic()
 
     def serve(self, versions: tuple[WeightVersion, ...]) -> None:
         """Have the engines serve these weights."""
-        traces = [
-            Trace(
-                tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist())
-            )
-            for s in self._sequences
-        ]
-        self._fleet.serve(versions, traces)
+        traces = [trace_of(sequence) for sequence in self._sequences]
+        self._fleet.serve(versions, traces, self._deadline_seconds)
 
     def rollouts(self, lesson: Lesson, evaluations: dict[int, dict[str, float]]) -> Rollouts:
         """A lesson with what was measured since the last one. One answer to each of the first
@@ -150,12 +145,14 @@ class Probe:
             self._sequences = tuple(map(first_answer, lesson.groups[:NUM_PROBES]))
         return Rollouts(lesson, self._sequences, probed, evaluations, numbers)
 
-    def look_after(self, board: Any, tell: Callable[[str, str], None]) -> None:
-        """Ask for whole weights where an engine could not load what there was."""
+    def look_after(self, board: Any, tell: Callable[[str, str], None]) -> bool:
+        """Ask for whole weights where an engine could not load what there was; returns whether one
+        could not."""
         failed, self._fleet.failed_loads = self._fleet.failed_loads, []
         for name, error in failed:
             tell("load_failed", f"engine {name} could not load weights: {error}")
             board.want_full.remote()
+        return bool(failed)
 
 
 def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event) -> None:
@@ -163,11 +160,12 @@ def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Even
     tell = partial(run.event, "rl")
     referee = Reference(fleet_of(job, start, tell)) if job.rl.kl_coefficient else NoReference()
     with (
-        fleet_of(job, start, tell, replicas_of(job, start)) as fleet,
         referee as reference,
+        fleet_of(job, start, tell, replicas_of(job, start)) as fleet,
         Verifiers(job.tasks, job.verifier) as verifiers,
     ):
         fleet.settle()
+        reference.settle()
         answer(job, run, start, fleet, reference, verifiers, board, queue, ended)
 
 
@@ -189,7 +187,8 @@ def answer(
         return
     course = Course(job, start, news.versions[-1].version, news.next_problem)
     evaluation, recorder = Evaluation(job, start), Recorder(job, run.folder / "rl", start)
-    watch, handover, probe = Watch(board, news.mark), Handover(queue), Probe(fleet)
+    watch, handover = Watch(board, news.mark), Handover(queue)
+    probe = Probe(fleet, job.weights.deadline_seconds)
     version = -1
     while not ended.is_set():
         news = watch.news() or news
@@ -215,7 +214,9 @@ def answer(
             recorder.keep(lesson)
             handover.put(rollouts)
             log.info(in_words(job, rollouts))
-        probe.look_after(board, partial(run.event, "rl"))
+        if probe.look_after(board, partial(run.event, "rl")):
+            # Engines wait for weights that can be loaded, of another version perhaps.
+            evaluation.abandon()
         fleet.adapt(handover.look_after())
         calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
         ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
