@@ -24,7 +24,7 @@ from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import TaskSpec
 from pear_ray.tasks import endless_problems
 
-SECONDS = 300.0
+SECONDS = 400.0
 STEPS, STALENESS, PROBLEMS, GROUP = 60, 1, 4, 4
 TASK = {"name": "tests.stages.parity:Parity"}
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
@@ -66,13 +66,13 @@ def job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_new_tokens = 8
         max_model_len = 24
         max_concurrent = 32
-        deadline_seconds = 120
+        deadline_seconds = 300
         [learner]
         num_workers = 2
         tokens_per_micro_batch = 256
         steps_per_checkpoint = 5
         max_failures = 10
-        deadline_seconds = 120
+        deadline_seconds = 300
         [weights]
         max_probe_gap = 1e-4
         [verifier]
