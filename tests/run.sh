@@ -61,20 +61,8 @@ check mypy
 check lint-imports --cache-dir .venv/cache/import_linter
 
 status=0
-if (($#)); then
-  echo "== pytest $*"
-  env "$mark" python -m pytest "$@" || status=$?
-else
-  # Half their time the tests of RL wait for processes to start: they run beside the others.
-  rl=(tests/stages/test_rl.py tests/stages/test_rl_chaos.py tests/stages/test_pipeline.py)
-  env "$mark" python -m pytest "${rl[@]}" > "$scratch/rl.log" 2>&1 &
-  beside=$!
-  echo "== pytest ${rl[*]/#/--ignore=}"
-  env "$mark" python -m pytest "${rl[@]/#/--ignore=}" || status=$?
-  echo "== pytest ${rl[*]}"
-  wait "$beside" || status=$?
-  cat "$scratch/rl.log"
-fi
+echo "== pytest $*"
+env "$mark" python -m pytest "$@" || status=$?
 
 # A Ray session takes a moment to end after the test that shut it down.
 for ((tries = 0; tries < 20; tries++)); do
