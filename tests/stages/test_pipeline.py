@@ -90,7 +90,9 @@ def test_score_agrees_with_the_trainers_forward_pass(run: Path) -> None:
 
 def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
     steps = rows(run / "arms" / "pear", "rl")
-    assert max(row["probe_gap_max"] for row in steps) <= 1e-4
+    # The first weights have no probe yet: it is made of their answers.
+    gaps = [row["probe_gap_max"] for row in steps[1:]]
+    assert max(gaps) <= 1e-4
     assert any(row["grad_norm"] > 0 for row in steps), "nothing was learned, so nothing compared"
 
 
