@@ -11,7 +11,7 @@ A problem is asked under weights so new that the latest step which may learn fro
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -73,7 +73,7 @@ class Course:
         self._stream = islice(stream, first_problem, None)
         self._step = first_step
         # Problems that no step has taken, by their position in the stream.
-        self._asked: OrderedDict[Hashable, Asked] = OrderedDict()
+        self._asked: dict[Hashable, Asked] = {}
         self._first = self._next = first_problem
 
     def due(self, version: int) -> list[tuple[int, Request]]:

@@ -188,5 +188,4 @@ class Weights(Section):
     """Of so many versions one travels whole, the others as what changed, where that is less than
     half; 1: all travel whole."""
     max_probe_gap: float = Field(0.1, gt=0)
-    """Stage `rl` stops when generator and learner disagree by more nats on the probe, in the mean
-    over its tokens. Rounding explains 1e-6 in float32 and .01 in bfloat16."""
+    """Stage `rl` stops when generator and learner disagree by more nats on the probe."""

@@ -159,10 +159,8 @@ class Desk:
         """Do what the board wishes, if it wishes anything."""
         newest = self._shares[-1].version
         wish = self._wish(newest)
-        if wish == "full":
-            self._publish(newest, self._next_problem, full=True)
-        elif wish == "again" and len(self._shares) > 1:
-            # Ranks that say two versions again could miss each other for ever.
+        # Ranks that say two versions again could miss each other for ever: one whole version.
+        if wish == "full" or (wish == "again" and len(self._shares) > 1):
             self._publish(newest, self._next_problem, full=True)
         elif wish == "again":
             self._announce(self._shares[0])
@@ -202,7 +200,7 @@ class Probes:
         has to tell the others.
 
         Raises:
-            RuntimeError: the mean difference is too large: the sides do not hold the same weights.
+            RuntimeError: it is too large: the two sides do not hold the same weights.
         """
         if rollouts.probe:
             self._ours[step] = self._logprobs(rollouts.probe)
@@ -213,12 +211,12 @@ class Probes:
             if version not in self._ours:
                 continue
             pairs = zip(self._ours[version], theirs, strict=True)
-            gaps = np.concatenate([np.abs(one - other) for one, other in pairs])
-            largest = max(float(gaps.max()), largest or 0.0)
-            if not gaps.mean() <= self._job.weights.max_probe_gap:
+            gap = max(float(np.abs(one - other).max()) for one, other in pairs)
+            largest = max(gap, largest or 0.0)
+            if not gap <= self._job.weights.max_probe_gap:
                 raise RuntimeError(
-                    f"step {step}: generator and learner differ by {gaps.mean():.2e} nats a token"
-                    f" on the probe under weights version {version}; expected at most"
+                    f"step {step}: generator and learner differ by {gap:.2e} nats on the probe"
+                    f" under weights version {version}; expected at most"
                     f" weights.max_probe_gap = {self._job.weights.max_probe_gap}"
                 )
         return largest
