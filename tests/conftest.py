@@ -139,7 +139,12 @@ def engine_of(
     from pear_ray.config import Generator as Settings
 
     settings = Settings(
-        max_new_tokens=24, max_model_len=48, max_concurrent=64, threads=1, deadline_seconds=200
+        max_new_tokens=24,
+        max_model_len=48,
+        max_concurrent=64,
+        threads=1,
+        deadline_seconds=200,
+        tensor_parallel=int(os.environ.get("PEAR_RAY_TENSOR_PARALLEL", "1")),
     )
     with ExitStack() as started:
 

@@ -43,11 +43,6 @@ class Asked:
     group: RolloutGroup | None = None
     is_dropped: bool = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it is not known yet what will become of it."""
-        return self.group is None and not self.is_dropped
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -74,6 +69,8 @@ class Course:
         self._step = first_step
         # Problems that no step has taken, by their position in the stream.
         self._asked: dict[Hashable, Asked] = {}
+        # Of these, those without verdicts, and those that are passed over.
+        self._num_open = self._num_dropped = 0
         self._first = self._next = first_problem
 
     def due(self, version: int) -> list[tuple[int, Request]]:
@@ -83,13 +80,11 @@ class Course:
         on which answer came first. So they replace groups without signal only once all are judged.
         """
         rl = self._settings
-        num_kept = sum(not asked.is_dropped for asked in self._asked.values())
-        num_open = sum(asked.is_open for asked in self._asked.values())
-        if rl.max_staleness == 0 and num_open:
+        if rl.max_staleness == 0 and self._num_open:
             return []
         last_step = min(version + rl.max_staleness, rl.steps - 1)
         wanted = (last_step + 1 - self._step) * rl.problems_per_step
-        return [self._ask(number) for number in range(num_kept, wanted)]
+        return [self._ask(number) for number in range(len(self._asked) - self._num_dropped, wanted)]
 
     def prompt_ids(self, position: Hashable) -> tuple[int, ...]:
         """The prompt of a problem that was asked."""
@@ -125,6 +120,8 @@ class Course:
             tuple(advantages),
         )
         asked.is_dropped = rl.replace_without_signal and not any(advantages)
+        self._num_open -= 1
+        self._num_dropped += asked.is_dropped
 
     def lesson(self) -> Lesson | None:
         """What the next step learns from, once it is there.
@@ -151,6 +148,7 @@ class Course:
         lesson = Lesson(self._step, groups, self._first, end, dropped)
         for position in range(self._first, end):
             del self._asked[position]
+        self._num_dropped -= len(dropped)
         self._first, self._step = end, self._step + 1
         return lesson
 
@@ -171,7 +169,9 @@ class Course:
             fits = len(request.prompt_ids) < self._max_model_len
             self._asked[position] = Asked(problem, request, is_dropped=not fits)
             if fits:
+                self._num_open += 1
                 return position, request
+            self._num_dropped += 1
         raise self._useless()
 
     @property

@@ -9,9 +9,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import ray
 
@@ -83,7 +83,7 @@ class Servers(Protocol):
         """End one."""
 
 
-class Fleet:
+class Fleet(AbstractContextManager["Fleet"]):
     """Engines between `settings.fewest_replicas` and `settings.replicas`, ended with the block.
 
     They start together with the model in `path`, beside whatever the caller does next.
@@ -116,15 +116,7 @@ class Fleet:
         for _ in range(settings.fewest_replicas):
             self._start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for member in self._members.values():
             self._servers.end(member.actor)
         self._members, self._calls = {}, {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +16,13 @@ from pear_ray.records import Completion
 Answers = tuple[Completion, ...]
 
 
-class NoReference:
+class NoReference(AbstractContextManager["NoReference"]):
     """Hands answers on as they are."""
 
     calls: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         self._passing: list[tuple[Hashable, Answers]] = []
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         return None
@@ -43,7 +40,7 @@ class NoReference:
         return passed
 
 
-class Reference:
+class Reference(AbstractContextManager["Reference"]):
     """Adds its log-probs to answers, by engines that always serve the same model."""
 
     def __init__(self, fleet: Fleet) -> None:
@@ -51,16 +48,8 @@ class Reference:
         self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
         self._places: dict[Hashable, tuple[Hashable, int]] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._fleet.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._fleet.__exit__(*error)
 
     @property
     def calls(self) -> list[Any]:

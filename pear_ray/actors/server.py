@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pear_ray.engines.generator import Request, Trace
 from pear_ray.weights.adapters import AdapterReplica
-from pear_ray.weights.assemble import BaseMissing, Replica
+from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -142,20 +142,10 @@ class Server:
     def _fetch(
         self, versions: Sequence[WeightVersion], deadline_seconds: float
     ) -> dict[str, Tensor]:
-        """Parameters of the last version, by way of the first where it is a change to that.
-
-        Raises:
-            BaseMissing: they are changes to what this engine does not hold; it keeps what it does.
-        """
+        """Parameters of the last version, by way of the first where it is a change to that."""
         *earlier, newest = versions
-        if newest.base_version in (None, self._replica.version):
-            return self._replica.fetch(newest, deadline_seconds)
-        if not earlier or earlier[0].base_version not in (None, self._replica.version):
-            raise BaseMissing(
-                f"weights version {newest.version} is a change to version {newest.base_version};"
-                f" this engine holds version {self._replica.version}"
-            )
-        self._replica.fetch(earlier[0], deadline_seconds)
+        if earlier and newest.base_version not in (None, self._replica.version):
+            self._replica.fetch(earlier[0], deadline_seconds)
         return self._replica.fetch(newest, deadline_seconds)
 
     async def load_folder(self, path: str, version: int) -> None:

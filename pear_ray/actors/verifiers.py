@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -73,7 +73,7 @@ class _Process:
         return sum(len(call.items) for _, call in self.calls)
 
 
-class Verifiers:
+class Verifiers(AbstractContextManager["Verifiers"]):
     """`settings.processes` processes with all tasks of a job, ended with the block.
 
     Answers wait here until a process has room, and then go there many at once: the more of them
@@ -101,15 +101,7 @@ class Verifiers:
         self._num_failed_starts = 0
         self._processes = [self._start() for _ in range(settings.processes)]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property

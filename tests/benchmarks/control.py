@@ -151,23 +151,30 @@ def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
     return job
 
 
-def learn(board: Any, queue: Any, ended: threading.Event) -> None:
+@ray.remote(num_cpus=0)
+class Learners:
     """Pretended learners: a step whenever one is due."""
-    due, step = time.monotonic(), 0
-    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
-    while not ended.is_set():
-        rollouts = take(queue, step, 120.0)
-        due = max(due + 1 / STEPS_PER_SECOND, time.monotonic() - 1)
-        time.sleep(max(0.0, due - time.monotonic()))
-        step += 1
-        ray.get(
-            board.announce.remote(Share(step, 0, (), 0), 1, rollouts.lesson.next_problem, "only")
-        )
-        ray.get(queue.forget_before.remote(step - 1))
-        LEARNED.append((time.monotonic(), len(rollouts.lesson.groups)))
 
+    def __init__(self, board: Any, queue: Any) -> None:
+        self._board, self._queue, self._num_groups = board, queue, 0
+        ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
+        threading.Thread(target=self._learn, daemon=True).start()
 
-LEARNED: list[tuple[float, int]] = []
+    def num_groups(self) -> int:
+        """How many they have learned from."""
+        return self._num_groups
+
+    def _learn(self) -> None:
+        due, step = time.monotonic(), 0
+        while True:
+            lesson = take(self._queue, step, 120.0).lesson
+            due = max(due + 1 / STEPS_PER_SECOND, time.monotonic() - 1)
+            time.sleep(max(0.0, due - time.monotonic()))
+            step += 1
+            share = Share(step, 0, (), 0)
+            ray.get(self._board.announce.remote(share, 1, lesson.next_problem, "only"))
+            ray.get(self._queue.forget_before.remote(step - 1))
+            self._num_groups += len(lesson.groups)
 
 
 def cpu_seconds() -> dict[str, float]:
@@ -179,7 +186,7 @@ def cpu_seconds() -> dict[str, float]:
             used = sum(process.cpu_times()[:2])
         except psutil.Error:
             continue
-        for name in ("Board", "StepQueue", "VerifierActor", "Host"):
+        for name in ("Board", "StepQueue", "VerifierActor", "Learners", "Host"):
             if title.startswith(name):
                 found[name] = found.get(name, 0.0) + used
     return found
@@ -199,34 +206,33 @@ def main() -> None:
         job = job_of(Path(folder), arguments.engines, arguments.groups_per_second)
         (Path(folder) / "run").mkdir()
         board, queue = Board.remote(), StepQueue.remote()  # type: ignore[attr-defined]
-        learner = threading.Thread(target=learn, args=(board, queue, ended), daemon=True)
         with (
             Fleet(PretendedServers(HOSTS), "", job.generator, print) as fleet,
             Verifiers(job.tasks, job.verifier) as verifiers,
         ):
             fleet.settle()
-            learner.start()
+            learners = Learners.remote(board, queue)  # type: ignore[attr-defined]
             rest = (fleet, NoReference(), verifiers, board, queue, ended)
             loop = threading.Thread(
                 target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
             )
             loop.start()
             time.sleep(arguments.seconds / 3)
-            measure(loop, arguments.seconds * 2 / 3)
+            measure(loop, learners, arguments.seconds * 2 / 3)
             ended.set()
             loop.join(30)
     ray.shutdown()
 
 
-def measure(loop: threading.Thread, seconds: float) -> None:
+def measure(loop: threading.Thread, learners: Any, seconds: float) -> None:
     """Print what the loop did in so many seconds."""
     started, used = time.monotonic(), cpu_seconds()
-    memory, num_before = psutil.Process().memory_info().rss, len(LEARNED)
+    memory, num_before = psutil.Process().memory_info().rss, ray.get(learners.num_groups.remote())
     time.sleep(seconds)
     assert loop.is_alive(), "the loop ended"
     passed = time.monotonic() - started
     now = cpu_seconds()
-    groups = sum(count for _, count in LEARNED[num_before:])
+    groups = ray.get(learners.num_groups.remote()) - num_before
     print(f"groups per second    {groups / passed:10.0f}")
     for name, total in now.items():
         print(f"CPU of {name:<14}{(total - used.get(name, 0.0)) / passed:10.2f} cores")

@@ -1,240 +1,284 @@
-"""Weights from learners to generators, full and as deltas, beside bare memory copies.
+"""Weights from learners to vLLM engines, whole and as changes, beside bare memory copies.
 
     python tests/benchmarks/weights.py [--millions 110] [--rounds 5] [--dtypes bfloat16 float32]
 
-Two publishers (Ray actors) each hold half of every parameter of a dense model (width 1024, an
-embedding of `--vocabulary` rows, as many layers as `--millions` asks for); two consumers fetch
-every version. Between versions `--changed` of the elements change, at random.
+Two publishers (Ray actors) each hold half of every parameter of a Qwen3; two engines serve it.
+Between versions `--changed` of the elements change, at random. A round is what the loop does
+between an optimiser step and the first token under the new weights: publish, announce at the board,
+hear of it, fetch, load. Printed are medians over rounds, of the slower process where two work at
+the same time:
 
-    publish     partitions into the store: checksum, put; of deltas also the comparison
-    fetch       the consumers' wait for the objects, which are in their node's store
-    assemble    the rest of `Replica.fetch`: into whole parameters, and the checksum
-
-Seconds are medians over rounds of the slower process, as both work at the same time. `of bare` is
-their ratio to a bare numpy copy of the bytes that travelled, by the same processes at the same
-time: partitions to shared memory for publish, shared memory to private memory for assemble.
+    total       from the optimiser step to both engines serving the new version
+    publish     partitions into the store: checksum, put; of changes also the comparison
+    fetch       the store into whole parameters, and the checksum; engines go on answering
+    load        vLLM's own load, in which an engine pauses
+    copies      the total, in units of three numpy copies of all bytes by two processes at the same
+                time: partitions to shared memory, that to private memory, that to other such
+    own load    the same with the engine's own load in the place of the third copy
+    pause       the load's share of the total
+    store       most that the object store held, in units of one whole version
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+from safetensors.torch import load_file
 
-from pear_ray.engines import keep_freed_memory
-from pear_ray.weights.assemble import Replica, pull
-from pear_ray.weights.manifest import WeightVersion
+from pear_ray.actors.board import Board
+from pear_ray.actors.engines import EngineServers
+from pear_ray.actors.fleet import Fleet
+from pear_ray.config import Generator, Pretrain
+from pear_ray.engines.model import write_new_model
+from pear_ray.stages.rl.rollouts import Watch
 from pear_ray.weights.publish import Publisher
 
-NUM_RANKS = NUM_CONSUMERS = 2
-WIDTH, INTERMEDIATE, KEYS = 1024, 3072, 512
+NUM_RANKS = NUM_ENGINES = 2
+BUCKET_MIB = 512
 DEADLINE_SECONDS = 300.0
-# What is measured, and whether deltas may follow a full version.
-KINDS = {"full, no deltas": 1, "full, deltas follow": 10**9, "delta": 10**9}
+# What is measured, and whether changes may follow a whole version.
+KINDS = {"whole, no changes": 1, "whole, changes follow": 10**9, "changes": 10**9}
+COLUMNS = ("mib", "total", "publish", "fetch", "load", "copies", "own load", "pause", "store")
 
 
-def shapes_of(num_parameters: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """A tied model's parameters by name: embedding, and layers until there are enough."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, WIDTH)}
-    layer = 0
-    while sum(int(np.prod(shape)) for shape in shapes.values()) < num_parameters:
-        start = f"model.layers.{layer}"
-        shapes |= {
-            f"{start}.self_attn.q_proj.weight": (WIDTH, WIDTH),
-            f"{start}.self_attn.k_proj.weight": (KEYS, WIDTH),
-            f"{start}.self_attn.v_proj.weight": (KEYS, WIDTH),
-            f"{start}.self_attn.o_proj.weight": (WIDTH, WIDTH),
-            f"{start}.mlp.gate_proj.weight": (INTERMEDIATE, WIDTH),
-            f"{start}.mlp.up_proj.weight": (INTERMEDIATE, WIDTH),
-            f"{start}.mlp.down_proj.weight": (WIDTH, INTERMEDIATE),
-            f"{start}.input_layernorm.weight": (WIDTH,),
-            f"{start}.post_attention_layernorm.weight": (WIDTH,),
-        }
-        layer += 1
-    return shapes
+def write_model(folder: Path, num_parameters: int, vocabulary: int) -> None:
+    """A tied Qwen3 of width 1024 with at least so many parameters."""
+    width, intermediate, heads = 1024, 3072, 16
+    of_layer = 4 * width * heads * 64 + 3 * width * intermediate
+    shape = Pretrain(
+        styles={},
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_layers=-(-(num_parameters - vocabulary * width) // of_layer),
+        num_heads=heads,
+        tie_word_embeddings=True,
+    )
+    write_new_model(folder, shape, [f"w{number}" for number in range(vocabulary - 3)])
 
 
-class Shared:
-    """Shared memory that another process made, and private memory as long."""
+@ray.remote(num_cpus=0)
+class Rank:
+    """A publisher and its partitions."""
+
+    def __init__(self, rank: int, model: str, dtype: str, board: Any) -> None:
+        torch.set_num_threads(1)
+        self._rank, self._board = rank, board
+        self._rng = np.random.default_rng(rank)
+        self._partitions = []
+        for name, tensor in load_file(Path(model) / "model.safetensors").items():
+            flat = tensor.to(getattr(torch, dtype)).flatten()
+            size = -(-len(flat) // NUM_RANKS)
+            part = torch.zeros(size, dtype=flat.dtype)
+            mine = flat[rank * size :][:size]
+            part[: len(mine)] = mine
+            self._partitions.append((name, tuple(tensor.shape), part))
+
+    def start(self, full_every: int) -> None:
+        """A new publisher."""
+        self._publisher = Publisher(self._rank, BUCKET_MIB, full_every)
+
+    def change(self, share: float) -> None:
+        """Flip the lowest bit of about this share of the elements."""
+        for _, _, flat in self._partitions:
+            bits = flat.view(torch.uint8).numpy().view(f"u{flat.element_size()}")
+            bits[self._rng.integers(0, len(bits), round(share * len(bits)))] ^= 1
+
+    def publish(self, version: int, full: bool) -> tuple[int, float]:
+        """Publish and announce; the bytes and the seconds of the first."""
+        started = time.perf_counter()
+        share = self._publisher.publish(self._partitions, version, full)
+        seconds = time.perf_counter() - started
+        if full != (share.base_version is None):
+            raise RuntimeError(f"version {version}: read {share}, expected whole: {full}")
+        ray.get(self._board.announce.remote(share, NUM_RANKS, 0, "only"))
+        return share.num_bytes, seconds
+
+
+@ray.remote(num_cpus=0)
+class Copier:
+    """Bare copies of as many bytes as a whole version has."""
 
     def __init__(self, name: str) -> None:
         self._memory = SharedMemory(name)
         # Whoever made it also removes it.
         resource_tracker.unregister(self._memory._name, "shared_memory")  # type: ignore[attr-defined]
-        self.shared = np.ndarray(self._memory.size, np.uint8, self._memory.buf)
-        self.private = np.ones(len(self.shared), np.uint8)
+        self._shared = np.ndarray(self._memory.size, np.uint8, self._memory.buf)
+        self._private, self._other = (np.ones(self._memory.size, np.uint8) for _ in range(2))
 
-
-@ray.remote(num_cpus=0)
-class Rank:
-    """A publisher, its partitions, and the bare copy of them."""
-
-    def __init__(self, rank: int, shapes: dict[str, tuple[int, ...]], dtype: str, name: str):
-        torch.set_num_threads(1)
-        self._rank, self._shapes = rank, shapes
-        draw = torch.Generator().manual_seed(rank)
-        self._flats = {
-            key: torch.randn(-(-int(np.prod(shape)) // NUM_RANKS), generator=draw).to(
-                getattr(torch, dtype)
-            )
-            for key, shape in shapes.items()
-        }
-        self._rng = np.random.default_rng(rank)
-        self._copy = Shared(name)
-
-    def start(self, bucket_mib: int, full_every: int) -> None:
-        """A new publisher."""
-        self._publisher = Publisher(self._rank, bucket_mib, full_every)
-
-    def change(self, share: float) -> None:
-        """Flip the lowest bit of about this share of the elements."""
-        for flat in self._flats.values():
-            bits = flat.view(torch.uint8).numpy().view(f"u{flat.element_size()}")
-            bits[self._rng.integers(0, len(bits), round(share * len(bits)))] ^= 1
-
-    def publish(self, version: int, full: bool) -> tuple[Any, float]:
-        """The rank's share and the seconds it took."""
-        partitions = [(name, self._shapes[name], flat) for name, flat in self._flats.items()]
+    def copy(self, which: str) -> float:
+        """Seconds of one of the three copies."""
+        part = len(self._shared) // NUM_RANKS
+        target, source = {
+            "in": (self._shared[:part], self._private[:part]),
+            "out": (self._private, self._shared),
+            "load": (self._other, self._private),
+        }[which]
         started = time.perf_counter()
-        share = self._publisher.publish(partitions, version, full)
-        return share, time.perf_counter() - started
-
-    def bare(self, num_bytes: int) -> float:
-        """Seconds to copy so many bytes into shared memory."""
-        started = time.perf_counter()
-        np.copyto(self._copy.shared[:num_bytes], self._copy.private[:num_bytes])
+        np.copyto(target, source)
         return time.perf_counter() - started
 
 
-@ray.remote(num_cpus=0)
-class Consumer:
-    """A replica, and the bare copy of what it gets."""
-
-    def __init__(self, names: list[str]) -> None:
-        torch.set_num_threads(1)
-        # As engines on CPUs do.
-        keep_freed_memory()
-        self._copies = [Shared(name) for name in names]
-
-    def start(self) -> None:
-        """A new replica."""
-        self._replica = Replica()
-
-    def take(self, version: WeightVersion) -> tuple[float, float]:
-        """Seconds to fetch and to assemble."""
-        started = time.perf_counter()
-        objects = pull(version, DEADLINE_SECONDS)
-        pulled = time.perf_counter()
-        # They stay in the store until this has fetched them again.
-        self._replica.fetch(version, DEADLINE_SECONDS)
-        del objects
-        return pulled - started, time.perf_counter() - pulled
-
-    def bare(self, num_bytes: list[int]) -> float:
-        """Seconds to copy so many bytes of each rank out of shared memory."""
-        started = time.perf_counter()
-        for copy, length in zip(self._copies, num_bytes, strict=True):
-            np.copyto(copy.private[:length], copy.shared[:length])
-        return time.perf_counter() - started
-
-
-def one_round(ranks: list[Any], consumers: list[Any], number: int, full: bool) -> dict[str, float]:
-    """Publish a version, fetch it, and copy as many bytes."""
-    wait = DEADLINE_SECONDS
-    published = ray.get([rank.publish.remote(number, full) for rank in ranks], timeout=wait)
-    shares = [share for share, _ in published]
-    if any((share.base_version is None) != full for share in shares):
-        raise RuntimeError(f"version {number}: read {shares}, expected full: {full}")
-    version = WeightVersion.of(shares)
-    taken = ray.get([consumer.take.remote(version) for consumer in consumers], timeout=wait)
-    sizes = [share.num_bytes for share in shares]
-    into = [rank.bare.remote(size) for rank, size in zip(ranks, sizes, strict=True)]
-    bare_in = max(ray.get(into, timeout=wait))
-    bare_out = max(ray.get([c.bare.remote(sizes) for c in consumers], timeout=wait))
-    seconds = {
-        "publish": max(seconds for _, seconds in published),
-        "fetch": max(fetched for fetched, _ in taken),
-        "assemble": max(assembled for _, assembled in taken),
-    }
-    return seconds | {
-        "mib": sum(sizes) / 2**20,
-        "publish of bare": seconds["publish"] / bare_in,
-        "assemble of bare": seconds["assemble"] / bare_out,
-    }
-
-
-def measured(
-    kind: str, ranks: list[Any], consumers: list[Any], words: argparse.Namespace
-) -> list[dict[str, float]]:
-    """Rounds of one kind, after one that warms up."""
-    starts = [rank.start.remote(words.bucket_mib, KINDS[kind]) for rank in ranks]
-    ray.get(starts + [consumer.start.remote() for consumer in consumers], timeout=DEADLINE_SECONDS)
-    found = []
-    for number in range(words.rounds + 1):
-        full = number == 0 or kind != "delta"
-        found.append(one_round(ranks, consumers, number, full))
-        changes = [rank.change.remote(words.changed) for rank in ranks]
-        ray.get(changes, timeout=DEADLINE_SECONDS)
-    return found[1:]
-
-
-def compare(dtype: str, words: argparse.Namespace) -> None:
-    """Print the table of one dtype."""
-    shapes = shapes_of(round(words.millions * 1e6), words.vocabulary)
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
-    size = sum(-(-int(np.prod(shape)) // NUM_RANKS) for shape in shapes.values())
-    num_bytes = size * getattr(torch, dtype).itemsize
-    memories = [SharedMemory(create=True, size=num_bytes) for _ in range(NUM_RANKS)]
+@contextmanager
+def copiers(num_bytes: int) -> Iterator[list[Any]]:
+    """Two of them, each with its own memory."""
+    memories = [SharedMemory(create=True, size=num_bytes) for _ in range(NUM_ENGINES)]
     try:
-        names = [memory.name for memory in memories]
-        ranks = [Rank.remote(n, shapes, dtype, name) for n, name in enumerate(names)]  # type: ignore[attr-defined]
-        consumers = [Consumer.remote(names) for _ in range(NUM_CONSUMERS)]  # type: ignore[attr-defined]
-        print(f"{dtype}: {count / 1e6:.1f} million parameters, {words.changed:.1%} changed a round")
-        print(f"  {'':<20}{'MiB':>9}{'publish s':>11}{'of bare':>9}", end="")
-        print(f"{'fetch s':>10}{'assemble s':>12}{'of bare':>9}")
-        for kind in KINDS:
-            rounds = measured(kind, ranks, consumers, words)
-            of = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-            print(f"  {kind:<20}{of['mib']:>9.2f}{of['publish']:>11.4f}", end="")
-            print(f"{of['publish of bare']:>9.2f}{of['fetch']:>10.4f}", end="")
-            print(f"{of['assemble']:>12.4f}{of['assemble of bare']:>9.2f}", flush=True)
-        for actor in ranks + consumers:
-            ray.kill(actor)
+        started = [Copier.remote(memory.name) for memory in memories]  # type: ignore[attr-defined]
+        yield started
+        for copier in started:
+            ray.kill(copier)
     finally:
         for memory in memories:
             memory.close()
             memory.unlink()
 
 
+class StorePeak:
+    """Most bytes in the object store while the block runs."""
+
+    def __enter__(self) -> StorePeak:
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)
+        self.num_bytes, self._ended = 0, threading.Event()
+
+        def look() -> None:
+            while not self._ended.wait(0.01):
+                held = get_memory_info_reply(state).store_stats.object_store_bytes_used
+                self.num_bytes = max(self.num_bytes, held)
+
+        self._thread = threading.Thread(target=look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def one_round(
+    ranks: list[Any], board: Any, fleet: Fleet, watch: Watch, version: int, full: bool
+) -> dict[str, float]:
+    """A version from the optimiser step to both engines."""
+    started = time.perf_counter()
+    publishing = [rank.publish.remote(version, full) for rank in ranks]
+    news = None
+    while news is None:
+        ray.wait([watch.call], timeout=DEADLINE_SECONDS)
+        news = watch.news()
+    fleet.serve(news.versions, (), DEADLINE_SECONDS)
+    while len(fleet.loaded) < NUM_ENGINES:
+        ray.wait(fleet.calls, timeout=DEADLINE_SECONDS, fetch_local=False)
+        fleet.finished()
+        if fleet.failed_loads:
+            raise fleet.failed_loads[0][1]
+    total = time.perf_counter() - started
+    published = ray.get(publishing, timeout=DEADLINE_SECONDS)
+    loads, fleet.loaded = [load for _, load in fleet.loaded], []
+    return {
+        "mib": sum(num_bytes for num_bytes, _ in published) / 2**20,
+        "total": total,
+        "publish": max(seconds for _, seconds in published),
+        "fetch": max(load.fetch_seconds for load in loads),
+        "load": max(load.pause_seconds for load in loads),
+    }
+
+
+def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float]:
+    """The round's ratios to bare copies, made right behind it."""
+    bare = {
+        which: max(ray.get([copier.copy.remote(which) for copier in copies]))
+        for which in ("in", "out", "load")
+    }
+    return found | {
+        "copies": found["total"] / sum(bare.values()),
+        "own load": found["total"] / (bare["in"] + bare["out"] + found["load"]),
+        "pause": found["load"] / found["total"],
+    }
+
+
+def measured(
+    kind: str, ranks: list[Any], board: Any, fleet: Fleet, copies: list[Any], words: Any
+) -> list[dict[str, float]]:
+    """Rounds of one kind, after two that warm up."""
+    first = 1 + 1000 * list(KINDS).index(kind)
+    ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
+    watch, found = Watch(board, ""), []
+    if (before := ray.get(board.newest.remote(None, 0.1))) is not None:
+        watch = Watch(board, before.mark)
+    for number in range(words.rounds + 2):
+        full = number == 0 or kind != "changes"
+        with StorePeak() as store:
+            times = one_round(ranks, board, fleet, watch, first + number, full)
+        found.append(beside_copies(times, copies) | {"store": store.num_bytes / words.num_bytes})
+        changes = [rank.change.remote(words.changed) for rank in ranks]
+        ray.get(changes, timeout=DEADLINE_SECONDS)
+    return found[2:]
+
+
+def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
+    """Print the table of one dtype."""
+    count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
+    words.num_bytes = count * getattr(torch, dtype).itemsize
+    settings = Generator(
+        replicas=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32
+    )
+    board = Board.remote()  # type: ignore[attr-defined]
+    ranks = [Rank.remote(rank, model, dtype, board) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
+    with (
+        copiers(words.num_bytes) as copies,
+        Fleet(EngineServers(dtype, settings, seed=0), model, settings, print) as fleet,
+    ):
+        fleet.settle()
+        print(f"{dtype}: {count / 1e6:.1f} million parameters, {words.changed:.1%} changed a round")
+        print(f"  {'':<23}" + "".join(f"{name:>10}" for name in COLUMNS))
+        for kind in KINDS:
+            rounds = measured(kind, ranks, board, fleet, copies, words)
+            of = {key: statistics.median(one[key] for one in rounds) for key in COLUMNS}
+            print(f"  {kind:<23}" + "".join(f"{of[name]:>10.3f}" for name in COLUMNS), flush=True)
+    for actor in (*ranks, board):
+        ray.kill(actor)
+
+
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, default=110, help="parameters, at least")
     parser.add_argument("--vocabulary", type=int, default=32_000, help="rows of the embedding")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each kind")
     parser.add_argument("--changed", type=float, default=0.02, help="share of changed elements")
-    parser.add_argument("--bucket-mib", type=int, default=512, help="weights.bucket_mib")
     parser.add_argument("--store-mib", type=int, default=3072, help="size of Ray's object store")
     parser.add_argument(
         "--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes of the parameters"
     )
     words = parser.parse_args()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=words.store_mib * 2**20,
-    )
-    for dtype in words.dtypes:
-        compare(dtype, words)
-    ray.shutdown()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), round(words.millions * 1e6), words.vocabulary)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=words.store_mib * 2**20,
+        )
+        for dtype in words.dtypes:
+            compare(folder, dtype, words)
+        ray.shutdown()
 
 
 if __name__ == "__main__":
