@@ -367,6 +367,8 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def _deal(self) -> None:
         """Give waiting work to the engines with the least of it, each its share in one call."""
+        if not self._backlog:
+            return
         able = [(m.num_sequences, int(m.name), m) for m in self._members.values() if m.stands]
         if not able:
             return
