@@ -17,7 +17,7 @@ from pear_ray.config import TaskSpec
 from pear_ray.config import Verifier as Settings
 from pear_ray.records import Problem, Verdict
 
-MAX_ANSWERS_PER_CALL = 256
+MAX_ANSWERS_PER_CALL = 1024
 # One call is judged while the next one travels.
 CALLS_PER_PROCESS = 2
 # Beyond the time of a call and of its last verdict: for Ray, on a machine with other work.

@@ -71,6 +71,10 @@ class Generator:
             # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
             torch.set_num_threads(settings.threads)
+            if settings.tensor_parallel > 1:
+                # Bound to cores, each process of an engine would need a memory node of its own.
+                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+                os.environ["OMP_NUM_THREADS"] = str(settings.threads)
             keep_freed_memory()
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         # A million objects come to stay: looking for garbage among them is a fifth of the import.

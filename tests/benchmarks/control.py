@@ -1,14 +1,14 @@
 """The control plane of RL alone: problems, engines, verdicts, queue and board, with engines that
 only pretend. One command.
 
-    python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 40]
+    python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 30]
 
 The loop is the stage's own (`stages.rl.rollouts.answer`) with its own fleet, verifiers, queue and
 board. Engines are pretended, many in one process: each answers a group after a fixed time, whatever
 else it works on. Learners are pretended too: they take a step whenever one is due, and announce a
 version without weights. Printed: groups per second, CPU seconds per second of the loop's process,
-of queue and board, and of the verifiers; and how much memory the loop's process gained between one
-third of the time and the end.
+of queue and board, and of the verifiers; and how much memory the loop's process gained, from the
+fifth step on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,24 @@ from pear_ray.weights.manifest import Share
 LATENCY_SECONDS = 2.0
 TOKENS_PER_ANSWER = 16
 GROUP_SIZE = 8
-STEPS_PER_SECOND = 2
+SECONDS_PER_STEP = 2
+WARM_UP_STEPS = 5
+NUM_DIFFERENT = 64
 HOSTS = 2
+
+
+def answers_of(version: int, draw: random.Random) -> tuple[Completion, ...]:
+    """A group of answers."""
+    return tuple(
+        Completion(
+            tuple(draw.randrange(100) for _ in range(TOKENS_PER_ANSWER)),
+            tuple(-draw.random() for _ in range(TOKENS_PER_ANSWER)),
+            "build 1 + 2 = 3 , 3 + 4 = 7",
+            "stop",
+            ((version, TOKENS_PER_ANSWER),),
+        )
+        for _ in range(GROUP_SIZE)
+    )
 
 
 @ray.remote(num_cpus=0)
@@ -56,6 +72,7 @@ class Host:
         self._finished: dict[str, list[tuple[str, Any]]] = {}
         self._news: dict[str, asyncio.Event] = {}
         self._version: dict[str, int] = {}
+        self._made: dict[int, list[tuple[Completion, ...]]] = {}
 
     async def ready(self, name: str) -> None:
         self._finished[name], self._news[name] = [], asyncio.Event()
@@ -66,19 +83,16 @@ class Host:
     def _finish(self, name: str, work: list[tuple[str, Request]]) -> None:
         version = self._version.get(name, 0)
         for key, request in work:
-            draw = random.Random(request.seed)
-            answers = tuple(
-                Completion(
-                    tuple(draw.randrange(100) for _ in range(TOKENS_PER_ANSWER)),
-                    (-1.0,) * TOKENS_PER_ANSWER,
-                    "build 1 + 2 = 3 , 3 + 4 = 7",
-                    "stop",
-                    ((max(version, request.min_version), TOKENS_PER_ANSWER),),
-                )
-                for _ in range(request.num_samples)
-            )
-            self._finished[name].append((key, answers))
+            written_by = max(version, request.min_version)
+            self._finished[name].append((key, self._answers(written_by, request)))
         self._news[name].set()
+
+    def _answers(self, version: int, request: Request) -> tuple[Completion, ...]:
+        """Answers made beforehand, some for each version: an engine's work is not measured."""
+        if version not in self._made:
+            draw = random.Random(version)
+            self._made = {version: [answers_of(version, draw) for _ in range(NUM_DIFFERENT)]}
+        return self._made[version][request.seed % NUM_DIFFERENT]
 
     async def finished(self, name: str, wait_seconds: float) -> Report:
         try:
@@ -129,16 +143,16 @@ class PretendedServers:
 
 
 def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
-    """A job whose steps are so large that learners take `STEPS_PER_SECOND`."""
+    """A job whose steps are so large that learners take one every `SECONDS_PER_STEP`."""
     document = {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "rl": {
             "steps": 10**6,
-            "problems_per_step": groups_per_second // STEPS_PER_SECOND,
+            "problems_per_step": groups_per_second * SECONDS_PER_STEP,
             "group_size": GROUP_SIZE,
             # As many steps as are under way in the engines, and a few that wait.
-            "max_staleness": int(LATENCY_SECONDS * STEPS_PER_SECOND) + 2,
+            "max_staleness": int(LATENCY_SECONDS / SECONDS_PER_STEP) + 2,
         },
         "generator": {"replicas": num_engines, "max_new_tokens": 32, "max_model_len": 64},
         "learner": {"tokens_per_micro_batch": 64},
@@ -168,7 +182,7 @@ class Learners:
         due, step = time.monotonic(), 0
         while True:
             lesson = take(self._queue, step, 120.0).lesson
-            due = max(due + 1 / STEPS_PER_SECOND, time.monotonic() - 1)
+            due = max(due + SECONDS_PER_STEP, time.monotonic() - 1)
             time.sleep(max(0.0, due - time.monotonic()))
             step += 1
             share = Share(step, 0, (), 0)
@@ -196,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", type=int, default=256)
     parser.add_argument("--groups-per-second", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
     arguments = parser.parse_args()
     logging.getLogger("pear_ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -217,8 +231,9 @@ def main() -> None:
                 target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
             )
             loop.start()
-            time.sleep(arguments.seconds / 3)
-            measure(loop, learners, arguments.seconds * 2 / 3)
+            while ray.get(learners.num_groups.remote()) < WARM_UP_STEPS * job.rl.problems_per_step:
+                time.sleep(1)
+            measure(loop, learners, arguments.seconds)
             ended.set()
             loop.join(30)
     ray.shutdown()

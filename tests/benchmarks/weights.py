@@ -50,6 +50,8 @@ from pear_ray.weights.publish import Publisher
 NUM_RANKS = NUM_ENGINES = 2
 BUCKET_MIB = 512
 DEADLINE_SECONDS = 300.0
+# Ray gives memory back within a second of the last reference; a learner's step is longer than that.
+SECONDS_BETWEEN_ROUNDS = 1.5
 # What is measured, and whether changes may follow a whole version.
 KINDS = {"whole, no changes": 1, "whole, changes follow": 10**9, "changes": 10**9}
 COLUMNS = ("mib", "total", "publish", "fetch", "load", "copies", "own load", "pause", "store")
@@ -211,15 +213,19 @@ def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float
     }
 
 
+def mark_of(board: Any) -> str:
+    """What the next announcement is waited behind. No version is held on to."""
+    announced = ray.get(board.newest.remote(None, 0.1))
+    return "" if announced is None else str(announced.mark)
+
+
 def measured(
     kind: str, ranks: list[Any], board: Any, fleet: Fleet, copies: list[Any], words: Any
 ) -> list[dict[str, float]]:
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
     ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
-    watch, found = Watch(board, ""), []
-    if (before := ray.get(board.newest.remote(None, 0.1))) is not None:
-        watch = Watch(board, before.mark)
+    watch, found = Watch(board, mark_of(board)), []
     for number in range(words.rounds + 2):
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
@@ -227,6 +233,7 @@ def measured(
         found.append(beside_copies(times, copies) | {"store": store.num_bytes / words.num_bytes})
         changes = [rank.change.remote(words.changed) for rank in ranks]
         ray.get(changes, timeout=DEADLINE_SECONDS)
+        time.sleep(SECONDS_BETWEEN_ROUNDS)
     return found[2:]
 
 
