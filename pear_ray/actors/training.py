@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 import ray.train
 import torch
 from ray.train import (
@@ -24,6 +25,7 @@ from ray.train import (
     ScalingConfig,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pear_ray.config import Learner as Settings
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
 
 HELDOUT = "heldout_loss"
+# Ray Train gives up an attempt to start all ranks after so many seconds, and begins another.
+START_SECONDS = 60.0
 
 
 def train(
@@ -45,7 +49,13 @@ def train(
     A run which was cut off, by the death of a rank or of the driver, goes on from its newest
     checkpoint below `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays
     beside the newest.
+
+    Raises:
+        TimeoutError: the ranks did not start within `settings.deadline_seconds`, for want of
+            resources perhaps.
     """
+    attempt_seconds = min(START_SECONDS, settings.deadline_seconds)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_seconds)
     worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     most, fewest = settings.num_workers, settings.min_workers
     best = {"checkpoint_score_attribute": HELDOUT, "checkpoint_score_order": "min"}
@@ -64,11 +74,29 @@ def train(
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures,
+                controller_failure_limit=int(settings.deadline_seconds / attempt_seconds) - 1,
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
         ),
     )
-    return trainer.fit().return_value
+    try:
+        return trainer.fit().return_value
+    except ray.train.ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise TimeoutError(
+            f"waited {settings.deadline_seconds:.0f} s (learner.deadline_seconds) for"
+            f" {fewest or most} ranks with {worker} each; the cluster has"
+            f" {of_interest(ray.cluster_resources(), worker)}, of which"
+            f" {of_interest(ray.available_resources(), worker)} are free"
+        ) from error
+
+
+def of_interest(resources: dict[str, float], wanted: dict[str, float]) -> dict[str, float]:
+    """How much there is of what is wanted."""
+    return {name: resources.get(name, 0.0) for name in wanted}
 
 
 def rank_and_count() -> tuple[int, int]:

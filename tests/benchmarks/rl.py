@@ -124,7 +124,7 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         learning_rate = 1e-4
         max_staleness = {int(name == "ahead")}
         [generator]
-        num_cpus = 0.5
+        num_cpus = 0
         threads = {THREADS}
         max_new_tokens = {MAX_NEW_TOKENS}
         max_model_len = 64
@@ -207,14 +207,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="leave others out")
     words = parser.parse_args()
     names = words.only or list(CONTENDERS)
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         write_model(model)
         for number in range(words.pairs):
             folder = Path(home) / str(number)
             folder.mkdir()
-            rounds.append({name: measured(folder, model, name, words.steps) for name in names})
+            rounds.append({})
+            for name in names:
+                rounds[-1][name] = measured(folder, model, name, words.steps)
+                print(f"  round {number + 1}: {name} {rounds[-1][name]['rate']:.0f}", flush=True)
     print(f"{words.pairs} rounds of {words.steps} steps of {PROBLEMS} x {GROUP} answers")
     for name in names:
         rate = statistics.median(one[name]["rate"] for one in rounds)
