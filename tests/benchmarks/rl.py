@@ -109,6 +109,8 @@ def trl(model: str, num_steps: int) -> None:
 def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
     """The same as a job."""
     num_ranks = 2 if name == "zero" else 1
+    # Where both work at the same time, each has a core.
+    cpus = 1 if name == "ahead" else THREADS // num_ranks
     path = folder / f"{name}.toml"
     path.write_text(
         f"""
@@ -125,14 +127,14 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         max_staleness = {int(name == "ahead")}
         [generator]
         num_cpus = 0
-        threads = {THREADS}
+        threads = 1
         max_new_tokens = {MAX_NEW_TOKENS}
         max_model_len = 64
         max_concurrent = {PROBLEMS * GROUP}
         [learner]
         num_workers = {num_ranks}
         zero_stage = {3 if name == "zero" else 0}
-        cpus_per_worker = {THREADS // num_ranks}
+        cpus_per_worker = {cpus}
         tokens_per_micro_batch = 8192
         steps_per_checkpoint = 1000
         [verifier]
