@@ -51,10 +51,12 @@ def train(
     beside the newest.
 
     Raises:
-        TimeoutError: the ranks did not start within `settings.deadline_seconds`, for want of
-            resources perhaps.
+        TimeoutError: the ranks did not start in `settings.deadline_seconds` and a little more, for
+            want of resources.
     """
     attempt_seconds = min(START_SECONDS, settings.deadline_seconds)
+    # Attempts on the whole run: also a node that dies under a rank which is starting costs one.
+    num_attempts = int(settings.deadline_seconds / attempt_seconds) + settings.max_failures
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_seconds)
     worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     most, fewest = settings.num_workers, settings.min_workers
@@ -76,7 +78,7 @@ def train(
             storage_path=str(folder.parent),
             failure_config=FailureConfig(
                 max_failures=settings.max_failures,
-                controller_failure_limit=int(settings.deadline_seconds / attempt_seconds) - 1,
+                controller_failure_limit=num_attempts - 1,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
         ),
@@ -86,17 +88,20 @@ def train(
     except ray.train.ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(
-            f"waited {settings.deadline_seconds:.0f} s (learner.deadline_seconds) for"
-            f" {fewest or most} ranks with {worker} each; the cluster has"
-            f" {of_interest(ray.cluster_resources(), worker)}, of which"
-            f" {of_interest(ray.available_resources(), worker)} are free"
-        ) from error
+        raise TimeoutError(no_room(settings, worker)) from error
 
 
-def of_interest(resources: dict[str, float], wanted: dict[str, float]) -> dict[str, float]:
-    """How much there is of what is wanted."""
-    return {name: resources.get(name, 0.0) for name in wanted}
+def no_room(settings: Settings, worker: dict[str, float]) -> str:
+    """What was waited for in vain, and what there is of it."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    there = ", ".join(
+        f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in worker
+    )
+    return (
+        f"waited more than {settings.deadline_seconds:.0f} s (learner.deadline_seconds) for"
+        f" {settings.min_workers or settings.num_workers} ranks with {worker} each; the cluster"
+        f" has {there}"
+    )
 
 
 def rank_and_count() -> tuple[int, int]:
