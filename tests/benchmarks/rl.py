@@ -12,6 +12,9 @@ take turns, as often as `--pairs` says:
     zero        the same, two ranks with ZeRO-3
     ahead       the same as `one`, rollouts one step ahead (rl.max_staleness = 1)
 
+Learners that take turns with their engine have both cores, those that work beside it have one. The
+engine has one thread: two of them wait for each other whenever another process works.
+
 A step's rate is its sampled-and-trained tokens over the time since the step before; the medians
 over steps after a warm-up are compared. For stage `rl` a second table says what learners and
 engines did in that time.
