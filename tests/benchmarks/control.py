@@ -68,7 +68,8 @@ def answers_of(version: int, draw: random.Random) -> tuple[Completion, ...]:
 class Host:
     """Many pretended engines in one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, latency_seconds: float) -> None:
+        self._latency_seconds = latency_seconds
         self._finished: dict[str, list[tuple[str, Any]]] = {}
         self._news: dict[str, asyncio.Event] = {}
         self._version: dict[str, int] = {}
@@ -78,7 +79,7 @@ class Host:
         self._finished[name], self._news[name] = [], asyncio.Event()
 
     async def submit(self, name: str, work: list[tuple[str, Request]]) -> None:
-        asyncio.get_running_loop().call_later(LATENCY_SECONDS, self._finish, name, work)
+        asyncio.get_running_loop().call_later(self._latency_seconds, self._finish, name, work)
 
     def _finish(self, name: str, work: list[tuple[str, Request]]) -> None:
         version = self._version.get(name, 0)
@@ -129,8 +130,9 @@ class Pretended:
 class PretendedServers:
     """Pretended engines, dealt over a few processes."""
 
-    def __init__(self, num_hosts: int) -> None:
-        self._hosts = [Host.options(max_concurrency=10_000).remote() for _ in range(num_hosts)]  # type: ignore[attr-defined]
+    def __init__(self, num_hosts: int, latency_seconds: float) -> None:
+        host = Host.options(max_concurrency=10_000)  # type: ignore[attr-defined]
+        self._hosts = [host.remote(latency_seconds) for _ in range(num_hosts)]
         self._num_started = 0
 
     def start(self, path: str) -> Pretended:
@@ -221,7 +223,7 @@ def main() -> None:
         (Path(folder) / "run").mkdir()
         board, queue = Board.remote(), StepQueue.remote()  # type: ignore[attr-defined]
         with (
-            Fleet(PretendedServers(HOSTS), "", job.generator, print) as fleet,
+            Fleet(PretendedServers(HOSTS, LATENCY_SECONDS), "", job.generator, print) as fleet,
             Verifiers(job.tasks, job.verifier) as verifiers,
         ):
             fleet.settle()

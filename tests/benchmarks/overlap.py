@@ -1,0 +1,99 @@
+"""What it is worth that engines work ahead of learners, where both cost the same and neither takes
+the other's cores. One command.
+
+    python tests/benchmarks/overlap.py [--seconds 2] [--steps 12]
+
+The loop is the stage's own (`stages.rl.rollouts.answer`) with its own fleet, verifiers, queue and
+board; engines answer a step's problems after `--seconds` and learners learn from them in as many,
+both by sleeping. Printed for `rl.max_staleness` 0 and 1: seconds per step, medians, and the share
+of them in which learners wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from control import PretendedServers, job_of
+
+from pear_ray.actors.board import Board, StepQueue, take
+from pear_ray.actors.fleet import Fleet
+from pear_ray.actors.reference import NoReference
+from pear_ray.actors.verifiers import Verifiers
+from pear_ray.manifest import Run
+from pear_ray.stages.rl.rollouts import answer
+from pear_ray.weights.manifest import Share
+
+ENGINES, GROUPS_PER_SECOND = 8, 16
+DEADLINE_SECONDS = 120.0
+WARM_UP = 3
+
+
+@ray.remote(num_cpus=0)
+def learn(board: Any, queue: Any, num_steps: int, seconds: float) -> list[tuple[float, float]]:
+    """Learners that take so long for a step: of each, the seconds of waiting and of all of it."""
+    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
+    found = []
+    for step in range(num_steps):
+        began = time.perf_counter()
+        lesson = take(queue, step, DEADLINE_SECONDS).lesson
+        taken = time.perf_counter()
+        time.sleep(seconds)
+        share = Share(step + 1, 0, (), 0)
+        ray.get(board.announce.remote(share, 1, lesson.next_problem, "only"))
+        found.append((taken - began, time.perf_counter() - began))
+    return found[WARM_UP:]
+
+
+def measured(staleness: int, words: argparse.Namespace) -> list[tuple[float, float]]:
+    """Steps of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = job_of(Path(folder), ENGINES, GROUPS_PER_SECOND)
+        job = job.model_copy(update={"rl": job.rl.model_copy(update={"max_staleness": staleness})})
+        (Path(folder) / "run").mkdir()
+        board, queue, ended = Board.remote(), StepQueue.remote(), threading.Event()  # type: ignore[attr-defined]
+        with (
+            Fleet(PretendedServers(1, words.seconds), "", job.generator, print) as fleet,
+            Verifiers(job.tasks, job.verifier) as verifiers,
+        ):
+            fleet.settle()
+            rest = (fleet, NoReference(), verifiers, board, queue, ended)
+            loop = threading.Thread(
+                target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
+            )
+            loop.start()
+            steps = ray.get(learn.remote(board, queue, words.steps, words.seconds), timeout=600)
+            ended.set()
+            loop.join(30)
+    return steps
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of either side, for a step")
+    parser.add_argument("--steps", type=int, default=12)
+    words = parser.parse_args()
+    logging.getLogger("pear_ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    seconds = []
+    for staleness in (0, 1):
+        steps = measured(staleness, words)
+        seconds.append(statistics.median(step for _, step in steps))
+        waits = statistics.median(wait / step for wait, step in steps)
+        print(f"max_staleness {staleness}: {seconds[-1]:.2f} s a step, learners wait {waits:.2f}")
+    print(f"{seconds[0] / seconds[1]:.2f} times as many steps one ahead")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
