@@ -159,7 +159,7 @@ class Learner(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, for less memory."""
     deadline_seconds: float = Field(600.0, gt=0)
-    """Longest wait for another rank, for rollouts or for a checkpoint."""
+    """Longest wait for room to start, for another rank, for rollouts or for a checkpoint."""
     max_failures: int = Field(2, ge=0)
     """How often Ray Train restarts the ranks after one of them died."""
     steps_per_checkpoint: int = Field(50, gt=0)

@@ -21,6 +21,8 @@ import random
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,9 @@ class Host:
         """Answers made beforehand, some for each version: an engine's work is not measured."""
         if version not in self._made:
             draw = random.Random(version)
-            self._made = {version: [answers_of(version, draw) for _ in range(NUM_DIFFERENT)]}
+            # Engines of one process are a version or two apart while a new one spreads.
+            self._made = {old: made for old, made in self._made.items() if old > version - 4}
+            self._made[version] = [answers_of(version, draw) for _ in range(NUM_DIFFERENT)]
         return self._made[version][request.seed % NUM_DIFFERENT]
 
     async def finished(self, name: str, wait_seconds: float) -> Report:
@@ -193,6 +197,29 @@ class Learners:
             self._num_groups += len(lesson.groups)
 
 
+@contextmanager
+def running(
+    job: Job, num_hosts: int, latency_seconds: float
+) -> Iterator[tuple[Any, Any, threading.Thread]]:
+    """Board, queue and the thread of the loop, with engines that stand."""
+    Path(job.run.dir).mkdir()
+    board, queue, ended = Board.remote(), StepQueue.remote(), threading.Event()  # type: ignore[attr-defined]
+    servers = PretendedServers(num_hosts, latency_seconds)
+    with (
+        Fleet(servers, "", job.generator, print) as fleet,
+        Verifiers(job.tasks, job.verifier) as verifiers,
+    ):
+        fleet.settle()
+        rest = (fleet, NoReference(), verifiers, board, queue, ended)
+        loop = threading.Thread(
+            target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
+        )
+        loop.start()
+        yield board, queue, loop
+        ended.set()
+        loop.join(30)
+
+
 def cpu_seconds() -> dict[str, float]:
     """CPU seconds so far, by what used them."""
     found = {"loop": sum(psutil.Process().cpu_times()[:2])}
@@ -217,27 +244,13 @@ def main() -> None:
     logging.getLogger("pear_ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    ended = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), arguments.engines, arguments.groups_per_second)
-        (Path(folder) / "run").mkdir()
-        board, queue = Board.remote(), StepQueue.remote()  # type: ignore[attr-defined]
-        with (
-            Fleet(PretendedServers(HOSTS, LATENCY_SECONDS), "", job.generator, print) as fleet,
-            Verifiers(job.tasks, job.verifier) as verifiers,
-        ):
-            fleet.settle()
+        with running(job, HOSTS, LATENCY_SECONDS) as (board, queue, loop):
             learners = Learners.remote(board, queue)  # type: ignore[attr-defined]
-            rest = (fleet, NoReference(), verifiers, board, queue, ended)
-            loop = threading.Thread(
-                target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
-            )
-            loop.start()
             while ray.get(learners.num_groups.remote()) < WARM_UP_STEPS * job.rl.problems_per_step:
                 time.sleep(1)
             measure(loop, learners, arguments.seconds)
-            ended.set()
-            loop.join(30)
     ray.shutdown()
 
 

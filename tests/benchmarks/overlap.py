@@ -16,20 +16,14 @@ import logging
 import os
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
-from control import PretendedServers, job_of
+from control import job_of, running
 
-from pear_ray.actors.board import Board, StepQueue, take
-from pear_ray.actors.fleet import Fleet
-from pear_ray.actors.reference import NoReference
-from pear_ray.actors.verifiers import Verifiers
-from pear_ray.manifest import Run
-from pear_ray.stages.rl.rollouts import answer
+from pear_ray.actors.board import take
 from pear_ray.weights.manifest import Share
 
 ENGINES, GROUPS_PER_SECOND = 8, 16
@@ -58,21 +52,8 @@ def measured(staleness: int, words: argparse.Namespace) -> list[tuple[float, flo
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), ENGINES, GROUPS_PER_SECOND)
         job = job.model_copy(update={"rl": job.rl.model_copy(update={"max_staleness": staleness})})
-        (Path(folder) / "run").mkdir()
-        board, queue, ended = Board.remote(), StepQueue.remote(), threading.Event()  # type: ignore[attr-defined]
-        with (
-            Fleet(PretendedServers(1, words.seconds), "", job.generator, print) as fleet,
-            Verifiers(job.tasks, job.verifier) as verifiers,
-        ):
-            fleet.settle()
-            rest = (fleet, NoReference(), verifiers, board, queue, ended)
-            loop = threading.Thread(
-                target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
-            )
-            loop.start()
+        with running(job, 1, words.seconds) as (board, queue, _):
             steps = ray.get(learn.remote(board, queue, words.steps, words.seconds), timeout=600)
-            ended.set()
-            loop.join(30)
     return steps
 
 

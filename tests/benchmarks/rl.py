@@ -12,8 +12,7 @@ take turns, as often as `--pairs` says:
     zero        the same, two ranks with ZeRO-3
     ahead       the same as `one`, rollouts one step ahead (rl.max_staleness = 1)
 
-Learners that take turns with their engine have both cores, those that work beside it have one. The
-engine has one thread: two of them wait for each other whenever another process works.
+The engine has one thread: two of them wait for each other whenever another process works.
 
 A step's rate is its sampled-and-trained tokens over the time since the step before; the medians
 over steps after a warm-up are compared. For stage `rl` a second table says what learners and
@@ -32,14 +31,27 @@ import tempfile
 import time
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS, GROUP, MAX_NEW_TOKENS = 32, 8, 32
 TASK = "tests.stages.parity:Parity"
 WARM_UP = 4
 THREADS = 2
-CONTENDERS = ("trl", "one", "zero", "ahead")
+
+
+class Shape(NamedTuple):
+    """What jobs of stage `rl` differ in."""
+
+    num_ranks: int
+    zero_stage: int
+    cpus_per_rank: int
+    max_staleness: int
+
+
+# Learners that take turns with their engine have both cores, those that work beside it have one.
+SHAPES = {"one": Shape(1, 0, 2, 0), "zero": Shape(2, 3, 1, 0), "ahead": Shape(1, 0, 1, 1)}
+CONTENDERS = ("trl", *SHAPES)
 
 
 def write_model(folder: Path) -> None:
@@ -111,9 +123,7 @@ def trl(model: str, num_steps: int) -> None:
 
 def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
     """The same as a job."""
-    num_ranks = 2 if name == "zero" else 1
-    # Where both work at the same time, each has a core.
-    cpus = 1 if name == "ahead" else THREADS // num_ranks
+    shape = SHAPES[name]
     path = folder / f"{name}.toml"
     path.write_text(
         f"""
@@ -127,7 +137,7 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         problems_per_step = {PROBLEMS}
         group_size = {GROUP}
         learning_rate = 1e-4
-        max_staleness = {int(name == "ahead")}
+        max_staleness = {shape.max_staleness}
         [generator]
         num_cpus = 0
         threads = 1
@@ -135,9 +145,9 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         max_model_len = 64
         max_concurrent = {PROBLEMS * GROUP}
         [learner]
-        num_workers = {num_ranks}
-        zero_stage = {3 if name == "zero" else 0}
-        cpus_per_worker = {cpus}
+        num_workers = {shape.num_ranks}
+        zero_stage = {shape.zero_stage}
+        cpus_per_worker = {shape.cpus_per_rank}
         tokens_per_micro_batch = 8192
         steps_per_checkpoint = 1000
         [verifier]

@@ -230,7 +230,7 @@ def measured(
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
             times = one_round(ranks, board, fleet, watch, first + number, full)
-        found.append(beside_copies(times, copies) | {"store": store.num_bytes / words.num_bytes})
+        found.append(beside_copies(times, copies) | {"store_bytes": store.num_bytes})
         changes = [rank.change.remote(words.changed) for rank in ranks]
         ray.get(changes, timeout=DEADLINE_SECONDS)
         time.sleep(SECONDS_BETWEEN_ROUNDS)
@@ -240,14 +240,14 @@ def measured(
 def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
     """Print the table of one dtype."""
     count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
-    words.num_bytes = count * getattr(torch, dtype).itemsize
+    num_bytes = count * getattr(torch, dtype).itemsize
     settings = Generator(
         replicas=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32
     )
     board = Board.remote()  # type: ignore[attr-defined]
     ranks = [Rank.remote(rank, model, dtype, board) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
     with (
-        copiers(words.num_bytes) as copies,
+        copiers(num_bytes) as copies,
         Fleet(EngineServers(dtype, settings, seed=0), model, settings, print) as fleet,
     ):
         fleet.settle()
@@ -255,7 +255,8 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
         print(f"  {'':<23}" + "".join(f"{name:>10}" for name in COLUMNS))
         for kind in KINDS:
             rounds = measured(kind, ranks, board, fleet, copies, words)
-            of = {key: statistics.median(one[key] for one in rounds) for key in COLUMNS}
+            of = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+            of["store"] = of["store_bytes"] / num_bytes
             print(f"  {kind:<23}" + "".join(f"{of[name]:>10.3f}" for name in COLUMNS), flush=True)
     for actor in (*ranks, board):
         ray.kill(actor)
