@@ -69,20 +69,20 @@ class _Read(torch.autograd.Function):
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
         normalisers, entropies = hidden.new_empty((2, num_places), dtype=torch.float32)
         top_masses = hidden.new_zeros(num_places, dtype=torch.float32)
-        ctx.probs = None
+        logits_room, exps_room = (_room(hidden, weight, tokens_per_chunk) for _ in range(2))
         for part in chunks(num_places, tokens_per_chunk):
-            log_softmax = _logits(hidden[part], weight)
-            normalisers[part] = log_softmax.logsumexp(-1)
-            log_softmax -= normalisers[part, None]
-            logprobs[part] = log_softmax.gather(-1, ids[part])
-            probs = log_softmax.exp()
-            entropies[part] = -log_softmax.mul_(probs).sum(-1)
+            logits = _logits(hidden[part], weight, logits_room)
+            largest = logits.amax(-1)
+            logits -= largest[:, None]
+            exps = torch.exp(logits, out=exps_room[: len(logits)])
+            sums = exps.sum(-1)
+            normalisers[part] = largest + sums.log()
+            logprobs[part] = logits.gather(-1, ids[part]) - sums.log()[:, None]
+            entropies[part] = sums.log() - logits.mul_(exps).sum(-1) / sums
             if top_k:
-                top_masses[part] = probs.topk(top_k, sorted=False).values.sum(-1)
-            if num_places <= tokens_per_chunk and any(ctx.needs_input_grad):
-                ctx.probs = probs
-            # Not beside the next chunk's.
-            del log_softmax, probs
+                top_masses[part] = exps.topk(top_k, sorted=False).values.sum(-1) / sums
+        is_kept = num_places <= tokens_per_chunk and any(ctx.needs_input_grad)
+        ctx.probs = exps.div_(sums[:, None]) if is_kept else None
         # DeepSpeed fills and empties `weight.data` around each pass: the parameter itself is kept,
         # as a saved tensor would be the empty one.
         ctx.weight, ctx.tokens_per_chunk = weight, tokens_per_chunk
@@ -100,9 +100,10 @@ class _Read(torch.autograd.Function):
         shape = weight.shape if ctx.needs_input_grad[1] else (0,)
         grad_weight = weight.new_zeros(shape, dtype=torch.float32)
         kept, ctx.probs = ctx.probs, None
+        room = _room(hidden, weight, 0 if kept is not None else ctx.tokens_per_chunk)
         for part in chunks(len(hidden), ctx.tokens_per_chunk):
             if kept is None:
-                probs = _logits(hidden[part], weight).sub_(normalisers[part, None]).exp_()
+                probs = _logits(hidden[part], weight, room).sub_(normalisers[part, None]).exp_()
             else:
                 probs = kept
             grad = grad_logprobs[part]
@@ -127,14 +128,22 @@ def chunks(num_places: int, places_per_chunk: int) -> Iterator[slice]:
         yield slice(start, min(num_places, start + places_per_chunk))
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def _room(hidden: Tensor, weight: Tensor, num_places: int) -> Tensor:
+    """Memory for a chunk, used by one after the other: on CPUs, taking it anew for each costs as
+    much as what is computed in it."""
+    shape = min(num_places, len(hidden)), len(weight)
+    return hidden.new_empty(shape, dtype=torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, room: Tensor) -> Tensor:
     """float32 whatever the weights are in: rounded to bfloat16, a logit of 20 is off by up to .06,
     as much as PEAR's clip of a log-ratio."""
+    logits = room[: len(hidden)]
     if weight.dtype == torch.float32:
-        return hidden @ weight.T
+        return torch.mm(hidden, weight.T, out=logits)
     if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
+    return torch.mm(hidden.float(), weight.float().T, out=logits)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
