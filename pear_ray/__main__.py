@@ -22,6 +22,7 @@ STAGES = {
     "sft": "supervised fine-tuning under PEAR's importance weights",
     "rl": "reinforcement learning on verified answers",
     "evaluate": "pass@k of the run's checkpoints on held-out problems",
+    "rank": "from which checkpoint RL should start, and how sure that is",
     "report": "one HTML page and one table of everything the run measured",
     "pipeline": "all of these in order, for every arm of the job",
 }

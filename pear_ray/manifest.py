@@ -34,6 +34,7 @@ FREE_KEYS = (
     "run.dir",
     "run.wait_seconds",
     "tracking",
+    "rank",
     "learner.num_workers",
     "learner.min_workers",
     "learner.max_failures",
@@ -85,8 +86,8 @@ class Run:
 
     def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
-        # The report is cheap and reads what may have come since; the pipeline asks each stage.
-        always = stage in ("report", "pipeline")
+        # Cheap, and they read what may have come since; the pipeline asks each stage.
+        always = stage in ("rank", "report", "pipeline")
         if not always and self.is_done(stage):
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return

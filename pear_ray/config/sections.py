@@ -101,6 +101,25 @@ class Evaluation(Section):
         return self
 
 
+class Ranking(Section):
+    k: int = Field(0, ge=0)
+    """k of the pass@k to rank by; 0: the largest of evaluation.ks."""
+    runs: tuple[str, ...] = ()
+    """Further run folders whose evaluated checkpoints take part, as "FOLDER:name"."""
+    after_rl: dict[str, float] = Field({})
+    """pass@1 after RL of checkpoints for which it is known; that of the run's arms is found."""
+    trained_on: dict[str, str] = Field({})
+    """A name for data and loss of a checkpoint's SFT, for those that no arm of a run made. Held-out
+    losses are compared within one name."""
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> Ranking:
+        for name, value in self.after_rl.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"after_rl.{name}: read {value}; expected pass@1, from 0 to 1")
+        return self
+
+
 class Tracking(Section):
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard."""
@@ -166,6 +185,8 @@ class Job(Section):
     """Processes that judge answers."""
     evaluation: Evaluation = Evaluation()
     """Stage `evaluate`."""
+    rank: Ranking = Ranking()
+    """Stage `rank`."""
     tracking: Tracking = Tracking()
     """Where numbers go besides metrics.jsonl."""
     arms: tuple[Arm, ...] = ()

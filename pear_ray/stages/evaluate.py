@@ -190,6 +190,7 @@ def scorecard(
         "num_problems": num_problems,
         "samples_per_problem": num_samples,
         "temperature": job.evaluation.temperature,
+        "max_new_tokens": job.generator.max_new_tokens,
         "seed": job.run.seed,
         "checkpoints": cards,
         "differences": differences,

@@ -27,6 +27,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
             own.perform("sft", stage("sft"))
             own.perform("rl", stage("rl"))
     run.perform("evaluate", stage("evaluate"))
+    run.perform("rank", stage("rank"))
     run.perform("report", stage("report"))
     return {"arms": [arm.name for arm in job.arms]}
 

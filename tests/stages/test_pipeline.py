@@ -40,7 +40,7 @@ def stages(folder: Path) -> dict[str, Any]:
 
 def lasting(entries: dict[str, Any]) -> dict[str, float]:
     """When each stage began, but for those that are made anew each time."""
-    return {s: e["started"] for s, e in entries.items() if s not in ("report", "pipeline")}
+    return {s: e["started"] for s, e in entries.items() if s not in ("rank", "report", "pipeline")}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def run(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1200)
 def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     assert {s for s, e in stages(run).items() if e["state"] == "done"} >= {
-        "pretrain", "sample", "score", "evaluate", "report", "pipeline",
+        "pretrain", "sample", "score", "evaluate", "rank", "report", "pipeline",
     }  # fmt: skip
     for name in ("scored/rejected.jsonl", "evaluate/attempts.parquet", "report/index.html"):
         assert (run / name).exists()
