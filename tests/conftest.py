@@ -29,6 +29,8 @@ os.environ.update(
         "SPT_NOENV": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ahead of the tests that run beside them in their pauses.
+        "RAY_worker_niceness": "0",
         # One process less to start in each Ray Train run.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -45,6 +47,13 @@ os.environ.pop("RAY_ADDRESS", None)
 
 SECONDS_TO_END = 30
 VOCABULARY = [f"w{number}" for number in range(97)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Ray."""
+    for item in items:
+        if {"ray_session", "chaos"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("cluster")
 
 
 @pytest.fixture(scope="session", autouse=True)
