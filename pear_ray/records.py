@@ -350,7 +350,8 @@ class Attempt:
     """One sampled answer of an evaluation. Rows of RUN/evaluate/attempts.parquet.
 
     Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
-            correct=True, reward=1.0, num_tokens=13, finish_reason="stop", note="")
+            correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,
+            note="", parts={"style_undo": 1.0})
     """
 
     checkpoint: str
@@ -364,6 +365,7 @@ class Attempt:
     finish_reason: str
     mean_logprob: float
     note: str
+    parts: dict[str, float]
 
 
 ATTEMPT_SCHEMA = pa.schema(
@@ -379,5 +381,6 @@ ATTEMPT_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("mean_logprob", pa.float32()),
         ("note", pa.string()),
+        ("parts", pa.map_(pa.string(), pa.float32())),
     ]
 )

@@ -62,7 +62,7 @@ def write(
             "checkpoint": label, "problem_id": f"{problems}-{problem:03d}", "task": "countdown",
             "sample": sample, "text": "", "correct": sample < count,
             "reward": float(sample < count), "num_tokens": 5, "finish_reason": "stop",
-            "mean_logprob": logprob, "note": "",
+            "mean_logprob": logprob, "note": "", "parts": {},
         }
         for label, of_problems in counts.items()
         for problem, count in enumerate(of_problems)
@@ -72,7 +72,7 @@ def write(
     cards = {
         label: {
             "path": f"models/{label}",
-            "mean_logprob": logprob,
+            "entropy": -logprob,
             "truncated_share": 0.0,
             "heldout_nll": (losses or {}).get(label),
         }

@@ -112,6 +112,10 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
             "response_tokens_mean": 14.2,
             "truncated_share": 0.02,
             "mean_logprob": -0.41,
+            "pass_at_k_curve": [
+                {"value": v, "low": v - 0.03, "high": v + 0.03}
+                for v in np.linspace(one, eight, 8).tolist()
+            ],
             "parts": {"style_build": 0.6, "style_undo": 0.4 - one / 10, "style_code": 0.0},
             "heldout_nll": None,
         }
@@ -133,6 +137,39 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
     }
 
 
+def ranking(after_rl: tuple[float | None, ...] = (None, 0.361, 0.383)) -> dict:
+    def score(value: float) -> dict:
+        return {"value": value, "low": value - 0.03, "high": value + 0.03}
+
+    labels = ("base", "sft/sft", "pear/sft")
+    candidates = [
+        {
+            "rank": None if label == "base" else place,
+            "label": label,
+            "pass_at_1": score(0.15 + place / 30),
+            "pass_at_k": score(0.58 + place / 30),
+            "probability_of_first": place / 3,
+            "heldout_loss": None if label == "base" else 1.25,
+            "regime": "mild over-training" if label == "sft/sft" else None,
+            "group_signal": 0.12,
+            "share_without_signal": 0.4,
+            "entropy": 0.61,
+            "after_rl": after,
+            **({"predicted_after_rl": {"value": 0.37, "sd": 0.01}} if after else {}),
+        }
+        for place, (label, after) in enumerate(zip(labels, after_rl, strict=True))
+    ]
+    scores = {"spearman": 1.0, "r_squared": 0.81, "heldout_r_squared": {"mean": 0.7, "sd": 0.2}}
+    return {
+        "k": 8,
+        "group_size": 8,
+        "candidates": candidates,
+        "track_record": {"num_known": 4, "predictors": {"pass@8": scores}},
+        "advice": f"Start RL from pear/sft {HOSTILE}",
+        "cautions": ["base was dropped."],
+    }
+
+
 def whole_run(folder: Path) -> Job:
     """A run folder as the pipeline leaves it."""
     done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
@@ -150,6 +187,8 @@ def whole_run(folder: Path) -> Job:
         (home / "manifest.json").write_text(json.dumps(stages))
     (folder / "evaluate").mkdir()
     (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard()))
+    (folder / "rank").mkdir()
+    (folder / "rank" / "ranking.json").write_text(json.dumps(ranking()))
     stages = dict.fromkeys(("pretrain", "sample", "score", "evaluate"), done)
     stages["score"] = done | {"facts": facts}
     manifest = {"versions": {"ray": "2.60.0"}, "stages": stages, "command": "pear-ray report x"}
@@ -219,6 +258,7 @@ def test_a_whole_run_has_every_section_in_order(whole: Any) -> None:
     assert Page(page).headings == [
         "Arms",
         "Arms against each other",
+        "Where should RL start?",
         "Learning",
         "Importance weights",
         "What the answers look like",
@@ -242,7 +282,7 @@ def test_the_page_is_self_contained_and_speaks_to_everyone(whole: Any) -> None:
             assert attributes.get(name, "#").startswith("#")
         if tag == "svg":
             assert attributes["role"] == "img"
-            assert " from " in attributes["aria-label"]
+            assert re.search(" from | at ", attributes["aria-label"])
     assert not re.search(r"url\((?!#)|@import", whole[0])
     assert "prefers-color-scheme: dark" in whole[0] and "@media print" in whole[0]
 

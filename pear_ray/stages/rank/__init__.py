@@ -122,9 +122,7 @@ def promises(job: Job, field: Field, candidate: Candidate, k: int) -> dict[str, 
         "share_without_signal": (
             prediction.share_without_signal(num_samples, counts, group_size) if is_known else None
         ),
-        # A sample's own log-prob is an unbiased reading of the entropy where nothing bends the
-        # distribution that it is drawn from.
-        "entropy": -card["mean_logprob"] if field.sampler["temperature"] == 1.0 else None,
+        "entropy": card["entropy"],
         "truncated_share": card["truncated_share"],
         "after_rl": candidate.after_rl,
     }

@@ -19,6 +19,7 @@ import jinja2
 
 from pear_ray.config import Job
 from pear_ray.manifest import Run
+from pear_ray.stages.report.choice import choice
 from pear_ray.stages.report.measured import Measured, read
 from pear_ray.stages.report.outcomes import (
     NOISE,
@@ -39,6 +40,7 @@ WIDTH = 100
 SECTIONS: tuple[Callable[[Measured], Section | str], ...] = (
     results,
     differences,
+    choice,
     learning,
     weights,
     answers,
@@ -170,7 +172,11 @@ def spreadsheet(measured: Measured) -> str:
         for k, score in card.get("pass_at_k", {}).items():
             row |= {f"pass_at_{k}": score["value"]}
             row |= {f"pass_at_{k}_{end}": score[end] for end in ("low", "high")}
-        row |= {k: v for k, v in card.items() if k not in ("path", "pass_at_k", "parts")}
+        row |= {
+            k: v
+            for k, v in card.items()
+            if k not in ("path", "pass_at_k", "pass_at_k_curve", "parts")
+        }
         rows.append(row | card.get("parts", {}))
     header = dict.fromkeys(["checkpoint", "arm", "stage", "steps", "seconds"])
     header |= dict.fromkeys(key for row in rows for key in row)

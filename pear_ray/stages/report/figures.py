@@ -166,12 +166,14 @@ def describe(
     """The figure in words, for those who do not see it."""
     told = []
     for name, line in lines.items():
-        known = line.y[np.isfinite(line.y)]
-        first, last = number(known[0]), number(known[-1])
-        told.append(f"{name} from {first} to {last}" if len(known) > 1 else f"{name} {first}")
+        known = np.isfinite(line.y)
+        first, last, x = line.y[known][0], line.y[known][-1], line.x[known][0]
+        alone = f"{number(first)} at {x:g}" if across else number(first)
+        along = f"from {number(first)} to {number(last)}"
+        told.append(f"{name} {along if known.sum() > 1 else alone}")
     told += [f"{level[1]} at {number(level[0])}"] if level else []
-    along = f" by {across}" if across else ""
-    return f"{title}, {unit}{along}: {'; '.join(told)}."
+    over = f" by {across}" if across else ""
+    return f"{title}, {unit}{over}: {'; '.join(told)}."
 
 
 def inline(document: str, description: str) -> Markup:

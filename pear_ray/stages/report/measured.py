@@ -49,12 +49,13 @@ class Home:
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was read: the run's own folder, its arms, the job, the evaluation."""
+    """Everything that was read: the run's own folder, its arms, the job, evaluation and ranking."""
 
     own: Home
     arms: tuple[Home, ...]
     job: dict[str, Any]
     scorecard: dict[str, Any]
+    ranking: dict[str, Any]
 
     @property
     def homes(self) -> list[Home]:
@@ -117,7 +118,8 @@ def read(folder: Path) -> Measured:
             f"{folder}: holds nothing to report; expected rows of score, sft or rl in"
             " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
-    return Measured(own, arms, job, scorecard)
+    ranking = read_json(folder / "rank" / "ranking.json")
+    return Measured(own, arms, job, scorecard, ranking)
 
 
 def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:

@@ -1,0 +1,99 @@
+"""Where RL should start: the ranking, pass@k for every k, and before RL against after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from pear_ray.stages.report.figures import Line, draw
+from pear_ray.stages.report.measured import Measured, as_floats
+from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
+from pear_ray.stages.report.words import NONE, interval, number, share
+
+
+def choice(measured: Measured) -> Section | str:
+    """The ranking of what RL could start from."""
+    found = measured.ranking
+    if not found:
+        return "where RL should start (no rank/ranking.json)"
+    record = record_table(found)
+    return Section(
+        "Where should RL start?",
+        " ".join([found["advice"], *found["cautions"]]),
+        (ranking_table(found), *([record] if record.rows else [])),
+        known((*curves(measured), before_against_after(found))),
+    )
+
+
+def ranking_table(found: dict[str, Any]) -> Table:
+    """Candidates, the most promising first."""
+    k, size = found["k"], found["group_size"]
+    header = (
+        "rank", "checkpoint", "pass@1", f"pass@{k}", "stays first", "held-out loss", "regime",
+        "group signal", f"silent groups of {size}", "entropy", "pass@1 after RL", "foretold",
+    )  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
+    for row in found["candidates"]:
+        foretold = row.get("predicted_after_rl")
+        rows.append(
+            (
+                NONE if row["rank"] is None else str(row["rank"]),
+                row["label"],
+                interval(row["pass_at_1"]),
+                interval(row["pass_at_k"]),
+                share(row["probability_of_first"]),
+                number(row["heldout_loss"]),
+                row["regime"] or NONE,
+                number(row["group_signal"]),
+                share(row["share_without_signal"]),
+                number(row["entropy"]),
+                number(row["after_rl"]),
+                f"{number(foretold['value'])} +- {number(foretold['sd'])}" if foretold else NONE,
+            )
+        )
+    return Table(header, tuple(rows), "Candidates; a dash for a rank: dropped")
+
+
+def record_table(found: dict[str, Any]) -> Table:
+    """How well each predictor foretold what is known."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, of in found["track_record"]["predictors"].items():
+        spread = of["heldout_r_squared"]
+        halves = f"{number(spread['mean'])} +- {number(spread['sd'])}" if spread else NONE
+        rows.append((name, number(of["spearman"]), number(of["r_squared"]), halves))
+    header = ("predictor", "Spearman", "R^2", "held-out R^2, half splits")
+    caption = f"Track record on {found['track_record']['num_known']} results after RL"
+    return Table(header, tuple(rows), caption)
+
+
+def curves(measured: Measured) -> Iterable[Panel | None]:
+    """pass@k by k, doubling, of the checkpoints before and of those after RL."""
+    sides: dict[str, dict[str, Line]] = {"before RL": {}, "after RL": {}}
+    longest = 1
+    for label, card in measured.cards.items():
+        curve = card.get("pass_at_k_curve", [])
+        places = [2**power - 1 for power in range(len(curve).bit_length())]
+        points = [curve[place] for place in places]
+        y, low, high = (as_floats(p[key] for p in points) for key in ("value", "low", "high"))
+        side = "after RL" if label.rsplit("/", 1)[-1] == "rl" else "before RL"
+        beside = 0.05 * len(sides[side])
+        sides[side][label] = Line(np.arange(len(points)) + beside, y, low, high)
+        longest = max(longest, len(points))
+    ticks = tuple(str(2**power) for power in range(longest))
+    for side, lines in sides.items():
+        yield draw(f"pass@k {side}", "pass@k", lines, across="k", ticks=ticks)
+
+
+def before_against_after(found: dict[str, Any]) -> Panel | None:
+    """One point for each candidate whose result after RL is known."""
+    points = {
+        row["label"]: Line(np.array([row["pass_at_k"]["value"]]), np.array([row["after_rl"]]))
+        for row in found["candidates"]
+        if row["after_rl"] is not None
+    }
+    if len(points) < 2:
+        return None
+    title = f"pass@{found['k']} before RL, pass@1 after it"
+    return draw(title, "pass@1 after RL", points, across=f"pass@{found['k']} before RL")

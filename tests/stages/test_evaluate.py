@@ -1,0 +1,179 @@
+"""Attempts on a real engine, judged by real verifiers, broken off and taken up again; scorecards of
+attempts whose numbers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pear_ray.actors.fleet import Fleet
+from pear_ray.actors.verifiers import Verifiers
+from pear_ray.algorithms.statistics import pass_at_k
+from pear_ray.config import BadInput, Job
+from pear_ray.records import ATTEMPT_SCHEMA
+from pear_ray.stages.evaluate.attempts import Store, attempt, requests
+from pear_ray.stages.evaluate.scorecard import card, scorecard
+from pear_ray.tasks import heldout_problems
+
+PROBLEMS, SAMPLES = 12, 20
+
+
+def job_of(model: str = "some/model", **generator: Any) -> Job:
+    return Job.model_validate(
+        {
+            "run": {"dir": "unused", "seed": 3},
+            "model": {"path": model},
+            "tasks": [{"name": "tests.stages.parity:Parity"}],
+            "generator": {"max_new_tokens": 24, "max_model_len": 48, **generator},
+            "evaluation": {
+                "num_problems": PROBLEMS, "samples_per_problem": SAMPLES, "ks": [1, 4],
+            },
+        }
+    )  # fmt: skip
+
+
+class Bench:
+    """An engine, verifiers and problems, as stage `evaluate` brings them together."""
+
+    def __init__(self, job: Job, fleet: Fleet, verifiers: Verifiers) -> None:
+        self.job, self.fleet, self.verifiers = job, fleet, verifiers
+        self.problems = heldout_problems(job.tasks, PROBLEMS, 3)
+
+    def work(self, store: Store) -> list[Any]:
+        return list(requests(self.job, self.job.model_path(), self.problems, store.done()))
+
+    def sample(self, store: Store) -> None:
+        attempt(
+            self.job, "base", self.work(store), self.problems, self.fleet, self.verifiers, store
+        )
+
+    def drain(self) -> None:
+        """What a dead process leaves under way dies with its engines; this one is used again."""
+        while self.fleet.num_sequences or self.verifiers.num_waiting:
+            self.fleet.finished()
+            self.verifiers.finished(0.1)
+
+
+@pytest.fixture(scope="module")
+def bench(engine_of: Callable[[bool], Fleet], tiny_model: Any) -> Iterator[Bench]:
+    job = job_of(str(tiny_model(True)))
+    fleet = engine_of(True)
+    fleet.load_folder(job.model_path())
+    with Verifiers(job.tasks, job.verifier) as verifiers:
+        yield Bench(job, fleet, verifiers)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    store = Store(tmp_path_factory.mktemp("undisturbed"))
+    bench.sample(store)
+    return store.table(bench.problems)
+
+
+def test_every_problem_has_all_its_attempts_in_order(bench: Bench, undisturbed: pa.Table) -> None:
+    rows = undisturbed.to_pylist()
+    expected = [(p.problem_id, n) for p in bench.problems for n in range(SAMPLES)]
+    assert [(row["problem_id"], row["sample"]) for row in rows] == expected
+    assert undisturbed.schema == ATTEMPT_SCHEMA
+    # Parity judges half of what such a model writes right.
+    assert 0 < np.mean([row["correct"] for row in rows]) < 1
+    assert len({row["text"] for row in rows}) > len(rows) / 2
+
+
+class BrokenOff(Exception):
+    pass
+
+
+def test_what_is_stored_is_not_asked_again_and_changes_nothing(
+    bench: Bench, undisturbed: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off three times, each after some attempts were written."""
+    store, numbers_asked = Store(tmp_path), []
+    for _ in range(3):
+        stored = 0
+
+        def add(rows: Any, own: Store = store) -> None:
+            nonlocal stored
+            Store.add(own, rows)
+            own.write()
+            stored += 1
+            if stored == 5:
+                raise BrokenOff
+
+        monkeypatch.setattr(store, "add", add)
+        numbers_asked.append(len(bench.work(store)))
+        with pytest.raises(BrokenOff):
+            bench.sample(store)
+        bench.drain()
+        store = Store(tmp_path)
+    (tmp_path / "torn.partial").write_bytes(b"PAR1")
+    assert numbers_asked == [36, 31, 26]
+    bench.sample(store)
+    assert not bench.work(store)
+    assert store.table(bench.problems).equals(undisturbed)
+
+
+def test_a_prompt_without_room_is_told(bench: Bench) -> None:
+    job = job_of(bench.job.model_path(), max_model_len=2, max_new_tokens=1)
+    with pytest.raises(BadInput, match=r"its prompt has \d+ tokens; expected fewer than"):
+        list(requests(job, job.model_path(), bench.problems, set()))
+
+
+def table_of(counts: list[int], num_tokens: int = 5, logprob: float = -0.5) -> pa.Table:
+    rows = [
+        {
+            "checkpoint": "base", "problem_id": f"p-{problem}", "task": "parity", "sample": sample,
+            "text": "", "correct": sample < count, "reward": float(sample < count),
+            # The wrong ones are longer, less likely, and cut.
+            "num_tokens": num_tokens if sample < count else 3 * num_tokens,
+            "finish_reason": "stop" if sample < count else "length",
+            "mean_logprob": logprob if sample < count else 2 * logprob,
+            "note": "", "parts": {"answered": float(sample < count)},
+        }
+        for problem, count in enumerate(counts)
+        for sample in range(SAMPLES)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, ATTEMPT_SCHEMA)
+
+
+def test_a_card_says_what_the_attempts_say() -> None:
+    counts = [0, 3, 20, 7]
+    found = card(job_of(), "a/path", table_of(counts), 1.25)
+    assert len(found["pass_at_k_curve"]) == SAMPLES
+    for k in range(1, SAMPLES + 1):
+        expected = np.mean([pass_at_k(SAMPLES, count, k) for count in counts])
+        point = found["pass_at_k_curve"][k - 1]
+        assert point["value"] == pytest.approx(expected)
+        assert point["low"] <= point["value"] <= point["high"]
+    assert found["pass_at_k"] == {str(k): found["pass_at_k_curve"][k - 1] for k in (1, 4)}
+    right, wrong = sum(counts), 4 * SAMPLES - sum(counts)
+    assert found["truncated_share"] == pytest.approx(wrong / 80)
+    assert found["parts"] == {"answered": pytest.approx(right / 80)}
+    # By token: a long answer counts more than a short one.
+    tokens, entropy = 5 * right + 15 * wrong, 0.5 * 5 * right + 1.0 * 15 * wrong
+    assert found["response_tokens_mean"] == pytest.approx(tokens / 80)
+    assert found["entropy"] == pytest.approx(entropy / tokens)
+    assert found["heldout_nll"] == 1.25
+
+
+@pytest.mark.parametrize("count", [0, SAMPLES])
+def test_all_alike_is_no_error(count: int) -> None:
+    found = card(job_of(), "a/path", table_of([count] * 3), None)
+    value = count / SAMPLES
+    assert found["pass_at_k"]["1"] == {"value": value, "low": value, "high": value}
+
+
+def test_differences_are_paired_over_problems() -> None:
+    """b is better by the same on every problem: their difference is certain, though each is not."""
+    tables = {"a/sft": table_of([1, 5, 9, 13]), "b/sft": table_of([3, 7, 11, 15])}
+    cards = {label: card(job_of(), "", table, None) for label, table in tables.items()}
+    document = scorecard(job_of(), 4, cards, tables)
+    (at_1,) = [row for row in document["differences"] if row["k"] == 1]
+    assert (at_1["a"], at_1["b"]) == ("b/sft", "a/sft")
+    assert [at_1[key] for key in ("value", "low", "high")] == pytest.approx([0.1] * 3)
+    assert cards["a/sft"]["pass_at_k"]["1"]["high"] > cards["a/sft"]["pass_at_k"]["1"]["value"]
