@@ -11,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pear_ray.algorithms.statistics import pass_at_k
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Arm, BadInput, Job, Model
 from pear_ray.manifest import open_run
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.stages import rank
 from pear_ray.stages.rank.candidates import read
+from pear_ray.stages.rank.moves import moves
 
 PROBLEMS, SAMPLES = 120, 16
 
@@ -241,6 +244,39 @@ def test_a_loss_confounded_by_other_data_is_flagged(tmp_path: Path) -> None:
     within = {name: value for name, value in after.items() if name[0] == "a"}
     few = ranking_of(job_of(tmp_path, after_rl=within, trained_on=trained_on))
     assert few["track_record"]["predictors"] == {}
+
+
+def write_weights(folder: Path, **tensors: torch.Tensor) -> None:
+    folder.mkdir(parents=True)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        save_file({name: tensor}, folder / f"model-{number}.safetensors")
+
+
+def test_moves_are_told_for_each_arm(narrow_and_wide: Path) -> None:
+    """SFT adds ones to a matrix, RL takes half of that back; a head that only one stores is left
+    out. An arm that RL has not reached has no second move."""
+    folder, ones = narrow_and_wide, torch.ones(4, 6)
+    write_weights(folder / "base", matrix=2 * ones, norm=torch.ones(6), head=ones)
+    for arm in ("whole", "half"):
+        write_weights(folder / f"arms/{arm}/sft/export", matrix=3 * ones, norm=torch.ones(6))
+    write_weights(folder / "arms/whole/rl/export", matrix=2.5 * ones, norm=torch.ones(6))
+    job = job_of(folder).model_copy(
+        update={
+            "model": Model(path=str(folder / "base"), dtype="float32"),
+            "arms": (Arm(name="whole"), Arm(name="half"), Arm(name="untrained")),
+        }
+    )
+    found = moves(job)
+    assert found.keys() == {"whole", "half"}
+    whole, half = found["whole"], found["half"]
+    assert whole["sft_move"] == pytest.approx((24 / (4 * 24 + 6)) ** 0.5)
+    assert whole["rl_move"] == pytest.approx((6 / (9 * 24 + 6)) ** 0.5)
+    assert whole["cosine"] == pytest.approx(-1)
+    assert whole["matrices"]["matrix"]["sft_move"] == pytest.approx(0.5)
+    assert whole["matrices"]["matrix"]["rl_stable_rank"] == pytest.approx(1)
+    assert whole["matrices"].keys() == {"matrix"}
+    assert half["sft_move"] == whole["sft_move"]
+    assert half["rl_move"] is half["cosine"] is half["rl_stable_rank_median"] is None
 
 
 def test_what_may_mislead_is_told(tmp_path: Path) -> None:

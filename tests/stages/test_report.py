@@ -189,6 +189,9 @@ def whole_run(folder: Path) -> Job:
     (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard()))
     (folder / "rank").mkdir()
     (folder / "rank" / "ranking.json").write_text(json.dumps(ranking()))
+    keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
+    moves = {arm: dict.fromkeys(keys, 0.012) for arm in ARMS}
+    (folder / "rank" / "moves.json").write_text(json.dumps(moves))
     stages = dict.fromkeys(("pretrain", "sample", "score", "evaluate"), done)
     stages["score"] = done | {"facts": facts}
     manifest = {"versions": {"ray": "2.60.0"}, "stages": stages, "command": "pear-ray report x"}

@@ -1,7 +1,7 @@
 """From which checkpoint should RL start? What each promises, by the predictors of arXiv 2510.01624,
 2606.18487 and 2512.11470, and how such promises were kept where results of RL are known.
 
-Reads evaluations and nothing else; needs no Ray.
+Reads evaluations and exported weights; needs no Ray.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from pear_ray.algorithms.statistics import bootstrap_interval
 from pear_ray.config import BadInput, Job
 from pear_ray.manifest import Run, flatten, write_json
 from pear_ray.stages.rank.candidates import Candidate, Field, read
+from pear_ray.stages.rank.moves import moves
 from pear_ray.stages.rank.words import advice, cautions
 
 log = logging.getLogger(__name__)
 
 
 def run(job: Job, run: Run) -> dict[str, Any]:
-    """Write ranking.json and ranking.csv into RUN/rank."""
+    """Write ranking.json, ranking.csv and moves.json into RUN/rank."""
     found = ranking(job, read(job))
     with run.new_folder("rank") as folder:
         write_json(folder / "ranking.json", found)
+        write_json(folder / "moves.json", moves(job))
         write_table(folder / "ranking.csv", found["candidates"])
     for text in (found["advice"], *found["cautions"]):
         log.info("rank: %s", text)

@@ -18,11 +18,11 @@ def choice(measured: Measured) -> Section | str:
     found = measured.ranking
     if not found:
         return "where RL should start (no rank/ranking.json)"
-    record = record_table(found)
+    tables = [ranking_table(found), record_table(found), move_table(measured)]
     return Section(
         "Where should RL start?",
         " ".join([found["advice"], *found["cautions"]]),
-        (ranking_table(found), *([record] if record.rows else [])),
+        tuple(table for table in tables if table.rows),
         known((*curves(measured), before_against_after(found))),
     )
 
@@ -65,6 +65,18 @@ def record_table(found: dict[str, Any]) -> Table:
         rows.append((name, number(of["spearman"]), number(of["r_squared"]), halves))
     header = ("predictor", "Spearman", "R^2", "held-out R^2, half splits")
     caption = f"Track record on {found['track_record']['num_known']} results after RL"
+    return Table(header, tuple(rows), caption)
+
+
+def move_table(measured: Measured) -> Table:
+    """How far SFT and RL moved the parameters, all as one vector."""
+    keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
+    rows = [(name, *(number(of[key]) for key in keys)) for name, of in measured.moves.items()]
+    header = (
+        "arm", "move of SFT", "move of RL", "cosine of the two", "stable rank of SFT, median",
+        "of RL",
+    )  # fmt: skip
+    caption = "How far training moved the parameters: |after - before| / |before|"
     return Table(header, tuple(rows), caption)
 
 

@@ -56,6 +56,7 @@ class Measured:
     job: dict[str, Any]
     scorecard: dict[str, Any]
     ranking: dict[str, Any]
+    moves: dict[str, Any]
 
     @property
     def homes(self) -> list[Home]:
@@ -118,8 +119,8 @@ def read(folder: Path) -> Measured:
             f"{folder}: holds nothing to report; expected rows of score, sft or rl in"
             " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
-    ranking = read_json(folder / "rank" / "ranking.json")
-    return Measured(own, arms, job, scorecard, ranking)
+    ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
+    return Measured(own, arms, job, scorecard, ranking, moves)
 
 
 def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:

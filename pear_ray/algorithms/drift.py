@@ -1,0 +1,80 @@
+"""How far, and in which direction, training moved a model's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Directions and passes of the randomised search for the largest singular value.
+DIRECTIONS, PASSES = 8, 8
+
+
+class Move(NamedTuple):
+    """Squared Frobenius norms of a tensor before a step and of the step."""
+
+    before: float
+    step: float
+
+    @property
+    def relative(self) -> float | None:
+        """||after - before|| / ||before||; None where there was nothing to move away from."""
+        return math.sqrt(self.step / self.before) if self.before else None
+
+
+class Turn(NamedTuple):
+    """Two steps after each other, and their inner product."""
+
+    first: Move
+    second: Move
+    product: float
+
+    @property
+    def cosine(self) -> float | None:
+        """1: the second step goes on like the first, -1: it undoes it; None where one is zero."""
+        norms = math.sqrt(self.first.step * self.second.step)
+        return self.product / norms if norms else None
+
+
+def move(before: Tensor, after: Tensor) -> Move:
+    """From one value of a tensor to another."""
+    return Move(squared(before), squared(after.double() - before.double()))
+
+
+def turn(start: Tensor, middle: Tensor, end: Tensor) -> Turn:
+    """From `start` to `middle` and on to `end`."""
+    one, other = middle.double() - start.double(), end.double() - middle.double()
+    first, second = Move(squared(start), squared(one)), Move(squared(middle), squared(other))
+    return Turn(first, second, float((one * other).sum()))
+
+
+def total(turns: Iterable[Turn]) -> Turn:
+    """That of all tensors as one vector."""
+    turns = list(turns)
+    first, second = (
+        Move(sum(m.before for m in moves), sum(m.step for m in moves))
+        for moves in ([t.first for t in turns], [t.second for t in turns])
+    )
+    return Turn(first, second, sum(t.product for t in turns))
+
+
+def stable_rank(step: Tensor) -> float | None:
+    """||D||_F^2 / ||D||_2^2 of a matrix: how many directions it moves in, at least 1; None where it
+    does not move. The largest singular value is found by randomised subspace iteration (Halko,
+    Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4), the same for the same matrix."""
+    if not step.any():
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        step = step.float()
+        num_directions = min(DIRECTIONS, *step.shape)
+        largest = torch.svd_lowrank(step, q=num_directions, niter=PASSES)[1][0]
+    return squared(step) / float(largest) ** 2
+
+
+def squared(values: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return float(values.double().square().sum())
