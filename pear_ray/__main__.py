@@ -25,6 +25,7 @@ STAGES = {
     "rank": "from which checkpoint RL should start, and how sure that is",
     "report": "one HTML page and one table of everything the run measured",
     "pipeline": "all of these in order, for every arm of the job",
+    "study": "the same, every arm with several seeds, and what their differences are worth",
 }
 
 

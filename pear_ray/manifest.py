@@ -35,6 +35,7 @@ FREE_KEYS = (
     "run.wait_seconds",
     "tracking",
     "rank",
+    "study.at_once",
     "learner.num_workers",
     "learner.min_workers",
     "learner.max_failures",
@@ -54,6 +55,7 @@ OUTPUTS = {
     "rank": "rank/ranking.json",
     "report": "report/index.html",
     "pipeline": "report/index.html",
+    "study": "study/study.json",
 }
 
 # What a folder was made from, beside what was made.
@@ -87,7 +89,7 @@ class Run:
     def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
         # Cheap, and they read what may have come since; the pipeline asks each stage.
-        always = stage in ("rank", "report", "pipeline")
+        always = stage in ("rank", "report", "pipeline", "study")
         if not always and self.is_done(stage):
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return

@@ -50,9 +50,9 @@ VOCABULARY = [f"w{number}" for number in range(97)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray."""
+    """Mark what starts Ray, or ranks of its own."""
     for item in items:
-        if {"ray_session", "chaos"} & set(getattr(item, "fixturenames", ())):
+        if {"ray_session", "chaos", "finished"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("cluster")
 
 

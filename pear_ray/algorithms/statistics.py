@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
+import mpmath
 import numpy as np
 
 NUM_BINS = 120
@@ -47,6 +49,35 @@ def bootstrap_interval(
     means = values[draws].mean(axis=1)
     low, high = np.quantile(means, [(1 - coverage) / 2, (1 + coverage) / 2])
     return float(low), float(high)
+
+
+def mean_over_seeds(
+    values: np.ndarray, coverage: float = 0.95
+) -> tuple[float, float, float, float]:
+    """Mean of few independent runs, its standard error, and the ends of Student's interval.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"values: read {len(values)}; expected at least two")
+    mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+    reach = student_quantile(len(values) - 1, coverage) * error
+    return mean, error, mean - reach, mean + reach
+
+
+@cache
+def student_quantile(freedom: int, coverage: float) -> float:
+    """The t within which the middle `coverage` of Student's distribution lies. The share outside is
+    the regularised incomplete beta function I_x(freedom / 2, 1 / 2) at
+    x = freedom / (freedom + t^2)."""
+
+    def too_many(x: mpmath.mpf) -> mpmath.mpf:
+        outside = mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True)
+        return outside - (1 - coverage)
+
+    x = float(mpmath.findroot(too_many, (0, 1), solver="bisect", tol=1e-15, maxsteps=100))
+    return math.sqrt(freedom * (1 - x) / x)
 
 
 def overtraining(loss: float, lowest: float) -> str:

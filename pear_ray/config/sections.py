@@ -120,6 +120,24 @@ class Ranking(Section):
         return self
 
 
+class Study(Section):
+    seeds: tuple[int, ...] = ()
+    """Each arm goes through `sft` and `rl` once with each of these seeds; all else is shared."""
+    at_once: int = Field(1, gt=0)
+    """Runs of an arm with a seed that work side by side, where the cluster has room for them."""
+    against: str | None = None
+    """The arm with which the others are compared; without it the first."""
+    hypothesis: str = ""
+    """What is expected, in words. It is written down before anything runs, and the report shows
+    it."""
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Study:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: read {list(self.seeds)}; expected each one once")
+        return self
+
+
 class Tracking(Section):
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard."""
@@ -190,7 +208,9 @@ class Job(Section):
     tracking: Tracking = Tracking()
     """Where numbers go besides metrics.jsonl."""
     arms: tuple[Arm, ...] = ()
-    """Arms of stage `pipeline`; without any, the job itself is the only one."""
+    """Arms of stages `pipeline` and `study`; without any, the job itself is the only one."""
+    study: Study = Study()
+    """Stage `study`: every arm with several seeds."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Job:
@@ -227,6 +247,10 @@ class Job(Section):
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: each name once, read {names}")
+        if self.study.against not in (None, *names):
+            raise ValueError(
+                f"study.against: read {self.study.against!r}; expected an arm: {names}"
+            )
         for arm in self.arms:
             for key, section, changed in (("sft", self.sft, arm.sft), ("rl", self.rl, arm.rl)):
                 try:
@@ -283,15 +307,29 @@ class Job(Section):
         """Where the ScoredExample rows are."""
         return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
 
-    def of_arm(self, arm: Arm) -> Job:
-        """The job of one arm: its own run folder below this one's, on this one's scored corpus."""
+    def homes(self, folder: Path) -> dict[str, Path]:
+        """Below the run folder, where `sft` and `rl` leave what they make, by the name that begins
+        the labels of their checkpoints: the run itself "", arms "pear", and in a study "pear@3"."""
+        arms = {arm.name: folder / "arms" / arm.name for arm in self.arms}
+        seeds = {
+            f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
+            for seed in self.study.seeds
+            for arm in self.arms
+        }
+        return {"": folder} | arms | seeds
+
+    def of_arm(self, arm: Arm, seed: int | None = None) -> Job:
+        """The job of one arm, or of one arm of a study with a seed of its own: its run folder is
+        below this one's, its corpus is this one's, scored."""
         document = self.model_dump()
-        document["run"]["dir"] = str(self.folder / "arms" / arm.name)
+        name = arm.name if seed is None else f"{arm.name}@{seed}"
+        document["run"]["dir"] = str(self.homes(self.folder)[name])
+        document["run"]["seed"] = self.run.seed if seed is None else seed
         document["model"] = {"path": self.model_path(), "dtype": self.model.dtype}
         document["behaviour"] = {}
         document["corpus"] |= {"sample": None, "path": None}
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
         document["sft"] |= arm.sft
         document["rl"] |= arm.rl
-        document["arms"] = ()
+        document["arms"], document["study"] = (), {}
         return Job(**document)

@@ -13,12 +13,7 @@ from pear_ray.manifest import Run, open_run
 
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Perform every stage that is not done yet."""
-    if job.model.pretrain or any(origin.pretrain for origin in job.behaviour.values()):
-        run.perform("pretrain", stage("pretrain"))
-    if job.corpus.sample:
-        run.perform("sample", stage("sample"))
-    if not job.corpus.scored_path:
-        run.perform("score", stage("score"))
+    prepare(job, run)
     if not job.arms:
         run.perform("sft", stage("sft"))
         run.perform("rl", stage("rl"))
@@ -30,6 +25,16 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     run.perform("rank", stage("rank"))
     run.perform("report", stage("report"))
     return {"arms": [arm.name for arm in job.arms]}
+
+
+def prepare(job: Job, run: Run) -> None:
+    """What all arms have in common: models and scored corpus."""
+    if job.model.pretrain or any(origin.pretrain for origin in job.behaviour.values()):
+        run.perform("pretrain", stage("pretrain"))
+    if job.corpus.sample:
+        run.perform("sample", stage("sample"))
+    if not job.corpus.scored_path:
+        run.perform("score", stage("score"))
 
 
 def stage(name: str) -> Callable[[Job, Run], dict[str, Any]]:

@@ -15,8 +15,10 @@ from pear_ray.algorithms.statistics import (
     NUM_POSITIONS,
     bootstrap_interval,
     histogram_quantiles,
+    mean_over_seeds,
     mean_pass_at_k,
     pass_at_k,
+    student_quantile,
     weight_summary,
 )
 from pear_ray.algorithms.tokens import Tokens
@@ -194,3 +196,22 @@ def test_uniform_weights_have_full_effective_sample_size():
     lonely = torch.full_like(weights, math.exp(-10))
     lonely[7] = 100.0
     assert summary_of(lonely, tokens)["effective_sample_size"] == pytest.approx(1 / 40, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "freedom, expected", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)]
+)
+def test_students_quantiles_are_those_of_the_tables(freedom, expected):
+    assert student_quantile(freedom, 0.95) == pytest.approx(expected, abs=1e-4)
+
+
+def test_students_interval_covers_the_truth_at_its_rate():
+    draws = np.random.default_rng(0).normal(0.3, 0.1, size=(4000, 4))
+    ends = [mean_over_seeds(values)[2:] for values in draws[:600]]
+    covered = np.mean([low <= 0.3 <= high for low, high in ends])
+    assert covered == pytest.approx(0.95, abs=0.03)
+
+
+def test_one_run_has_no_interval():
+    with pytest.raises(ValueError, match="read 1; expected at least two"):
+        mean_over_seeds(np.array([0.5]))

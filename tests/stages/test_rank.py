@@ -209,7 +209,8 @@ def test_arms_of_the_run_bring_their_results(tmp_path: Path) -> None:
             json.dumps({"stage": "sft", "step": 9, **losses}) + "\n"
         )
     write(tmp_path, counts, {f"arm{number}/sft": 2.0 - number / 10 for number in range(5)})
-    document = ranking_of(job_of(tmp_path, k=1))
+    arms = tuple(Arm(name=f"arm{number}") for number in range(5))
+    document = ranking_of(job_of(tmp_path, k=1).model_copy(update={"arms": arms}))
     rows = by_label(document)
     assert set(rows) == {f"arm{number}/sft" for number in range(5)}
     assert rows["arm3/sft"]["after_rl"] == pytest.approx(counts["arm3/rl"].mean() / SAMPLES)

@@ -71,11 +71,11 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 def checkpoints_of(job: Job, folder: Path) -> dict[str, str]:
     """Label and folder of every model to evaluate, in the order in which they came to be."""
     found = {"base": job.model_path()}
-    for home in [folder, *(folder / "arms" / arm.name for arm in job.arms)]:
+    for name, home in job.homes(folder).items():
         for stage in ("sft", "rl"):
             export = home / stage / "export"
             if export.exists():
-                found[stage if home == folder else f"{home.name}/{stage}"] = str(export)
+                found[f"{name}/{stage}" if name else stage] = str(export)
     return found | job.evaluation.checkpoints
 
 

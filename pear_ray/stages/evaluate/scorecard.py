@@ -82,10 +82,12 @@ def with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
 
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:
     """Checkpoints worth comparing, (b, a) for "a minus b": one arm before and after RL, and two
-    arms at the same stage."""
+    arms at the same stage; in a study, with the same seed."""
     pairs = []
     for b, a in combinations(labels, 2):
         (arm_b, stage_b), (arm_a, stage_a) = (label.rpartition("/")[::2] for label in (b, a))
-        if {stage_b, stage_a} <= {"sft", "rl"} and (arm_b == arm_a) != (stage_b == stage_a):
+        is_trained = {stage_b, stage_a} <= {"sft", "rl"}
+        is_one_seed = arm_b.partition("@")[2] == arm_a.partition("@")[2]
+        if is_trained and is_one_seed and (arm_b == arm_a) != (stage_b == stage_a):
             pairs.append((b, a))
     return pairs

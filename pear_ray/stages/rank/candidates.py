@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, overtraining
-from pear_ray.config import BadInput, Job
+from pear_ray.config import BadInput, Job, read_job
 
 # What must be alike for counts of right answers to be compared.
 SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")
@@ -154,21 +154,23 @@ def of_run(
 ) -> Iterator[Candidate]:
     """The candidates of one run: all evaluated checkpoints but those after RL, which tell what
     became of others."""
-    num_samples = card["samples_per_problem"]
+    num_samples, config = card["samples_per_problem"], folder / "config.json"
+    own_job = job if folder == job.folder else read_job(config) if config.exists() else None
+    homes = own_job.homes(folder) if own_job else {}
     for label, own in card["checkpoints"].items():
         arm, _, stage = label.rpartition("/")
         if stage == "rl":
             continue
-        home = folder / "arms" / arm if arm else folder
-        is_own, name = stage == "sft", prefix + label
-        after = counts.get(label.removesuffix("sft") + "rl") if is_own else None
+        home = homes.get(arm) if stage == "sft" else None
+        name = prefix + label
+        after = counts.get(label.removesuffix("sft") + "rl") if stage == "sft" else None
         known = None if after is None else float(after.mean()) / num_samples
         yield Candidate(
             label=name,
             card=own,
             num_correct=counts[label],
-            trained_on=job.rank.trained_on.get(name) or (trained_on(home) if is_own else None),
-            regime=regime(home) if is_own else None,
+            trained_on=job.rank.trained_on.get(name) or (trained_on(home) if home else None),
+            regime=regime(home) if home else None,
             after_rl=job.rank.after_rl.get(name, known),
         )
 

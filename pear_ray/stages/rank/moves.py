@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 def moves(job: Job) -> dict[str, Any]:
     """For every arm that was trained: the relative move of SFT and of RL, the cosine between the
     two, and the same and stable ranks for each matrix."""
-    arms = {"": job.folder} | {arm.name: job.folder / "arms" / arm.name for arm in job.arms}
     found = {}
-    for name, home in arms.items():
+    for name, home in job.homes(job.folder).items():
         exports = [home / stage / "export" for stage in ("sft", "rl")]
         if not exports[0].is_dir():
             continue

@@ -33,6 +33,7 @@ from pear_ray.stages.report.outcomes import (
     training_table,
 )
 from pear_ray.stages.report.section import Cell, Section, Table
+from pear_ray.stages.report.study import study, study_caution, study_verdict
 from pear_ray.stages.report.words import as_markdown, clock, interval, number
 from pear_ray.stages.report.workings import agreement, happened, scores, spent, weights
 
@@ -55,7 +56,8 @@ SECTIONS: tuple[Callable[[Measured], Section | str], ...] = (
 def run(job: Job, run: Run) -> dict[str, Any]:
     """Write index.html, report.md and report.csv into RUN/report."""
     measured = read(run.folder)
-    found = [section(measured) for section in SECTIONS]
+    first = (study,) if measured.study else ()
+    found = [section(measured) for section in (*first, *SECTIONS)]
     sections = [section for section in found if isinstance(section, Section)]
     absent = [missing for missing in found if isinstance(missing, str)]
     with run.new_folder("report") as folder:
@@ -86,6 +88,8 @@ def page(measured: Measured, sections: list[Section], absent: list[str]) -> str:
 
 def verdict(measured: Measured) -> str:
     """The result in a sentence that says no more than the numbers."""
+    if measured.study:
+        return study_verdict(measured)
     if not measured.cards:
         trained = [arm.name for arm in measured.arms if arm.of("rl")]
         done = f"RL has run in {', '.join(trained)}, but no" if trained else "No"
@@ -121,6 +125,8 @@ def verdict(measured: Measured) -> str:
 
 def caution(measured: Measured) -> str:
     """What one seed cannot show."""
+    if measured.study:
+        return study_caution(measured)
     return (
         f"This is one seed ({measured.job.get('run', {}).get('seed', 'not noted')}), and one seed"
         " proves nothing: in miniature studies two nearly equal checkpoints ended about"
@@ -131,11 +137,13 @@ def caution(measured: Measured) -> str:
 
 def markdown(measured: Measured, absent: list[str]) -> str:
     """The tables for a terminal or a pull request, the table of arms first."""
-    tables = [arms_by_k(measured)] if measured.cards else []
+    tables = list(study(measured).tables) if measured.study else []
+    if measured.cards and not tables:
+        tables = [arms_by_k(measured)]
     told = [textwrap.fill(text, WIDTH) for text in (verdict(measured), caution(measured))]
     if absent:
         told.append(textwrap.fill(f"Not in this run: {'; '.join(absent)}.", WIDTH))
-    against = differences(measured)
+    against = differences(measured) if not measured.study else ""
     more = list(against.tables) if isinstance(against, Section) else []
     if any(arm.rows for arm in measured.arms):
         more.append(training_table(measured))

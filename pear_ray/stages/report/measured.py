@@ -49,7 +49,8 @@ class Home:
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that was read: the run's own folder, its arms, the job, evaluation and ranking."""
+    """Everything that was read: the run's own folder, its arms, the job, evaluation, ranking,
+    moves of parameters, study."""
 
     own: Home
     arms: tuple[Home, ...]
@@ -57,6 +58,7 @@ class Measured:
     scorecard: dict[str, Any]
     ranking: dict[str, Any]
     moves: dict[str, Any]
+    study: dict[str, Any]
 
     @property
     def homes(self) -> list[Home]:
@@ -106,6 +108,9 @@ def read(folder: Path) -> Measured:
         told = ", ".join(f"{key} = {value}" for key, value in flatten(settings) if key)
         name = arm["name"]
         homes.append(read_home(folder / "arms" / name, name, f"{name}/", told))
+        for seed in job.get("study", {}).get("seeds", []):
+            cell = f"{name}@{seed}"
+            homes.append(read_home(folder / "seeds" / str(seed) / name, cell, f"{cell}/", told))
     scorecard = read_json(folder / "evaluate" / "scorecard.json")
     labels = scorecard.get("checkpoints", {})
     arms = tuple(
@@ -120,7 +125,8 @@ def read(folder: Path) -> Measured:
             " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
     ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
-    return Measured(own, arms, job, scorecard, ranking, moves)
+    study = read_json(folder / "study" / "study.json")
+    return Measured(own, arms, job, scorecard, ranking, moves, study)
 
 
 def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pear_ray.stages.report.figures import Line, by_step, draw
-from pear_ray.stages.report.measured import Measured, as_floats
+from pear_ray.stages.report.measured import Home, Measured, as_floats
 from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
 from pear_ray.stages.report.words import NONE, from_to, interval, number, share
 
@@ -112,11 +112,16 @@ def learning(measured: Measured) -> Section | str:
         return "learning curves (no rows of sft or rl in metrics.jsonl)"
 
     def curve(stage: str, key: str, title: str, unit: str) -> Panel | None:
-        return draw(title, unit, {arm.name: by_step(arm.of(stage), key) for arm in measured.arms})
+        return draw(title, unit, {n: over_seeds(h, stage, key) for n, h in grouped.items()})
+
+    grouped: dict[str, list[Home]] = {}
+    for arm in measured.arms:
+        grouped.setdefault(arm.name.partition("@")[0], []).append(arm)
 
     return Section(
         "Learning",
-        "Thin: every step; thick: mean over neighbouring steps. The SFT loss of a weighted arm is"
+        "Thin: every step; thick: mean over neighbouring steps; of several seeds their mean, and a"
+        " band from the lowest to the highest. The SFT loss of a weighted arm is"
         " weighted and cannot be compared with that of a plain one; the negative log-likelihood"
         " (nll) can. The pass rate is that of the training problems of each step. In the table:"
         " means over the first and the last tenth of the steps.",
@@ -134,6 +139,16 @@ def learning(measured: Measured) -> Section | str:
             )
         ),
     )
+
+
+def over_seeds(homes: list[Home], stage: str, key: str) -> Line:
+    """One number by step; of several seeds their mean, and a band from lowest to highest."""
+    lines = [line for home in homes if len((line := by_step(home.of(stage), key)).y)]
+    if len(lines) < 2:
+        return lines[0] if lines else by_step([], key)
+    length = min(len(line.y) for line in lines)
+    table = np.array([line.y[:length] for line in lines])
+    return Line(lines[0].x[:length], table.mean(0), table.min(0), table.max(0))
 
 
 def training_table(measured: Measured) -> Table:

@@ -1,0 +1,95 @@
+"""Was it worth it? Every arm goes through `sft` and `rl` with several seeds, on one scored corpus
+and from one base; all are evaluated on the same problems, and arms are compared seed by seed.
+
+What is expected is written down before anything runs. Killed, the same command goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from typing import Any
+
+import ray
+
+from pear_ray.actors.cluster import connect
+from pear_ray.config import BadInput, Job
+from pear_ray.manifest import Run, open_run, write_json
+from pear_ray.stages import pipeline
+from pear_ray.stages.study.comparison import comparison, spreadsheet
+
+log = logging.getLogger(__name__)
+
+# Whoever dies with its node is begun again elsewhere, and goes on where it was.
+MAX_RETRIES = 3
+# Longest time between two looks at what runs, in seconds.
+LOOK_SECONDS = 10.0
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Everything in order; the cells of the study side by side as far as `study.at_once` allows.
+
+    Raises:
+        BadInput: there is nothing to compare.
+    """
+    if len(job.arms) < 2:
+        raise BadInput(f"arms: read {len(job.arms)}; expected at least two arms to compare")
+    if len(job.study.seeds) < 2:
+        raise BadInput(f"study.seeds: read {list(job.study.seeds)}; expected at least two seeds")
+    plan = run.folder / "study" / "plan.json"
+    if not plan.exists():
+        plan.parent.mkdir(exist_ok=True)
+        write_json(plan, plan_of(job))
+    pipeline.prepare(job, run)
+    run_cells(job)
+    run.perform("evaluate", pipeline.stage("evaluate"))
+    run.perform("rank", pipeline.stage("rank"))
+    found = comparison(job, run.folder) | {"plan": json.loads(plan.read_text())}
+    (run.folder / "study" / "study.csv").write_text(spreadsheet(found))
+    write_json(run.folder / "study" / "study.json", found)
+    run.perform("report", pipeline.stage("report"))
+    return {"primary": found["primary"]}
+
+
+def plan_of(job: Job) -> dict[str, Any]:
+    """What the study will do and what is expected of it."""
+    return {
+        "hypothesis": job.study.hypothesis,
+        "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
+        "against": job.study.against or job.arms[0].name,
+        "arms": {arm.name: {"sft": arm.sft, "rl": arm.rl} for arm in job.arms},
+        "seeds": list(job.study.seeds),
+    }
+
+
+def run_cells(job: Job) -> None:
+    """Take every arm through `sft` and `rl` with every seed.
+
+    Raises:
+        RayTaskError: one of them failed; those that ran beside it are cut off, and go on where they
+            were when the stage is run again.
+    """
+    connect()
+    waiting = deque((arm, seed) for seed in job.study.seeds for arm in job.arms)
+    working: dict[Any, str] = {}
+    while waiting or working:
+        while waiting and len(working) < job.study.at_once:
+            arm, seed = waiting.popleft()
+            own = job.of_arm(arm, seed)
+            working[cell.remote(own.model_dump())] = f"{arm.name}@{seed}"
+        ready, _ = ray.wait(list(working), num_returns=1, timeout=LOOK_SECONDS)
+        for done in ready:
+            name = working.pop(done)
+            ray.get(done)
+            log.info("study: %s done, %d to go", name, len(waiting) + len(working))
+
+
+@ray.remote(num_cpus=0, max_retries=MAX_RETRIES)
+def cell(document: dict[str, Any]) -> None:
+    """One arm with one seed, in a process of its own somewhere on the cluster."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    with open_run(Job(**document)) as own:
+        for stage in ("sft", "rl"):
+            own.perform(stage, pipeline.stage(stage))

@@ -1,0 +1,112 @@
+"""The study's table: offline score, score after RL, paired differences, reversals, cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pear_ray.algorithms import prediction
+from pear_ray.algorithms.statistics import mean_over_seeds
+from pear_ray.config import Job
+
+STAGES = {"sft": "before RL", "rl": "after RL"}
+
+
+def comparison(job: Job, folder: Path) -> dict[str, Any]:
+    """Means over seeds with 95 % intervals, and differences seed by seed, of an evaluated study."""
+    cards = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
+    seeds, names = job.study.seeds, [arm.name for arm in job.arms]
+    against, first_k = job.study.against or names[0], min(job.evaluation.ks)
+
+    def scores(name: str, stage: str, k: int) -> np.ndarray:
+        found = [cards[f"{name}@{seed}/{stage}"]["pass_at_k"][str(k)]["value"] for seed in seeds]
+        return np.array(found)
+
+    arms = {
+        name: {
+            when: {f"pass@{k}": of_seeds(scores(name, stage, k)) for k in job.evaluation.ks}
+            for stage, when in STAGES.items()
+        }
+        | {"seconds": seconds_of(job, folder, name)}
+        for name in names
+    }
+    differences = [
+        {
+            "arm": name,
+            "against": against,
+            "when": when,
+            "of": f"pass@{k}",
+            **of_seeds(scores(name, stage, k) - scores(against, stage, k)),
+        }
+        for name in names
+        if name != against
+        for stage, when in STAGES.items()
+        for k in job.evaluation.ks
+    ]
+    before, after = (
+        np.array([scores(name, stage, first_k).mean() for name in names]) for stage in STAGES
+    )
+    primary = [
+        row for row in differences if (row["when"], row["of"]) == ("after RL", f"pass@{first_k}")
+    ]
+    return {
+        "seeds": list(seeds),
+        "against": against,
+        "arms": arms,
+        "differences": differences,
+        "primary": primary,
+        "spearman_before_and_after": prediction.spearman(before, after),
+        "reversals": reversals(names, before, after),
+    }
+
+
+def of_seeds(values: np.ndarray) -> dict[str, Any]:
+    """Mean over seeds, its standard error and 95 % interval, and the seeds one by one."""
+    mean, error, low, high = mean_over_seeds(values)
+    return {
+        "value": mean, "standard_error": error, "low": low, "high": high,
+        "by_seed": [float(value) for value in values],
+    }  # fmt: skip
+
+
+def seconds_of(job: Job, folder: Path, name: str) -> dict[str, float]:
+    """What an arm cost, mean over seeds."""
+    homes = job.homes(folder)
+    found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for seed in job.study.seeds:
+        manifest = json.loads((homes[f"{name}@{seed}"] / "manifest.json").read_text())
+        for stage, seconds in found.items():
+            seconds.append(manifest["stages"][stage]["seconds"])
+    return {stage: float(np.mean(seconds)) for stage, seconds in found.items()}
+
+
+def reversals(names: list[str], before: np.ndarray, after: np.ndarray) -> list[dict[str, str]]:
+    """Pairs of arms of which the one with the better mean before RL has the worse after it."""
+    return [
+        {"better_before": names[i], "better_after": names[j]}
+        for one, other in combinations(range(len(names)), 2)
+        for i, j in ((one, other), (other, one))
+        if before[i] > before[j] and after[i] < after[j]
+    ]
+
+
+def spreadsheet(found: dict[str, Any]) -> str:
+    """One line for each arm, point in time and measure."""
+    file = io.StringIO()
+    columns = ["arm", "when", "of", "value", "standard_error", "low", "high"]
+    by_seed = [f"seed {seed}" for seed in found["seeds"]]
+    table = csv.DictWriter(file, columns + by_seed, lineterminator="\n")
+    table.writeheader()
+    for name, arm in found["arms"].items():
+        for when in STAGES.values():
+            for of, score in arm[when].items():
+                row = {key: score[key] for key in columns if key in score}
+                values = dict(zip(by_seed, score["by_seed"], strict=True))
+                table.writerow({"arm": name, "when": when, "of": of, **row, **values})
+    return file.getvalue()
