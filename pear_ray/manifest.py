@@ -254,7 +254,7 @@ def check_inputs(job: Job, stage: str) -> None:
     make_tasks(job.tasks)
     corpus = job.corpus
     nowhere = corpus.path is None and corpus.sample is None and corpus.scored_path is None
-    if nowhere and stage in ("score", "pipeline"):
+    if nowhere and stage in ("score", "pipeline", "study"):
         raise BadInput(
             "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
         )

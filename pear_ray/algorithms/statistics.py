@@ -51,6 +51,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
+    """Mean of `values` [problems] and the ends of its 95 % bootstrap interval: value, low, high."""
+    low, high = bootstrap_interval(values, seed)
+    return {"value": float(values.mean()), "low": low, "high": high}
+
+
 def mean_over_seeds(
     values: np.ndarray, coverage: float = 0.95
 ) -> tuple[float, float, float, float]:

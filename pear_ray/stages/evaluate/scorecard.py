@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pear_ray.algorithms.statistics import bootstrap_interval, mean_pass_at_k
+from pear_ray.algorithms.statistics import mean_pass_at_k, mean_with_interval
 from pear_ray.config import Job
 
 
@@ -17,7 +17,7 @@ def card(job: Job, path: str, attempts: pa.Table, heldout_nll: float | None) -> 
     num_samples, seed = job.evaluation.samples_per_problem, job.run.seed
     counts = num_correct(job, attempts)
     curve = [
-        with_interval(mean_pass_at_k(num_samples, counts, k), seed)
+        mean_with_interval(mean_pass_at_k(num_samples, counts, k), seed)
         for k in range(1, num_samples + 1)
     ]
     num_tokens = attempts.column("num_tokens").to_numpy()
@@ -50,7 +50,7 @@ def scorecard(
     for before, after in pairs_of(list(cards)):
         for k in job.evaluation.ks:
             first, second = (mean_pass_at_k(num_samples, counts[c], k) for c in (before, after))
-            paired = with_interval(second - first, job.run.seed)
+            paired = mean_with_interval(second - first, job.run.seed)
             differences.append({"a": after, "b": before, "k": k, **paired})
     return {
         "num_problems": num_problems,
@@ -72,12 +72,6 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
 def share(attempts: pa.Table, column: str, value: str) -> float:
     """Share of the attempts with this value in the column."""
     return float(np.mean(attempts.column(column).to_numpy() == value))
-
-
-def with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
-    """Mean over problems and its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(values, seed)
-    return {"value": float(values.mean()), "low": low, "high": high}
 
 
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:

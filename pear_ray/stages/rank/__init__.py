@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pear_ray.algorithms import prediction
-from pear_ray.algorithms.statistics import bootstrap_interval
+from pear_ray.algorithms.statistics import bootstrap_interval, mean_with_interval
 from pear_ray.config import BadInput, Job
 from pear_ray.manifest import Run, flatten, write_json
 from pear_ray.stages.rank.candidates import Candidate, Field, read
@@ -112,8 +112,8 @@ def promises(job: Job, field: Field, candidate: Candidate, k: int) -> dict[str, 
     return {
         "label": candidate.label,
         "path": card["path"],
-        "pass_at_1": with_interval(field.pass_at_k(candidate, 1), job.run.seed),
-        "pass_at_k": with_interval(field.pass_at_k(candidate, k), job.run.seed),
+        "pass_at_1": mean_with_interval(field.pass_at_k(candidate, 1), job.run.seed),
+        "pass_at_k": mean_with_interval(field.pass_at_k(candidate, k), job.run.seed),
         "heldout_loss": card.get("heldout_nll"),
         "trained_on": candidate.trained_on,
         "loss_comparable_with": [n for n in same if candidate.trained_on and n != candidate.label],
@@ -130,12 +130,6 @@ def promises(job: Job, field: Field, candidate: Candidate, k: int) -> dict[str, 
     }
 
 
-def with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
-    """A mean over problems and its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(values, seed)
-    return {"value": float(values.mean()), "low": low, "high": high}
-
-
 def leads(
     field: Field, order: list[Candidate], beaten: dict[str, str], k: int, seed: int
 ) -> dict[str, Any]:
@@ -143,7 +137,7 @@ def leads(
     paired over problems."""
     first, *others = (c for c in order if c.label not in beaten)
     ahead = {c.label: field.pass_at_k(first, k) - field.pass_at_k(c, k) for c in others}
-    return {label: with_interval(lead, seed) for label, lead in ahead.items()}
+    return {label: mean_with_interval(lead, seed) for label, lead in ahead.items()}
 
 
 def track_record(field: Field, k: int, seed: int) -> dict[str, Any]:

@@ -18,10 +18,12 @@ def choice(measured: Measured) -> Section | str:
     found = measured.ranking
     if not found:
         return "where RL should start (no rank/ranking.json)"
-    tables = [ranking_table(found), record_table(found), move_table(measured)]
+    numbered = tuple((str(n), text) for n, text in enumerate(found["cautions"], 1))
+    cautions = Table(("", "what to bear in mind"), numbered)
+    tables = [ranking_table(found), record_table(found), cautions, move_table(measured)]
     return Section(
         "Where should RL start?",
-        " ".join([found["advice"], *found["cautions"]]),
+        found["advice"],
         tuple(table for table in tables if table.rows),
         known((*curves(measured), before_against_after(found))),
     )
