@@ -154,7 +154,7 @@ def track_record(field: Field, k: int, seed: int) -> dict[str, Any]:
         # Of comparable losses the lower one promises more.
         promise = -np.array(losses)
         predictors |= {"held-out loss": [promise], f"pass@{k} and loss": [at_k, promise]}
-    record["loss_is_confounded"] = len({c.trained_on or c.label for c in known}) > 1
+        record["loss_is_confounded"] = len({c.trained_on or c.label for c in known}) > 1
     for name, of in predictors.items():
         together = np.mean([prediction.ranks(values) for values in of], axis=0)
         mean_and_sd = prediction.heldout_r_squared(of, after, seed)

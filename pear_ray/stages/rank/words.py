@@ -76,7 +76,8 @@ def cautions(document: dict[str, Any]) -> list[str]:
             f"pass@{document['k']} of {num_samples} answers stands in for pass@{LARGE_K} of"
             f" {MANY_SAMPLES}, with which the procedure was tested."
         )
-    alone = [row["label"] for row in rows if not row["loss_comparable_with"]]
+    measured = [row for row in rows if row["heldout_loss"] is not None]
+    alone = [row["label"] for row in measured if not row["loss_comparable_with"]]
     if alone:
         told.append(
             f"Held-out loss was not used for {', '.join(alone)}: it compares only checkpoints"
