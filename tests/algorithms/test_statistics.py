@@ -36,6 +36,16 @@ def test_pass_at_k_equals_the_exact_fraction():
                 assert abs(pass_at_k(n, c, k) - float(exact)) < 1e-13, (n, c, k)
 
 
+@pytest.mark.parametrize("k", [1, 2, 8, 64, 256])
+def test_pass_at_k_equals_the_exact_quotient_up_to_256_samples(k):
+    """Whole numbers divided once, which Python rounds right."""
+    for n in range(k, 257, 1 if k == 256 else 3):
+        total = math.comb(n, k)
+        for c in range(n + 1):
+            exact = (total - math.comb(n - c, k)) / total
+            assert abs(pass_at_k(n, c, k) - exact) < 1e-13, (n, c, k)
+
+
 def test_pass_at_k_is_stable_where_binomials_overflow():
     exact = 1 - Fraction(math.comb(9_999, 5_000), math.comb(10_000, 5_000))
     assert pass_at_k(10_000, 1, 5_000) == pytest.approx(float(exact), rel=1e-12)
