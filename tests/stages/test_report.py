@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pear_ray.config import BadInput, Job
@@ -187,6 +189,12 @@ def whole_run(folder: Path) -> Job:
         (home / "manifest.json").write_text(json.dumps(stages))
     (folder / "evaluate").mkdir()
     (folder / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard()))
+    answers = [
+        {"checkpoint": label, "problem_id": f"p-{problem}", "sample": sample,
+         "text": f"{HOSTILE} {label} {problem} {sample}", "correct": problem < 9 or "pear" in label}
+        for label in scorecard()["checkpoints"] for problem in range(12) for sample in range(2)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(answers), folder / "evaluate" / "attempts.parquet")
     (folder / "rank").mkdir()
     (folder / "rank" / "ranking.json").write_text(json.dumps(ranking()))
     keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
@@ -409,6 +417,14 @@ def test_an_evaluation_before_rl_claims_nothing_after_it(tmp_path: Path) -> None
     card["differences"] = []
     (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
     assert "Nothing has been evaluated after RL" in report.verdict(read(tmp_path))
+
+
+def test_answers_stand_beside_each_other_where_verdicts_differ(whole: Any) -> None:
+    page = whole[0]
+    for problem in (9, 10, 11):
+        for label in ("base", "sft/sft", "pear/rl"):
+            assert f"{label} {problem} 0<" in page
+    assert "pear/rl 8 0<" not in page and "pear/rl 9 1<" not in page
 
 
 def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pear_ray.config import BadInput
 from pear_ray.manifest import flatten
@@ -50,7 +52,7 @@ class Home:
 @dataclass(frozen=True)
 class Measured:
     """Everything that was read: the run's own folder, its arms, the job, evaluation, ranking,
-    moves of parameters, study."""
+    moves of parameters, study, and every checkpoint's first answer to each problem."""
 
     own: Home
     arms: tuple[Home, ...]
@@ -59,6 +61,7 @@ class Measured:
     ranking: dict[str, Any]
     moves: dict[str, Any]
     study: dict[str, Any]
+    answers: Rows
 
     @property
     def homes(self) -> list[Home]:
@@ -126,7 +129,8 @@ def read(folder: Path) -> Measured:
         )
     ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
     study = read_json(folder / "study" / "study.json")
-    return Measured(own, arms, job, scorecard, ranking, moves, study)
+    answers = read_first_answers(folder / "evaluate" / "attempts.parquet")
+    return Measured(own, arms, job, scorecard, ranking, moves, study, answers)
 
 
 def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:
@@ -136,6 +140,22 @@ def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:
         rows.setdefault(row["stage"], []).append(row)
     manifest = read_json(folder / "manifest.json")
     return Home(name, prefix, settings, manifest, rows, read_lines(folder / "events.jsonl"))
+
+
+def read_first_answers(path: Path) -> Rows:
+    """One answer of each checkpoint to each problem.
+
+    Raises:
+        BadInput: the file is not what stage `evaluate` writes.
+    """
+    if not path.exists():
+        return []
+    columns = ["checkpoint", "problem_id", "text", "correct"]
+    try:
+        table = pq.read_table(path, columns=columns, filters=[("sample", "==", 0)])
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise BadInput(f"{path}: {error}; expected what stage `evaluate` writes") from error
+    return table.to_pylist()
 
 
 def read_json(path: Path) -> dict[str, Any]:

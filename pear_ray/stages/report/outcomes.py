@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pear_ray.stages.report.figures import Line, by_step, draw
@@ -13,6 +15,10 @@ NOISE = 0.02
 """pass@1 between two nearly equal checkpoints after RL, as seen over seeds."""
 NOISE_FLOOR = 0.04
 """Below it, a difference from one seed means nothing."""
+
+
+MOST_BESIDE_EACH_OTHER, PROBLEMS_SHOWN, LONGEST_SHOWN = 8, 3, 600
+"""Checkpoints, problems, and characters of an answer."""
 
 
 def results(measured: Measured) -> Section | str:
@@ -192,5 +198,28 @@ def answers(measured: Measured) -> Section | str:
         " answers, in nats; the held-out loss, in nats per token, is that of the corpus rows kept"
         " apart. Truncated is the share of answers cut off at the longest allowed length; the last"
         " columns are the facts which the task's verdict notes about an answer.",
-        (Table((*header, *(part.replace("_", " ") for part in parts)), rows),),
+        (
+            Table((*header, *(part.replace("_", " ") for part in parts)), rows),
+            *side_by_side(measured),
+        ),
     )
+
+
+def side_by_side(measured: Measured) -> list[Table]:
+    """What checkpoints wrote to the same problems: to those on which their verdicts differ most."""
+    labels = list(measured.cards)[:MOST_BESIDE_EACH_OTHER]
+    by_problem: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in measured.answers:
+        by_problem.setdefault(row["problem_id"], {})[row["checkpoint"]] = row
+
+    def differing(name: str) -> tuple[float, str]:
+        return -float(np.std([row["correct"] for row in by_problem[name].values()])), name
+
+    rows: list[tuple[Cell, ...]] = []
+    for name in sorted(by_problem, key=differing)[:PROBLEMS_SHOWN]:
+        for label in labels:
+            if (answer := by_problem[name].get(label)) is not None:
+                text = answer["text"][:LONGEST_SHOWN] or NONE
+                rows.append((name, label, "right" if answer["correct"] else "wrong", text))
+    header = ("problem", "checkpoint", "judged", "first answer")
+    return [Table(header, tuple(rows), "Answers beside each other")] if rows else []
