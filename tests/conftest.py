@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 if TYPE_CHECKING:
     from pear_ray.actors.fleet import Fleet
@@ -44,6 +45,10 @@ os.environ.update(
     }
 )
 os.environ.pop("RAY_ADDRESS", None)
+
+# How long an example takes depends on what else the machine does.
+hypothesis_settings.register_profile("any machine", deadline=None)
+hypothesis_settings.load_profile("any machine")
 
 SECONDS_TO_END = 30
 VOCABULARY = [f"w{number}" for number in range(97)]

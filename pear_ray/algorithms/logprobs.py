@@ -69,20 +69,21 @@ class _Read(torch.autograd.Function):
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
         normalisers, entropies = hidden.new_empty((2, num_places), dtype=torch.float32)
         top_masses = hidden.new_zeros(num_places, dtype=torch.float32)
-        logits_room, exps_room = (_room(hidden, weight, tokens_per_chunk) for _ in range(2))
+        logits_room, probs_room = (_room(hidden, weight, tokens_per_chunk) for _ in range(2))
         for part in chunks(num_places, tokens_per_chunk):
-            logits = _logits(hidden[part], weight, logits_room)
-            largest = logits.amax(-1)
-            logits -= largest[:, None]
-            exps = torch.exp(logits, out=exps_room[: len(logits)])
-            sums = exps.sum(-1)
-            normalisers[part] = largest + sums.log()
-            logprobs[part] = logits.gather(-1, ids[part]) - sums.log()[:, None]
-            entropies[part] = sums.log() - logits.mul_(exps).sum(-1) / sums
+            log_softmax = _logits(hidden[part], weight, logits_room)
+            probs = probs_room[: len(log_softmax)]
+            largest = log_softmax.amax(-1)
+            sums = torch.sub(log_softmax, largest[:, None], out=probs).exp_().sum(-1)
+            normalisers[part] = sums.log() + largest
+            log_softmax -= normalisers[part, None]
+            logprobs[part] = log_softmax.gather(-1, ids[part])
+            torch.exp(log_softmax, out=probs)
+            entropies[part] = -log_softmax.mul_(probs).sum(-1)
             if top_k:
-                top_masses[part] = exps.topk(top_k, sorted=False).values.sum(-1) / sums
+                top_masses[part] = probs.topk(top_k, sorted=False).values.sum(-1)
         is_kept = num_places <= tokens_per_chunk and any(ctx.needs_input_grad)
-        ctx.probs = exps.div_(sums[:, None]) if is_kept else None
+        ctx.probs = probs_room if is_kept else None
         # DeepSpeed fills and empties `weight.data` around each pass: the parameter itself is kept,
         # as a saved tensor would be the empty one.
         ctx.weight, ctx.tokens_per_chunk = weight, tokens_per_chunk
