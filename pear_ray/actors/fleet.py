@@ -8,7 +8,7 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -251,15 +251,22 @@ class Fleet(AbstractContextManager["Fleet"]):
         """Have everything done and wait for it; results in the order of the work.
 
         Raises:
+            TimeoutError: as `stream`.
+        """
+        results = dict(self.stream(work))
+        return [results[number] for number in range(len(work))]
+
+    def stream(self, work: Sequence[Request | Trace]) -> Iterator[tuple[int, Any]]:
+        """Have everything done: the place in the work and the result of each piece, as it comes.
+
+        Raises:
             TimeoutError: nothing finished for `settings.deadline_seconds`.
         """
         self.settle()
         # Not to be taken for what an earlier question left under way.
         question = object()
-        wanted: list[Hashable] = [(question, number) for number in range(len(work))]
-        self.submit(list(zip(wanted, work, strict=True)))
-        results: dict[Hashable, Any] = {}
-        missing = set(wanted)
+        missing: dict[Hashable, int] = {(question, number): number for number in range(len(work))}
+        self.submit(list(zip(missing, work, strict=True)))
         end = time.monotonic() + self._settings.deadline_seconds
         while missing:
             if time.monotonic() > end:
@@ -271,9 +278,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             for key, result in self.finished():
                 end = time.monotonic() + self._settings.deadline_seconds
                 if key in missing:
-                    missing.remove(key)
-                    results[key] = result
-        return [results[key] for key in wanted]
+                    yield missing.pop(key), result
 
     def _start(self) -> Member:
         actor = self._servers.start(self._path)

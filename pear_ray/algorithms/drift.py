@@ -39,16 +39,11 @@ class Turn(NamedTuple):
         return self.product / norms if norms else None
 
 
-def move(before: Tensor, after: Tensor) -> Move:
-    """From one value of a tensor to another."""
-    return Move(squared(before), squared(after.double() - before.double()))
-
-
-def turn(start: Tensor, middle: Tensor, end: Tensor) -> Turn:
-    """From `start` to `middle` and on to `end`."""
-    one, other = middle.double() - start.double(), end.double() - middle.double()
-    first, second = Move(squared(start), squared(one)), Move(squared(middle), squared(other))
-    return Turn(first, second, float((one * other).sum()))
+def turn(start: Tensor, first_step: Tensor, second_step: Tensor) -> Turn:
+    """From `start`, float32, by one step and then another."""
+    first = Move(squared(start), squared(first_step))
+    second = Move(squared(start + first_step), squared(second_step))
+    return Turn(first, second, float((first_step * second_step).sum(dtype=torch.float64)))
 
 
 def total(turns: Iterable[Turn]) -> Turn:
@@ -69,12 +64,11 @@ def stable_rank(step: Tensor) -> float | None:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        step = step.float()
         num_directions = min(DIRECTIONS, *step.shape)
         largest = torch.svd_lowrank(step, q=num_directions, niter=PASSES)[1][0]
     return squared(step) / float(largest) ** 2
 
 
 def squared(values: Tensor) -> float:
-    """Sum of squares, in float64."""
-    return float(values.double().square().sum())
+    """Sum of squares, summed in float64."""
+    return float(values.square().sum(dtype=torch.float64))

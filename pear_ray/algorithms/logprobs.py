@@ -101,12 +101,12 @@ class _Read(torch.autograd.Function):
         shape = weight.shape if ctx.needs_input_grad[1] else (0,)
         grad_weight = weight.new_zeros(shape, dtype=torch.float32)
         kept, ctx.probs = ctx.probs, None
-        room = _room(hidden, weight, 0 if kept is not None else ctx.tokens_per_chunk)
+        room = _room(hidden, weight, ctx.tokens_per_chunk) if kept is None else kept
         for part in chunks(len(hidden), ctx.tokens_per_chunk):
             if kept is None:
                 probs = _logits(hidden[part], weight, room).sub_(normalisers[part, None]).exp_()
             else:
-                probs = kept
+                probs = room
             grad = grad_logprobs[part]
             grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[part], grad)
             grad_logits = grad_logits.to(weight.dtype)

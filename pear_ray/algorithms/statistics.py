@@ -57,10 +57,9 @@ def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
     return {"value": float(values.mean()), "low": low, "high": high}
 
 
-def mean_over_seeds(
-    values: np.ndarray, coverage: float = 0.95
-) -> tuple[float, float, float, float]:
-    """Mean of few independent runs, its standard error, and the ends of Student's interval.
+def mean_over_seeds(values: np.ndarray) -> dict[str, float]:
+    """Mean of few independent runs, its standard error, and the ends of Student's 95 % interval:
+    value, standard_error, low, high.
 
     Raises:
         ValueError: fewer than two values.
@@ -68,8 +67,8 @@ def mean_over_seeds(
     if len(values) < 2:
         raise ValueError(f"values: read {len(values)}; expected at least two")
     mean, error = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-    reach = student_quantile(len(values) - 1, coverage) * error
-    return mean, error, mean - reach, mean + reach
+    reach = student_quantile(len(values) - 1, 0.95) * error
+    return {"value": mean, "standard_error": error, "low": mean - reach, "high": mean + reach}
 
 
 @cache

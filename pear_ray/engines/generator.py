@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pear_ray.config import Generator as Settings
 from pear_ray.engines import keep_freed_memory
+from pear_ray.engines.tensors import open_tensors
 from pear_ray.records import Completion
 
 WEIGHT_TRANSFER = "ray_object_store"
@@ -198,11 +198,8 @@ class Generator:
 
     def load_folder(self, path: str, version: int) -> None:
         """Replace the live weights by those of a Hugging Face folder of the same architecture."""
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(Path(path).glob("*.safetensors")):
-            with safe_open(file, framework="pt") as handle:
-                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        self.load(tensors, version)
+        files = open_tensors(Path(path))
+        self.load({name: file.get_tensor(name) for name, file in files.items()}, version)
 
     def _name(self, version: int) -> None:
         """Number the live weights; vLLM notes the number beside each token that they write."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from pear_ray.config import BadInput
-from pear_ray.records import Message
+from pear_ray.records import Message, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -44,6 +44,25 @@ def digests(tokenizer: Tokenizer) -> tuple[str, str]:
     where these agree."""
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return _digest(words), _digest(str(tokenizer.chat_template))
+
+
+def prompts_that_fit(
+    path: str, problems: Sequence[Problem], max_model_len: int
+) -> list[tuple[int, ...]]:
+    """Token ids of each problem's prompt, with the tokenizer in `path`.
+
+    Raises:
+        BadInput: a prompt leaves no room for an answer.
+    """
+    tokenizer = load_tokenizer(path)
+    prompts = [tuple(prompt_ids(tokenizer, problem.messages)) for problem in problems]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) >= max_model_len:
+            raise BadInput(
+                f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
+                f" expected fewer than generator.max_model_len {max_model_len}"
+            )
+    return prompts
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pear_ray.config import BadInput
 from pear_ray.engines.lora import ADAPTER
+from pear_ray.engines.tensors import open_tensors
 from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
@@ -41,11 +40,7 @@ class AdapterReplica:
 
     def __init__(self, path: str) -> None:
         self._folder, self._adapters = local_folder(path), Replica()
-        # Opened files are mapped, not read.
-        self._files: dict[str, Any] = {}
-        for weights in sorted(self._folder.glob("*.safetensors")):
-            file: Any = safe_open(weights, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+        self._files = open_tensors(self._folder)
         if not self._files:
             raise BadInput(f"{path}: read no *.safetensors, expected those of the start model")
 

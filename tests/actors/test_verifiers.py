@@ -124,7 +124,7 @@ def test_a_process_that_must_be_killed_takes_no_other_verdict_with_it(verifiers)
     verifiers.submit("trouble", answers("right", "loop_in_c", "wrong", "end_process", "right"))
     for number in range(40):
         verifiers.submit(number, answers("wrong", "right"))
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 1.0
     assert verifiers.num_waiting == 85
     found = collect(verifiers, 41, 45)
     late = without_verdict("TimeoutError: more than verifier.seconds_per_verdict = 0.5 s")

@@ -23,7 +23,8 @@ def flat(model):
 
 def test_all_tensors_together_are_one_vector():
     start, middle, end = models()
-    found = drift.total(drift.turn(*three) for three in zip(start, middle, end, strict=True))
+    threes = zip(start, middle, end, strict=True)
+    found = drift.total(drift.turn(one, two - one, three - two) for one, two, three in threes)
     a, b, c = map(flat, (start, middle, end))
     norm = np.linalg.norm
     assert found.first.relative == pytest.approx(norm(b - a) / norm(a))
@@ -35,24 +36,25 @@ def test_all_tensors_together_are_one_vector():
 @pytest.mark.parametrize("factor, cosine", [(0.5, 1.0), (-0.25, -1.0)])
 def test_going_on_and_going_back(factor, cosine):
     start, step = torch.ones(4, 4), torch.arange(16.0).reshape(4, 4)
-    found = drift.turn(start, start + step, start + step + factor * step)
+    found = drift.turn(start, step, factor * step)
     assert found.cosine == pytest.approx(cosine)
-    assert drift.move(start, start + step) == found.first
+    assert found.second.step == pytest.approx(factor**2 * found.first.step)
 
 
 def test_what_does_not_move_has_no_direction():
     still = torch.ones(3, 3)
-    found = drift.turn(still, still, still + 1)
+    found = drift.turn(still, torch.zeros(3, 3), still)
     assert found.cosine is None and found.first.relative == 0.0
     assert drift.stable_rank(torch.zeros(3, 3)) is None
-    assert drift.move(torch.zeros(2), torch.ones(2)).relative is None
+    assert drift.turn(torch.zeros(2), torch.ones(2), torch.ones(2)).first.relative is None
 
 
 def test_small_steps_of_bfloat16_weights_are_not_rounded_away():
     before = torch.full((64,), 1.0, dtype=torch.bfloat16)
     after = before.clone()
     after[0] += 2**-7
-    assert drift.move(before, after).step == 2.0**-14
+    step = after.float() - before.float()
+    assert drift.turn(before.float(), step, step).first.step == 2.0**-14
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (200, 3), (1, 9), (2, 2)])

@@ -71,10 +71,14 @@ def test_at_the_papers_threshold_half_of_the_groups_are_silent(group_size, thres
 
 
 @pytest.mark.parametrize("num_samples, group_size", [(1, 2), (4, 5)])
-def test_too_few_samples_are_refused(num_samples, group_size):
+def test_fewer_samples_than_a_group_has_are_refused(num_samples, group_size):
     with pytest.raises(ValueError, match="expected"):
-        prediction.group_signal(num_samples, np.array([0]), group_size)
         prediction.share_without_signal(num_samples, np.array([0]), group_size)
+
+
+def test_one_sample_has_no_variance():
+    with pytest.raises(ValueError, match="expected at least 2"):
+        prediction.group_signal(1, np.array([0]), 8)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))

@@ -217,8 +217,8 @@ def test_students_quantiles_are_those_of_the_tables(freedom, expected):
 
 def test_students_interval_covers_the_truth_at_its_rate():
     draws = np.random.default_rng(0).normal(0.3, 0.1, size=(4000, 4))
-    ends = [mean_over_seeds(values)[2:] for values in draws[:600]]
-    covered = np.mean([low <= 0.3 <= high for low, high in ends])
+    found = [mean_over_seeds(values) for values in draws[:600]]
+    covered = np.mean([one["low"] <= 0.3 <= one["high"] for one in found])
     assert covered == pytest.approx(0.95, abs=0.03)
 
 

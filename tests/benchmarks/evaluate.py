@@ -117,7 +117,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
         verifiers.judge([(problems[0], "w2")])
         store = Store(Path(folder))
         started = time.perf_counter()
-        attempt(job, "base", work, problems, fleet, verifiers, store)
+        attempt("base", work, problems, fleet, verifiers, store)
         seconds = time.perf_counter() - started
         num_tokens = sum(store.table(problems).column("num_tokens").to_pylist())
     print(json.dumps({"rate": num_tokens / seconds, "tokens": num_tokens}))

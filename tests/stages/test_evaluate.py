@@ -48,9 +48,7 @@ class Bench:
         return list(requests(self.job, self.job.model_path(), self.problems, store.done()))
 
     def sample(self, store: Store) -> None:
-        attempt(
-            self.job, "base", self.work(store), self.problems, self.fleet, self.verifiers, store
-        )
+        attempt("base", self.work(store), self.problems, self.fleet, self.verifiers, store)
 
     def drain(self) -> None:
         """What a dead process leaves under way dies with its engines; this one is used again."""
@@ -89,30 +87,33 @@ class BrokenOff(Exception):
     pass
 
 
+class Breaking(Store):
+    """Writes what it is given at once, and breaks off after the fifth."""
+
+    num_added = 0
+
+    def add(self, attempts: Any) -> None:
+        super().add(attempts)
+        self.write()
+        self.num_added += 1
+        if self.num_added == 5:
+            raise BrokenOff
+
+
 def test_what_is_stored_is_not_asked_again_and_changes_nothing(
-    bench: Bench, undisturbed: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, undisturbed: pa.Table, tmp_path: Path
 ) -> None:
     """Broken off three times, each after some attempts were written."""
-    store, numbers_asked = Store(tmp_path), []
+    numbers_asked = []
     for _ in range(3):
-        stored = 0
-
-        def add(rows: Any, own: Store = store) -> None:
-            nonlocal stored
-            Store.add(own, rows)
-            own.write()
-            stored += 1
-            if stored == 5:
-                raise BrokenOff
-
-        monkeypatch.setattr(store, "add", add)
+        store = Breaking(tmp_path)
         numbers_asked.append(len(bench.work(store)))
         with pytest.raises(BrokenOff):
             bench.sample(store)
         bench.drain()
-        store = Store(tmp_path)
     (tmp_path / "torn.partial").write_bytes(b"PAR1")
     assert numbers_asked == [36, 31, 26]
+    store = Store(tmp_path)
     bench.sample(store)
     assert not bench.work(store)
     assert store.table(bench.problems).equals(undisturbed)

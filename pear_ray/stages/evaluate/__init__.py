@@ -110,7 +110,7 @@ def sample_all(
             store = Store(homes[label])
             work = list(requests(job, path, problems, store.done()))
             log.info("evaluate: %s: %d requests for answers", label, len(work))
-            attempt(job, label, work, problems, fleet, verifiers, store)
+            attempt(label, work, problems, fleet, verifiers, store)
             write_json(homes[label] / NLL, heldout_nll(fleet, heldout))
 
 

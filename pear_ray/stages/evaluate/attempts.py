@@ -15,20 +15,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Problem, Verdict
 
 # Answers asked for together: few enough for engines to share the work evenly.
 SAMPLES_PER_REQUEST = 8
 # What a crash may cost, in seconds of sampling.
 SECONDS_BETWEEN_WRITES = 10.0
+# Longest wait for the next verdict; verifiers see to it that each comes.
+LOOK_SECONDS = 10.0
 
 Key = tuple[int, int]
 """Number of the problem, first of the samples."""
@@ -84,30 +85,18 @@ def requests(
     Raises:
         BadInput: a prompt leaves no room for an answer.
     """
-    tokenizer, settings = load_tokenizer(path), job.evaluation
-    for number, problem in enumerate(problems):
-        prompt = tuple(prompt_ids(tokenizer, problem.messages))
-        if len(prompt) >= job.generator.max_model_len:
-            raise BadInput(
-                f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
-                f" expected fewer than generator.max_model_len {job.generator.max_model_len}"
-            )
+    settings = job.evaluation
+    prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
+    for number, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
         for first in range(0, settings.samples_per_problem, SAMPLES_PER_REQUEST):
             if (problem.problem_id, first) in done:
                 continue
-            yield (
-                (number, first),
-                Request(
-                    prompt,
-                    min(SAMPLES_PER_REQUEST, settings.samples_per_problem - first),
-                    seed_of(job.run.seed, "evaluate", problem.problem_id, first),
-                    settings.temperature,
-                ),
-            )
+            num_samples = min(SAMPLES_PER_REQUEST, settings.samples_per_problem - first)
+            seed = seed_of(job.run.seed, "evaluate", problem.problem_id, first)
+            yield (number, first), Request(prompt, num_samples, seed, settings.temperature)
 
 
 def attempt(
-    job: Job,
     label: str,
     work: Sequence[tuple[Key, Request]],
     problems: Sequence[Problem],
@@ -118,28 +107,22 @@ def attempt(
     """Have all of it answered, judged and stored as attempts of the checkpoint `label`.
 
     Raises:
-        TimeoutError: no answer and no verdict came for `generator.deadline_seconds`.
+        TimeoutError: as `Fleet.stream`.
     """
-    fleet.settle()
-    fleet.submit(work)
     answers: dict[Hashable, tuple[Completion, ...]] = {}
-    missing: dict[Hashable, Key] = {key: key for key, _ in work}
-    end = time.monotonic() + job.generator.deadline_seconds
-    while missing:
-        if time.monotonic() > end:
-            raise TimeoutError(
-                f"evaluate: waited {job.generator.deadline_seconds:.0f} s"
-                f" (generator.deadline_seconds) for one of {len(missing)} requests"
-            )
-        ray.wait([*fleet.calls, *verifiers.calls], timeout=1.0, fetch_local=False)
-        for key, answered in fleet.finished():
-            answers[key], (number, _) = answered, missing[key]
-            verifiers.submit(key, [(problems[number], answer.text) for answer in answered])
-            end = time.monotonic() + job.generator.deadline_seconds
-        for key, verdicts in verifiers.finished(0.0):
-            number, first = missing.pop(key)
-            store.add(rows_of(label, problems[number], first, answers.pop(key), verdicts))
-            end = time.monotonic() + job.generator.deadline_seconds
+
+    def keep(timeout_seconds: float) -> None:
+        for place, verdicts in verifiers.finished(timeout_seconds):
+            number, first = keys[place]
+            store.add(rows_of(label, problems[number], first, answers.pop(place), verdicts))
+
+    keys: dict[Hashable, Key] = {place: key for place, (key, _) in enumerate(work)}
+    for place, answered in fleet.stream([request for _, request in work]):
+        answers[place], (number, _) = answered, keys[place]
+        verifiers.submit(place, [(problems[number], answer.text) for answer in answered])
+        keep(0.0)
+    while answers:
+        keep(LOOK_SECONDS)
     store.write()
 
 

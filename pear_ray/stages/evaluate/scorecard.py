@@ -30,7 +30,7 @@ def card(job: Job, path: str, attempts: pa.Table, heldout_nll: float | None) -> 
         "pass_at_k": {str(k): curve[k - 1] for k in job.evaluation.ks},
         "pass_at_k_curve": curve,
         "response_tokens_mean": float(num_tokens.mean()),
-        "truncated_share": share(attempts, "finish_reason", "length"),
+        "truncated_share": float(np.mean(attempts.column("finish_reason").to_numpy() == "length")),
         "mean_logprob": logprob,
         # A sampled token's own log-prob is an unbiased reading of the entropy of its place, where
         # nothing bends the distribution that it is drawn from.
@@ -67,11 +67,6 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
     """Right answers to each problem, int64 [problems], of attempts in the order of problems."""
     correct = attempts.column("correct").to_numpy().astype(np.int64)
     return correct.reshape(-1, job.evaluation.samples_per_problem).sum(axis=1)
-
-
-def share(attempts: pa.Table, column: str, value: str) -> float:
-    """Share of the attempts with this value in the column."""
-    return float(np.mean(attempts.column(column).to_numpy() == value))
 
 
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:

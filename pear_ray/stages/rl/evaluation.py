@@ -8,9 +8,9 @@ import numpy as np
 
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.algorithms.statistics import bootstrap_interval
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import Completion, Problem, Verdict
 from pear_ray.tasks import heldout_problems
 from pear_ray.weights.manifest import WeightVersion
@@ -31,14 +31,7 @@ class Evaluation:
             if self._every
             else []
         )
-        tokenizer = load_tokenizer(path)
-        self._prompts = [tuple(prompt_ids(tokenizer, p.messages)) for p in self._problems]
-        for problem, prompt in zip(self._problems, self._prompts, strict=True):
-            if len(prompt) >= job.generator.max_model_len:
-                raise BadInput(
-                    f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
-                    f" expected fewer than generator.max_model_len {job.generator.max_model_len}"
-                )
+        self._prompts = prompts_that_fit(path, self._problems, job.generator.max_model_len)
         self._begun: set[int] = set()
         self._answers: dict[Hashable, tuple[Completion, ...]] = {}
         self._open: dict[Hashable, int] = {}

@@ -68,11 +68,7 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
 
 def of_seeds(values: np.ndarray) -> dict[str, Any]:
     """Mean over seeds, its standard error and 95 % interval, and the seeds one by one."""
-    mean, error, low, high = mean_over_seeds(values)
-    return {
-        "value": mean, "standard_error": error, "low": low, "high": high,
-        "by_seed": [float(value) for value in values],
-    }  # fmt: skip
+    return {**mean_over_seeds(values), "by_seed": values.tolist()}
 
 
 def seconds_of(job: Job, folder: Path, name: str) -> dict[str, float]:
