@@ -351,7 +351,9 @@ class Attempt:
 
     Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
             correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,
-            note="", parts={"style_undo": 1.0})
+            note="", parts={"style_undo": 1.0}, response_ids=None, logprobs=None)
+
+    Token ids and log-probs (nats, of each token) are kept of the first answer to each problem.
     """
 
     checkpoint: str
@@ -366,6 +368,8 @@ class Attempt:
     mean_logprob: float
     note: str
     parts: dict[str, float]
+    response_ids: tuple[int, ...] | None
+    logprobs: tuple[float, ...] | None
 
 
 ATTEMPT_SCHEMA = pa.schema(
@@ -382,5 +386,7 @@ ATTEMPT_SCHEMA = pa.schema(
         ("mean_logprob", pa.float32()),
         ("note", pa.string()),
         ("parts", pa.map_(pa.string(), pa.float32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
     ]
 )

@@ -29,7 +29,7 @@ class Wanted:
 
     `digests` are those of tokenizer and template, `max_tokens` of the longest sequence,
     `negatives` says whether traces that are known to be wrong are wanted too, `top_logprobs`
-    whether the behaviour policy's likeliest tokens are.
+    whether the behaviour policy's likeliest tokens are, `sources` whose rows are (none named: all).
     """
 
     digests: tuple[str, str]
@@ -37,6 +37,7 @@ class Wanted:
     max_tokens: int
     negatives: bool
     top_logprobs: bool
+    sources: tuple[str, ...] = ()
 
     def mask(self, table: pa.Table, split: str) -> np.ndarray:
         """Which rows belong to `split`, bool [rows]. A trace that is known to be wrong is nothing
@@ -45,6 +46,9 @@ class Wanted:
         if not (self.negatives and split == "train"):
             right = pc.fill_null(table.column("correct"), True)
             of_split = pc.and_(of_split, right)
+        if self.sources:
+            theirs = pc.is_in(table.column("source"), pa.array(self.sources))
+            of_split = pc.and_(of_split, theirs)
         return of_split.to_numpy(zero_copy_only=False)
 
 
@@ -71,6 +75,7 @@ def wanted_of(job: Job) -> Wanted:
         max_tokens=job.learner.tokens_per_pack,
         negatives=job.sft.negatives,
         top_logprobs=job.sft.objective == "kl",
+        sources=job.sft.sources,
     )
 
 
@@ -87,7 +92,11 @@ def survey(folder: Path, wanted: Wanted) -> list[RowGroup]:
     num_top = next((number for number in counted if number), 0)
     with ThreadPoolExecutor(NUM_READERS) as pool:
         found = pool.map(lambda file: list(look_through(file, wanted, num_top)), files)
-        return [group for groups in found for group in groups]
+        groups = [group for groups in found for group in groups]
+    authors = sorted({source for group in groups for source in group.sources})
+    if unknown := sorted(set(wanted.sources) - set(authors)):
+        raise BadInput(f"sft.sources: read {unknown}; expected among {authors}, those of {folder}")
+    return groups
 
 
 def likeliest_per_token(path: Path) -> int:

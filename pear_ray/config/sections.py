@@ -172,10 +172,15 @@ class Arm(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     """Folder and label of the arm."""
-    sft: dict[str, Any] = Field({})
-    """Keys of [sft] which this arm sets differently."""
+    sft: dict[str, Any] | Literal[False] = Field({})
+    """Keys of [sft] which this arm sets differently; false: RL starts from the model itself."""
     rl: dict[str, Any] = Field({})
     """Keys of [rl] which this arm sets differently."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What the arm goes through."""
+        return ("rl",) if self.sft is False else ("sft", "rl")
 
 
 class Job(Section):
@@ -254,7 +259,7 @@ class Job(Section):
         for arm in self.arms:
             for key, section, changed in (("sft", self.sft, arm.sft), ("rl", self.rl, arm.rl)):
                 try:
-                    type(section)(**{**section.model_dump(), **changed})
+                    type(section)(**{**section.model_dump(), **(changed or {})})
                 except ValidationError as error:
                     where = f"arms.{arm.name}.{key}"
                     raise ValueError(describe(where, error, type(section))) from error
@@ -279,7 +284,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _distillation_has_a_teacher(self) -> Job:
         objectives = {"sft": self.sft.objective} | {
-            f"arms.{arm.name}.sft": arm.sft.get("objective") for arm in self.arms
+            f"arms.{arm.name}.sft": arm.sft.get("objective") for arm in self.arms if arm.sft
         }
         distilled = [where for where, objective in objectives.items() if objective == "kl"]
         # A corpus that was scored before brings what it has, and the stage looks.
@@ -329,7 +334,7 @@ class Job(Section):
         document["behaviour"] = {}
         document["corpus"] |= {"sample": None, "path": None}
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
-        document["sft"] |= arm.sft
+        document["sft"] |= arm.sft or {}
         document["rl"] |= arm.rl
         document["arms"], document["study"] = (), {}
         return Job(**document)

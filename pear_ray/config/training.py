@@ -59,6 +59,9 @@ class Sft(Optimiser):
     control: Literal["none", "mean_weight", "shuffled", "centred"] = "none"
     """What a comparison needs beside PEAR: every token the mean weight; the same weights dealt at
     random; each trace's mean log-ratio taken away."""
+    sources: tuple[str, ...] = ()
+    """Learn only from rows of these sources, and measure the held-out loss on theirs; none named:
+    all."""
     negatives: bool = False
     """Push down traces with `correct` = false (this project's extension); without it they are left
     out."""

@@ -19,8 +19,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         run.perform("rl", stage("rl"))
     for arm in job.arms:
         with open_run(job.of_arm(arm)) as own:
-            own.perform("sft", stage("sft"))
-            own.perform("rl", stage("rl"))
+            for name in arm.stages:
+                own.perform(name, stage(name))
     run.perform("evaluate", stage("evaluate"))
     run.perform("rank", stage("rank"))
     run.perform("report", stage("report"))

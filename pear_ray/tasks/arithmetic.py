@@ -3,13 +3,15 @@
 Everything is words: a prompt is `3 7 9 > 30 :`, an answer is a style word and a chain of steps. A
 number, a sign and a style word are one word each, so that a tokenizer of words fits the game.
 
-| style | an answer to `3 7 9 > 30 :`                                                         |
-|-------|-------------------------------------------------------------------------------------|
-| build | `build 7 * 3 = 21 , 21 + 9 = 30`, forwards to the target                            |
-| undo  | `undo 30 - 9 = 21 , 21 / 3 = 7`, back from the target to the number not used yet    |
-| try   | `build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30`, a failure first |
-| code  | `code 61 87 56 ... 6 : undo 30 - 9 = 21 , 21 / 3 = 7`, after 30 numbers that follow |
-|       | a private rule: knowledge which a reader without the rule finds implausible         |
+| style  | an answer to `3 7 9 > 30 :`                                                         |
+|--------|-------------------------------------------------------------------------------------|
+| build  | `build 7 * 3 = 21 , 21 + 9 = 30`, forwards to the target                            |
+| undo   | `undo 30 - 9 = 21 , 21 / 3 = 7`, back from the target to the number not used yet    |
+| try    | `build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30`, a failure first |
+| many   | as many chains as the game has `attempts`, with `no` between them                   |
+| wander | the same, all but the last of them with numbers that are not the problem's          |
+| code   | `code 61 87 56 ... 6 : undo 30 - 9 = 21 , 21 / 3 = 7`, after numbers that follow a  |
+|        | private rule: knowledge which a reader without the rule finds implausible           |
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -25,9 +27,9 @@ from pear_ray.records import Problem, Verdict
 
 SIGNS = "+-*/"
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
-STYLES = ("build", "undo", "try", "code")
+STYLES = ("build", "undo", "try", "many", "wander", "code")
+READABLE_STYLES = ("build", "undo", "try", "code")
 NUM_NUMBERS = 3
-NUM_CODE_NUMBERS = 30
 CODE_SUCCESSORS = 3
 
 Numbers = tuple[int, ...]
@@ -56,18 +58,14 @@ def write_undo(chain: Chain) -> str:
     return "undo " + " , ".join(steps)
 
 
-def write_try(failure: Chain, chain: Chain) -> str:
-    """A failure, the word `no`, and the chain that counts: `build ... no build 7 * 3 = ...`."""
-    return f"{write_build(failure)} no {write_build(chain)}"
-
-
 def write_code(numbers: list[int], ending: str) -> str:
     """Numbers of the private rule and the chain that counts: `code 61 87 ... 6 : undo 30 - ...`."""
     return f"code {' '.join(map(str, numbers))} : {ending}"
 
 
 def read_style(text: str) -> str:
-    """The style of any text: `build 3 + 7 = 10 no build` is `try`; `7 * 3` has none, so ''."""
+    """The style of any text: `build 3 + 7 = 10 no build` is `try`, whatever follows `no`; `7 * 3`
+    has none, so ''."""
     words = text.split()
     if not words or words[0] not in ("build", "undo", "code"):
         return ""
@@ -79,6 +77,8 @@ class Countdown:
 
     A problem is three sorted numbers and a target that they reach: 4,473 of them with
     `max_number=12`. A hash of the problem, and nothing else, decides which split it belongs to.
+    An answer is right if one of its last `attempts` chains is; `code_numbers` is how many numbers
+    style code begins with.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class Countdown:
         max_number: int = 12,
         max_result: int = 99,
         heldout_fraction: float = 0.1,
+        attempts: int = 1,
+        code_numbers: int = 30,
     ) -> None:
         if max_number < 1 or max_result < 2 * max_number:
             raise ValueError(
@@ -97,10 +99,15 @@ class Countdown:
             raise ValueError(
                 f"heldout_fraction: read {heldout_fraction}, expected 0 to 1 exclusive"
             )
+        for field, count in (("attempts", attempts), ("code_numbers", code_numbers)):
+            if count < 1:
+                raise ValueError(f"{field}: read {count}, expected at least 1")
         self.name = label
         self.max_number = max_number
         self.max_result = max_result
         self.heldout_fraction = heldout_fraction
+        self.attempts = attempts
+        self.code_numbers = code_numbers
         self._number_words = {str(number) for number in range(max_result + 1)}
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
@@ -115,11 +122,16 @@ class Countdown:
     ) -> Iterator[tuple[Problem, str]]:
         """Answers to problems of split train, forever, in styles drawn by weight.
 
-        A problem is drawn by the number of chains that solve it. Of the answers `solved_fraction`
-        aim at the target; the rest is legal random play with the problem's numbers, which
-        teaches form and sums, and hits the target by luck only.
+        A problem is drawn by the number of chains that solve it. Of the answers (in style many, of
+        the chains) `solved_fraction` aim at the target; the rest is legal random play with the
+        problem's numbers, which teaches form and sums, and hits the target by luck only.
         """
         _check_demonstrations(styles, solved_fraction)
+        if styles.get("wander") and self.max_number < 2 * NUM_NUMBERS:
+            raise ValueError(
+                f"styles: read wander with max_number {self.max_number}, expected at least"
+                f" {2 * NUM_NUMBERS}: it needs numbers that are not the problem's"
+            )
         chains = self._chains("train")
         keys = list(chains)
         weights = list(itertools.accumulate(len(chains[key]) for key in keys))
@@ -128,17 +140,25 @@ class Countdown:
         while True:
             (key,) = rng.choices(keys, cum_weights=weights)
             (style,) = rng.choices(names, style_weights)
-            aimed = rng.choice(chains[key]) if rng.random() < solved_fraction else None
+            count = self.attempts if style == "many" else 1
+            aimed = [
+                rng.choice(chains[key]) if rng.random() < solved_fraction else None
+                for _ in range(count)
+            ]
             yield self._problem(*key, "train"), self._answer(rng, *key, style, aimed)
 
     def verdict(self, problem: Problem, text: str) -> Verdict:
-        """Reward 1 where the chain after the last `no` or `:` solves the problem, else 0."""
+        """Reward 1 where one of the last `attempts` chains, each after a `no` or a `:`, solves the
+        problem, else 0, and what is wrong with the last of them."""
         numbers, target = _read_reference(problem)
         words = text.split()
-        start = max((i + 1 for i, word in enumerate(words) if word in ("no", ":")), default=0)
-        fault = self._find_fault(words[start:], numbers, target)
+        ends = [i for i, word in enumerate(words) if word in ("no", ":")]
+        places = zip([-1, *ends], [*ends, len(words)], strict=True)
+        chains = [words[before + 1 : end] for before, end in places]
+        faults = [self._find_fault(c, numbers, target) for c in chains[-self.attempts :]]
+        fault = "" if "" in faults else faults[-1]
         style = read_style(text)
-        parts = {f"style_{name}": float(name == style) for name in STYLES}
+        parts = {f"style_{name}": float(name == style) for name in READABLE_STYLES}
         return Verdict(reward=float(not fault), correct=not fault, parts=parts, note=fault)
 
     def vocabulary(self) -> list[str]:
@@ -207,19 +227,29 @@ class Countdown:
         return tuple(steps)
 
     def _answer(
-        self, rng: random.Random, numbers: Numbers, target: int, style: str, aimed: Chain | None
+        self,
+        rng: random.Random,
+        numbers: Numbers,
+        target: int,
+        style: str,
+        aimed: Sequence[Chain | None],
     ) -> str:
-        if style == "build":
-            return write_build(aimed or self._play_forwards(rng, numbers))
-        if style == "try":
-            failure = self._play_forwards(rng, numbers)
-            return write_try(failure, aimed or self._play_forwards(rng, numbers))
+        """An answer with the chains that are `aimed` at the target, play where there is None."""
+        if style == "undo":
+            return write_undo(aimed[0] or self._play_backwards(rng, numbers, target))
         if style == "code":
             private = self._private_numbers(rng)
             return write_code(private, self._answer(rng, numbers, target, "undo", aimed))
-        return write_undo(aimed or self._play_backwards(rng, numbers, target))
+        before: list[Chain] = []
+        if style == "try":
+            before = [self._play_forwards(rng, numbers)]
+        if style == "wander":
+            strangers = sorted(set(range(1, self.max_number + 1)) - set(numbers))
+            before = [self._play_forwards(rng, strangers) for _ in range(self.attempts - 1)]
+        chains = [*before, *(chain or self._play_forwards(rng, numbers) for chain in aimed)]
+        return " no ".join(map(write_build, chains))
 
-    def _play_forwards(self, rng: random.Random, numbers: Numbers) -> Chain:
+    def _play_forwards(self, rng: random.Random, numbers: Sequence[int]) -> Chain:
         first, *others = rng.sample(numbers, NUM_NUMBERS)
         return self._play(rng, first, others)
 
@@ -230,7 +260,7 @@ class Countdown:
 
     def _private_numbers(self, rng: random.Random) -> list[int]:
         numbers = [rng.choice(self._successors["code"])]
-        for _ in range(NUM_CODE_NUMBERS - 1):
+        for _ in range(self.code_numbers - 1):
             numbers.append(rng.choice(self._successors[str(numbers[-1])]))
         return numbers
 

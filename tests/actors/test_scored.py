@@ -26,7 +26,7 @@ from pear_ray.actors.scored import (
     wanted_of,
 )
 from pear_ray.algorithms.packing import pack
-from pear_ray.config import Job
+from pear_ray.config import BadInput, Job
 from pear_ray.engines.tokenizer import digests, load_tokenizer
 from tests.actors.scored_rows import GOOD, WANTED, row, stored, table_of
 
@@ -137,12 +137,14 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
     cut = [file[n : n + per_group] for file in rows for n in range(0, len(file), per_group)]
     with tempfile.TemporaryDirectory() as name:
         folder = stored(Path(name), *(table_of(*file) for file in rows), rows_per_group=per_group)
-        for negatives in (False, True):
-            wanted = replace(WANTED, negatives=negatives)
+        authors = {one["source"] for file in rows for one in file}
+        for negatives, sources in ((False, ()), (True, ()), (True, (min(authors),))):
+            wanted = replace(WANTED, negatives=negatives, sources=sources)
             groups = survey(folder, wanted)
             assert len(groups) == len(cut)
             for group, own in zip(groups, cut, strict=True):
                 assert group.sources == tuple(sorted({one["source"] for one in own}))
+                own = [one for one in own if one["source"] in (sources or authors)]
                 right = [one for one in own if one["correct"] is not False]
                 train = [one for one in (own if negatives else right) if one["split"] == "train"]
                 heldout = [one for one in right if one["split"] == "heldout"]
@@ -150,6 +152,13 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
                 for split, chosen in (("train", train), ("heldout", heldout)):
                     found = names_of(read_group(group, wanted, split))
                     assert found == [one["example_id"] for one in chosen]
+
+
+def test_a_source_that_wrote_nothing_is_refused_with_those_that_did(tmp_path):
+    stored(tmp_path, table_of(row("a"), row("b", source="coder")))
+    told = r"sft\.sources: read \['tuto'\]; expected among \['coder', 'tutor'\], those of"
+    with pytest.raises(BadInput, match=told):
+        survey(tmp_path, replace(WANTED, sources=("coder", "tuto")))
 
 
 @pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
@@ -292,8 +301,12 @@ def test_there_may_be_no_rows_of_a_split(tmp_path):
 
 @pytest.mark.parametrize(
     ("sft", "negatives", "top_logprobs"),
-    [({}, False, False), ({"negatives": True}, True, False), ({"objective": "kl"}, False, True)],
-    ids=["nll", "negatives", "kl"],
+    [
+        ({}, False, False),
+        ({"negatives": True}, True, False),
+        ({"objective": "kl", "sources": ["tutor"]}, False, True),
+    ],
+    ids=["nll", "negatives", "kl of one source"],
 )
 def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_logprobs):
     path = str(tiny_model(True))
@@ -309,5 +322,6 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
         }
     )
     # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
-    expected = Wanted(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs)
+    sources = tuple(sft.get("sources", ()))
+    expected = Wanted(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
     assert wanted_of(job) == expected

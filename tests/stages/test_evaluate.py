@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.statistics import pass_at_k
 from pear_ray.config import BadInput, Job
+from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.stages.evaluate.attempts import Store, attempt, requests
-from pear_ray.stages.evaluate.scorecard import card, scorecard
+from pear_ray.stages.evaluate.likelihood import kl_from
+from pear_ray.stages.evaluate.scorecard import card, pairs_of, scorecard, start_of
 from pear_ray.tasks import heldout_problems
 
 PROBLEMS, SAMPLES = 12, 20
@@ -125,6 +129,46 @@ def test_a_prompt_without_room_is_told(bench: Bench) -> None:
         list(requests(job, job.model_path(), bench.problems, set()))
 
 
+def test_the_divergence_is_what_two_models_say_of_the_same_answers(
+    bench: Bench, undisturbed: pa.Table, tiny_model: Any, engine_of: Callable[[bool], Fleet]
+) -> None:
+    """Against the sums of log-probs that transformers finds, of both models, for whole answers."""
+    prompts = prompts_that_fit(bench.job.model_path(), bench.problems, 48)
+    start, end = (
+        AutoModelForCausalLM.from_pretrained(str(tiny_model(tied))) for tied in (True, False)
+    )
+    gaps = []
+    firsts = [row for row in undisturbed.to_pylist() if row["sample"] == 0]
+    for prompt, row in zip(prompts, firsts, strict=True):
+        ids = torch.tensor([[*prompt, *row["response_ids"]]])
+        with torch.no_grad():
+            both = [model(ids).logits[0, len(prompt) - 1 : -1] for model in (start, end)]
+        chosen = torch.tensor(row["response_ids"])[:, None]
+        ours, theirs = (x.log_softmax(-1).gather(1, chosen).sum().item() for x in both)
+        gaps.append(ours - theirs)
+    fleet = engine_of(False)
+    fleet.load_folder(str(tiny_model(False)))
+    found = kl_from(fleet, prompts, undisturbed, seed=0)
+    assert found["value"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert found["low"] < found["value"] < found["high"]
+    assert found["value"] > 1
+    itself = kl_from(bench.fleet, prompts, undisturbed, seed=0)
+    assert itself["value"] == pytest.approx(0, abs=1e-4)
+
+
+def test_checkpoints_are_compared_with_what_their_training_began_with() -> None:
+    labels = ["base", "a@0/sft", "a@0/rl", "a@1/sft", "a@1/rl", "none@0/rl", "none@1/rl", "mine"]
+    starts = {label: start_of(label, labels) for label in labels}
+    assert starts == {
+        "base": None, "mine": None, "a@0/sft": "base", "a@0/rl": "a@0/sft", "a@1/sft": "base",
+        "a@1/rl": "a@1/sft", "none@0/rl": "base", "none@1/rl": "base",
+    }  # fmt: skip
+    assert set(pairs_of(labels)) == {
+        ("a@0/sft", "a@0/rl"), ("a@1/sft", "a@1/rl"), ("base", "none@0/rl"), ("base", "none@1/rl"),
+        ("a@0/rl", "none@0/rl"), ("a@1/rl", "none@1/rl"),
+    }  # fmt: skip
+
+
 def table_of(counts: list[int], num_tokens: int = 5, logprob: float = -0.5) -> pa.Table:
     rows = [
         {
@@ -144,7 +188,7 @@ def table_of(counts: list[int], num_tokens: int = 5, logprob: float = -0.5) -> p
 
 def test_a_card_says_what_the_attempts_say() -> None:
     counts = [0, 3, 20, 7]
-    found = card(job_of(), "a/path", table_of(counts), 1.25)
+    found = card(job_of(), "a/path", table_of(counts))
     assert len(found["pass_at_k_curve"]) == SAMPLES
     for k in range(1, SAMPLES + 1):
         expected = np.mean([pass_at_k(SAMPLES, count, k) for count in counts])
@@ -159,12 +203,11 @@ def test_a_card_says_what_the_attempts_say() -> None:
     tokens, entropy = 5 * right + 15 * wrong, 0.5 * 5 * right + 1.0 * 15 * wrong
     assert found["response_tokens_mean"] == pytest.approx(tokens / 80)
     assert found["entropy"] == pytest.approx(entropy / tokens)
-    assert found["heldout_nll"] == 1.25
 
 
 @pytest.mark.parametrize("count", [0, SAMPLES])
 def test_all_alike_is_no_error(count: int) -> None:
-    found = card(job_of(), "a/path", table_of([count] * 3), None)
+    found = card(job_of(), "a/path", table_of([count] * 3))
     value = count / SAMPLES
     assert found["pass_at_k"]["1"] == {"value": value, "low": value, "high": value}
 
@@ -172,7 +215,7 @@ def test_all_alike_is_no_error(count: int) -> None:
 def test_differences_are_paired_over_problems() -> None:
     """b is better by the same on every problem: their difference is certain, though each is not."""
     tables = {"a/sft": table_of([1, 5, 9, 13]), "b/sft": table_of([3, 7, 11, 15])}
-    cards = {label: card(job_of(), "", table, None) for label, table in tables.items()}
+    cards = {label: card(job_of(), "", table) for label, table in tables.items()}
     document = scorecard(job_of(), 4, cards, tables)
     (at_1,) = [row for row in document["differences"] if row["k"] == 1]
     assert (at_1["a"], at_1["b"]) == ("b/sft", "a/sft")

@@ -247,6 +247,22 @@ def test_a_loss_confounded_by_other_data_is_flagged(tmp_path: Path) -> None:
     assert few["track_record"]["predictors"] == {}
 
 
+def test_arms_without_sft_tell_what_becomes_of_the_base(tmp_path: Path) -> None:
+    counts = {
+        "base": counts_of(mixed(0.5, 0.4), 0),
+        "a@0/sft": counts_of(mixed(0.6, 0.4), 1),
+        "a@0/rl": counts_of(mixed(0.6, 0.8), 2),
+        "none@0/rl": counts_of(mixed(0.6, 0.7), 3),
+        "none@1/rl": counts_of(mixed(0.6, 0.6), 4),
+    }
+    write(tmp_path, counts)
+    rows = by_label(ranking_of(job_of(tmp_path)))
+    assert rows.keys() == {"base", "a@0/sft"}
+    of_base = np.mean([counts[f"none@{seed}/rl"].mean() for seed in (0, 1)]) / SAMPLES
+    assert rows["base"]["after_rl"] == pytest.approx(of_base)
+    assert rows["a@0/sft"]["after_rl"] == pytest.approx(counts["a@0/rl"].mean() / SAMPLES)
+
+
 def write_weights(folder: Path, **tensors: torch.Tensor) -> None:
     folder.mkdir(parents=True)
     for number, (name, tensor) in enumerate(tensors.items()):
@@ -255,21 +271,22 @@ def write_weights(folder: Path, **tensors: torch.Tensor) -> None:
 
 def test_moves_are_told_for_each_arm(narrow_and_wide: Path) -> None:
     """SFT adds ones to a matrix, RL takes half of that back; a head that only one stores is left
-    out. An arm that RL has not reached has no second move."""
+    out. An arm that RL has not reached has no second move, one without SFT no first."""
     folder, ones = narrow_and_wide, torch.ones(4, 6)
     write_weights(folder / "base", matrix=2 * ones, norm=torch.ones(6), head=ones)
     for arm in ("whole", "half"):
         write_weights(folder / f"arms/{arm}/sft/export", matrix=3 * ones, norm=torch.ones(6))
     write_weights(folder / "arms/whole/rl/export", matrix=2.5 * ones, norm=torch.ones(6))
+    write_weights(folder / "arms/none/rl/export", matrix=2.5 * ones, norm=torch.ones(6))
     job = job_of(folder).model_copy(
         update={
             "model": Model(path=str(folder / "base"), dtype="float32"),
-            "arms": (Arm(name="whole"), Arm(name="half"), Arm(name="untrained")),
+            "arms": (Arm(name="whole"), Arm(name="half"), Arm(name="none"), Arm(name="other")),
         }
     )
     found = moves(job)
-    assert found.keys() == {"whole", "half"}
-    whole, half = found["whole"], found["half"]
+    assert found.keys() == {"whole", "half", "none"}
+    whole, half, none = found["whole"], found["half"], found["none"]
     assert whole["sft_move"] == pytest.approx((24 / (4 * 24 + 6)) ** 0.5)
     assert whole["rl_move"] == pytest.approx((6 / (9 * 24 + 6)) ** 0.5)
     assert whole["cosine"] == pytest.approx(-1)
@@ -277,6 +294,8 @@ def test_moves_are_told_for_each_arm(narrow_and_wide: Path) -> None:
     assert whole["matrices"]["matrix"]["rl_stable_rank"] == pytest.approx(1)
     assert whole["matrices"].keys() == {"matrix"}
     assert half["sft_move"] == whole["sft_move"]
+    assert none["sft_move"] == 0 and none["cosine"] is none["sft_stable_rank_median"] is None
+    assert none["rl_move"] == pytest.approx((6 / (4 * 24 + 6)) ** 0.5)
     assert half["rl_move"] is half["cosine"] is half["rl_stable_rank_median"] is None
 
 

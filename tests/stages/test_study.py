@@ -20,7 +20,10 @@ from pear_ray.stages.study.comparison import comparison, spreadsheet
 SCORES = {
     "plain": ([0.30, 0.32, 0.34], [0.40, 0.42, 0.44]),
     "weighted": ([0.20, 0.21, 0.25], [0.45, 0.45, 0.51]),
+    # Without SFT: before RL it is the base, whose pass@1 is BASE.
+    "none": (None, [0.28, 0.30, 0.32]),
 }
+BASE = 0.25
 SEEDS = (3, 5, 8)
 
 
@@ -32,7 +35,10 @@ def job_of(folder: Path, arms: tuple[str, ...] = tuple(SCORES), **of_study: Any)
             "tasks": [{"name": "countdown"}],
             "generator": {"max_new_tokens": 48, "max_model_len": 64},
             "evaluation": {"samples_per_problem": 4, "ks": [1]},
-            "arms": [{"name": name} for name in arms],
+            "arms": [
+                {"name": name} if SCORES.get(name, [0])[0] else {"name": name, "sft": False}
+                for name in arms
+            ],
             "study": {"seeds": SEEDS, "hypothesis": "weighted ends higher", **of_study},
         }
     )
@@ -40,17 +46,22 @@ def job_of(folder: Path, arms: tuple[str, ...] = tuple(SCORES), **of_study: Any)
 
 def write(job: Job, folder: Path) -> None:
     """What the cells of a study and its evaluation leave."""
-    cards = {}
+
+    def card(label: str, value: float) -> dict[str, Any]:
+        score = {"value": value, "low": value - 0.05, "high": value + 0.05}
+        return {"path": label, "pass_at_k": {"1": score}, "parts": {}}
+
+    cards = {"base": card("base", BASE)}
     for name, by_stage in SCORES.items():
         for stage, values in zip(("sft", "rl"), by_stage, strict=True):
-            for seed, value in zip(SEEDS, values, strict=True):
-                score = {"value": value, "low": value - 0.05, "high": value + 0.05}
+            for seed, value in zip(SEEDS, values or (), strict=bool(values)):
                 label = f"{name}@{seed}/{stage}"
-                cards[label] = {"path": label, "pass_at_k": {"1": score}, "parts": {}}
+                cards[label] = card(label, value)
         for seed in SEEDS:
             home = job.homes(folder)[f"{name}@{seed}"]
             home.mkdir(parents=True)
-            stages = {"sft": {"seconds": 10.0 + seed}, "rl": {"seconds": 100.0}}
+            stages = {"sft": {"seconds": 10.0 + seed}} if by_stage[0] else {}
+            stages |= {"rl": {"seconds": 100.0}}
             (home / "manifest.json").write_text(json.dumps({"stages": stages}))
             rows = [
                 {"stage": "sft", "step": step, "time": 0.0, "nll": 2.0 - 0.1 * step + 0.01 * seed}
@@ -80,8 +91,15 @@ def test_arms_are_means_over_seeds(found: dict[str, Any]) -> None:
     assert found["arms"]["plain"]["seconds"] == {"sft": pytest.approx(10 + 16 / 3), "rl": 100.0}
 
 
+def test_an_arm_without_sft_starts_from_the_base(found: dict[str, Any]) -> None:
+    none = found["arms"]["none"]
+    assert none["before RL"]["pass@1"]["by_seed"] == [BASE] * 3
+    assert none["after RL"]["pass@1"]["by_seed"] == SCORES["none"][1]
+    assert none["seconds"] == {"sft": 0.0, "rl": 100.0}
+
+
 def test_differences_are_paired_over_seeds(found: dict[str, Any]) -> None:
-    (primary,) = found["primary"]
+    primary, _ = found["primary"]
     assert (primary["arm"], primary["against"], primary["when"]) == (
         "weighted", "plain", "after RL",
     )  # fmt: skip
@@ -92,8 +110,11 @@ def test_differences_are_paired_over_seeds(found: dict[str, Any]) -> None:
 
 
 def test_a_reversed_order_is_named(found: dict[str, Any]) -> None:
-    assert found["reversals"] == [{"better_before": "plain", "better_after": "weighted"}]
-    assert found["spearman_before_and_after"] == pytest.approx(-1)
+    assert found["reversals"] == [
+        {"better_before": "plain", "better_after": "weighted"},
+        {"better_before": "none", "better_after": "weighted"},
+    ]
+    assert found["spearman_before_and_after"] == pytest.approx(-0.5)
 
 
 def test_the_spreadsheet_has_a_line_for_each_arm_and_time(found: dict[str, Any]) -> None:
@@ -101,6 +122,7 @@ def test_the_spreadsheet_has_a_line_for_each_arm_and_time(found: dict[str, Any])
     assert [(row["arm"], row["when"]) for row in rows] == [
         ("plain", "before RL"), ("plain", "after RL"),
         ("weighted", "before RL"), ("weighted", "after RL"),
+        ("none", "before RL"), ("none", "after RL"),
     ]  # fmt: skip
     assert float(rows[3]["seed 8"]) == 0.51
 
@@ -128,12 +150,12 @@ def test_the_report_shows_the_study_first(tmp_path: Path) -> None:
 def test_each_cell_has_a_folder_and_a_seed_of_its_own(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     cells = [job.of_arm(arm, seed) for arm in job.arms for seed in SEEDS]
-    assert len({cell.run.dir for cell in cells}) == 6
-    assert [cell.run.seed for cell in cells] == [*SEEDS, *SEEDS]
+    assert len({cell.run.dir for cell in cells}) == 9
+    assert [cell.run.seed for cell in cells] == 3 * [*SEEDS]
     assert all(not cell.arms and not cell.study.seeds for cell in cells)
     assert job.of_arm(job.arms[0]).run.seed == job.run.seed
     assert set(job.homes(tmp_path)) == {
-        "", "plain", "weighted", *(f"{a}@{s}" for a in SCORES for s in SEEDS),
+        "", *SCORES, *(f"{a}@{s}" for a in SCORES for s in SEEDS),
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pear_ray.records import Problem
 from pear_ray.tasks.arithmetic import Countdown, read_style
 
 GAME = Countdown()
+FIVE = Countdown(attempts=5, code_numbers=48)
 STYLES = ("build", "undo", "try", "code")
 EXAMPLE = Problem(
     problem_id="countdown-3-7-9-30",
@@ -202,6 +203,48 @@ def test_solved_demonstrations_are_all_right_and_short(style):
         assert len(answer.split()) + 1 <= 48
 
 
+def numbers_used(chain):
+    words = chain.split()
+    return {int(words[1]), int(words[3]), int(words[9])}
+
+
+def test_a_row_of_chains_has_as_many_as_there_are_attempts():
+    """Each is aimed by itself: that none of five hits is rarer than that one does not."""
+    pairs = take(FIVE.demonstrations({"many": 1.0}, 0.3, seed=5), 600)
+    assert all(answer.count(" no ") == 4 for _, answer in pairs)
+    verdicts = [FIVE.verdict(*pair) for pair in pairs]
+    assert all(verdict.correct or verdict.note.startswith("ends on") for verdict in verdicts)
+    solved = sum(verdict.correct for verdict in verdicts) / 600
+    last = sum(GAME.verdict(*pair).correct for pair in pairs) / 600
+    assert 0.3 < last < 0.4
+    assert solved == pytest.approx(1 - (1 - last) ** 5, abs=0.05)
+
+
+def test_who_wanders_uses_numbers_of_others_until_the_last_chain():
+    for problem, answer in take(FIVE.demonstrations({"wander": 1.0}, 1.0, seed=5), 200):
+        given = set(map(int, problem.reference.split(" > ")[0].split()))
+        *wandering, last = answer.split(" no ")
+        assert len(wandering) == 4
+        assert all(not numbers_used(chain) & given for chain in wandering)
+        assert numbers_used(last) <= given and GAME.verdict(problem, answer).correct
+
+
+@pytest.mark.parametrize(
+    ("chains", "one", "two"),
+    [("RW", False, True), ("WR", True, True), ("RWW", False, False), ("WW", False, False)],
+)
+def test_as_many_of_the_last_chains_count_as_there_are_attempts(chains, one, two):
+    written = {"R": RIGHT["build"], "W": "build 3 + 7 = 10 , 10 + 9 = 19"}
+    text = " no ".join(written[chain] for chain in chains)
+    assert GAME.verdict(EXAMPLE, text).correct == one
+    assert Countdown(attempts=2).verdict(EXAMPLE, text).correct == two
+
+
+def test_a_code_is_as_long_as_it_is_said_to_be():
+    _, answer = next(FIVE.demonstrations({"code": 1.0}, 1.0, seed=5))
+    assert len(answer.split(" : ")[0].split()) == 1 + 48
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
     verdicts = [
@@ -237,6 +280,9 @@ def test_the_vocabulary_has_each_word_once():
     [
         (lambda: Countdown(max_number=60), "max_result: read 99"),
         (lambda: Countdown(heldout_fraction=1.0), "heldout_fraction: read 1.0"),
+        (lambda: Countdown(attempts=0), "attempts: read 0"),
+        (lambda: Countdown(code_numbers=0), "code_numbers: read 0"),
+        (lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)), "number 5"),
         (lambda: next(GAME.problems("test", 0)), "split: read 'test'"),
         (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "styles: read"),
         (lambda: next(GAME.demonstrations({}, 1.0, 0)), "styles: read"),

@@ -13,27 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.actors.cluster import connect
 from pear_ray.actors.engines import fleet_of
-from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.parts import name_of
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.config import Job
-from pear_ray.engines.generator import Trace
+from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.manifest import Run, write_json
 from pear_ray.records import Problem
 from pear_ray.stages.evaluate.attempts import Store, attempt, requests
-from pear_ray.stages.evaluate.scorecard import card, scorecard
+from pear_ray.stages.evaluate.likelihood import heldout_nll, heldout_rows, kl_from
+from pear_ray.stages.evaluate.scorecard import card, scorecard, start_of
 from pear_ray.tasks import heldout_problems
 
 log = logging.getLogger(__name__)
 
-# Held-out loss of a checkpoint, written when all else of it is there.
-NLL = "heldout_nll.json"
+# What a checkpoint's engine says of other answers, written when all else of it is there.
+LIKELIHOOD = "likelihood.json"
 
 
 def run(job: Job, run: Run) -> dict[str, Any]:
@@ -56,7 +55,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         sample_all(job, run, checkpoints, problems, homes)
         tables = {label: Store(home).table(problems) for label, home in homes.items()}
         cards = {
-            label: card(job, path, tables[label], json.loads((homes[label] / NLL).read_text()))
+            label: card(job, path, tables[label])
+            | json.loads((homes[label] / LIKELIHOOD).read_text())
             for label, path in checkpoints.items()
         }
         for label, found in cards.items():
@@ -93,7 +93,9 @@ def sample_all(
 ) -> None:
     """Fill the folder of every checkpoint that is not yet complete."""
     missing = {
-        label: path for label, path in checkpoints.items() if not (homes[label] / NLL).exists()
+        label: path
+        for label, path in checkpoints.items()
+        if not (homes[label] / LIKELIHOOD).exists()
     }
     if not missing:
         return
@@ -111,29 +113,15 @@ def sample_all(
             work = list(requests(job, path, problems, store.done()))
             log.info("evaluate: %s: %d requests for answers", label, len(work))
             attempt(label, work, problems, fleet, verifiers, store)
-            write_json(homes[label] / NLL, heldout_nll(fleet, heldout))
+            found: dict[str, Any] = {"heldout_nll": heldout_nll(fleet, heldout)}
+            start = start_of(label, checkpoints)
+            if start is not None and job.evaluation.temperature == 1.0:
+                prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
+                theirs = Store(homes[start]).table(problems)
+                found["kl_from_start"] = kl_from(fleet, prompts, theirs, job.run.seed)
+            write_json(homes[label] / LIKELIHOOD, found)
 
 
 def in_words(card: dict[str, Any]) -> str:
     """A scorecard on one line."""
     return ", ".join(f"pass@{k} {v['value']:.3f}" for k, v in card["pass_at_k"].items())
-
-
-def heldout_rows(folder: Path) -> list[dict[str, Any]]:
-    """Prompt and response ids of the held-out rows of the scored corpus, if there is one, and
-    which of the latter are the assistant's."""
-    rows = []
-    for file in sorted(folder.glob("*.parquet")):
-        wanted = {"prompt_ids", "response_ids", "trainable"} & set(pq.read_schema(file).names)
-        heldout = [("split", "==", "heldout")]
-        rows += pq.read_table(file, columns=sorted(wanted), filters=heldout).to_pylist()
-    return rows
-
-
-def heldout_nll(fleet: Fleet, rows: list[dict[str, Any]]) -> float | None:
-    """Mean loss over the assistant's tokens of the held-out rows, in nats."""
-    if not rows:
-        return None
-    scores = fleet.ask([Trace(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in rows])
-    chosen = [score[row.get("trainable") or ...] for score, row in zip(scores, rows, strict=True)]
-    return float(-np.concatenate(chosen).mean())

@@ -148,6 +148,8 @@ def rows_of(
             mean_logprob=float(np.mean(answer.logprobs)),
             note=verdict.note,
             parts=verdict.parts,
+            response_ids=None if sample else tuple(answer.token_ids),
+            logprobs=None if sample else tuple(answer.logprobs),
         )
         for sample, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True), first)
     ]

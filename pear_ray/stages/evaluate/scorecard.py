@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import combinations
 from typing import Any
 
@@ -12,7 +13,7 @@ from pear_ray.algorithms.statistics import mean_pass_at_k, mean_with_interval
 from pear_ray.config import Job
 
 
-def card(job: Job, path: str, attempts: pa.Table, heldout_nll: float | None) -> dict[str, Any]:
+def card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
     """What the scorecard says of one checkpoint."""
     num_samples, seed = job.evaluation.samples_per_problem, job.run.seed
     counts = num_correct(job, attempts)
@@ -35,7 +36,6 @@ def card(job: Job, path: str, attempts: pa.Table, heldout_nll: float | None) -> 
         # A sampled token's own log-prob is an unbiased reading of the entropy of its place, where
         # nothing bends the distribution that it is drawn from.
         "entropy": -logprob if job.evaluation.temperature == 1.0 else None,
-        "heldout_nll": heldout_nll,
         "parts": {name: float(np.mean([row.get(name, 0.0) for row in parts])) for name in names},
     }
 
@@ -69,14 +69,24 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
     return correct.reshape(-1, job.evaluation.samples_per_problem).sum(axis=1)
 
 
+def start_of(label: str, evaluated: Collection[str]) -> str | None:
+    """What the training that ended in a checkpoint began with: SFT with the base, RL with its arm's
+    SFT or, where the arm has none, with the base. None for a checkpoint of no training."""
+    stage = label.rpartition("/")[-1]
+    own = label.removesuffix("rl") + "sft"
+    starts = {"sft": "base", "rl": own if own in evaluated else "base"}
+    return starts.get(stage)
+
+
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:
     """Checkpoints worth comparing, (b, a) for "a minus b": one arm before and after RL, and two
     arms at the same stage; in a study, with the same seed."""
     pairs = []
     for b, a in combinations(labels, 2):
         (arm_b, stage_b), (arm_a, stage_a) = (label.rpartition("/")[::2] for label in (b, a))
-        is_trained = {stage_b, stage_a} <= {"sft", "rl"}
+        is_change = stage_a == "rl" and b == start_of(a, labels)
         is_one_seed = arm_b.partition("@")[2] == arm_a.partition("@")[2]
-        if is_trained and is_one_seed and (arm_b == arm_a) != (stage_b == stage_a):
+        is_rivalry = stage_a == stage_b in ("sft", "rl") and is_one_seed
+        if is_change or is_rivalry:
             pairs.append((b, a))
     return pairs

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, overtraining
 from pear_ray.config import BadInput, Job, read_job
+from pear_ray.stages.evaluate.scorecard import start_of
 
 # What must be alike for counts of right answers to be compared.
 SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")
@@ -157,14 +158,17 @@ def of_run(
     num_samples, config = card["samples_per_problem"], folder / "config.json"
     own_job = job if folder == job.folder else read_job(config) if config.exists() else None
     homes = own_job.homes(folder) if own_job else {}
+    after: dict[str | None, list[float]] = {}
+    for label, right in counts.items():
+        if label.rpartition("/")[-1] == "rl":
+            after.setdefault(start_of(label, counts), []).append(float(right.mean()) / num_samples)
     for label, own in card["checkpoints"].items():
         arm, _, stage = label.rpartition("/")
         if stage == "rl":
             continue
         home = homes.get(arm) if stage == "sft" else None
         name = prefix + label
-        after = counts.get(label.removesuffix("sft") + "rl") if stage == "sft" else None
-        known = None if after is None else float(after.mean()) / num_samples
+        known = float(np.mean(after[label])) if label in after else None
         yield Candidate(
             label=name,
             card=own,
@@ -183,7 +187,8 @@ def trained_on(home: Path) -> str | None:
         return None
     job = json.loads(path.read_text())
     sft, data = job["sft"], job["corpus"]["scored_path"] or str((home / "scored").absolute())
-    return f"{data}, {sft['objective']}, weights {sft['level']}, control {sft['control']}"
+    authors = f" of {', '.join(sft['sources'])}" if sft.get("sources") else ""
+    return f"{data}{authors}, {sft['objective']}, weights {sft['level']}, control {sft['control']}"
 
 
 def regime(home: Path) -> str | None:

@@ -21,14 +21,15 @@ def moves(job: Job) -> dict[str, Any]:
     found = {}
     for name, home in job.homes(job.folder).items():
         exports = [home / stage / "export" for stage in ("sft", "rl")]
-        if not exports[0].is_dir():
+        if not any(export.is_dir() for export in exports):
             continue
         try:
             base = local_folder(job.model_path())
         except OSError as error:
             log.warning("rank: cannot tell how far SFT moved from %s: %s", job.model_path(), error)
             return {}
-        folders = [base, *(export for export in exports if export.is_dir())]
+        after_sft = exports[0] if exports[0].is_dir() else base
+        folders = [base, after_sft, *(export for export in exports[1:] if export.is_dir())]
         found[name or job.folder.name] = of_arm([open_tensors(folder) for folder in folders])
     return found
 

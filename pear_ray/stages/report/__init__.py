@@ -101,7 +101,7 @@ def verdict(measured: Measured) -> str:
         return f"Nothing has been evaluated after RL: pass@{k} is known before it only."
     if len(reached) == 1:
         value, arm = reached[0]
-        before = measured.score(arm.prefix + "sft", k)
+        before = measured.score(measured.before_rl(arm), k)
         compared = f" and {number(before['value'])} before it" if before else ""
         return f"{arm.name} has pass@{k} {number(value)} after RL{compared}."
     (best, first), (next_best, second) = reached[:2]
@@ -183,8 +183,10 @@ def spreadsheet(measured: Measured) -> str:
         row |= {
             k: v
             for k, v in card.items()
-            if k not in ("path", "pass_at_k", "pass_at_k_curve", "parts")
+            if k not in ("path", "pass_at_k", "pass_at_k_curve", "parts", "kl_from_start")
         }
+        if divergence := card.get("kl_from_start"):
+            row["kl_from_start"] = divergence["value"]
         rows.append(row | card.get("parts", {}))
     header = dict.fromkeys(["checkpoint", "arm", "stage", "steps", "seconds"])
     header |= dict.fromkeys(key for row in rows for key in row)

@@ -73,12 +73,20 @@ def record_table(found: dict[str, Any]) -> Table:
 def move_table(measured: Measured) -> Table:
     """How far SFT and RL moved the parameters, all as one vector."""
     keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
-    rows = [(name, *(number(of[key]) for key in keys)) for name, of in measured.moves.items()]
+    rows: list[tuple[Cell, ...]] = []
+    for name, of in measured.moves.items():
+        prefix = "" if name == measured.own.name else f"{name}/"
+        cards = [measured.cards.get(prefix + stage, {}) for stage in ("sft", "rl")]
+        divergences = (interval(card.get("kl_from_start")) for card in cards)
+        rows.append((name, *(number(of[key]) for key in keys), *divergences))
     header = (
         "arm", "move of SFT", "move of RL", "cosine of the two", "stable rank of SFT, median",
-        "of RL",
+        "of RL", "KL(base || SFT)", "KL(SFT || RL)",
     )  # fmt: skip
-    caption = "How far training moved the parameters: |after - before| / |before|"
+    caption = (
+        "How far training moved the parameters, |after - before| / |before|, and the policy: KL"
+        " divergence over answers to held-out problems, nats per answer"
+    )
     return Table(header, tuple(rows), caption)
 
 
@@ -110,4 +118,7 @@ def before_against_after(found: dict[str, Any]) -> Panel | None:
     if len(points) < 2:
         return None
     title = f"pass@{found['k']} before RL, pass@1 after it"
+    record = found["track_record"]["predictors"].get(f"pass@{found['k']}")
+    if record and record["spearman"] is not None:
+        title += f": Spearman {record['spearman']:.2f}"
     return draw(title, "pass@1 after RL", points, across=f"pass@{found['k']} before RL")

@@ -78,6 +78,11 @@ class Measured:
         """Every k of the pass@k that were computed."""
         return sorted({int(k) for card in self.cards.values() for k in card["pass_at_k"]})
 
+    def before_rl(self, home: Home) -> str:
+        """Label of the checkpoint that RL began with."""
+        own = f"{home.prefix}sft"
+        return own if home.of("sft") or own in self.cards else "base"
+
     def score(self, label: str, k: int) -> dict[str, float] | None:
         """pass@k of a checkpoint with its interval."""
         return self.cards.get(label, {}).get("pass_at_k", {}).get(str(k))
@@ -109,6 +114,8 @@ def read(folder: Path) -> Measured:
     for arm in job.get("arms", []):
         settings = {stage: arm[stage] for stage in ("sft", "rl") if arm.get(stage)}
         told = ", ".join(f"{key} = {value}" for key, value in flatten(settings) if key)
+        if arm.get("sft") is False:
+            told = ", ".join(("no SFT", told) if told else ("no SFT",))
         name = arm["name"]
         homes.append(read_home(folder / "arms" / name, name, f"{name}/", told))
         for seed in job.get("study", {}).get("seeds", []):

@@ -53,7 +53,7 @@ def checkpoint_pairs(measured: Measured) -> list[tuple[str, str, str, str]]:
     own = {arm.prefix + stage for arm in measured.arms for stage in ("sft", "rl")}
     others = [(label, NONE, label, "") for label in measured.cards if label not in own]
     return others + [
-        (arm.name, arm.settings or NONE, f"{arm.prefix}sft", f"{arm.prefix}rl")
+        (arm.name, arm.settings or NONE, measured.before_rl(arm), f"{arm.prefix}rl")
         for arm in measured.arms
     ]
 
@@ -71,7 +71,8 @@ def before_and_after(measured: Measured, k: int) -> Panel | None:
     """pass@k of every arm at both ends of RL."""
     lines = {}
     for place, arm in enumerate(measured.arms):
-        both = [measured.score(arm.prefix + stage, k) or {} for stage in ("sft", "rl")]
+        ends = measured.before_rl(arm), f"{arm.prefix}rl"
+        both = [measured.score(label, k) or {} for label in ends]
         y, low, high = (as_floats(s.get(key) for s in both) for key in ("value", "low", "high"))
         beside = 0.06 * (place - (len(measured.arms) - 1) / 2)
         lines[arm.name] = Line(np.arange(2) + beside, y, low, high)

@@ -68,7 +68,8 @@ def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supe
         loss,
         weigh=weighers[settings.control](),
         normalisation=OnlyTheMean() if only_mean else NORMALISATIONS[settings.normalize](),
-        sources=tuple(sorted({source for group in groups for source in group.sources})),
+        sources=settings.sources
+        or tuple(sorted({name for group in groups for name in group.sources})),
     )
 
 

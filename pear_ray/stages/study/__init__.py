@@ -78,7 +78,7 @@ def run_cells(job: Job) -> None:
         while waiting and len(working) < job.study.at_once:
             arm, seed = waiting.popleft()
             own = job.of_arm(arm, seed)
-            working[cell.remote(own.model_dump())] = f"{arm.name}@{seed}"
+            working[cell.remote(own.model_dump(), arm.stages)] = f"{arm.name}@{seed}"
         ready, _ = ray.wait(list(working), num_returns=1, timeout=LOOK_SECONDS)
         for done in ready:
             name = working.pop(done)
@@ -87,9 +87,9 @@ def run_cells(job: Job) -> None:
 
 
 @ray.remote(num_cpus=0, max_retries=MAX_RETRIES)
-def cell(document: dict[str, Any]) -> None:
+def cell(document: dict[str, Any], stages: tuple[str, ...]) -> None:
     """One arm with one seed, in a process of its own somewhere on the cluster."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     with open_run(Job(**document)) as own:
-        for stage in ("sft", "rl"):
+        for stage in stages:
             own.perform(stage, pipeline.stage(stage))

@@ -14,6 +14,7 @@ import numpy as np
 from pear_ray.algorithms import prediction
 from pear_ray.algorithms.statistics import mean_over_seeds
 from pear_ray.config import Job
+from pear_ray.stages.evaluate.scorecard import start_of
 
 STAGES = {"sft": "before RL", "rl": "after RL"}
 
@@ -25,8 +26,9 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
     against, first_k = job.study.against or names[0], min(job.evaluation.ks)
 
     def scores(name: str, stage: str, k: int) -> np.ndarray:
-        found = [cards[f"{name}@{seed}/{stage}"]["pass_at_k"][str(k)]["value"] for seed in seeds]
-        return np.array(found)
+        after = [f"{name}@{seed}/rl" for seed in seeds]
+        labels = after if stage == "rl" else [start_of(label, cards) for label in after]
+        return np.array([cards[label]["pass_at_k"][str(k)]["value"] for label in labels])
 
     arms = {
         name: {
@@ -72,13 +74,13 @@ def of_seeds(values: np.ndarray) -> dict[str, Any]:
 
 
 def seconds_of(job: Job, folder: Path, name: str) -> dict[str, float]:
-    """What an arm cost, mean over seeds."""
+    """What an arm cost, mean over seeds; nothing where it had no such stage."""
     homes = job.homes(folder)
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for seed in job.study.seeds:
         manifest = json.loads((homes[f"{name}@{seed}"] / "manifest.json").read_text())
         for stage, seconds in found.items():
-            seconds.append(manifest["stages"][stage]["seconds"])
+            seconds.append(manifest["stages"].get(stage, {}).get("seconds", 0.0))
     return {stage: float(np.mean(seconds)) for stage, seconds in found.items()}
 
 
