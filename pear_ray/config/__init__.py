@@ -19,6 +19,7 @@ from pear_ray.config.sections import (
     Tracking,
     Verifier,
     Weights,
+    start_of,
 )
 from pear_ray.config.training import Learner, Lora, Optimiser, Sft
 
@@ -48,4 +49,5 @@ __all__ = [
     "Weights",
     "describe",
     "read_job",
+    "start_of",
 ]

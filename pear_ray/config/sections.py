@@ -6,6 +6,7 @@ relative to the folder in which the command is given.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,3 +339,12 @@ class Job(Section):
         document["rl"] |= arm.rl
         document["arms"], document["study"] = (), {}
         return Job(**document)
+
+
+def start_of(label: str, evaluated: Collection[str]) -> str | None:
+    """What the training that ended in a checkpoint began with: SFT with the base, RL with its arm's
+    SFT or, where the arm has none, with the base. None for a checkpoint of no training."""
+    stage = label.rpartition("/")[-1]
+    own = label.removesuffix("rl") + "sft"
+    starts = {"sft": "base", "rl": own if own in evaluated else "base"}
+    return starts.get(stage)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.statistics import pass_at_k
-from pear_ray.config import BadInput, Job
+from pear_ray.config import BadInput, Job, start_of
 from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.stages.evaluate.attempts import Store, attempt, requests
 from pear_ray.stages.evaluate.likelihood import kl_from
-from pear_ray.stages.evaluate.scorecard import card, pairs_of, scorecard, start_of
+from pear_ray.stages.evaluate.scorecard import card, pairs_of, scorecard
 from pear_ray.tasks import heldout_problems
 
 PROBLEMS, SAMPLES = 12, 20

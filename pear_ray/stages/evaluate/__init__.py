@@ -20,13 +20,13 @@ from pear_ray.actors.cluster import connect
 from pear_ray.actors.engines import fleet_of
 from pear_ray.actors.parts import name_of
 from pear_ray.actors.verifiers import Verifiers
-from pear_ray.config import Job
+from pear_ray.config import Job, start_of
 from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.manifest import Run, write_json
 from pear_ray.records import Problem
 from pear_ray.stages.evaluate.attempts import Store, attempt, requests
 from pear_ray.stages.evaluate.likelihood import heldout_nll, heldout_rows, kl_from
-from pear_ray.stages.evaluate.scorecard import card, scorecard, start_of
+from pear_ray.stages.evaluate.scorecard import card, scorecard
 from pear_ray.tasks import heldout_problems
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, mean_with_interval
-from pear_ray.config import Job
+from pear_ray.config import Job, start_of
 
 
 def card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
@@ -67,15 +66,6 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
     """Right answers to each problem, int64 [problems], of attempts in the order of problems."""
     correct = attempts.column("correct").to_numpy().astype(np.int64)
     return correct.reshape(-1, job.evaluation.samples_per_problem).sum(axis=1)
-
-
-def start_of(label: str, evaluated: Collection[str]) -> str | None:
-    """What the training that ended in a checkpoint began with: SFT with the base, RL with its arm's
-    SFT or, where the arm has none, with the base. None for a checkpoint of no training."""
-    stage = label.rpartition("/")[-1]
-    own = label.removesuffix("rl") + "sft"
-    starts = {"sft": "base", "rl": own if own in evaluated else "base"}
-    return starts.get(stage)
 
 
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:

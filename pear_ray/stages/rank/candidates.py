@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, overtraining
-from pear_ray.config import BadInput, Job, read_job
-from pear_ray.stages.evaluate.scorecard import start_of
+from pear_ray.config import BadInput, Job, read_job, start_of
 
 # What must be alike for counts of right answers to be compared.
 SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")

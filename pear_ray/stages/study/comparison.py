@@ -13,8 +13,7 @@ import numpy as np
 
 from pear_ray.algorithms import prediction
 from pear_ray.algorithms.statistics import mean_over_seeds
-from pear_ray.config import Job
-from pear_ray.stages.evaluate.scorecard import start_of
+from pear_ray.config import Job, start_of
 
 STAGES = {"sft": "before RL", "rl": "after RL"}
 
