@@ -16,13 +16,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import filelock
+from pydantic import ValidationError
 
 from pear_ray.config import BadInput, Job
 from pear_ray.tasks import make_tasks
@@ -94,13 +95,16 @@ class Run:
             log.info("%s: done before, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)
-        before = self.manifest["stages"].get(stage, {}).get("state")
+        earlier = self.manifest["stages"].get(stage, {})
+        before, lost = earlier.get("state"), 0.0
         if before == "running":
+            lost = earlier.get("seconds_before", 0.0) + self._seconds_alive(earlier["started"])
             self.event(stage, "resumed", "the stage was begun before and had not finished")
         elif before == "done" and not always:
             self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is gone")
         started = time.time()
-        self._note(stage, {"state": "running", "started": started})
+        begun = {"started": started} | ({"seconds_before": round(lost, 3)} if lost else {})
+        self._note(stage, {"state": "running"} | begun)
         try:
             facts = function(self.job, self)
         except BadInput:
@@ -108,7 +112,7 @@ class Run:
             self._forget(stage)
             raise
         seconds = round(time.time() - started, 3)
-        self._note(stage, {"state": "done", "started": started, "seconds": seconds, "facts": facts})
+        self._note(stage, {"state": "done"} | begun | {"seconds": seconds, "facts": facts})
         log.info("%s: done in %.0f s", stage, seconds)
 
     def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
@@ -168,6 +172,12 @@ class Run:
         note = self.folder / name / MADE_FROM
         return note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(made_from))
 
+    def _seconds_alive(self, started: float) -> float:
+        """From the start of an attempt that broke off to the last line that it wrote."""
+        files = [self.folder / name for name in ("metrics.jsonl", "events.jsonl")]
+        written = [path.stat().st_mtime for path in files if path.exists()]
+        return max(0.0, max(written, default=started) - started)
+
     def _forget(self, stage: str) -> None:
         del self.manifest["stages"][stage]
         write_json(self._path, self.manifest)
@@ -220,7 +230,11 @@ def refuse_another_job(job: Job, path: Path) -> None:
     Raises:
         BadInput: it does; names every key that differs.
     """
-    before = dict(flatten(json.loads(path.read_text())))
+    document = json.loads(path.read_text())
+    with suppress(ValidationError):
+        # What a job of an earlier version could not say has its default.
+        document = json.loads(Job(**document).model_dump_json())
+    before = dict(flatten(document))
     now = dict(flatten(json.loads(job.model_dump_json())))
     differing = [
         f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"

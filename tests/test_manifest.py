@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -166,6 +167,25 @@ def test_a_stage_that_raises_stays_undone_and_is_resumed():
     assert (event["stage"], event["kind"]) == ("sft", "resumed")
 
 
+def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
+    def breaks(job, run):
+        started = run.manifest["stages"]["sft"]["started"]
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write("{}\n")
+        os.utime(run.folder / "metrics.jsonl", (started + 40, started + 40))
+        raise RuntimeError("the network is gone")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            perform("sft", breaks)
+    os.utime("run/metrics.jsonl", (0, 0))
+    os.utime("run/events.jsonl", (0, 0))
+    assert perform("sft", Stage())
+    entry = read("manifest.json")["stages"]["sft"]
+    assert entry["seconds_before"] == pytest.approx(40, abs=1)
+    assert entry["seconds"] < 5
+
+
 def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job():
     def refuses(job, run):
         raise BadInput("corpus: no rows")
@@ -299,6 +319,22 @@ def test_another_job_is_refused_with_the_differing_key(sections, said):
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before
     assert perform("sft", Stage())
+
+
+def test_a_key_that_is_new_stands_for_its_default():
+    perform("sft", Stage())
+    path = Path("run/config.json")
+    document = json.loads(path.read_text())
+    del document["sft"]["sources"]
+    path.write_text(json.dumps(document))
+    with open_run(job()) as run:
+        assert run.is_done("sft")
+    path.write_text(json.dumps(document))
+    with pytest.raises(BadInput, match=r"sft.sources: there \[\], here \['tutor'\]"):
+        refuse_another_job(job(sft={"sources": ["tutor"]}), path)
+    path.write_text(json.dumps(document | {"of_old": 1}))
+    with pytest.raises(BadInput, match="of_old: there 1, here None"):
+        refuse_another_job(job(), path)
 
 
 def test_free_keys_are_keys_of_a_job():

@@ -73,13 +73,15 @@ def of_seeds(values: np.ndarray) -> dict[str, Any]:
 
 
 def seconds_of(job: Job, folder: Path, name: str) -> dict[str, float]:
-    """What an arm cost, mean over seeds; nothing where it had no such stage."""
+    """What an arm cost, mean over seeds, with attempts that were killed; nothing where it had no
+    such stage."""
     homes = job.homes(folder)
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for seed in job.study.seeds:
         manifest = json.loads((homes[f"{name}@{seed}"] / "manifest.json").read_text())
         for stage, seconds in found.items():
-            seconds.append(manifest["stages"].get(stage, {}).get("seconds", 0.0))
+            entry = manifest["stages"].get(stage, {})
+            seconds.append(entry.get("seconds", 0.0) + entry.get("seconds_before", 0.0))
     return {stage: float(np.mean(seconds)) for stage, seconds in found.items()}
 
 
