@@ -124,6 +124,8 @@ class Ranking(Section):
 class Study(Section):
     seeds: tuple[int, ...] = ()
     """Each arm goes through `sft` and `rl` once with each of these seeds; all else is shared."""
+    arms: tuple[str, ...] = ()
+    """Arms that take part; none named: all."""
     at_once: int = Field(1, gt=0)
     """Runs of an arm with a seed that work side by side, where the cluster has room for them."""
     against: str | None = None
@@ -253,9 +255,12 @@ class Job(Section):
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
             raise ValueError(f"arms: each name once, read {names}")
-        if self.study.against not in (None, *names):
+        if unknown := sorted(set(self.study.arms) - set(names)):
+            raise ValueError(f"study.arms: read {unknown}; expected names among {names}")
+        named = [arm.name for arm in self.study_arms]
+        if self.study.against not in (None, *named):
             raise ValueError(
-                f"study.against: read {self.study.against!r}; expected an arm: {names}"
+                f"study.against: read {self.study.against!r}; expected an arm: {named}"
             )
         for arm in self.arms:
             for key, section, changed in (("sft", self.sft, arm.sft), ("rl", self.rl, arm.rl)):
@@ -297,6 +302,11 @@ class Job(Section):
         return self
 
     @property
+    def study_arms(self) -> tuple[Arm, ...]:
+        """The arms that `study` compares."""
+        return tuple(arm for arm in self.arms if arm.name in (self.study.arms or (arm.name,)))
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.dir)
@@ -320,7 +330,7 @@ class Job(Section):
         seeds = {
             f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
             for seed in self.study.seeds
-            for arm in self.arms
+            for arm in self.study_arms
         }
         return {"": folder} | arms | seeds
 

@@ -27,7 +27,9 @@ BASE = 0.25
 SEEDS = (3, 5, 8)
 
 
-def job_of(folder: Path, arms: tuple[str, ...] = tuple(SCORES), **of_study: Any) -> Job:
+def job_of(
+    folder: Path, arms: tuple[str, ...] = tuple(SCORES), of_study: dict[str, Any] | None = None
+) -> Job:
     return Job.model_validate(
         {
             "run": {"dir": str(folder)},
@@ -39,7 +41,7 @@ def job_of(folder: Path, arms: tuple[str, ...] = tuple(SCORES), **of_study: Any)
                 {"name": name} if SCORES.get(name, [0])[0] else {"name": name, "sft": False}
                 for name in arms
             ],
-            "study": {"seeds": SEEDS, "hypothesis": "weighted ends higher", **of_study},
+            "study": {"seeds": SEEDS, "hypothesis": "weighted ends higher", **(of_study or {})},
         }
     )
 
@@ -96,6 +98,14 @@ def test_an_arm_without_sft_starts_from_the_base(found: dict[str, Any]) -> None:
     assert none["before RL"]["pass@1"]["by_seed"] == [BASE] * 3
     assert none["after RL"]["pass@1"]["by_seed"] == SCORES["none"][1]
     assert none["seconds"] == {"sft": 0.0, "rl": 100.0}
+
+
+def test_arms_that_are_not_named_take_no_part(tmp_path: Path) -> None:
+    write(job_of(tmp_path), tmp_path)
+    job = job_of(tmp_path, of_study={"arms": ("plain", "none")})
+    assert list(comparison(job, tmp_path)["arms"]) == ["plain", "none"]
+    assert list(study.plan_of(job)["arms"]) == ["plain", "none"]
+    assert "weighted@3" not in job.homes(tmp_path) and "weighted" in job.homes(tmp_path)
 
 
 def test_differences_are_paired_over_seeds(found: dict[str, Any]) -> None:
@@ -160,10 +170,19 @@ def test_each_cell_has_a_folder_and_a_seed_of_its_own(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "one arm": ({"arms": ("plain",)}, "arms: read 1; expected at least two"),
+    "one arm": ({}, "arms: read 1; expected at least two"),
     "no seeds": ({"seeds": ()}, r"study.seeds: read \[\]; expected at least two"),
     "one seed": ({"seeds": (1,)}, r"study.seeds: read \[1\]; expected at least two"),
     "a seed twice": ({"seeds": (1, 1)}, "expected each one once"),
+    "of arms that nobody knows": (
+        {"arms": ("other", "plain")},
+        r"read \['other'\]; expected names",
+    ),
+    "of one arm": ({"arms": ("plain",)}, "arms: read 1; expected at least two"),
+    "against one that does not take part": (
+        {"arms": ("plain", "none"), "against": "weighted"},
+        r"study.against: read 'weighted'; expected an arm: \['plain', 'none'\]",
+    ),
     "against nobody": ({"against": "other"}, "study.against: read 'other'; expected an arm"),
 }
 
@@ -172,7 +191,8 @@ MISTAKES = {
 def test_what_is_no_study_is_refused(mistake: Any, tmp_path: Path) -> None:
     settings, message = mistake
     with pytest.raises(ValueError, match=message):
-        job = job_of(tmp_path, **settings)
+        arms = ("plain",) if not settings else tuple(SCORES)
+        job = job_of(tmp_path, arms, settings)
         with open_run(job) as run:
             run.perform("study", study.run)
     assert not (tmp_path / "study").exists()

@@ -34,8 +34,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     Raises:
         BadInput: there is nothing to compare.
     """
-    if len(job.arms) < 2:
-        raise BadInput(f"arms: read {len(job.arms)}; expected at least two arms to compare")
+    if len(job.study_arms) < 2:
+        raise BadInput(f"arms: read {len(job.study_arms)}; expected at least two arms to compare")
     if len(job.study.seeds) < 2:
         raise BadInput(f"study.seeds: read {list(job.study.seeds)}; expected at least two seeds")
     plan = run.folder / "study" / "plan.json"
@@ -58,8 +58,8 @@ def plan_of(job: Job) -> dict[str, Any]:
     return {
         "hypothesis": job.study.hypothesis,
         "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
-        "against": job.study.against or job.arms[0].name,
-        "arms": {arm.name: {"sft": arm.sft, "rl": arm.rl} for arm in job.arms},
+        "against": job.study.against or job.study_arms[0].name,
+        "arms": {arm.name: {"sft": arm.sft, "rl": arm.rl} for arm in job.study_arms},
         "seeds": list(job.study.seeds),
     }
 
@@ -72,7 +72,7 @@ def run_cells(job: Job) -> None:
             were when the stage is run again.
     """
     connect()
-    waiting = deque((arm, seed) for seed in job.study.seeds for arm in job.arms)
+    waiting = deque((arm, seed) for seed in job.study.seeds for arm in job.study_arms)
     working: dict[Any, str] = {}
     while waiting or working:
         while waiting and len(working) < job.study.at_once:

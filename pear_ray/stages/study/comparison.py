@@ -21,7 +21,7 @@ STAGES = {"sft": "before RL", "rl": "after RL"}
 def comparison(job: Job, folder: Path) -> dict[str, Any]:
     """Means over seeds with 95 % intervals, and differences seed by seed, of an evaluated study."""
     cards = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
-    seeds, names = job.study.seeds, [arm.name for arm in job.arms]
+    seeds, names = job.study.seeds, [arm.name for arm in job.study_arms]
     against, first_k = job.study.against or names[0], min(job.evaluation.ks)
 
     def scores(name: str, stage: str, k: int) -> np.ndarray:
