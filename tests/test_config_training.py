@@ -330,3 +330,16 @@ def test_a_mistake_in_an_arm_with_a_preset_is_named():
     arms = [Arm(name="own", sft={**SHORT, "level": "none", "control": "shuffled"})]
     with pytest.raises(ValidationError, match=r"arms\.own\.sft: .*control: read 'shuffled'"):
         job_of(arms=arms)
+
+
+def test_an_arm_may_go_without_sft():
+    job = job_of(arms=[{"name": "none", "sft": False}, {"name": "own", "sft": SHORT}])
+    assert [arm.stages for arm in job.arms] == [("rl",), ("sft", "rl")]
+    assert job.of_arm(job.arms[0]).sft == job.sft
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize("sft", [True, "none", 1])
+def test_an_arms_sft_is_a_table_or_false(sft):
+    with pytest.raises(ValidationError, match=r"arms\.0\.sft"):
+        job_of(arms=[{"name": "own", "sft": sft}])
