@@ -51,12 +51,14 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
 
 def asked(model: str, num_problems: int, num_samples: int) -> tuple[Any, Any, list[Any]]:
     """Job, problems and requests."""
+    from pear_ray.engines.tokenizer import prompts_that_fit
     from pear_ray.stages.evaluate.attempts import requests
     from pear_ray.tasks import heldout_problems
 
     job = job_of(model, num_problems, num_samples)
     problems = heldout_problems(job.tasks, num_problems, 0)
-    return job, problems, list(requests(job, model, problems, set()))
+    prompts = prompts_that_fit(model, problems, job.generator.max_model_len)
+    return job, problems, list(requests(job, prompts, problems, set()))
 
 
 def bare(model: str, num_problems: int, num_samples: int) -> None:

@@ -40,7 +40,7 @@ import numpy as np
 SEQUENCES, TOKENS = 4, 512
 VOCABULARY = {"small": 125, "wide": 150_000}
 LEVELS = ("token", "block", "sequence")
-LARGE = ("block", "sequence", "zero")
+NOT_BESIDE_WIDE = ("block", "sequence", "zero")
 WARM_UP = 4
 THREADS = 2
 
@@ -277,7 +277,10 @@ def main() -> None:
     parser.add_argument("--zero", action="store_true", help="also two ranks with ZeRO-3")
     words = parser.parse_args()
     for size in words.sizes:
-        left_out = {*(() if words.zero else ("zero",)), *(LARGE if size == "wide" else ())}
+        left_out = {
+            *(() if words.zero else ("zero",)),
+            *(NOT_BESIDE_WIDE if size == "wide" else ()),
+        }
         compare(size, words.only or [n for n in CONTENDERS if n not in left_out], words.steps)
 
 

@@ -47,9 +47,10 @@ class Bench:
     def __init__(self, job: Job, fleet: Fleet, verifiers: Verifiers) -> None:
         self.job, self.fleet, self.verifiers = job, fleet, verifiers
         self.problems = heldout_problems(job.tasks, PROBLEMS, 3)
+        self.prompts = prompts_that_fit(job.model_path(), self.problems, 48)
 
     def work(self, store: Store) -> list[Any]:
-        return list(requests(self.job, self.job.model_path(), self.problems, store.done()))
+        return list(requests(self.job, self.prompts, self.problems, store.done()))
 
     def sample(self, store: Store) -> None:
         attempt("base", self.work(store), self.problems, self.fleet, self.verifiers, store)
@@ -124,16 +125,15 @@ def test_what_is_stored_is_not_asked_again_and_changes_nothing(
 
 
 def test_a_prompt_without_room_is_told(bench: Bench) -> None:
-    job = job_of(bench.job.model_path(), max_model_len=2, max_new_tokens=1)
     with pytest.raises(BadInput, match=r"its prompt has \d+ tokens; expected fewer than"):
-        list(requests(job, job.model_path(), bench.problems, set()))
+        prompts_that_fit(bench.job.model_path(), bench.problems, max_model_len=2)
 
 
 def test_the_divergence_is_what_two_models_say_of_the_same_answers(
     bench: Bench, undisturbed: pa.Table, tiny_model: Any, engine_of: Callable[[bool], Fleet]
 ) -> None:
     """Against the sums of log-probs that transformers finds, of both models, for whole answers."""
-    prompts = prompts_that_fit(bench.job.model_path(), bench.problems, 48)
+    prompts = bench.prompts
     start, end = (
         AutoModelForCausalLM.from_pretrained(str(tiny_model(tied))) for tied in (True, False)
     )

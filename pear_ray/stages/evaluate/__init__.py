@@ -110,13 +110,13 @@ def sample_all(
             if number:
                 fleet.load_folder(path)
             store = Store(homes[label])
-            work = list(requests(job, path, problems, store.done()))
+            prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
+            work = list(requests(job, prompts, problems, store.done()))
             log.info("evaluate: %s: %d requests for answers", label, len(work))
             attempt(label, work, problems, fleet, verifiers, store)
             found: dict[str, Any] = {"heldout_nll": heldout_nll(fleet, heldout)}
             start = start_of(label, checkpoints)
             if start is not None and job.evaluation.temperature == 1.0:
-                prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
                 theirs = Store(homes[start]).table(problems)
                 found["kl_from_start"] = kl_from(fleet, prompts, theirs, job.run.seed)
             write_json(homes[label] / LIKELIHOOD, found)

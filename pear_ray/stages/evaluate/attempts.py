@@ -21,7 +21,6 @@ from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Problem, Verdict
 
 # Answers asked for together: few enough for engines to share the work evenly.
@@ -78,15 +77,14 @@ class Store:
 
 
 def requests(
-    job: Job, path: str, problems: Sequence[Problem], done: set[tuple[str, int]]
+    job: Job,
+    prompts: Sequence[tuple[int, ...]],
+    problems: Sequence[Problem],
+    done: set[tuple[str, int]],
 ) -> Iterator[tuple[Key, Request]]:
-    """What is to be asked of a checkpoint whose stored attempts are `done`.
-
-    Raises:
-        BadInput: a prompt leaves no room for an answer.
-    """
+    """What is to be asked of a checkpoint whose stored attempts are `done`. `prompts` are the
+    problems' token ids."""
     settings = job.evaluation
-    prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
     for number, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
         for first in range(0, settings.samples_per_problem, SAMPLES_PER_REQUEST):
             if (problem.problem_id, first) in done:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput
+from pear_ray.config import BadInput, start_of
 from pear_ray.manifest import flatten
 
 Rows = list[dict[str, Any]]
@@ -80,8 +80,8 @@ class Measured:
 
     def before_rl(self, home: Home) -> str:
         """Label of the checkpoint that RL began with."""
-        own = f"{home.prefix}sft"
-        return own if home.of("sft") or own in self.cards else "base"
+        trained = [f"{home.prefix}sft"] if home.of("sft") else []
+        return start_of(f"{home.prefix}rl", [*self.cards, *trained]) or "base"
 
     def score(self, label: str, k: int) -> dict[str, float] | None:
         """pass@k of a checkpoint with its interval."""
@@ -113,9 +113,9 @@ def read(folder: Path) -> Measured:
     homes = [read_home(folder, folder.name, "", "")]
     for arm in job.get("arms", []):
         settings = {stage: arm[stage] for stage in ("sft", "rl") if arm.get(stage)}
-        told = ", ".join(f"{key} = {value}" for key, value in flatten(settings) if key)
-        if arm.get("sft") is False:
-            told = ", ".join(("no SFT", told) if told else ("no SFT",))
+        words = ["no SFT"] if arm.get("sft") is False else []
+        words += [f"{key} = {value}" for key, value in flatten(settings) if key]
+        told = ", ".join(words)
         name = arm["name"]
         homes.append(read_home(folder / "arms" / name, name, f"{name}/", told))
         for seed in job.get("study", {}).get("seeds", []):
