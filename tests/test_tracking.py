@@ -62,7 +62,7 @@ def test_rewind_forgets_later_steps_of_its_own_stage_only(track, tmp_path):
     sft, rl = track("sft"), track("rl")
     for step in range(5):
         sft.log(step, loss=float(step))
-        rl.log(step, reward=float(step))
+        rl.log(step, reward_mean=float(step))
     again = track("sft").rewind(2)
     again.log(2, loss=20.0)
     found = [(row["stage"], row["step"]) for row in rows(tmp_path)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from pear_ray.weights.assemble import Replica
 
 class EngineServers:
     """vLLM engines, each in a process of its own that `make_replica()` fetches weights for. On CPUs
-    an engine that samples reads every prompt in one piece (see `Generator`)."""
+    an engine that samples reads every prompt in one piece (see `Generator`). `labels` are those of
+    the nodes they may run on."""
 
     def __init__(
         self,
@@ -27,17 +28,22 @@ class EngineServers:
         settings: Settings,
         seed: int,
         make_replica: Callable[[], Replica | AdapterReplica] = Replica,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         if settings.num_gpus == 0:
             whole = max(settings.batch_tokens, settings.max_model_len + 1)
             settings = settings.model_copy(update={"tokens_per_batch": whole})
         self._settings, self._make_replica = settings, make_replica
+        self._labels = dict(labels or {})
         self._make = partial(Generator, dtype=dtype, settings=settings, seed=seed)
 
     def start(self, path: str) -> Any:
         settings = self._settings
         server = Server.options(  # type: ignore[attr-defined]
-            num_cpus=settings.num_cpus, num_gpus=settings.num_actor_gpus, max_concurrency=1000
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_actor_gpus,
+            label_selector=self._labels,
+            max_concurrency=1000,
         )
         make = partial(self._make, path)
         return server.remote(make, self._make_replica, settings.deadline_seconds)
@@ -54,5 +60,6 @@ def fleet_of(
 ) -> Fleet:
     """The engines that a job asks for, serving the model in `path`."""
     settings = job.generator
-    servers = EngineServers(job.model.dtype, settings, job.run.seed, make_replica)
+    labels = job.placement.generators
+    servers = EngineServers(job.model.dtype, settings, job.run.seed, make_replica, labels)
     return Fleet(servers, path, settings, tell)

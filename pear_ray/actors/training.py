@@ -41,10 +41,12 @@ def train(
     loop: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     settings: Settings,
+    labels: dict[str, str],
     folder: Path,
     keep_best: bool = False,
 ) -> Any:
-    """Run `loop(config)` on every rank and return what rank 0 returns.
+    """Run `loop(config)` on every rank, on nodes with these `labels`, and return what rank 0
+    returns.
 
     A run which was cut off, by the death of a rank or of the driver, goes on from its newest
     checkpoint below `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays
@@ -68,6 +70,7 @@ def train(
             num_workers=most if fewest in (None, most) else (fewest, most),
             use_gpu=settings.use_gpu,
             resources_per_worker=worker,
+            label_selector=labels or None,
         ),
         torch_config=TorchConfig(
             backend="nccl" if settings.use_gpu else "gloo",
@@ -88,10 +91,10 @@ def train(
     except ray.train.ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(no_room(settings, worker)) from error
+        raise TimeoutError(no_room(settings, worker, labels)) from error
 
 
-def no_room(settings: Settings, worker: dict[str, float]) -> str:
+def no_room(settings: Settings, worker: dict[str, float], labels: dict[str, str]) -> str:
     """What was waited for in vain, and what there is of it."""
     total, free = ray.cluster_resources(), ray.available_resources()
     there = ", ".join(
@@ -99,7 +102,8 @@ def no_room(settings: Settings, worker: dict[str, float]) -> str:
     )
     return (
         f"waited more than {settings.deadline_seconds:.0f} s (learner.deadline_seconds) for"
-        f" {settings.min_workers or settings.num_workers} ranks with {worker} each; the cluster"
+        f" {settings.min_workers or settings.num_workers} ranks with {worker} each"
+        f"{f' on nodes with labels {labels}' if labels else ''}; the cluster"
         f" has {there}"
     )
 

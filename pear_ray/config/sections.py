@@ -148,6 +148,16 @@ class Tracking(Section):
     """Also log to this Weights & Biases project."""
 
 
+class Placement(Section):
+    """Node labels (`ray start --labels`, a worker group's `labels`) that say which role runs where.
+    A value may also be "!value", "in(one, other)" or "!in(one, other)"."""
+
+    learners: dict[str, str] = Field({})
+    """Labels of the nodes for ranks of `sft` and `rl`; none: any node."""
+    generators: dict[str, str] = Field({})
+    """Labels of the nodes for engines; none: any node."""
+
+
 class TaskSpec(Section):
     name: str = Field(min_length=1)
     """Which family of problems: "countdown", "math", "reasoning_gym", one that an installed package
@@ -215,6 +225,8 @@ class Job(Section):
     """Stage `rank`."""
     tracking: Tracking = Tracking()
     """Where numbers go besides metrics.jsonl."""
+    placement: Placement = Placement()
+    """Which role runs where."""
     arms: tuple[Arm, ...] = ()
     """Arms of stages `pipeline` and `study`; without any, the job itself is the only one."""
     study: Study = Study()

@@ -81,6 +81,8 @@ class Generator:
         gc.disable()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
+        from vllm.v1.metrics.loggers import StatLoggerManager
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         gc.freeze()
         gc.enable()
@@ -108,10 +110,16 @@ class Generator:
             async_scheduling=None if only_scores else False,
             weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER),
             trust_remote_code=False,
-            disable_log_stats=True,
+            disable_log_stats=not settings.metrics,
             max_logprobs=max(20, num_top),
             use_tqdm_on_load=False,
         )
+        if settings.metrics:
+            self._llm.llm_engine.logger_manager = StatLoggerManager(
+                self._llm.llm_engine.vllm_config,
+                custom_stat_loggers=[RayPrometheusStatLogger],
+                enable_default_loggers=False,
+            )
         self._tokenizer = self._llm.get_tokenizer()
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner

@@ -23,4 +23,4 @@ def test_ranks_without_room_are_waited_for_only_so_long(ray_session: None, tmp_p
         r" \{'CPU': 1000.0\} each; the cluster has 4 CPU \(\S+ free\)"
     )
     with pytest.raises(TimeoutError, match=expected):
-        train(lambda config: None, {}, settings, tmp_path / "run")
+        train(lambda config: None, {}, settings, {}, tmp_path / "run")

@@ -1,8 +1,8 @@
 """Stage `score` beside what it is made of: one command, one table, ratios from one run.
 
-    python tests/benchmarks/score.py [--pairs 3] [--rows 1024] [--sizes small large]
+    python tests/benchmarks/score.py [--rounds 3] [--rows 1024] [--sizes small large]
 
-For each model size, in turn and as often as `--pairs` says, on the same token ids and threads:
+For each model size, in turn and as often as `--rounds` says, on the same token ids and threads:
 
     bare vLLM       one process, one engine, all rows in one call: no Ray, nothing stored
     pear-ray score  the stage as users run it, without start-up: from the first stored part on
@@ -23,6 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ SIZES = {
     ),
 }
 THREADS = 2
+RATE = "tokens per second:"
 SETTLE_SECONDS = 30.0
 MEMORY = ("driver", "scorer", "worker")
 ENGINE = Generator(
@@ -80,7 +84,7 @@ def rows_of(corpus: Path, model: Path) -> list[tuple[list[int], list[int]]]:
 
 
 def bare(corpus: str, model: str) -> None:
-    """Prints the tokens per second of one call of vLLM over all rows, after a warm-up."""
+    """One call of vLLM over all rows whenever it is asked, after a warm-up."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     torch.set_num_threads(THREADS)
     from vllm import LLM, SamplingParams
@@ -101,32 +105,56 @@ def bare(corpus: str, model: str) -> None:
     )
     prompts: Any = [{"prompt_token_ids": p + r} for p, r in rows_of(Path(corpus), Path(model))]
     llm.generate(prompts[:256], asked, use_tqdm=False)
-    started = time.perf_counter()
-    llm.generate(prompts, asked, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    print(sum(len(prompt["prompt_token_ids"]) for prompt in prompts) / seconds)
+    num_tokens = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
+    serve(num_tokens, lambda: llm.generate(prompts, asked, use_tqdm=False))
 
 
 def trainer(corpus: str, model: str) -> None:
-    """Prints the tokens per second of the learner's forward pass."""
+    """The learner's forward pass over a quarter of the rows whenever it is asked."""
     from pear_ray.engines.forward import policy_logprobs
 
     torch.set_num_threads(THREADS)
     rows = rows_of(Path(corpus), Path(model))[::4]
     policy = load_policy(model, "float32").eval()
     policy_logprobs(policy, rows[:64], 8192, torch.device("cpu"))
-    started = time.perf_counter()
-    policy_logprobs(policy, rows, 8192, torch.device("cpu"))
-    print(sum(len(p) + len(r) for p, r in rows) / (time.perf_counter() - started))
+    num_tokens = sum(len(p) + len(r) for p, r in rows)
+    serve(num_tokens, lambda: policy_logprobs(policy, rows, 8192, torch.device("cpu")))
 
 
-def in_process(call: str) -> float:
-    """What a function of this file prints last in a process of its own."""
+def serve(num_tokens: int, work: Callable[[], Any]) -> None:
+    """Do the work once for each line that the parent writes, and print its tokens per second."""
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        work()
+        print(RATE, num_tokens / (time.perf_counter() - started), flush=True)
+
+
+@contextmanager
+def contender(call: str, log: Path) -> Iterator[Callable[[], float]]:
+    """A function of this file in a process of its own, ready to be asked for its rate."""
     program = CORE.format(here=str(Path(__file__).parent), call=call)
-    ended = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    )
-    return float(ended.stdout.split()[-1])
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None and answers is not None
+
+        def rate() -> float:
+            asked.write("\n")
+            asked.flush()
+            for line in answers:
+                if line.startswith(RATE):
+                    return float(line.split()[-1])
+            raise RuntimeError(log.read_text()[-3000:])
+
+        yield rate
 
 
 def matmul_tokens_per_second(model: Path) -> float:
@@ -204,24 +232,33 @@ def watched(driver: int) -> list[tuple[str, psutil.Process]]:
     return found
 
 
-def compare(folder: Path, size: str, num_pairs: int, num_rows: int) -> None:
-    """Print one line per contender, with its ratio to bare vLLM."""
+def compare(folder: Path, size: str, num_rounds: int, num_rows: int) -> None:
+    """Print one line per contender, with its ratio to bare vLLM: to the mean of bare vLLM's rates
+    before and after it, for the machine's own speed changes by the minute."""
     model = folder / size
     write_new_model(model, SIZES[size], WORDS)
     corpus = folder / f"{size}.jsonl"
     write_corpus(corpus, num_rows if size == "small" else max(num_rows // 4, 1024))
-    found: dict[str, list[float]] = {"bare vLLM": [], "pear-ray score": [], "trainer": []}
-    for number in range(num_pairs):
-        where = folder / f"{size}-{number}"
-        where.mkdir()
-        found["bare vLLM"].append(in_process(f"bare({str(corpus)!r}, {str(model)!r})"))
-        found["pear-ray score"].append(stage(where, corpus, model)["tokens_per_second"])
-        found["trainer"].append(in_process(f"trainer({str(corpus)!r}, {str(model)!r})"))
-    found["matmul"] = [matmul_tokens_per_second(model)] * num_pairs
-    for name, rates in found.items():
-        ratios = [rate / base for rate, base in zip(rates, found["bare vLLM"], strict=True)]
+    words = f"({str(corpus)!r}, {str(model)!r})"
+    rates: dict[str, list[float]] = {"pear-ray score": [], "trainer": []}
+    with (
+        contender("bare" + words, folder / "bare.log") as ask_bare,
+        contender("trainer" + words, folder / "trainer.log") as ask_trainer,
+    ):
+        ask_trainer()
+        bare_rates = [ask_bare()]
+        for number in range(num_rounds):
+            where = folder / f"{size}-{number}"
+            where.mkdir()
+            rates["pear-ray score"].append(stage(where, corpus, model)["tokens_per_second"])
+            bare_rates.append(ask_bare())
+            rates["trainer"].append(ask_trainer())
+    base = [(before + after) / 2 for before, after in pairwise(bare_rates)]
+    rates["matmul"] = [matmul_tokens_per_second(model)] * num_rounds
+    for name, found in {"bare vLLM": base, **rates}.items():
+        ratios = [rate / of for rate, of in zip(found, base, strict=True)]
         print(
-            f"{size:<7}{name:<16}{statistics.median(rates):>10.0f} tokens/s"
+            f"{size:<7}{name:<16}{statistics.median(found):>10.0f} tokens/s"
             f"{statistics.median(ratios):>8.3f} of bare vLLM   {[round(r, 3) for r in ratios]}",
             flush=True,
         )
@@ -251,7 +288,7 @@ def grow(folder: Path, num_rows: int) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3, help="repeats of every comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="repeats of every comparison")
     parser.add_argument("--rows", type=int, default=1024, help="rows of the corpus, at 1x")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--no-growth", action="store_true", help="leave 1x, 4x and 16x out")
@@ -261,7 +298,7 @@ def main() -> None:
     time.sleep(SETTLE_SECONDS)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for size in words.sizes:
-            compare(Path(folder), size, words.pairs, 4 * words.rows)
+            compare(Path(folder), size, words.rounds, 4 * words.rows)
         if not words.no_growth:
             grow(Path(folder), words.rows)
 

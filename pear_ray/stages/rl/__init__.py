@@ -59,7 +59,13 @@ def run(job: Job, run: Run) -> dict[str, Any]:
             bring_or_say_why, bring, job, run, start, board, queue, ended
         )
         try:
-            facts = train(learn, config, job.learner, run.folder / "rl" / f"{run.folder.name}-rl")
+            facts = train(
+                learn,
+                config,
+                job.learner,
+                job.placement.learners,
+                run.folder / "rl" / f"{run.folder.name}-rl",
+            )
         finally:
             ended.set()
             with suppress(ray.exceptions.RayError):

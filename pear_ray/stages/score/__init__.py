@@ -245,6 +245,7 @@ def scored(
         ),
         num_cpus=settings.num_cpus,
         num_gpus=settings.num_actor_gpus,
+        label_selector=job.placement.generators,
     )  # fmt: skip
 
 
@@ -281,7 +282,7 @@ def compare_with_trainer(job: Job, folder: Path) -> dict[str, Any]:
     settings = job.generator
     resources = {"num_cpus": settings.num_cpus, "num_gpus": -(-settings.num_gpus // 1)}
     calls = {
-        source: calibrate.options(**resources).remote(
+        source: calibrate.options(**resources, label_selector=job.placement.generators).remote(
             folder / "probe",
             job.model_path(source),
             job.model.dtype,

@@ -64,7 +64,14 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         fed = executor.submit(feed, job, groups, queue)
         try:
             folder = run.folder / "sft" / f"{run.folder.name}-sft"
-            done = train(learn, config, job.learner, folder, keep_best=num_heldout > 0)
+            done = train(
+                learn,
+                config,
+                job.learner,
+                job.placement.learners,
+                folder,
+                keep_best=num_heldout > 0,
+            )
         except Exception as error:
             if fed.done() and (cause := fed.exception()) is not None:
                 raise cause from error
