@@ -39,6 +39,8 @@ FREE_KEYS = (
     "placement",
     "rank",
     "study.at_once",
+    "study.seeds",
+    "study.arms",
     "learner.num_workers",
     "learner.min_workers",
     "learner.max_failures",
@@ -112,7 +114,7 @@ class Run:
             facts = function(self.job, self)
         except BadInput:
             # Refused before anything was made: the corrected job may use the folder.
-            self._forget(stage)
+            self.forget(stage)
             raise
         seconds = round(time.time() - started, 3)
         self._note(stage, {"state": "done"} | begun | {"seconds": seconds, "facts": facts})
@@ -182,7 +184,8 @@ class Run:
         written = [path.stat().st_mtime for path in files if path.exists()]
         return max(0.0, max(written, default=started) - started)
 
-    def _forget(self, stage: str) -> None:
+    def forget(self, stage: str) -> None:
+        """Take a stage for one that was never done."""
         del self.manifest["stages"][stage]
         write_json(self._path, self.manifest)
 

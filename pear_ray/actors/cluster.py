@@ -20,6 +20,12 @@ def connect() -> None:
         ray.init(logging_level=logging.WARNING)
 
 
+def draining_nodes() -> set[str]:
+    """Ids of nodes that are going to be taken back: spot machines with a notice, nodes that an
+    autoscaler or an operator empties. Ray Train asks in the same way."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def here() -> NodeAffinitySchedulingStrategy:
     """For an actor that should live and die with the process that starts it: on the same node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

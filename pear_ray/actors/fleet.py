@@ -1,6 +1,6 @@
 """vLLM engines in Ray actors: work goes to the one with the least of it, an engine that dies is
-replaced and what it had not finished is given to others, and there are more or fewer engines as
-work waits."""
+replaced and what it had not finished is given to others, one whose node is going to be taken back
+goes before that, and there are more or fewer engines as work waits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
+from pear_ray.actors.cluster import draining_nodes
+from pear_ray.actors.members import Member, Servers, Ticket
 from pear_ray.actors.server import Loaded
 from pear_ray.config import Generator as Settings
 from pear_ray.engines.generator import Request, Trace, same_architecture
@@ -30,57 +31,11 @@ GRACE_SECONDS = 30.0
 MAX_ATTEMPTS = 20
 # An engine beyond the fewest ends when nothing was to be done for so many seconds.
 IDLE_SECONDS = 60.0
+# A node that is taken back gives notice half a minute or two minutes before.
+SECONDS_PER_LOOK = 2.0
 # Engines that die without having finished anything, none of the others having done so meanwhile.
 MAX_DEATHS = 5
 MAX_FAILED_LOADS = 5
-
-
-@dataclass
-class Ticket:
-    """Work on its way: the caller's key, and how many engines have taken it up."""
-
-    key: Hashable
-    work: Request | Trace
-    num_attempts: int = 0
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that it keeps an engine busy with."""
-        return self.work.num_samples if isinstance(self.work, Request) else 1
-
-
-@dataclass(eq=False)
-class Member:
-    """One engine, as its owner sees it."""
-
-    name: str
-    actor: Any
-    stands: bool = False
-    has_finished: bool = False
-    """Whether it has done anything yet."""
-    num_failed_loads: int = 0
-    """Loads of weights that failed since the last that did not."""
-    polled: float = 0.0
-    """When it was last asked what it has finished."""
-    loading: bool = False
-    """Whether it is loading weights."""
-    asked: int = -1
-    """Newest version that it was asked to serve."""
-    open: dict[str, Ticket] = field(default_factory=dict)
-    num_sequences: int = 0
-    """Sequences that it has not finished."""
-    idle_seconds: float = 0.0
-    """Time in which it has had nothing to do."""
-
-
-class Servers(Protocol):
-    """Where engines come from: actors with the methods of `Server`."""
-
-    def start(self, path: str) -> Any:
-        """An actor whose engine serves the model in `path`."""
-
-    def end(self, actor: Any) -> None:
-        """End one."""
 
 
 class Fleet(AbstractContextManager["Fleet"]):
@@ -108,7 +63,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._load_seconds = settings.deadline_seconds
         self._has_stood = False
         self._num_started = self._num_deaths = self._num_submitted = self._num_loaded = 0
-        self._busy_until = time.monotonic()
+        self._busy_until = self._looked = time.monotonic()
         # Of all engines together, since the beginning.
         self.idle_seconds = 0.0
         self.loaded: list[tuple[str, Loaded]] = []
@@ -172,6 +127,11 @@ class Fleet(AbstractContextManager["Fleet"]):
                 self._replace(member, str(error))
         for member in self._overdue():
             self._replace(member, "it did not answer in time (generator.deadline_seconds)")
+        for member in self._leaving():
+            text = f"engine {member.name} goes before its node is taken back,"
+            self._tell("preempted", f"{text} {len(member.open)} pieces of work go to others")
+            self._end(member)
+            self._start()
         self._deal()
 
     def serve(
@@ -290,7 +250,7 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def _hear_start(self, member: Member, call: Any) -> None:
         try:
-            ray.get(call)
+            member.node = ray.get(call)
         except ray.exceptions.RayTaskError as error:
             if not self._has_stood:
                 raise
@@ -316,6 +276,13 @@ class Fleet(AbstractContextManager["Fleet"]):
             self._finished.append((ticket.key, result))
             self._num_deaths, member.has_finished = 0, True
         self._poll(member)
+
+    def _leaving(self) -> list[Member]:
+        """Engines whose nodes are going to be taken back, asked for now and then."""
+        if time.monotonic() < self._looked + SECONDS_PER_LOOK:
+            return []
+        self._looked, draining = time.monotonic(), draining_nodes()
+        return [member for member in self._members.values() if member.node in draining]
 
     def _overdue(self) -> list[Member]:
         latest = time.monotonic() - POLL_SECONDS - self._settings.deadline_seconds - GRACE_SECONDS

@@ -100,10 +100,12 @@ class Server:
         self._started: Future[None] = Future()
         threading.Thread(target=self._run, args=(make,), daemon=True).start()
 
-    async def ready(self) -> None:
-        """Returns when the engine stands; raises what kept it from it. Comes before all else."""
+    async def ready(self) -> str:
+        """Returns when the engine stands, the id of its node; raises what kept it from it. Comes
+        before all else."""
         self._loop = asyncio.get_running_loop()
         await asyncio.wrap_future(self._started)
+        return ray.get_runtime_context().get_node_id()
 
     async def submit(self, work: Sequence[Work]) -> None:
         """Take up all of it between the same two steps of the engine."""

@@ -32,6 +32,8 @@ from pear_ray.config import Learner as Settings
 if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
 
+log = logging.getLogger(__name__)
+
 HELDOUT = "heldout_loss"
 # Ray Train gives up an attempt to start all ranks after so many seconds, and begins another.
 START_SECONDS = 60.0
@@ -193,6 +195,25 @@ def keep(learner: Learner, next_step: int, deadline_seconds: float, **metrics: f
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
     )
     return max((found.metrics["next_step"] for found in committed), default=0)
+
+
+class Departures:
+    """Nodes of the run that are going to be taken back, as Ray tells of it."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        # Where nobody watches, asking would cost each step a message for nothing.
+        self._are_watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+
+    def any_new(self) -> bool:
+        """Whether another one was announced: time for a checkpoint. Every rank asks after every
+        step, and all hear the same."""
+        notice = ray.train.get_preemption_info() if self._are_watched else None
+        new = set(notice.preempted_node_ids) - self._known if notice else set()
+        self._known |= new
+        if new:
+            log.warning("nodes are going to be taken back: %s", ", ".join(sorted(new)))
+        return bool(new)
 
 
 def begin() -> None:

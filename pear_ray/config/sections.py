@@ -123,7 +123,8 @@ class Ranking(Section):
 
 class Study(Section):
     seeds: tuple[int, ...] = ()
-    """Each arm goes through `sft` and `rl` once with each of these seeds; all else is shared."""
+    """Each arm goes through `sft` and `rl` once with each of these seeds; all else is shared. A
+    study may grow: the same run folder takes more seeds, and more of the arms."""
     arms: tuple[str, ...] = ()
     """Arms that take part; none named: all."""
     at_once: int = Field(1, gt=0)

@@ -77,8 +77,9 @@ class Host:
         self._version: dict[str, int] = {}
         self._made: dict[int, list[tuple[Completion, ...]]] = {}
 
-    async def ready(self, name: str) -> None:
+    async def ready(self, name: str) -> str:
         self._finished[name], self._news[name] = [], asyncio.Event()
+        return ray.get_runtime_context().get_node_id()
 
     async def submit(self, name: str, work: list[tuple[str, Request]]) -> None:
         asyncio.get_running_loop().call_later(self._latency_seconds, self._finish, name, work)

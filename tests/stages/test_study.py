@@ -108,6 +108,26 @@ def test_arms_that_are_not_named_take_no_part(tmp_path: Path) -> None:
     assert "weighted@3" not in job.homes(tmp_path) and "weighted" in job.homes(tmp_path)
 
 
+def test_a_study_that_grows_keeps_the_plans_it_had(tmp_path: Path) -> None:
+    path = tmp_path / "study" / "plan.json"
+    small = job_of(tmp_path, of_study={"arms": ("plain", "none")})
+    noted = study.noted_plan(small, path)
+    assert noted == study.noted_plan(small, path) == json.loads(path.read_text())
+    assert noted["earlier"] == []
+    grown = study.noted_plan(job_of(tmp_path), path)
+    (before,) = grown["earlier"]
+    assert list(before["arms"]) == ["plain", "none"]
+    assert list(grown["arms"]) == ["plain", "weighted", "none"]
+
+
+def test_a_study_that_has_grown_is_evaluated_again(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    write(job, tmp_path)
+    assert study.is_evaluated(job, tmp_path)
+    more = job_of(tmp_path, of_study={"seeds": (*SEEDS, 77)})
+    assert not study.is_evaluated(more, tmp_path)
+
+
 def test_differences_are_paired_over_seeds(found: dict[str, Any]) -> None:
     primary, _ = found["primary"]
     assert (primary["arm"], primary["against"], primary["when"]) == (

@@ -18,7 +18,7 @@ import ray
 import torch
 
 from pear_ray.actors.board import GRACE_SECONDS, Closed, take
-from pear_ray.actors.training import begin, keep, newest, rank_and_count
+from pear_ray.actors.training import Departures, begin, keep, newest, rank_and_count
 from pear_ray.algorithms.packing import pack
 from pear_ray.config import Job
 from pear_ray.records import TrainingBatch, TrainingSequence
@@ -68,7 +68,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     tracker = Tracker(folder, "rl", job.tracking).rewind(start) if rank == 0 else None
     desk = Desk(job, config["board"], config["queue"], learner)
     objective, probes = objective_of(job), Probes(job, learner)
-    log_book, end = LogBook(job, folder, start), None
+    log_book, departures, end = LogBook(job, folder, start), Departures(), None
     desk.publish(start, next_problem)
     for step in range(start, job.rl.steps):
         began = time.perf_counter()
@@ -106,7 +106,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         if end:
             log.info("rl: ends early: %s", end)
             break
-        if (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps:
+        is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps
+        if departures.any_new() or is_due:
             seconds = job.learner.deadline_seconds
             safe_step = keep(learner, step + 1, seconds, next_problem=next_problem)
             ray.get(desk.queue.forget_before.remote(safe_step), timeout=seconds)

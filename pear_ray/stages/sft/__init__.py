@@ -19,7 +19,15 @@ from pear_ray.actors.board import GRACE_SECONDS, StepQueue, take
 from pear_ray.actors.cluster import connect, here
 from pear_ray.actors.feed import steps
 from pear_ray.actors.scored import RowGroup, sequences_of, survey, wanted_of
-from pear_ray.actors.training import begin, best, keep, newest, rank_and_count, train
+from pear_ray.actors.training import (
+    Departures,
+    begin,
+    best,
+    keep,
+    newest,
+    rank_and_count,
+    train,
+)
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.suitable import refuse_unsuitable
 from pear_ray.manifest import Run
@@ -122,6 +130,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         kept.restore(learner, folder / "sft")
         start, heldout = kept.notes["next_step"], heldout.after(kept.notes)
     tracker = Tracker(folder, "sft", job.tracking).rewind(start) if rank == 0 else None
+    departures = Departures()
 
     def batches_of(step: int) -> list[TrainingBatch]:
         rows = take(config["queue"], step, deadline)
@@ -136,13 +145,13 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
                 coming = ahead.submit(batches_of, step + 1)
             result = learner.step(batches, objective)
             is_last = step + 1 == num_steps
-            keeps = (step + 1) % job.learner.steps_per_checkpoint == 0 and not is_last
-            if keeps or is_last or (step + 1) % settings.steps_per_heldout == 0:
+            is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and not is_last
+            if is_due or is_last or (step + 1) % settings.steps_per_heldout == 0:
                 heldout = heldout.measured(learner)
             if tracker:
                 tracker.log(step, **numbers_of(job, result), **heldout.numbers)
                 speak(step, num_steps, numbers_of(job, result), heldout)
-            if keeps:
+            if departures.any_new() or is_due:
                 safe_step = keep(learner, step + 1, deadline, **heldout.numbers)
                 ray.get(config["queue"].forget_before.remote(safe_step), timeout=deadline)
     learner.export(folder / "sft" / "export", job.model_path())

@@ -2,7 +2,7 @@
 and from one base; all are evaluated on the same problems, and arms are compared seed by seed.
 
 What is expected is written down before anything runs. Killed, the same command goes on where it
-was.
+was; with more arms or seeds, the study grows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,15 +39,14 @@ def run(job: Job, run: Run) -> dict[str, Any]:
         raise BadInput(f"arms: read {len(job.study_arms)}; expected at least two arms to compare")
     if len(job.study.seeds) < 2:
         raise BadInput(f"study.seeds: read {list(job.study.seeds)}; expected at least two seeds")
-    plan = run.folder / "study" / "plan.json"
-    if not plan.exists():
-        plan.parent.mkdir(exist_ok=True)
-        write_json(plan, plan_of(job))
+    plan = noted_plan(job, run.folder / "study" / "plan.json")
     pipeline.prepare(job, run)
     run_cells(job)
+    if run.is_done("evaluate") and not is_evaluated(job, run.folder):
+        run.forget("evaluate")
     run.perform("evaluate", pipeline.stage("evaluate"))
     run.perform("rank", pipeline.stage("rank"))
-    found = comparison(job, run.folder) | {"plan": json.loads(plan.read_text())}
+    found = comparison(job, run.folder) | {"plan": plan}
     (run.folder / "study" / "study.csv").write_text(spreadsheet(found))
     write_json(run.folder / "study" / "study.json", found)
     run.perform("report", pipeline.stage("report"))
@@ -62,6 +62,29 @@ def plan_of(job: Job) -> dict[str, Any]:
         "arms": {arm.name: {"sft": arm.sft, "rl": arm.rl} for arm in job.study_arms},
         "seeds": list(job.study.seeds),
     }
+
+
+def noted_plan(job: Job, path: Path) -> dict[str, Any]:
+    """The plan as it was noted before anything ran. A study that has grown since by arms or seeds
+    keeps the plans it had, oldest first, under `earlier`."""
+    plan = json.loads(json.dumps(plan_of(job)))
+    earlier: list[dict[str, Any]] = []
+    if path.exists():
+        noted = json.loads(path.read_text())
+        earlier = noted.pop("earlier")
+        if noted != plan:
+            earlier.append(noted)
+    plan["earlier"] = earlier
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, plan)
+    return plan
+
+
+def is_evaluated(job: Job, folder: Path) -> bool:
+    """Whether the scorecard knows what became of every arm with every seed."""
+    known = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
+    names = [f"{arm.name}@{seed}/rl" for arm in job.study_arms for seed in job.study.seeds]
+    return set(names) <= set(known)
 
 
 def run_cells(job: Job) -> None:
