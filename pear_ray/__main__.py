@@ -1,4 +1,4 @@
-"""The command line: `pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run]`.
+"""The command line: `pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run | --plan]`.
 
 Exit codes: 0 done; 2 bad input, with a message that says where; 1 anything else.
 """
@@ -27,6 +27,9 @@ STAGES = {
     "pipeline": "all of these in order, for every arm of the job",
     "study": "the same, every arm with several seeds, and what their differences are worth",
 }
+
+# Words that only look at a job.
+LOOKS = ("--dry-run", "--plan")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,11 +61,14 @@ def command(arguments: list[str]) -> int:
         print(usage())
         return 0
     path, *overrides = rest
-    dry_run = "--dry-run" in overrides
-    job = resolve(stage, Path(path), [word for word in overrides if word != "--dry-run"])
+    looks = [word for word in overrides if word in LOOKS]
+    job = resolve(stage, Path(path), [word for word in overrides if word not in LOOKS])
+    if "--plan" in looks:
+        print(importlib.import_module("pear_ray.stages.plan").plan(job))
+        return 0
     manifest = importlib.import_module("pear_ray.manifest")
     manifest.check_inputs(job, stage)
-    if dry_run:
+    if looks:
         print(job.model_dump_json(indent=2))
         return 0
     with manifest.open_run(job) as run:
@@ -96,7 +102,7 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
 def usage() -> str:
     """What the bare command says."""
     stages = "\n".join(f"  {name:<10}{purpose}" for name, purpose in STAGES.items())
-    return f"""usage: pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run]
+    return f"""usage: pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run | --plan]
 
 stages:
 {stages}
@@ -105,6 +111,7 @@ stages:
   pear-ray sft JOB.toml --sft.level block       override a key of the job
   pear-ray sft JOB.toml --help                  every key, with its value in this job
   pear-ray pipeline JOB.toml --dry-run          check the job and print it, without a cluster
+  pear-ray pipeline JOB.toml --plan             how many GPUs of which size it needs, and for what
 
 A finished stage is not repeated. Exit codes: 0 done, 2 bad input, 1 anything else."""
 

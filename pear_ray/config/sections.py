@@ -157,6 +157,8 @@ class Placement(Section):
     """Labels of the nodes for ranks of `sft` and `rl`; none: any node."""
     generators: dict[str, str] = Field({})
     """Labels of the nodes for engines; none: any node."""
+    gpu_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU in GiB, for `--plan` to refuse what cannot fit."""
 
 
 class TaskSpec(Section):
