@@ -1,11 +1,11 @@
 """Verdicts in a process of their own, each within its time and memory.
 
 What that separates: an answer that makes its judge loop, crash, exit or fill the memory costs its
-own verdict, and neither another verdict nor the job. What it does not: the process has the rights
-of the user who started Ray, its files and its network. That is enough where a verdict treats
-answers as data, as `countdown` and `math` do; some judges of `reasoning_gym` evaluate answers as
-Python (its docstring names them), and a task of one's own does what it does. Where answers may run,
-the cluster must be one that nothing else is in reach of.
+own verdict, and neither another verdict nor the job, nor can it reach the network (see `offline`).
+What it does not: the process has the rights of the user who started Ray, and its files. That is
+enough where a verdict treats answers as data, as `countdown` and `math` do; some judges of
+`reasoning_gym` evaluate answers as Python (its docstring names them), and a task of one's own does
+what it does. Where answers may run, the cluster must be one that nothing else is in reach of.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 
+from pear_ray.actors.offline import take_network
 from pear_ray.config import TaskSpec
 from pear_ray.config import Verifier as Settings
 from pear_ray.records import Problem, Verdict
@@ -42,7 +43,7 @@ class VerifierActor:
 
     def __init__(self, specs: Sequence[TaskSpec], settings: Settings) -> None:
         self._tasks = {task.name: task for task in make_judges(specs)}
-        self._settings = settings
+        self._settings, self._is_prepared = settings, False
         signal.signal(signal.SIGALRM, _ring)
 
     def ready(self) -> bool:
@@ -50,6 +51,7 @@ class VerifierActor:
 
     def judge(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Verdicts on the first answers, as many as a second is enough for, and at least one."""
+        self._prepare()
         verdicts: list[Verdict] = []
         began = time.monotonic()
         with memory_limit(self._settings.memory_mib):
@@ -58,6 +60,12 @@ class VerifierActor:
                 if time.monotonic() - began > SECONDS_PER_CALL:
                     break
         return verdicts
+
+    def _prepare(self) -> None:
+        """Once tasks have read what they need, this thread, which judges, loses the network."""
+        if not (self._is_prepared or self._settings.network):
+            take_network()
+        self._is_prepared = True
 
     def _verdict(self, problem: Problem, text: str) -> Verdict:
         seconds = self._settings.seconds_per_verdict

@@ -181,6 +181,9 @@ class Verifier(Section):
     """Longest judging of one answer; cut off, it earns nothing."""
     memory_mib: int = Field(2048, ge=256)
     """Memory that judging an answer may take beyond what the process has already."""
+    network: bool = False
+    """Judges may reach the network, as one that asks another model must. Answers may run in some
+    judges: without need it stays off."""
 
 
 class Arm(Section):

@@ -100,6 +100,8 @@ def test_verdicts_come_in_order(verifiers):
         ("fill_memory", "MemoryError: more than verifier.memory_mib = 256 MiB"),
         ("ask_to_exit", "SystemExit: 3"),
         ("fail", "LookupError: no such thing"),
+        ("call_out", "PermissionError: [Errno 13] Permission denied"),
+        ("call_out_through_another", "PermissionError: denied"),
         ("nothing", "TypeError: verdict: read NoneType, expected a Verdict"),
         ("no_number", "ValueError: reward: read nan, expected a finite number"),
         ("unknown", "AttributeError: 'Troublesome' object has no attribute 'unknown'"),
@@ -111,6 +113,12 @@ def test_an_answer_that_cannot_be_judged_costs_its_own_verdict(verifiers, text, 
     cut = without_verdict(reason)
     assert verdicts == [RIGHT, cut, WRONG, cut, RIGHT]
     assert {process.pid for process in processes()} == before
+
+
+def test_judges_reach_the_network_where_the_job_lets_them():
+    with Verifiers(SPECS, Verifier(processes=1, network=True)) as pool:
+        (verdict,) = pool.judge(answers("call_out"))
+    assert verdict == without_verdict("ConnectionRefusedError: [Errno 111] Connection refused")
 
 
 def test_a_verdict_that_cannot_travel_costs_no_other(verifiers):

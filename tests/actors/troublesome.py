@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -54,6 +56,13 @@ class Troublesome:
 
     def fail(self):
         raise LookupError("no such thing")
+
+    def call_out(self):
+        socket.create_connection(("127.0.0.1", 1))
+
+    def call_out_through_another(self):
+        call = [sys.executable, "-c", "import socket; socket.socket()"]
+        raise PermissionError(subprocess.run(call, capture_output=True).stderr.split()[-1].decode())
 
     def nothing(self):
         return None
