@@ -81,8 +81,6 @@ class Generator:
         gc.disable()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
-        from vllm.v1.metrics.loggers import StatLoggerManager
-        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         gc.freeze()
         gc.enable()
@@ -115,11 +113,7 @@ class Generator:
             use_tqdm_on_load=False,
         )
         if settings.metrics:
-            self._llm.llm_engine.logger_manager = StatLoggerManager(
-                self._llm.llm_engine.vllm_config,
-                custom_stat_loggers=[RayPrometheusStatLogger],
-                enable_default_loggers=False,
-            )
+            tell_ray(self._llm.llm_engine)
         self._tokenizer = self._llm.get_tokenizer()
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner
@@ -245,6 +239,19 @@ class Generator:
                 (int(span.version), span.end - span.start) for span in answer.weight_versions
             ),
         )
+
+
+def tell_ray(engine: Any) -> None:
+    """Have an engine's statistics go to Ray's metrics in place of its log."""
+    # Imported only here: the second brings Ray Serve along.
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    engine.logger_manager = StatLoggerManager(
+        engine.vllm_config,
+        custom_stat_loggers=[RayPrometheusStatLogger],
+        enable_default_loggers=False,
+    )
 
 
 def num_positions(path: str) -> int | None:
