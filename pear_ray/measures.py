@@ -1,5 +1,6 @@
-"""Every number that stages tell of their steps, and what it means: the help text of its Prometheus
-metric, `pear_ray_STAGE_NAME`. Units are in names; what has none is a count or a ratio.
+"""Every number that stages tell of their steps, and engines of themselves, and what it means: the
+help text of its Prometheus metric, `pear_ray_STAGE_NAME` or `pear_ray_engine_NAME`. Units are in
+names; what has none is a count or a ratio.
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ _LEARNING = {
 }
 
 MEASURES: dict[str, dict[str, str]] = {
+    "engine": {
+        "requests_running": "Requests that a vLLM engine works on",
+        "requests_waiting": "Requests that wait in a vLLM engine",
+        "cache_used_share": "Share of a vLLM engine's key-value cache in use",
+        "prompt_tokens": "Tokens of prompts and of given answers that a vLLM engine has read",
+        "generation_tokens": "Tokens that a vLLM engine has generated",
+        "preemptions": "Requests that a vLLM engine has put back for want of cache",
+    },
     "sample": {
         "examples": "Right answers that were kept of the latest source",
         "attempts": "Answers that the latest source was sampled for",

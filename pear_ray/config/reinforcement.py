@@ -140,8 +140,8 @@ class Generator(Section):
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: int = Field(1, gt=0)
     """Memory for the key-value cache of an engine that runs on CPUs."""
-    metrics: bool = False
-    """vLLM's own metrics (requests, tokens, cache) at Ray's Prometheus endpoint."""
+    metrics: bool = True
+    """What vLLM says of itself (requests, tokens, cache) at Ray's Prometheus endpoint."""
     deadline_seconds: float = Field(600.0, gt=0)
     """Longest wait for an engine to start, or to finish one batch of work."""
 

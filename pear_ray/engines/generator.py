@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pear_ray.config import Generator as Settings
 from pear_ray.engines import keep_freed_memory
+from pear_ray.engines.statistics import EngineStatistics
 from pear_ray.engines.tensors import open_tensors
 from pear_ray.records import Completion
 
@@ -113,7 +114,8 @@ class Generator:
             use_tqdm_on_load=False,
         )
         if settings.metrics:
-            tell_ray(self._llm.llm_engine)
+            statistics: Any = EngineStatistics()
+            self._llm.llm_engine.logger_manager = statistics
         self._tokenizer = self._llm.get_tokenizer()
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner
@@ -239,19 +241,6 @@ class Generator:
                 (int(span.version), span.end - span.start) for span in answer.weight_versions
             ),
         )
-
-
-def tell_ray(engine: Any) -> None:
-    """Have an engine's statistics go to Ray's metrics in place of its log."""
-    # Imported only here: the second brings Ray Serve along.
-    from vllm.v1.metrics.loggers import StatLoggerManager
-    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
-
-    engine.logger_manager = StatLoggerManager(
-        engine.vllm_config,
-        custom_stat_loggers=[RayPrometheusStatLogger],
-        enable_default_loggers=False,
-    )
 
 
 def num_positions(path: str) -> int | None:

@@ -179,6 +179,7 @@ def expressions() -> list[str]:
 
 def test_dashboards_and_rules_ask_for_metrics_that_stages_tell():
     told = {f"pear_ray_{stage}_{name}" for stage, names in MEASURES.items() for name in names}
+    told |= {f"pear_ray_engine_{name}_total" for name in MEASURES["engine"]}
     told |= STEP_METRICS | EVENT_METRICS
     asked = set().union(*map(metrics_in, expressions()))
     ours = {name.removeprefix("ray_") for name in asked if name.startswith("ray_pear_ray_")}
