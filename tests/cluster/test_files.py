@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def test_what_they_refer_to_is_there():
     wanted = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     for container in containers():
         assert wanted <= {port["name"] for port in container["ports"]}
+
+
+def test_pods_give_notice_and_go_within_their_grace():
+    for group in cluster_spec()["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        *_, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION" in script
+        assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+        waits = [int(seconds) for seconds in re.findall(r"(?:timeout|seq) (\d+)", script)]
+        assert len(waits) == 2
+        assert sum(waits) < pod["terminationGracePeriodSeconds"]
 
 
 def test_every_file_names_the_same_image_and_ray():
