@@ -71,7 +71,7 @@ def noted_plan(job: Job, path: Path) -> dict[str, Any]:
     earlier: list[dict[str, Any]] = []
     if path.exists():
         noted = json.loads(path.read_text())
-        earlier = noted.pop("earlier")
+        earlier = noted.pop("earlier", [])
         if noted != plan:
             earlier.append(noted)
     plan["earlier"] = earlier
