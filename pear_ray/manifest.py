@@ -41,6 +41,7 @@ FREE_KEYS = (
     "study.at_once",
     "study.seeds",
     "study.arms",
+    "study.against",
     "learner.num_workers",
     "learner.min_workers",
     "learner.max_failures",
