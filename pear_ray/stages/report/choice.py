@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,34 +92,52 @@ def move_table(measured: Measured) -> Table:
 
 
 def curves(measured: Measured) -> Iterable[Panel | None]:
-    """pass@k by k, doubling, of the checkpoints before and of those after RL."""
-    sides: dict[str, dict[str, Line]] = {"before RL": {}, "after RL": {}}
-    longest = 1
+    """pass@k by k, doubling, of the checkpoints before and of those after RL; of several seeds the
+    mean, and how far they reach."""
+    by_arm: dict[str, list[list[dict[str, float]]]] = {}
     for label, card in measured.cards.items():
         curve = card.get("pass_at_k_curve", [])
         places = [2**power - 1 for power in range(len(curve).bit_length())]
-        points = [curve[place] for place in places]
-        y, low, high = (as_floats(p[key] for p in points) for key in ("value", "low", "high"))
+        by_arm.setdefault(without_seed(label), []).append([curve[place] for place in places])
+    sides: dict[str, dict[str, Line]] = {"before RL": {}, "after RL": {}}
+    longest = 1
+    for label, seeds in by_arm.items():
+        values = np.array([as_floats(point["value"] for point in points) for points in seeds])
+        low, high = values.min(0), values.max(0)
+        if len(seeds) == 1:
+            low, high = (as_floats(p[key] for p in seeds[0]) for key in ("low", "high"))
         side = "after RL" if label.rsplit("/", 1)[-1] == "rl" else "before RL"
         beside = 0.05 * len(sides[side])
-        sides[side][label] = Line(np.arange(len(points)) + beside, y, low, high)
-        longest = max(longest, len(points))
+        sides[side][label] = Line(np.arange(len(low)) + beside, values.mean(0), low, high)
+        longest = max(longest, len(low))
     ticks = tuple(str(2**power) for power in range(longest))
     for side, lines in sides.items():
         yield draw(f"pass@k {side}", "pass@k", lines, across="k", ticks=ticks)
 
 
 def before_against_after(found: dict[str, Any]) -> Panel | None:
-    """One point for each candidate whose result after RL is known."""
-    points = {
-        row["label"]: Line(np.array([row["pass_at_k"]["value"]]), np.array([row["after_rl"]]))
-        for row in found["candidates"]
-        if row["after_rl"] is not None
-    }
-    if len(points) < 2:
+    """One point for each candidate whose result after RL is known; an arm's seeds look alike."""
+    rows = [row for row in found["candidates"] if row["after_rl"] is not None]
+    if len(rows) < 2:
         return None
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(without_seed(row["label"]), []).append(row)
+    points = {
+        name: Line(
+            as_floats(row["pass_at_k"]["value"] for row in seeds),
+            as_floats(row["after_rl"] for row in seeds),
+        )
+        for name, seeds in by_arm.items()
+    }
     title = f"pass@{found['k']} before RL, pass@1 after it"
     record = found["track_record"]["predictors"].get(f"pass@{found['k']}")
     if record and record["spearman"] is not None:
         title += f": Spearman {record['spearman']:.2f}"
-    return draw(title, "pass@1 after RL", points, across=f"pass@{found['k']} before RL")
+    across = f"pass@{found['k']} before RL"
+    return draw(title, "pass@1 after RL", points, across=across, joined=False)
+
+
+def without_seed(label: str) -> str:
+    """An arm's name in the label of a study's checkpoint: "token@3/rl" is of "token/rl"."""
+    return re.sub(r"@\d+", "", label)

@@ -88,9 +88,10 @@ def draw(
     log: bool = False,
     level: tuple[float, str] | None = None,
     ticks: tuple[str, ...] = (),
+    joined: bool = True,
 ) -> Panel | None:
     """A figure of all lines that have points; None if none has. `ticks` name the places 0, 1, ...
-    of lines whose points are few and have intervals."""
+    of lines whose points are few and have intervals. Points that are not `joined` stand alone."""
     lines = {name: line for name, line in lines.items() if np.isfinite(line.y).any()}
     if not lines:
         return None
@@ -101,7 +102,8 @@ def draw(
         if log:
             axes.set_yscale("log", nonpositive="mask")
         for place, (name, line) in enumerate(lines.items()):
-            style = {"color": PALETTE[place % 6], "linestyle": DASHES[place % 4]}
+            dash = DASHES[place % 4] if joined else "none"
+            style = {"color": PALETTE[place % 6], "linestyle": dash}
             style["label"] = name if len(name) < MAX_NAME else name[:MAX_NAME] + "..."
             trace(axes, line, style, bool(ticks), log)
         if level:
@@ -143,10 +145,11 @@ def trace(axes: Any, line: Line, style: dict[str, Any], apart: bool, log: bool) 
         return
     if line.low is not None and line.high is not None:
         axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.2, linewidth=0)
-    elif len(line.y) >= MIN_POINTS_TO_SMOOTH and not log:
+    elif len(line.y) >= MIN_POINTS_TO_SMOOTH and not log and style["linestyle"] != "none":
         axes.plot(line.x, line.y, color=style["color"], alpha=0.35, linewidth=0.8)
         line = Line(line.x, running_mean(line.y, len(line.y) // 8))
-    marker = "o" if len(line.y) < MIN_POINTS_TO_SMOOTH else None
+    is_marked = len(line.y) < MIN_POINTS_TO_SMOOTH or style["linestyle"] == "none"
+    marker = "o" if is_marked else None
     axes.plot(line.x, line.y, marker=marker, markersize=3, **style)
 
 

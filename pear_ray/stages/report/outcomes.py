@@ -9,6 +9,7 @@ import numpy as np
 from pear_ray.stages.report.figures import Line, by_step, draw
 from pear_ray.stages.report.measured import Home, Measured, as_floats
 from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
+from pear_ray.stages.report.study import WHEN
 from pear_ray.stages.report.words import NONE, from_to, interval, number, share
 
 NOISE = 0.02
@@ -68,14 +69,23 @@ def change(measured: Measured, before: str, after: str, k: int) -> str:
 
 
 def before_and_after(measured: Measured, k: int) -> Panel | None:
-    """pass@k of every arm at both ends of RL."""
+    """pass@k of every arm at both ends of RL; in a study, means over seeds."""
+    if measured.study:
+        arms = measured.study["arms"].items()
+        ends = {name: [arm[when].get(f"pass@{k}", {}) for when in WHEN] for name, arm in arms}
+    else:
+        ends = {
+            arm.name: [
+                measured.score(label, k) or {}
+                for label in (measured.before_rl(arm), f"{arm.prefix}rl")
+            ]
+            for arm in measured.arms
+        }
     lines = {}
-    for place, arm in enumerate(measured.arms):
-        ends = measured.before_rl(arm), f"{arm.prefix}rl"
-        both = [measured.score(label, k) or {} for label in ends]
+    for place, (name, both) in enumerate(ends.items()):
         y, low, high = (as_floats(s.get(key) for s in both) for key in ("value", "low", "high"))
-        beside = 0.06 * (place - (len(measured.arms) - 1) / 2)
-        lines[arm.name] = Line(np.arange(2) + beside, y, low, high)
+        beside = 0.06 * (place - (len(ends) - 1) / 2)
+        lines[name] = Line(np.arange(2) + beside, y, low, high)
     base = measured.score("base", k)
     return draw(
         f"pass@{k} before and after RL",
@@ -88,7 +98,9 @@ def before_and_after(measured: Measured, k: int) -> Panel | None:
 
 
 def differences(measured: Measured) -> Section | str:
-    """Arms against each other on the same problems."""
+    """Arms against each other on the same problems; a study compares them over seeds instead."""
+    if measured.study:
+        return "arms of one seed against each other (the study compares them over seeds)"
     rows: list[tuple[Cell, ...]] = []
     for found in measured.scorecard.get("differences", []):
         if found["a"].rsplit("/", 1)[-1] != found["b"].rsplit("/", 1)[-1]:
