@@ -65,7 +65,8 @@ def processes():
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, FileNotFoundError):
-            if "ray::VerifierActor" in process.cmdline()[0]:
+            # A process that has just ended has no words any more.
+            if "ray::VerifierActor" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
