@@ -167,7 +167,8 @@ def test_learners_learn_the_same_from_what_was_recorded(plain: Path, replayed: P
 
 
 def test_generator_and_learner_agree_after_every_update(plain: Path, adapters: Path) -> None:
-    for job, num_least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
+    # Engines that run a step ahead may pass over every other version, and over the last.
+    for job, num_least in ((plain, STEPS - 1), (adapters, STEPS / 2 - 1)):
         gaps = [row["probe_gap_max"] for row in rows(job) if row["probe_gap_max"] is not None]
         assert len(gaps) >= num_least and max(gaps) <= 1e-4
 
