@@ -32,13 +32,16 @@ class Role:
     items: Mapping[str, float]
     share: float = 1.0
     """Of a device's memory, what it may take."""
-    per_sequence: float = 0.0
-    """Of an engine: bytes of cache for one sequence of full length."""
 
     @property
     def device_bytes(self) -> float:
         """Memory that a device must have."""
         return sum(self.items.values()) / self.share
+
+    @property
+    def per_sequence(self) -> float:
+        """Of an engine: bytes of cache for one sequence of full length; of others nothing."""
+        return self.items.get("one sequence", 0.0)
 
 
 def plan(job: Job) -> str:
@@ -83,16 +86,14 @@ def plan(job: Job) -> str:
 
 def roles_of(job: Job, shapes: Mapping[str, Shape]) -> Iterator[Role]:
     """In the order of the stages."""
-    authors = {name: shape for name, shape in shapes.items() if name != "model.path"}
-    student = {"model.path": shapes["model.path"]}
-    for stage, models in (("sample", authors), ("score", authors)):
-        if stage == "score" or job.corpus.sample:
-            for field, shape in models.items():
-                yield engine(job, stage, field.split(".")[1], shape)
-    yield rank(job, "sft", student["model.path"])
-    yield rank(job, "rl", student["model.path"])
-    yield engine(job, "rl", "student", student["model.path"])
-    yield engine(job, "evaluate", "student", student["model.path"])
+    student = shapes["model.path"]
+    for stage in ("sample", "score") if job.corpus.sample else ("score",):
+        for source in job.behaviour:
+            yield engine(job, stage, source, shapes[f"behaviour.{source}.path"])
+    yield rank(job, "sft", student)
+    yield rank(job, "rl", student)
+    yield engine(job, "rl", "student", student)
+    yield engine(job, "evaluate", "student", student)
 
 
 def rank(job: Job, stage: str, shape: Shape) -> Role:
@@ -126,7 +127,7 @@ def engine(job: Job, stage: str, name: str, shape: Shape) -> Role:
     items = of_engine(shape, width, split, tokens, context)
     num_devices = settings.replicas * split
     share = settings.memory_fraction if settings.num_gpus else 1.0
-    return Role(stage, f"engines of {name}", num_devices, items, share, items["one sequence"])
+    return Role(stage, f"engines of {name}", num_devices, items, share)
 
 
 def line(role: Role, gpu_gib: float | None) -> str:

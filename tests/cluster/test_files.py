@@ -54,7 +54,10 @@ def closed(schema: Any) -> Any:
     return found
 
 
-@pytest.mark.skipif(not SCHEMAS.is_dir(), reason="PEAR_RAY_CRD_FOLDER names no folder with CRDs")
+@pytest.mark.skipif(
+    not SCHEMAS.is_dir(),
+    reason="KubeRay's CRDs (2 MB) are not kept here: PEAR_RAY_CRD_FOLDER names a folder of them",
+)
 @pytest.mark.parametrize(
     ("file", "crd"), [("rayjob.yaml", "rayjobs"), ("raycluster.yaml", "rayclusters")]
 )
