@@ -6,14 +6,15 @@ Exit codes: 0 done; 2 bad input, with a message that says where; 1 anything else
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
 from pydantic import ValidationError
 
-from pear_ray.config import BadInput, Job, describe, read_job
+from pear_ray.config import BadInput, Job, describe, read_job, refuse_secrets
+from pear_ray.logs import begin_logs
 
 STAGES = {
     "pretrain": "make the models which the job wants made from nothing",
@@ -34,7 +35,6 @@ LOOKS = ("--dry-run", "--plan")
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script, with the words of its own command line or with these."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(command(sys.argv[1:] if arguments is None else arguments))
     except BadInput as error:
@@ -66,6 +66,7 @@ def command(arguments: list[str]) -> int:
     if "--plan" in looks:
         print(importlib.import_module("pear_ray.stages.plan").plan(job))
         return 0
+    begin_logs(job.tracking.logs, "%(asctime)s %(message)s", datefmt="%H:%M:%S")
     manifest = importlib.import_module("pear_ray.manifest")
     manifest.check_inputs(job, stage)
     if looks:
@@ -85,6 +86,8 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
     job = read_job(path)
     if not overrides:
         return job
+    spelt_as_one = dict(word.split("=", 1) for word in overrides if "=" in word)
+    refuse_secrets("command line", dict(pairwise([*overrides, ""])) | spelt_as_one)
     try:
         laid_over = tyro.cli(
             Job,

@@ -25,7 +25,9 @@ from typing import Any
 import filelock
 from pydantic import ValidationError
 
+from pear_ray.actors.cluster import tell_dashboard
 from pear_ray.config import BadInput, Job
+from pear_ray.logs import PLACE
 from pear_ray.tasks import make_tasks
 from pear_ray.tracking import count_event
 
@@ -112,7 +114,8 @@ class Run:
         begun = {"started": started} | ({"seconds_before": round(lost, 3)} if lost else {})
         self._note(stage, {"state": "running"} | begun)
         try:
-            facts = function(self.job, self)
+            with self._at(stage):
+                facts = function(self.job, self)
         except BadInput:
             # Refused before anything was made: the corrected job may use the folder.
             self.forget(stage)
@@ -120,6 +123,20 @@ class Run:
         seconds = round(time.time() - started, 3)
         self._note(stage, {"state": "done"} | begun | {"seconds": seconds, "facts": facts})
         log.info("%s: done in %.0f s", stage, seconds)
+
+    @contextmanager
+    def _at(self, stage: str) -> Iterator[None]:
+        """Log lines and the dashboard's page of the job say what is being worked on."""
+        before = PLACE.run, PLACE.stage
+        PLACE.stand(str(self.folder), stage)
+        tell_dashboard(f"{stage} of {self.folder}", run=str(self.folder), stage=stage)
+        try:
+            yield
+        finally:
+            PLACE.stand(*before)
+        report = self.folder / OUTPUTS["report"]
+        if report.exists():
+            tell_dashboard(f"{stage} of {self.folder} is done", report=report.as_uri())
 
     def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
         """Add one line to events.jsonl."""

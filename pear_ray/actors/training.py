@@ -27,7 +27,9 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from pear_ray.config import Job
 from pear_ray.config import Learner as Settings
+from pear_ray.logs import PLACE, begin_logs
 
 if TYPE_CHECKING:
     from pear_ray.engines.learner import Learner
@@ -216,10 +218,11 @@ class Departures:
         return bool(new)
 
 
-def begin() -> None:
+def begin(job: Job, stage: str) -> None:
     """Settle a rank's process: one compute thread per CPU, since ranks that share cores wait on
     each other, and log lines that reach the job's log."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    begin_logs(job.tracking.logs)
+    PLACE.stand(str(job.folder.absolute()), stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

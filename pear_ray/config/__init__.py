@@ -3,6 +3,7 @@
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
 from pear_ray.config.job_file import read_job
 from pear_ray.config.mistakes import BadInput, describe
+from pear_ray.config.secrets import refuse_secrets
 from pear_ray.config.sections import (
     Arm,
     Evaluation,
@@ -51,5 +52,6 @@ __all__ = [
     "Weights",
     "describe",
     "read_job",
+    "refuse_secrets",
     "start_of",
 ]

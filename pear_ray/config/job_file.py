@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pear_ray.config.mistakes import BadInput, describe
+from pear_ray.config.secrets import refuse_secrets
 from pear_ray.config.sections import Job
 
 
@@ -15,7 +16,8 @@ def read_job(path: Path) -> Job:
     """The job that a TOML file describes, or the JSON file of a resolved job.
 
     Raises:
-        BadInput: the file is missing, is not TOML, or says something a job cannot say.
+        BadInput: the file is missing, is not TOML, or says something a job cannot say, or
+            holds what looks like a secret.
     """
     try:
         text = path.read_text()
@@ -24,7 +26,9 @@ def read_job(path: Path) -> Job:
     try:
         if path.suffix == ".json":
             return Job.model_validate_json(text)
-        return Job.model_validate(tomllib.loads(text))
+        document = tomllib.loads(text)
+        refuse_secrets(str(path), document)
+        return Job.model_validate(document)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path}: is not TOML: {error}") from error
     except ValidationError as error:

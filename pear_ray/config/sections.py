@@ -143,6 +143,8 @@ class Study(Section):
 
 
 class Tracking(Section):
+    logs: Literal["text", "json"] = "text"
+    """Log lines for people, or JSON objects that name run, stage and step."""
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard."""
     wandb_project: str | None = None

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
-import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from pear_ray.config import Job, read_job
+from tests.tiny_chain import drive
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
-TINY = Path(__file__).parents[1] / "jobs" / "tiny.toml"
-SECONDS = 900.0
-
-
-def drive(folder: Path, address: str) -> subprocess.Popen[bytes]:
-    """The job's driver in a process of its own, as `ray job submit` would start it."""
-    log = (folder.parent / "driver.log").open("ab")
-    command = [sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(folder)]
-    environment = os.environ | {"RAY_ADDRESS": address}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, Any]]:
@@ -51,46 +33,9 @@ def lasting(entries: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def address(ray_session: None) -> str:
-    return ray.get_runtime_context().gcs_address
-
-
-@contextmanager
-def scraped(found: set[str]) -> Iterator[None]:
-    """Add the names of all metrics that the node tells of while the block runs."""
-    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.wait(2.0):
-            with urllib.request.urlopen(address, timeout=30) as answer:
-                lines = answer.read().decode().splitlines()
-            found.update(re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#"))
-
-    with ThreadPoolExecutor(1) as beside:
-        looking = beside.submit(look)
-        try:
-            yield
-        finally:
-            ended.set()
-        looking.result()
-
-
-@pytest.fixture(scope="module")
-def told() -> set[str]:
-    """Names of the metrics that Prometheus could have read during the run."""
-    return set()
-
-
-@pytest.fixture(scope="module")
-def run(address: str, told: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tiny_run: Path) -> Path:
     """A finished run."""
-    folder = tmp_path_factory.mktemp("pipeline") / "run"
-    driver = drive(folder, address)
-    with scraped(told):
-        ended = driver.wait(timeout=SECONDS)
-    assert ended == 0, (folder.parent / "driver.log").read_text()[-5000:]
-    return folder
+    return tiny_run
 
 
 @pytest.mark.timeout(1200)
@@ -159,19 +104,19 @@ def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> Non
     assert len(attempts) == 3 * 8 * 8
 
 
-def test_every_panel_and_alert_has_its_metrics(run: Path, told: set[str]) -> None:
-    """But for what this job has none of: events, and held-out rows in its corpus."""
+def test_every_panel_and_alert_has_its_metrics(run: Path, tiny_told: set[str]) -> None:
+    """But for events, which this run has none of."""
     files = ("grafana/pear_ray.json", "prometheus/rules.yml")
     texts = [(CLUSTER / file).read_text() for file in files]
     asked = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
-    rare = {name for name in asked if "_event" in name or "heldout_loss" in name}
+    rare = {name for name in asked if "_event" in name}
     assert len(asked) > 50
-    assert asked - rare <= told
+    assert asked - rare <= tiny_told
 
 
-def test_the_same_command_again_repeats_nothing(run: Path, address: str) -> None:
+def test_the_same_command_again_repeats_nothing(run: Path) -> None:
     before = [(run / name).read_text() for name in ("manifest.json", "metrics.jsonl")]
-    assert drive(run, address).wait(timeout=120) == 0
+    assert drive(run).wait(timeout=120) == 0
     assert (run / "metrics.jsonl").read_text() == before[1]
     assert lasting(stages(run)) == lasting(json.loads(before[0])["stages"])
 

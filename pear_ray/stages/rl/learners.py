@@ -55,8 +55,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     # The driver, which only names this function, need not wait for DeepSpeed.
     from pear_ray.engines.learner import Learner
 
-    begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
+    begin(job, "rl")
     rank, _ = rank_and_count()
     learner = Learner(
         config["start"], job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed
@@ -100,11 +100,11 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
         if tracker:
             tracker.log(step, **row)
             if step == start:
-                log.info("rl: %s", in_figures(job, packs, num_bytes))
+                log.info("rl: %s", in_figures(job, packs, num_bytes), extra={"step": step})
         end = log_book.note(step, row)
         log_book.keep_best(learner, step + 1, rollouts, config["start"])
         if end:
-            log.info("rl: ends early: %s", end)
+            log.info("rl: ends early: %s", end, extra={"step": step})
             break
         is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps
         if departures.any_new() or is_due:
@@ -256,7 +256,7 @@ class LogBook:
             if is_fresh and (text := rule(self._rows)):
                 self._last_said[type(rule)] = step
                 if self._rank == 0:
-                    log.warning("rl: %s", text)
+                    log.warning("rl: %s", text, extra={"step": step})
         return next((text for rule in self._ends if (text := rule(self._rows))), None)
 
     def keep_best(self, learner: Learner, version: int, rollouts: Rollouts, start: str) -> None:

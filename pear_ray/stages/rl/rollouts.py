@@ -213,7 +213,7 @@ def answer(
             rollouts = probe.rollouts(lesson, evaluation.finished())
             recorder.keep(lesson)
             handover.put(rollouts)
-            log.info(in_words(job, rollouts))
+            log.info(in_words(job, rollouts), extra={"step": lesson.step})
         if probe.look_after(board, partial(run.event, "rl")):
             # Engines wait for weights that can be loaded, of another version perhaps.
             evaluation.abandon()

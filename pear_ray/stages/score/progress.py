@@ -73,4 +73,5 @@ class Progress:
             " {seconds_left:.0f} s left".format(**rates)
             if rates
             else "",
+            extra={"step": self._done},
         )

@@ -114,8 +114,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     # The driver, which only names this function, need not wait for DeepSpeed.
     from pear_ray.engines.learner import Learner
 
-    begin()
     job, folder = Job(**config["job"]), Path(config["folder"])
+    begin(job, "sft")
     settings, deadline = job.sft, job.learner.deadline_seconds
     rank, _ = rank_and_count()
     num_rows = settings.epochs * sum(group.num_train for group in config["groups"])

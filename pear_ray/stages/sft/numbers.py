@@ -42,9 +42,9 @@ def speak(step: int, num_steps: int, numbers: dict[str, Any], heldout: HeldOut) 
     line = f"sft: step {step + 1} of {num_steps}: loss {numbers['loss']:.4f}"
     if heldout.numbers:
         line += f", held-out loss {heldout.loss:.4f} ({heldout.regime})"
-    log.info(line)
+    log.info(line, extra={"step": step})
     if advice := advice_on(numbers):
-        log.warning("sft: step %d: %s", step + 1, advice)
+        log.warning("sft: step %d: %s", step + 1, advice, extra={"step": step})
 
 
 def advice_on(numbers: dict[str, Any]) -> str | None:

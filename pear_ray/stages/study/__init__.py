@@ -17,6 +17,7 @@ import ray
 
 from pear_ray.actors.cluster import connect
 from pear_ray.config import BadInput, Job
+from pear_ray.logs import begin_logs
 from pear_ray.manifest import Run, open_run, write_json
 from pear_ray.stages import pipeline
 from pear_ray.stages.study.comparison import comparison, spreadsheet
@@ -112,7 +113,8 @@ def run_cells(job: Job) -> None:
 @ray.remote(num_cpus=0, max_retries=MAX_RETRIES)
 def cell(document: dict[str, Any], stages: tuple[str, ...]) -> None:
     """One arm with one seed, in a process of its own somewhere on the cluster."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    with open_run(Job(**document)) as own:
+    job = Job(**document)
+    begin_logs(job.tracking.logs)
+    with open_run(job) as own:
         for stage in stages:
             own.perform(stage, pipeline.stage(stage))

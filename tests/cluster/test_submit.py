@@ -1,0 +1,186 @@
+"""The whole chain, submitted from outside to a cluster that Ray's autoscaler grows and shrinks:
+where its parts run, what comes out, who may look, what is watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.growing import ROOT, TOKEN, Growing, get, growing_cluster, prometheus
+from tests.tiny_chain import TINY
+
+PROMETHEUS = shutil.which("prometheus")
+SECRET = f"pl4nted{uuid.uuid4().hex}"
+# Where hubs, clouds and services look for theirs.
+SECRETS = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), SECRET)
+SECONDS_IDLE = 6.0
+needs_prometheus = pytest.mark.skipif(
+    PROMETHEUS is None, reason="prometheus is not installed (Debian's package of that name)"
+)
+
+
+@dataclass
+class Story:
+    """What was seen of the submitted run."""
+
+    run: Path
+    cluster: Growing
+    job: dict[str, Any]
+    told_on_the_way: list[dict[str, str]] = field(default_factory=list)
+    series: set[str] = field(default_factory=set)
+    """Metrics that Prometheus had, by name."""
+    exposed: str = ""
+    """All that it had, as text."""
+    alerts: set[str] = field(default_factory=set)
+    """Alerts that fired."""
+
+
+def stages(run: Path) -> dict[str, Any]:
+    path = run / "manifest.json"
+    return json.loads(path.read_text())["stages"] if path.exists() else {}
+
+
+def engines(cluster: Growing) -> list[int]:
+    """Process ids of the vLLM engines that live."""
+    actors = cluster.states("actors", "state=ALIVE")
+    return [one["pid"] for one in actors if one["class_name"] == "Server"]
+
+
+def ask(address: str, what: str) -> Any:
+    return get(f"{address}/api/v1/{what}")["data"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    run = tmp_path_factory.mktemp("submitted") / "run"
+    with ExitStack() as stack:
+        cluster = stack.enter_context(growing_cluster(SECRETS, SECONDS_IDLE / 60))
+        watch = stack.enter_context(prometheus(cluster, PROMETHEUS)) if PROMETHEUS else None
+        name = cluster.submit(
+            sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(run),
+            "--placement.learners", "pear-ray/role", "learner",
+            "--placement.generators", "pear-ray/role", "generator",
+        )  # fmt: skip
+        story = Story(run, cluster, {})
+        cluster.until(lambda: (run / "arms/pear/metrics.jsonl").exists(), name)
+        cluster.listen()
+        story.told_on_the_way.append(cluster.job(name)["metadata"])
+        cluster.until(lambda: "evaluate" in stages(run), name)
+        story.told_on_the_way.append(cluster.job(name)["metadata"])
+        cluster.until(lambda: bool(engines(cluster)), name)
+        # As by a machine that runs out of memory.
+        os.kill(engines(cluster)[0], signal.SIGKILL)
+        if watch:
+            cluster.until(lambda: "died" in (run / "events.jsonl").read_text(), name)
+            note_what_is_watched(story, watch)
+        with suppress(AssertionError):
+            cluster.until(lambda: False, name)
+        story.job = cluster.job(name)
+        assert story.job["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
+        deadline = time.monotonic() + 20 * SECONDS_IDLE
+        while any(cluster.nodes_seen[-1].values()) and time.monotonic() < deadline:
+            cluster.look()
+            time.sleep(0.5)
+        yield story
+
+
+def note_what_is_watched(story: Story, watch: str) -> None:
+    deadline = time.monotonic() + 60
+    while not story.alerts and time.monotonic() < deadline:
+        found = ask(watch, "alerts")["alerts"]
+        story.alerts |= {one["labels"]["alertname"] for one in found if one["state"] == "firing"}
+        time.sleep(1)
+    story.series = set(ask(watch, "label/__name__/values"))
+    everything = urllib.parse.quote('{__name__=~".+"}')
+    with urllib.request.urlopen(f"{watch}/federate?match[]={everything}", timeout=60) as answer:
+        story.exposed = answer.read().decode()
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics without what clocks say."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    clocks = re.compile("time|seconds|per_second|generators")
+    return [{k: v for k, v in row.items() if not clocks.search(k)} for row in rows]
+
+
+@pytest.mark.timeout(1500)
+def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(finished: Story) -> None:
+    counts = finished.cluster.nodes_seen
+    nobody = {"learner": 0, "generator": 0}
+    assert counts[0] == nobody and counts[-1] == nobody
+    assert {role: max(one[role] for one in counts) for role in nobody} == {
+        "learner": 1,
+        "generator": 1,
+    }
+
+
+def test_roles_keep_to_their_nodes(finished: Story) -> None:
+    places = finished.cluster.places_seen
+    assert places["Server"] == {"generator"}
+    assert places["RayTrainWorker"] == {"learner"}
+
+
+def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
+    for part in ("", "arms/pear"):
+        assert numbers(finished.run / part) == numbers(tiny_run / part)
+    cards = [
+        json.loads((run / "evaluate/scorecard.json").read_text())["checkpoints"]
+        for run in (finished.run, tiny_run)
+    ]
+    assert cards[0].keys() == cards[1].keys()
+    for label in cards[0]:
+        assert cards[0][label]["pass_at_k"] == cards[1][label]["pass_at_k"]
+
+
+def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(finished: Story) -> None:
+    first, second = finished.told_on_the_way
+    assert first["run"] == str(finished.run / "arms/pear") and first["stage"] in ("sft", "rl")
+    assert second["run"] == str(finished.run) and second["stage"] == "evaluate"
+    report = finished.run / "report/index.html"
+    assert report.exists() and finished.job["metadata"]["report"] == report.as_uri()
+
+
+@needs_prometheus
+def test_every_panel_and_alert_has_data(finished: Story) -> None:
+    files = ("grafana/pear_ray.json", "prometheus/rules.yml")
+    texts = [(ROOT / "cluster" / file).read_text() for file in files]
+    asked = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
+    assert len(asked) > 50
+    assert asked - finished.series == set()
+
+
+@needs_prometheus
+def test_a_killed_engine_raises_its_alert(finished: Story) -> None:
+    assert finished.alerts == {"PearRayEngineDied"}
+
+
+def test_no_secret_of_the_environment_is_in_any_file_log_or_metric(finished: Story) -> None:
+    folders = (finished.run, finished.cluster.folder)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 100
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in finished.exposed + json.dumps(finished.job)
+
+
+def test_the_token_belongs_to_its_owner_and_is_nowhere_else(finished: Story) -> None:
+    kept = finished.cluster.folder / "token"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    folders = (finished.run, finished.cluster.folder)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == [kept]

@@ -1,0 +1,54 @@
+"""Log lines for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from pear_ray.logs import PLACE, begin_logs
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """The root logger, given back as it was."""
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:], logger.level = handlers, level
+    PLACE.stand(None, None)
+
+
+def test_json_lines_name_run_stage_and_step(root, capsys):
+    begin_logs("json")
+    PLACE.stand("/runs/a", "rl")
+    logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
+    logging.getLogger("elsewhere").warning("of no step")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first.pop("asctime") and second.pop("asctime")
+    where = {"run": "/runs/a", "stage": "rl"}
+    assert first == where | {
+        "levelname": "INFO", "name": "pear_ray.x", "message": "pass rate 0.5", "step": 3,
+    }  # fmt: skip
+    assert second == where | {
+        "levelname": "WARNING", "name": "elsewhere", "message": "of no step", "step": None,
+    }  # fmt: skip
+
+
+def test_an_error_keeps_its_traceback_in_one_json_line(root, capsys):
+    begin_logs("json")
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("pear_ray.x").exception("failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ValueError: why" in json.loads(line)["exc_info"]
+
+
+def test_lines_for_people_say_no_more_than_they_should(root, capsys):
+    begin_logs("text", "%(asctime)s %(message)s", datefmt="noon")
+    PLACE.stand("/runs/a", "rl")
+    logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
+    assert capsys.readouterr().err == "noon pass rate 0.5\n"
