@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One Ray head node on this machine: bash cluster/local.sh start|stop|status|check
 #
-#   start   starts it, or says that it runs already; the dashboard answers on loopback only
+#   start   starts it, or says that it runs already; every port of it is on loopback
 #   stop    ends exactly what start started (every Ray process, worker and job of it) and nothing else
 #   status  prints the dashboard's address and the processes; exits with 0 if it runs, 3 if not
 #   check   says whether start would find its port; exits with 2 if something else has it
@@ -96,8 +96,10 @@ start() {
   ulimit -Sn "$limit"
   # A session of its own: a closed terminal or a Ctrl-C does not reach it. SPT_NOENV keeps process titles from
   # overwriting the environment in which `mark` is read.
+  # Ray's switch for laptops of other systems: no second machine can join, so every port is on loopback.
   # Nobody takes this node away: Ray Train's watcher for that would be one more process to start in each run.
   env -u RAY_ADDRESS "$mark" PEAR_RAY_DASHBOARD_PORT="$port" SPT_NOENV=1 RAY_AUTH_MODE=token RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 \
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 \
     setsid -w "$root/.venv/bin/ray" start --head --port 0 --dashboard-host 127.0.0.1 --dashboard-port "$port" \
     --dashboard-agent-listen-port 0 --num-cpus "${PEAR_RAY_NUM_CPUS:-$cpus}" --object-store-memory $((${PEAR_RAY_OBJECT_STORE_MB:-1024} * 1048576)) \
     --temp-dir "$folder" --disable-usage-stats < /dev/null > "$folder/start.log" 2>&1 9<&- ||

@@ -21,8 +21,8 @@ def connect() -> None:
 
     Without a runtime environment of its own: workers that Ray keeps ready would be of no use, and
     each process would take two seconds longer to start. What a job's processes should find in
-    their environment (HF_TOKEN, HF_HOME) belongs to the nodes, or to `ray job submit
-    --runtime-env-json`.
+    their environment (HF_TOKEN, HF_HOME) belongs to the nodes: runtime environments are kept and
+    shown by Ray.
     """
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)

@@ -6,19 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-SECONDS = 400.0
+from tests.cluster.nodes import RAYLETS, SECONDS, kinds_on, until
+
 STEPS = 40
-RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 # The only checkpoint is the one that a notice calls for.
 NEVER = 10_000
 
@@ -84,20 +82,6 @@ def furthest(folder: Path) -> int:
     return max((row["step"] for row in rows(folder)), default=-1)
 
 
-def actors_on(node: Any) -> set[str]:
-    """Kinds of actors in the processes of a node."""
-    (raylet,) = node.all_processes["raylet"]
-    found = set()
-    for process in psutil.Process(raylet.process.pid).children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if title.startswith("ray::"):
-            found.add(title.removeprefix("ray::").split(".")[0].split()[0])
-    return found
-
-
 def kept_steps(folder: Path) -> list[int]:
     """Steps that the checkpoints of a run go on from."""
     found = (folder / "rl").rglob("progress.json")
@@ -112,14 +96,6 @@ def give_notice(cluster: Cluster, node: Any) -> None:
         "--reason-message", "taken back", "--deadline-remaining-seconds", "60",
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=60, capture_output=True)
-
-
-def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not what():
-        assert process.poll() is None, log.read_text()[-5000:]
-        assert time.monotonic() < deadline, log.read_text()[-5000:]
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +134,12 @@ def tell_story(
     until(process, log, lambda: furthest(run) >= 2)
     places: dict[str, set[str]] = {}
     for role, node in nodes.items():
-        for kind in actors_on(node):
+        for kind in kinds_on(node):
             places.setdefault(kind, set()).add(role)
     for role in nodes:
         cluster.add_node(num_cpus=3, labels={"pear-ray/role": role}, **RAYLETS)
     give_notice(cluster, nodes["generator"])
-    until(process, log, lambda: "Server" not in actors_on(nodes["generator"]))
+    until(process, log, lambda: "Server" not in kinds_on(nodes["generator"]))
     cluster.remove_node(nodes["generator"], allow_graceful=False)
     before = furthest(run)
     until(process, log, lambda: furthest(run) > before)
