@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import yaml
+from ray.util import get_node_ip_address
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -30,6 +31,10 @@ STORE = 128 * 2**20
 ROLES = ("learner", "generator")
 SECONDS = 900.0
 MARK = "PEAR_RAY_TEST_CLUSTER"
+# What the autoscaler wants to be told and such nodes do not need.
+COMMANDS = (
+    "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray",
+)  # fmt: skip
 TOKEN = "0123456789abcdef" * 4
 
 
@@ -155,7 +160,6 @@ def growing_cluster(secrets: dict[str, str], idle_minutes: float) -> Iterator[Gr
     token.touch(mode=0o600)
     token.write_text(TOKEN)
     mark = uuid.uuid4().hex
-    address = socket.gethostbyname(socket.gethostname())
     config = {
         "cluster_name": "growing",
         "max_workers": 3,
@@ -165,12 +169,16 @@ def growing_cluster(secrets: dict[str, str], idle_minutes: float) -> Iterator[Gr
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
-            "gcs_address": f"{address}:{gcs_port}",
+            "disable_node_updaters": True,
+            "gcs_address": f"{get_node_ip_address()}:{gcs_port}",
         },
         "available_node_types": node_types(),
         "head_node_type": "ray.head.default",
         "upscaling_speed": 4.0,
-    }
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+    } | {f"{part}_commands": [] for part in COMMANDS}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
     outside = {
         key: value
