@@ -1,9 +1,10 @@
 """From a scored corpus to one table of rows for each optimiser step.
 
-Ray Data reads ahead while learners learn. Rows are dealt in windows: row groups in random order,
-so many together that their rows are well mixed, and the rows of a window in random order. The order
-depends on the seed alone, and a position in it is a whole number, so that a run goes on with the
-row after the last one that it learned from.
+Ray Data reads ahead while learners learn. Rows are dealt in windows: blocks of neighbours in random
+order, so many together that their rows are well mixed, and the rows of a window in random order. A
+block begins after so many rows and not where a row group does, for these are cut elsewhere whenever
+a corpus is scored anew. So the order depends on rows and seed alone, and a position in it is a
+whole number: a run goes on with the row after the last one that it learned from.
 """
 
 from __future__ import annotations
@@ -24,32 +25,63 @@ from pear_ray.algorithms.seeds import seed_of
 NUM_READERS = 2
 
 
+# Of so many blocks a window is made: more are better mixed, and read more row groups in part.
+BLOCKS_PER_WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Training rows of a row group, from `start` to `stop`."""
+
+    group: RowGroup
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Window:
-    """Row groups whose rows are mixed, in one epoch; the first `num_skipped` mixed rows were
-    learned from before."""
+    """Rows that are mixed, in one epoch; the first `num_skipped` mixed rows were learned from
+    before."""
 
     epoch: int
     number: int
-    groups: tuple[RowGroup, ...]
+    slices: tuple[Slice, ...]
     num_skipped: int = 0
 
     @property
     def num_rows(self) -> int:
         """Training rows in the window."""
-        return sum(group.num_train for group in self.groups)
+        return sum(piece.stop - piece.start for piece in self.slices)
+
+
+def blocks(groups: Sequence[RowGroup], rows_per_block: int) -> list[list[Slice]]:
+    """All training rows in order, cut after every so many; the last block may be smaller."""
+    found: list[list[Slice]] = []
+    room = 0
+    for group in groups:
+        start = 0
+        while start < group.num_train:
+            if not room:
+                found.append([])
+                room = rows_per_block
+            stop = min(group.num_train, start + room)
+            found[-1].append(Slice(group, start, stop))
+            room -= stop - start
+            start = stop
+    return found
 
 
 def windows(
     groups: Sequence[RowGroup], num_epochs: int, rows_per_window: int, seed: int, position: int
 ) -> Iterator[Window]:
     """All windows of all epochs from `position` on, counted in rows."""
+    cut = blocks(groups, -(-rows_per_window // BLOCKS_PER_WINDOW))
     for epoch in range(num_epochs):
-        order = np.random.default_rng(seed_of(seed, "sft", epoch)).permutation(len(groups))
-        held: list[RowGroup] = []
+        order = np.random.default_rng(seed_of(seed, "sft", epoch)).permutation(len(cut))
+        held: list[Slice] = []
         number = 0
-        for place, group in enumerate(order, 1):
-            held.append(groups[group])
+        for place, block in enumerate(order, 1):
+            held += cut[block]
             window = Window(epoch, number, tuple(held), position)
             if window.num_rows < rows_per_window and place < len(order):
                 continue
@@ -62,8 +94,15 @@ def windows(
 def read_window(batch: dict[str, Any], wanted: Wanted, seed: int) -> pa.Table:
     """The rows of one window, mixed."""
     (window,) = batch["window"]
-    groups = [RowGroup(**group) for group in window["groups"]]
-    table = pa.concat_tables([read_group(group, wanted, "train") for group in groups])
+    groups: dict[tuple[str, int], pa.Table] = {}
+    pieces = []
+    for piece in window["slices"]:
+        group = RowGroup(**piece["group"])
+        where = group.file, group.number
+        if where not in groups:
+            groups[where] = read_group(group, wanted, "train")
+        pieces.append(groups[where].slice(piece["start"], piece["stop"] - piece["start"]))
+    table = pa.concat_tables(pieces)
     mixed = np.random.default_rng(seed_of(seed, "sft", window["epoch"], window["number"]))
     order = mixed.permutation(table.num_rows)[window["num_skipped"] :]
     return table.take(pa.array(order)).combine_chunks()

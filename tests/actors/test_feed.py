@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pear_ray.actors.feed import Window, read_window, steps, windows
+from pear_ray.actors.feed import BLOCKS_PER_WINDOW, Slice, Window, read_window, steps, windows
 from pear_ray.actors.scored import RowGroup, Wanted, sequences_of, survey
 from pear_ray.records import SCORED_SCHEMA
 
@@ -30,15 +31,21 @@ def groups_of(sizes):
     return [RowGroup("x.parquet", n, size, 0, ("tutor",)) for n, size in enumerate(sizes)]
 
 
-def in_order(dealt):
-    """(epoch, row group) as often and in the order in which they are dealt."""
-    return [(window.epoch, group.number) for window in dealt for group in window.groups]
+def in_order(dealt, sizes):
+    """(epoch, number of the row) as often and in the order in which they are dealt, unmixed."""
+    firsts = np.cumsum([0, *sizes])
+    return [
+        (window.epoch, int(firsts[piece.group.number]) + row)
+        for window in dealt
+        for piece in window.slices
+        for row in range(piece.start, piece.stop)
+    ]
 
 
 def rows_of(dealt):
     """Every row that is learned from, by the window and the place in it."""
     return [
-        (window.epoch, window.number, window.groups, place)
+        (window.epoch, window.number, window.slices, place)
         for window in dealt
         for place in range(window.num_skipped, window.num_rows)
     ]
@@ -55,13 +62,10 @@ a_plan = {
 
 @settings(deadline=None)
 @given(**a_plan)
-def test_every_row_group_is_dealt_once_an_epoch(sizes, num_epochs, rows_per_window, seed):
+def test_every_row_is_dealt_once_an_epoch(sizes, num_epochs, rows_per_window, seed):
     dealt = list(windows(groups_of(sizes), num_epochs, rows_per_window, seed, 0))
-    found = Counter(in_order(dealt))
-    assert set(found.values()) <= {1}
-    # Where there is nothing to learn, nothing need be read.
-    wanted = {(epoch, n) for epoch in range(num_epochs) for n, size in enumerate(sizes) if size}
-    assert wanted <= found.keys() <= {(e, n) for e in range(num_epochs) for n in range(len(sizes))}
+    found = in_order(dealt, sizes)
+    assert sorted(found) == [(e, row) for e in range(num_epochs) for row in range(sum(sizes))]
     assert [window.epoch for window in dealt] == sorted(window.epoch for window in dealt)
     names = [(window.epoch, window.number) for window in dealt]
     assert names == sorted(set(names))
@@ -83,21 +87,24 @@ def test_from_any_position_on_the_rest_is_dealt(sizes, num_epochs, rows_per_wind
 
 
 @settings(deadline=None)
-@given(**a_plan, other=st.tuples(st.integers(1, 40), st.integers(0, 3)))
-def test_the_order_of_an_epoch_depends_on_the_seed_and_on_nothing_else(
-    sizes, num_epochs, rows_per_window, seed, other
+@given(**a_plan, cuts=st.sets(st.integers(1, 200)), more_epochs=st.integers(0, 3))
+def test_the_order_depends_on_rows_and_seed_and_not_on_where_row_groups_begin(
+    sizes, num_epochs, rows_per_window, seed, cuts, more_epochs
 ):
-    sizes = [size for size in sizes if size]
-    other_rows, more_epochs = other
-    order = in_order(windows(groups_of(sizes), num_epochs, rows_per_window, seed, 0))
-    same = in_order(windows(groups_of(sizes), num_epochs + more_epochs, other_rows, seed, 0))
+    ends = [*sorted(cut for cut in cuts if cut < sum(sizes)), sum(sizes)]
+    others = np.diff([0, *ends]).tolist()
+    plans = ((sizes, num_epochs), (others, num_epochs + more_epochs))
+    order, same = (
+        in_order(windows(groups_of(s), epochs, rows_per_window, seed, 0), s) for s, epochs in plans
+    )
     assert same[: len(order)] == order
 
 
 def test_the_order_differs_from_epoch_to_epoch_and_from_seed_to_seed():
-    plans = [in_order(windows(groups_of([3] * 50), 2, 9, seed, 0)) for seed in (0, 1, 2**40)]
+    sizes = [3] * 50
+    plans = [in_order(windows(groups_of(sizes), 2, 9, seed, 0), sizes) for seed in (0, 1, 2**40)]
     orders = [tuple(n for e, n in plan if e == epoch) for plan in plans for epoch in range(2)]
-    assert len({*orders, tuple(range(50))}) == 7
+    assert len({*orders, tuple(range(150))}) == 7
 
 
 @settings(deadline=None)
@@ -117,9 +124,9 @@ def test_windows_are_as_large_as_they_should_be_but_the_last(
 @given(**a_plan)
 def test_windows_are_no_larger_than_they_need_be(sizes, num_epochs, rows_per_window, seed):
     """A window is what a machine holds in memory."""
+    rows_per_block = -(-rows_per_window // BLOCKS_PER_WINDOW)
     for window in windows(groups_of(sizes), num_epochs, rows_per_window, seed, 0):
-        *others, _ = window.groups
-        assert sum(group.num_train for group in others) < rows_per_window
+        assert window.num_rows < rows_per_window + rows_per_block
 
 
 def row(number, length):
@@ -159,6 +166,10 @@ def corpus(tmp_path_factory):
     return groups, {one["example_id"]: one for one in wanted}
 
 
+def whole(groups):
+    return tuple(Slice(group, 0, group.num_train) for group in groups)
+
+
 def read(window, seed):
     return read_window({"window": [asdict(window)]}, WANTED, seed)
 
@@ -176,7 +187,7 @@ def assert_rows_of(found, rows):
 
 def test_rows_of_a_window_are_mixed_and_whole(corpus):
     groups, rows = corpus
-    window = Window(0, 0, tuple(groups))
+    window = Window(0, 0, whole(groups))
     found = read(window, seed=0).to_pylist()
     names = [one["example_id"] for one in found]
     assert_rows_of(found, rows)
@@ -190,10 +201,10 @@ def test_rows_of_a_window_are_mixed_and_whole(corpus):
 def test_how_a_window_is_mixed_depends_on_seed_epoch_and_number(corpus):
     groups, _ = corpus
     first, *others = (
-        names_of([read(Window(epoch, number, tuple(groups)), seed)])
+        names_of([read(Window(epoch, number, whole(groups)), seed)])
         for epoch, number, seed in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
     )
-    assert first == names_of([read(Window(0, 0, tuple(groups)), 0)])
+    assert first == names_of([read(Window(0, 0, whole(groups)), 0)])
     assert len({tuple(first), *map(tuple, others)}) == 4
     assert all(sorted(other) == sorted(first) for other in others)
 
@@ -218,7 +229,7 @@ def test_files_of_other_columns_are_mixed_too(tmp_path):
     blank = bare.append_column("recorded_gap", pa.nulls(3))
     for number, one in enumerate((table, bare, blank)):
         pq.write_table(one, tmp_path / f"{number}.parquet")
-    found = read(Window(0, 0, tuple(survey(tmp_path, WANTED))), seed=0)
+    found = read(Window(0, 0, whole(survey(tmp_path, WANTED))), seed=0)
     assert Counter(names_of([found])) == dict.fromkeys(["row-00", "row-01", "row-02"], 3)
 
 
