@@ -138,8 +138,8 @@ def test_roles_keep_to_their_nodes(finished: Story) -> None:
 
 
 def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
-    for part in ("", "arms/pear"):
-        assert numbers(finished.run / part) == numbers(tiny_run / part)
+    rows, wanted = (numbers(run / "arms/pear") for run in (finished.run, tiny_run))
+    assert len(rows) > 20 and rows == wanted
     cards = [
         json.loads((run / "evaluate/scorecard.json").read_text())["checkpoints"]
         for run in (finished.run, tiny_run)
