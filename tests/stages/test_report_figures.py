@@ -44,6 +44,8 @@ def test_numbers_as_words() -> None:
     assert (
         interval({"value": 0.1, "low": -0.2, "high": 0.4}, signed=True) == "+0.100 [-0.200, +0.400]"
     )
+    around_nothing = {"value": -2.1e-5, "low": -0.008, "high": 0.008}
+    assert interval(around_nothing, signed=True) == "-0.000 [-0.008, +0.008]"
 
 
 def test_a_cell_cannot_break_its_markdown_table() -> None:

@@ -31,11 +31,13 @@ def share(value: float | None, whole: float = 1.0) -> Cell:
 
 
 def interval(score: Mapping[str, float] | None, signed: bool = False) -> str:
-    """0.391 [0.352, 0.430]."""
+    """0.391 [0.352, 0.430]; between such bounds 2.1e-05 is 0.000."""
     if score is None:
         return NONE
-    low, high = number(score["low"], signed), number(score["high"], signed)
-    return f"{number(score['value'], signed)} [{low}, {high}]"
+    value, low, high = (score[part] for part in ("value", "low", "high"))
+    if value and abs(value) < 5e-4 <= high - low:
+        value = 0.0 * value
+    return f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
 
 
 def from_to(values: np.ndarray) -> str:
