@@ -86,8 +86,9 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
     job = read_job(path)
     if not overrides:
         return job
-    spelt_as_one = dict(word.split("=", 1) for word in overrides if "=" in word)
-    refuse_secrets("command line", dict(pairwise([*overrides, ""])) | spelt_as_one)
+    given = dict(pair for pair in pairwise(overrides) if pair[0].startswith("--"))
+    given |= dict(word.split("=", 1) for word in overrides if "=" in word)
+    refuse_secrets("command line", given)
     try:
         laid_over = tyro.cli(
             Job,

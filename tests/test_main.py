@@ -289,6 +289,7 @@ SECRET = "pl4nted-s3cret"
         ("corpus.path", f'[corpus]\npath = "https://h/a.jsonl?X-Amz-Signature={SECRET}"'),
         ("model.path", f'[model]\npath = "hf_{"x" * 30}{SECRET}"'),
         ("tracking.wandb_token", f'[tracking]\nwandb_token = "{SECRET}"'),
+        ("tasks.0.options.token", f'[[tasks]]\nname = "m:T"\noptions = {{token = "{SECRET}"}}'),
     ],
 )
 def test_a_secret_in_a_job_is_refused_and_not_repeated(here, pear_ray, field, lines):
@@ -313,6 +314,19 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated(here, pear_ray
     assert code == 2 and "command line: --" in complained
     assert SECRET not in printed + complained
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--sft.level", "token", "--run.dir", "elsewhere"),
+        ("--evaluation.checkpoints", "token", "./model"),
+    ],
+)
+def test_a_level_or_a_checkpoint_called_token_is_no_secret(here, pear_ray, words):
+    code, printed, complained = pear_ray("sft", "job.toml", *words, "--dry-run")
+    assert code == 0, complained
+    assert "token" in printed
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 
 from pear_ray.config.mistakes import BadInput
 
-# The last word of a key that names a secret.
+# The last word of a key that names a secret. A checkpoint may be called "token", as an arm is.
 NAMES = re.compile(
-    r"(^|[._-])(secret|password|passwd|token|credentials?|(api|access|secret|private)[_-]?key)$",
+    r"(^|[._-])(secret|password|passwd|credentials?|(api|access|secret|private)[_-]?key)$"
+    r"|[_-]token$|\boptions\.token$",
     re.I,
 )
 # Addresses with a password or a signature in them, and what Hugging Face, AWS, GitHub and others

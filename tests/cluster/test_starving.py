@@ -1,0 +1,104 @@
+"""Learners that wait for rollouts get another engine, and Ray's autoscaler a node for it; both go
+when nobody needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.growing import Growing, growing_cluster
+
+STEPS = 60
+SECONDS_IDLE = 6.0
+
+
+@dataclass
+class Story:
+    run: Path
+    cluster: Growing
+    job: dict[str, Any]
+
+
+def write_job(folder: Path, model: Path) -> Path:
+    """Engines are the bottleneck: each works on few answers at a time and fills a node."""
+    path = folder / "job.toml"
+    path.write_text(
+        f"""
+        [run]
+        dir = "{folder}/run"
+        [model]
+        path = "{model}"
+        dtype = "float32"
+        [rl]
+        steps = {STEPS}
+        problems_per_step = 16
+        group_size = 4
+        max_staleness = 2
+        learning_rate = 1e-4
+        [generator]
+        min_replicas = 1
+        replicas = 2
+        num_cpus = 2
+        threads = 1
+        max_new_tokens = 24
+        max_model_len = 48
+        max_concurrent = 4
+        deadline_seconds = 300
+        [learner]
+        tokens_per_micro_batch = 512
+        deadline_seconds = 300
+        [weights]
+        max_probe_gap = 1e-4
+        [verifier]
+        processes = 1
+        [placement]
+        learners = {{"pear-ray/role" = "learner"}}
+        generators = {{"pear-ray/role" = "generator"}}
+        [[tasks]]
+        name = "countdown"
+        """
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Story]:
+    folder = tmp_path_factory.mktemp("starving")
+    job = write_job(folder, tiny_model(True))
+    with growing_cluster({}, SECONDS_IDLE / 60) as cluster:
+        name = cluster.submit(sys.executable, "-m", "pear_ray", "rl", str(job))
+        with suppress(AssertionError):
+            cluster.until(lambda: False, name)
+        told = cluster.job(name)
+        assert told["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
+        deadline = time.monotonic() + 20 * SECONDS_IDLE
+        while any(cluster.nodes_seen[-1].values()) and time.monotonic() < deadline:
+            cluster.look()
+            time.sleep(0.5)
+        yield Story(folder / "run", cluster, told)
+
+
+@pytest.mark.timeout(1500)
+def test_nodes_come_for_engines_and_go_within_their_limits(finished: Story) -> None:
+    counts = [one["generator"] for one in finished.cluster.nodes_seen]
+    assert counts[0] == counts[-1] == 0
+    assert max(counts) == 2
+    assert max(one["learner"] for one in finished.cluster.nodes_seen) == 1
+
+
+def test_the_second_engine_comes_because_learners_wait(finished: Story) -> None:
+    events = [json.loads(line) for line in (finished.run / "events.jsonl").open()]
+    assert [event["kind"] for event in events].count("grown") == 1
+    rows = [json.loads(line) for line in (finished.run / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert rows[0]["generators"] == 1 and rows[-1]["generators"] == 2
