@@ -16,7 +16,7 @@ import pytest
 
 from tests.cluster.growing import Growing, growing_cluster
 
-STEPS = 60
+STEPS = 30
 SECONDS_IDLE = 6.0
 
 
@@ -92,7 +92,7 @@ def finished(
 def test_nodes_come_for_engines_and_go_within_their_limits(finished: Story) -> None:
     counts = [one["generator"] for one in finished.cluster.nodes_seen]
     assert counts[0] == counts[-1] == 0
-    assert max(counts) == 2
+    assert max(counts) == 2 and counts.index(1) < counts.index(2)
     assert max(one["learner"] for one in finished.cluster.nodes_seen) == 1
 
 
@@ -101,4 +101,3 @@ def test_the_second_engine_comes_because_learners_wait(finished: Story) -> None:
     assert [event["kind"] for event in events].count("grown") == 1
     rows = [json.loads(line) for line in (finished.run / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == list(range(STEPS))
-    assert rows[0]["generators"] == 1 and rows[-1]["generators"] == 2
