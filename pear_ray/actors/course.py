@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -112,13 +111,13 @@ class Course:
                 for reward, answer in zip(rewards, asked.completions, strict=True)
             ]
         kind = "nft" if rl.loss == "nft" else rl.advantage
-        advantages = advantages_of(tuple(rewards), kind)
+        advantages = group_advantages(torch.tensor(rewards), kind).tolist()
         asked.group = RolloutGroup(
             asked.problem.problem_id,
             asked.request.prompt_ids,
             asked.completions,
             tuple(verdicts),
-            advantages,
+            tuple(advantages),
         )
         asked.is_dropped = rl.replace_without_signal and not any(advantages)
         self._num_open -= 1
@@ -131,9 +130,6 @@ class Course:
             RuntimeError: the tasks give next to no signal.
         """
         wanted, groups, dropped = self._settings.problems_per_step, [], []
-        num_judged = len(self._asked) - self._num_open - self._num_dropped
-        if num_judged < wanted and self._num_dropped < self._most_useless:
-            return None
         for asked in self._asked.values():
             if asked.is_dropped:
                 dropped.append(asked.problem.problem_id)
@@ -189,13 +185,6 @@ class Course:
             f" generator.max_model_len {self._max_model_len}; expected problems that fit and are"
             " sometimes solved"
         )
-
-
-@lru_cache(4096)
-def advantages_of(rewards: tuple[float, ...], kind: str) -> tuple[float, ...]:
-    """A group's advantages. Where answers are right or wrong, many groups have the same rewards,
-    and tensors of eight numbers take longer to make than to compute with."""
-    return tuple(group_advantages(torch.tensor(rewards), kind).tolist())
 
 
 def lesson_numbers(lesson: Lesson) -> dict[str, float]:
