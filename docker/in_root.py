@@ -1,7 +1,7 @@
 """Does the steps of a Dockerfile in a directory root, for machines without a container engine:
 
     debootstrap --variant=minbase --include=python3.11,python3.11-venv,python3.11-dev bookworm ROOT
-    python docker/in_root.py docker/Dockerfile.cpu ROOT [--mount FOLDER ...]
+    python docker/in_root.py docker/Dockerfile.cpu ROOT [--mount FOLDER ...] [--then LINE]
 
 As root. The folder stands in for the image's base; FROM is left to whoever made it. Of the
 instructions it knows RUN, COPY, ENV, ARG, USER and WORKDIR, and refuses others that change the

@@ -52,6 +52,16 @@ def get(address: str, token: str | None = None) -> Any:
         return json.load(answer)
 
 
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Processes that have a variable with this value in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(name) == value:
+                found.append(process)
+    return found
+
+
 @dataclass
 class Growing:
     """A running cluster, and what was seen of it."""
@@ -64,16 +74,9 @@ class Growing:
     """Living nodes by role, each time that it changed."""
     places_seen: dict[str, set[str]] = field(default_factory=dict)
     """Roles of the nodes on which actors of each kind were seen."""
-    listening_seen: set[tuple[str, int]] = field(default_factory=set)
-    """Addresses on which its processes were seen to listen."""
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark:
-                    found.append(process)
-        return found
+        return marked(MARK, self.mark)
 
     def states(self, kind: str, *filters: str) -> list[dict[str, Any]]:
         """What Ray's state API tells of all nodes, or of all actors."""
@@ -95,16 +98,6 @@ class Growing:
             if actor["node_id"] in roles:
                 places = self.places_seen.setdefault(actor["class_name"], set())
                 places.add(roles[actor["node_id"]])
-
-    def listen(self) -> None:
-        """Note which addresses are listened on."""
-        for process in self.processes():
-            with suppress(psutil.Error):
-                self.listening_seen |= {
-                    (found.laddr.ip, found.laddr.port)
-                    for found in process.net_connections("tcp")
-                    if found.status == psutil.CONN_LISTEN
-                }
 
     def submit(self, *words: str) -> str:
         """`ray job submit` from a machine that has the token and nothing else."""

@@ -11,6 +11,16 @@ from typing import Any
 import psutil
 
 SECONDS = 400.0
+# Of a job whose roles keep to the nodes with their labels.
+PLACED = """
+[weights]
+max_probe_gap = 1e-4
+[verifier]
+processes = 1
+[placement]
+learners = {"pear-ray/role" = "learner"}
+generators = {"pear-ray/role" = "generator"}
+"""
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.growing import free_port, get
+from tests.cluster.growing import free_port, get, marked
 from tests.cluster.ports import answered, page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,12 +24,7 @@ def local(word: str, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == str(ROOT):
-                found.append(process)
-    return found
+    return marked(MARK, str(ROOT))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.growing import Growing, growing_cluster
+from tests.cluster.nodes import PLACED
 
 STEPS = 30
 SECONDS_IDLE = 6.0
@@ -55,13 +56,7 @@ def write_job(folder: Path, model: Path) -> Path:
         [learner]
         tokens_per_micro_batch = 512
         deadline_seconds = 300
-        [weights]
-        max_probe_gap = 1e-4
-        [verifier]
-        processes = 1
-        [placement]
-        learners = {{"pear-ray/role" = "learner"}}
-        generators = {{"pear-ray/role" = "generator"}}
+        {PLACED}
         [[tasks]]
         name = "countdown"
         """

@@ -80,7 +80,6 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         )  # fmt: skip
         story = Story(run, cluster, {})
         cluster.until(lambda: (run / "arms/pear/metrics.jsonl").exists(), name)
-        cluster.listen()
         story.told_on_the_way.append(cluster.job(name)["metadata"])
         cluster.until(lambda: "evaluate" in stages(run), name)
         story.told_on_the_way.append(cluster.job(name)["metadata"])

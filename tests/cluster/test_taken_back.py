@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.cluster.nodes import RAYLETS, SECONDS, kinds_on, until
+from tests.cluster.nodes import PLACED, RAYLETS, SECONDS, kinds_on, until
 
 STEPS = 40
 # The only checkpoint is the one that a notice calls for.
@@ -59,13 +59,7 @@ def write_job(folder: Path, model: Path) -> Path:
         tokens_per_micro_batch = 256
         steps_per_checkpoint = {NEVER}
         deadline_seconds = 300
-        [weights]
-        max_probe_gap = 1e-4
-        [verifier]
-        processes = 1
-        [placement]
-        learners = {{"pear-ray/role" = "learner"}}
-        generators = {{"pear-ray/role" = "generator"}}
+        {PLACED}
         [[tasks]]
         name = "tests.stages.parity:Parity"
         """
