@@ -74,6 +74,8 @@ class Growing:
     """Living nodes by role, each time that it changed."""
     places_seen: dict[str, set[str]] = field(default_factory=dict)
     """Roles of the nodes on which actors of each kind were seen."""
+    addresses_seen: dict[str, set[str]] = field(default_factory=dict)
+    """Addresses of those nodes."""
 
     def processes(self) -> list[psutil.Process]:
         return marked(MARK, self.mark)
@@ -96,8 +98,9 @@ class Growing:
             self.nodes_seen.append(counts)
         for actor in self.states("actors", "state=ALIVE"):
             if actor["node_id"] in roles:
-                places = self.places_seen.setdefault(actor["class_name"], set())
-                places.add(roles[actor["node_id"]])
+                kind, node = actor["class_name"], actor["node_id"]
+                self.places_seen.setdefault(kind, set()).add(roles[node])
+                self.addresses_seen.setdefault(kind, set()).add(nodes[node]["node_ip"])
 
     def submit(self, *words: str) -> str:
         """`ray job submit` from a machine that has the token and nothing else."""
@@ -120,6 +123,24 @@ class Growing:
             assert self.job(name)["status"] in ("PENDING", "RUNNING"), self.log(name)[-5000:]
             assert time.monotonic() < deadline, self.log(name)[-5000:]
             self.look()
+            time.sleep(0.5)
+
+    def start(self, command: list[str], environment: dict[str, str]) -> None:
+        """`ray start`, whose daemons would keep a pipe open for ever."""
+        log = self.folder / "start.log"
+        with log.open("ab") as output:
+            started = subprocess.run(
+                command, env=environment, stdout=output, stderr=output, timeout=120
+            )
+        assert started.returncode == 0, log.read_text()[-3000:]
+
+    def wait_for_dashboard(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            with suppress(OSError):
+                self.states("nodes")
+                return
+            assert time.monotonic() < deadline, "the dashboard does not answer"
             time.sleep(0.5)
 
     def end(self) -> None:
@@ -145,13 +166,26 @@ def node_types() -> dict[str, Any]:
     return workers | {"ray.head.default": head | {"max_workers": 0}}
 
 
+def with_token(folder: Path) -> dict[str, str]:
+    """The environment of whoever may use a cluster with a token of its own in this folder."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN)
+    return {
+        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", MARK))
+    } | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "TMPDIR": str(folder)}
+
+
+def of_nodes(mark: str) -> dict[str, str]:
+    """What the nodes of such a cluster have in their environment besides."""
+    return {MARK: mark, "RAY_worker_niceness": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+
 @contextmanager
 def growing_cluster(secrets: dict[str, str], idle_minutes: float) -> Iterator[Growing]:
     """A head of its own with `secrets` in its environment, and up to three more nodes."""
     folder = Path(tempfile.mkdtemp(prefix="g-", dir=os.environ.get("RAY_TMPDIR")))
-    token, gcs_port, dashboard_port = folder / "token", free_port(), free_port()
-    token.touch(mode=0o600)
-    token.write_text(TOKEN)
+    gcs_port, dashboard_port = free_port(), free_port()
     mark = uuid.uuid4().hex
     config = {
         "cluster_name": "growing",
@@ -173,20 +207,13 @@ def growing_cluster(secrets: dict[str, str], idle_minutes: float) -> Iterator[Gr
         "cluster_synced_files": [],
     } | {f"{part}_commands": [] for part in COMMANDS}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config))
-    outside = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("RAY_", "PEAR_RAY_TEST_CLUSTER"))
-    } | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "TMPDIR": str(folder)}
-    head = outside | secrets | {
-        MARK: mark,
+    outside = with_token(folder)
+    head = outside | secrets | of_nodes(mark) | {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_worker_niceness": "0",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }  # fmt: skip
     cluster = Growing(folder, f"http://127.0.0.1:{dashboard_port}", outside, mark)
     command = [
@@ -197,16 +224,8 @@ def growing_cluster(secrets: dict[str, str], idle_minutes: float) -> Iterator[Gr
         "--autoscaling-config", str(folder / "cluster.yaml"),
     ]  # fmt: skip
     try:
-        with (folder / "start.log").open("wb") as log:
-            started = subprocess.run(command, env=head, stdout=log, stderr=log, timeout=120)
-        assert started.returncode == 0, (folder / "start.log").read_text()[-3000:]
-        deadline = time.monotonic() + 60
-        while True:
-            with suppress(OSError):
-                cluster.states("nodes")
-                break
-            assert time.monotonic() < deadline, "the dashboard does not answer"
-            time.sleep(0.5)
+        cluster.start(command, head)
+        cluster.wait_for_dashboard()
         yield cluster
     finally:
         cluster.end()

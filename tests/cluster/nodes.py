@@ -1,7 +1,9 @@
-"""Nodes of a cluster on this machine: what runs on them, and waiting for it."""
+"""Nodes of a cluster on this machine: what runs on them, waiting for it, and what came of it."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -45,3 +47,23 @@ def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool])
         assert process.poll() is None, log.read_text()[-5000:]
         assert time.monotonic() < deadline, log.read_text()[-5000:]
         time.sleep(0.1)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics without what clocks say."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    clocks = re.compile("time|seconds|per_second|generators")
+    return [{k: v for k, v in row.items() if not clocks.search(k)} for row in rows]
+
+
+def assert_same_results(run: Path, wanted: Path) -> None:
+    """Two runs of the tiny chain trained alike, to the bit, and were evaluated alike."""
+    rows = [numbers(one / "arms/pear") for one in (run, wanted)]
+    assert len(rows[0]) > 20 and rows[0] == rows[1]
+    cards = [
+        json.loads((one / "evaluate/scorecard.json").read_text())["checkpoints"]
+        for one in (run, wanted)
+    ]
+    assert cards[0].keys() == cards[1].keys()
+    for label in cards[0]:
+        assert cards[0][label]["pass_at_k"] == cards[1][label]["pass_at_k"]

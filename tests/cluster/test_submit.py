@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.growing import ROOT, TOKEN, Growing, get, growing_cluster, prometheus
+from tests.cluster.nodes import assert_same_results
 from tests.tiny_chain import TINY
 
 PROMETHEUS = shutil.which("prometheus")
@@ -112,13 +113,6 @@ def note_what_is_watched(story: Story, watch: str) -> None:
         story.exposed = answer.read().decode()
 
 
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """Rows of metrics without what clocks say."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    clocks = re.compile("time|seconds|per_second|generators")
-    return [{k: v for k, v in row.items() if not clocks.search(k)} for row in rows]
-
-
 @pytest.mark.timeout(2000)
 def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(finished: Story) -> None:
     counts = finished.cluster.nodes_seen
@@ -137,15 +131,7 @@ def test_roles_keep_to_their_nodes(finished: Story) -> None:
 
 
 def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
-    rows, wanted = (numbers(run / "arms/pear") for run in (finished.run, tiny_run))
-    assert len(rows) > 20 and rows == wanted
-    cards = [
-        json.loads((run / "evaluate/scorecard.json").read_text())["checkpoints"]
-        for run in (finished.run, tiny_run)
-    ]
-    assert cards[0].keys() == cards[1].keys()
-    for label in cards[0]:
-        assert cards[0][label]["pass_at_k"] == cards[1][label]["pass_at_k"]
+    assert_same_results(finished.run, tiny_run)
 
 
 def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(finished: Story) -> None:

@@ -1,0 +1,128 @@
+"""The whole chain on nodes that share no network but a cable: each has an address, a loopback and
+shared memory of its own, and the job comes from yet another machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.growing import RAY, STORE, Growing, of_nodes, with_token
+from tests.cluster.namespaces import INTERFACE, Machine, machines, why_not
+from tests.cluster.nodes import assert_same_results
+from tests.cluster.ports import page
+from tests.tiny_chain import TINY
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+# Role and CPUs of each node. Two learner nodes: a rank of one CPU fits on each.
+NODES = (("head", 0), ("learner", 1), ("learner", 1), ("generator", 2))
+# An address that only documents have (RFC 5737).
+ELSEWHERE = "198.51.100.1"
+
+
+@dataclass
+class Story:
+    """What was seen of the submitted run."""
+
+    run: Path
+    cluster: Growing
+    nodes: list[Machine]
+    job: dict[str, Any]
+    opens_without_token: bool
+    way_out: list[int]
+    """Error numbers of each node's attempt to reach something else."""
+    left: list[Any]
+    """Processes that outlived the cluster."""
+
+
+@contextmanager
+def cluster_on(nodes: list[Machine]) -> Iterator[Growing]:
+    """A head and its nodes, on a machine each; the calling thread must be in their network."""
+    folder = Path(tempfile.mkdtemp(prefix="n-", dir=os.environ.get("RAY_TMPDIR")))
+    outside, mark, head = with_token(folder), uuid.uuid4().hex, nodes[0].address
+    # Left alone, gloo takes the address of the host's name, which may be that of the loopback.
+    inside = outside | of_nodes(mark) | {"GLOO_SOCKET_IFNAME": INTERFACE}
+    cluster = Growing(folder, f"http://{head}:8265", outside, mark)
+    first, *others = (
+        node.command(
+            RAY, "start", "--node-ip-address", node.address, "--num-cpus", str(cpus),
+            "--labels", f"pear-ray/role={role}", "--object-store-memory", str(STORE),
+            "--temp-dir", str(folder / str(number)), "--disable-usage-stats",
+        )
+        for number, (node, (role, cpus)) in enumerate(zip(nodes, NODES, strict=True))
+    )  # fmt: skip
+    try:
+        cluster.start([*first, "--head", "--port", "6379", "--dashboard-host", head], inside)
+        with ThreadPoolExecutor() as at_once:
+            join = [[*other, "--address", f"{head}:6379"] for other in others]
+            list(at_once.map(lambda command: cluster.start(command, inside), join))
+        cluster.wait_for_dashboard()
+        yield cluster
+    finally:
+        cluster.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def way_out(node: Machine) -> int:
+    with node.network(), socket.socket() as attempt:
+        attempt.settimeout(5)
+        return attempt.connect_ex((ELSEWHERE, 80))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """One node first, so that two clusters do not share the machine for long."""
+    run = tmp_path_factory.mktemp("apart") / "run"
+    with machines(1 + len(NODES)) as (outside, *nodes):
+        with outside.network(), cluster_on(nodes) as cluster:
+            name = cluster.submit(
+                sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(run),
+                "--placement.learners", "pear-ray/role", "learner",
+                "--placement.generators", "pear-ray/role", "generator",
+                "--learner.cpus_per_worker", "1",
+            )  # fmt: skip
+            with suppress(AssertionError):
+                cluster.until(lambda: False, name)
+            job = cluster.job(name)
+            assert job["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
+            opens = page(f"{cluster.dashboard}/api/jobs/")
+        errors = [way_out(node) for node in nodes]
+        return Story(run, cluster, nodes, job, opens, errors, cluster.processes())
+
+
+@pytest.mark.timeout(2000)
+def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
+    assert_same_results(finished.run, tiny_run)
+
+
+def test_ranks_and_engines_ran_on_the_machines_with_their_labels(finished: Story) -> None:
+    _, first, second, generator = (node.address for node in finished.nodes)
+    assert finished.cluster.places_seen["RayTrainWorker"] == {"learner"}
+    assert finished.cluster.places_seen["Server"] == {"generator"}
+    assert finished.cluster.addresses_seen["RayTrainWorker"] == {first, second}
+    assert finished.cluster.addresses_seen["Server"] == {generator}
+
+
+def test_nodes_reach_nothing_but_each_other(finished: Story) -> None:
+    assert finished.way_out == [errno.ENETUNREACH] * len(NODES)
+
+
+def test_the_dashboard_refuses_another_machine_without_the_token(finished: Story) -> None:
+    assert not finished.opens_without_token
+
+
+def test_nothing_is_left(finished: Story) -> None:
+    assert finished.left == []
