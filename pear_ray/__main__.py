@@ -22,6 +22,7 @@ STAGES = {
     "score": "log-probability of every response token under the policy that wrote it",
     "sft": "supervised fine-tuning under PEAR's importance weights",
     "rl": "reinforcement learning on verified answers",
+    "cooperate": "reinforcement learning and the corpus's traces at once, instead of rl",
     "evaluate": "pass@k of the run's checkpoints on held-out problems",
     "rank": "from which checkpoint RL should start, and how sure that is",
     "report": "one HTML page and one table of everything the run measured",

@@ -60,6 +60,7 @@ OUTPUTS = {
     "score": "scored",
     "sft": "sft/export",
     "rl": "rl/export",
+    "cooperate": "cooperate/export",
     "evaluate": "evaluate/scorecard.json",
     "rank": "rank/ranking.json",
     "report": "report/index.html",
@@ -287,8 +288,8 @@ def check_inputs(job: Job, stage: str) -> None:
     """Refuse what can be seen to be missing without a cluster.
 
     Raises:
-        BadInput: a corpus that is not there, a model folder that is not whole, or a task's option
-            that its family does not know.
+        BadInput: a section or a corpus that is not there, a model folder that is not whole, or a
+            task's option that its family does not know.
     """
     make_tasks(job.tasks)
     corpus = job.corpus
@@ -299,6 +300,8 @@ def check_inputs(job: Job, stage: str) -> None:
         )
     if corpus.sample is None and stage == "sample":
         raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
+    if job.cooperate is None and stage == "cooperate":
+        raise BadInput("cooperate: missing; expected a section that says how both are learned from")
     # What lies elsewhere is looked for when it is read.
     is_here = corpus.path is not None and "://" not in corpus.path
     if is_here and not glob(os.path.expanduser(corpus.path or "")):

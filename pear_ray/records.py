@@ -185,7 +185,9 @@ class Problem:
 class Completion:
     """One sampled answer. `logprobs` are the sampler's, one per token of `token_ids`, and
     `version_spans` say which weight version wrote how many of the tokens, in their order. With a
-    KL penalty `reference_logprobs` are the reference policy's of the same tokens.
+    KL penalty `reference_logprobs` are the reference policy's of the same tokens. `trace_ids` are
+    the tokens of an offline trace that it goes on from, `trace_logprobs` its author's; `text` is
+    the whole.
 
         Completion(token_ids=(11, 43, 1), logprobs=(-0.7, -1.2, -0.01), text="undo 30",
                    finish_reason="stop", version_spans=((4, 2), (5, 1)))
@@ -197,6 +199,13 @@ class Completion:
     finish_reason: str
     version_spans: tuple[tuple[int, int], ...]
     reference_logprobs: tuple[float, ...] | None = None
+    trace_ids: tuple[int, ...] = ()
+    trace_logprobs: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole answer."""
+        return len(self.trace_ids) + len(self.token_ids)
 
     @property
     def policy_versions(self) -> tuple[int, int]:
@@ -221,10 +230,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """All answers to one problem with their verdicts and advantages, ready to be learned from.
-
-    Made by the rollout loop, eaten by the learners (by reference, through the queue).
-    """
+    """All answers to one problem with their verdicts and advantages, for the learners."""
 
     problem_id: str
     prompt_ids: tuple[int, ...]
@@ -243,6 +249,7 @@ class TrainingSequence:
     0. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
     `teacher_ids` and `teacher_logprobs` hold the behaviour policy's k likeliest tokens at each
     place; for a KL penalty `reference_logprobs` are the reference policy's of the same tokens.
+    Beside rollouts `from_trace` says which tokens are a trace's (None: none is).
 
         TrainingSequence(token_ids=[16, 20, 3, 11, 43, 1], trainable=[0, 0, 0, 1, 1, 1],
                          sampled_logprobs=[0, 0, 0, -0.7, -1.2, -0.01],
@@ -257,6 +264,7 @@ class TrainingSequence:
     teacher_ids: np.ndarray | None = None  # int64 [tokens, k]
     teacher_logprobs: np.ndarray | None = None  # float32 [tokens, k]
     reference_logprobs: np.ndarray | None = None  # float32 [tokens]
+    from_trace: np.ndarray | None = None  # bool [tokens]
 
     @classmethod
     def of(
@@ -292,6 +300,8 @@ class TrainingSequence:
             spread[num_prompt:] = logprobs
             return np.where(trainable, spread, np.float32(0))
 
+        given = reference_logprobs is not None
+        reference = where_trainable(reference_logprobs) if given else None
         return cls(
             token_ids=np.concatenate(
                 [np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]
@@ -302,9 +312,7 @@ class TrainingSequence:
             origin=origin,
             teacher_ids=_behind(num_prompt, num_response, top_ids, np.int64),
             teacher_logprobs=_behind(num_prompt, num_response, top_logprobs, np.float32),
-            reference_logprobs=None
-            if reference_logprobs is None
-            else where_trainable(reference_logprobs),
+            reference_logprobs=reference,
         )
 
 
@@ -323,12 +331,11 @@ class TrainingBatch:
     `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts
     at 0 in each. A loss returns sums over its own tokens; the learner divides once by
     `num_trainable_tokens_global`. `num_sequences_global` counts the sequences with a trainable
-    token. `origins[s]` is the origin of sequence s. The arrays are numpy here (a batch crosses
-    process borders); the learner makes tensors of them.
+    token that is not a trace's; `num_trace_tokens_global` and `num_trace_sequences_global` count
+    those of `from_trace_T`. `origins[s]` is the origin of sequence s.
 
-        TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 12, 1], position_ids_T=[0,1,2,3,0,1,2,3],
-                      sequence_ids_T=[0,0,0,0,1,1,1,1], trainable_T=[0,0,1,1,0,0,1,1], ...,
-                      num_trainable_tokens_global=4, num_sequences_global=2)
+        TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 1], position_ids_T=[0, 1, 2, 3, 0, 1, 2],
+                      sequence_ids_T=[0, 0, 0, 0, 1, 1, 1], trainable_T=[0, 0, 1, 1, 0, 0, 1], ...)
     """
 
     token_ids_T: np.ndarray
@@ -343,17 +350,19 @@ class TrainingBatch:
     teacher_ids_T: np.ndarray | None = None
     teacher_logprobs_T: np.ndarray | None = None
     reference_logprobs_T: np.ndarray | None = None
+    from_trace_T: np.ndarray | None = None
+    num_trace_tokens_global: int = 0
+    num_trace_sequences_global: int = 0
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One sampled answer of an evaluation. Rows of RUN/evaluate/attempts.parquet.
+    """A sampled answer of an evaluation, a row of RUN/evaluate/attempts.parquet. Token ids and
+    log-probs (nats, of each token) are kept of the first answer to each problem.
 
-    Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
-            correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,
-            note="", parts={"style_undo": 1.0}, response_ids=None, logprobs=None)
-
-    Token ids and log-probs (nats, of each token) are kept of the first answer to each problem.
+        Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
+                correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,
+                note="", parts={"style_undo": 1.0}, response_ids=None, logprobs=None)
     """
 
     checkpoint: str

@@ -12,7 +12,7 @@ import pytest
 
 from pear_ray import __main__ as command_line
 from pear_ray.config import Job, read_job
-from pear_ray.manifest import check_inputs, open_run
+from pear_ray.manifest import OUTPUTS, check_inputs, open_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(Path(sys.executable).with_name("pear-ray"))
@@ -429,6 +429,10 @@ def test_help(here, pear_ray, words, said):
     code, printed, complained = pear_ray(*words)
     assert code == 0 and said in printed and not complained
     assert contents(here) == before
+
+
+def test_every_stage_is_known_by_what_it_leaves():
+    assert OUTPUTS.keys() == command_line.STAGES.keys()
 
 
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "pear_ray"], [SCRIPT]], ids=len)

@@ -25,7 +25,7 @@ from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Job
 from pear_ray.engines.generator import Request
 from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
-from pear_ray.records import Completion, Problem, RolloutGroup, Verdict
+from pear_ray.records import Completion, Problem, RolloutGroup, TrainingSequence, Verdict
 from pear_ray.tasks import endless_problems
 
 # Groups without signal in one step, for each that is wanted, before a run gives up.
@@ -40,6 +40,7 @@ class Asked:
     problem: Problem
     request: Request
     completions: tuple[Completion, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
     group: RolloutGroup | None = None
     is_dropped: bool = False
 
@@ -47,13 +48,15 @@ class Asked:
 @dataclass(frozen=True)
 class Lesson:
     """What one step learns from. `next_problem` is the position in the stream behind it;
-    `dropped` are the ids of problems passed over on the way."""
+    `dropped` are the ids of problems passed over on the way; `traces` are offline traces to learn
+    from beside the rollouts."""
 
     step: int
     groups: tuple[RolloutGroup, ...]
     first_problem: int
     next_problem: int
     dropped: tuple[str, ...]
+    traces: tuple[TrainingSequence, ...] = ()
 
 
 class Course:
@@ -73,12 +76,20 @@ class Course:
         self._num_open = self._num_dropped = 0
         self._first = self._next = first_problem
 
-    def due(self, version: int) -> list[tuple[int, Request]]:
-        """Problems to ask now, by position, if `version` is the newest there is.
+    def due(self, version: int) -> Sequence[tuple[Hashable, Request]]:
+        """What to ask now if `version` is the newest there is, by the keys under which answers are
+        to come back.
 
         On-policy runs are repeatable to the bit: what an engine works on together must not depend
         on which answer came first. So they replace groups without signal only once all are judged.
         """
+        return self._problems_due(version)
+
+    def given(self) -> list[tuple[Hashable, list[tuple[Problem, str]]]]:
+        """Answers that no engine is asked for, to be judged, by key; each is told once."""
+        return []
+
+    def _problems_due(self, version: int) -> list[tuple[int, Request]]:
         rl = self._settings
         if rl.max_staleness == 0 and self._num_open:
             return []
@@ -87,7 +98,7 @@ class Course:
         return [self._ask(number) for number in range(len(self._asked) - self._num_dropped, wanted)]
 
     def prompt_ids(self, position: Hashable) -> tuple[int, ...]:
-        """The prompt of a problem that was asked."""
+        """What an engine was sent under this key."""
         return self._asked[position].request.prompt_ids
 
     def answered(
@@ -100,14 +111,18 @@ class Course:
 
     def judged(self, position: Hashable, verdicts: Sequence[Verdict]) -> None:
         """Note the verdicts on a problem's answers."""
-        asked, rl = self._asked[position], self._settings
-        rewards = [verdict.reward for verdict in verdicts]
+        asked = self._asked[position]
+        asked.verdicts = tuple(verdicts)
+        self._close(asked)
+
+    def _close(self, asked: Asked) -> None:
+        """Make a group of a problem's answers, all of which are judged."""
+        rl = self._settings
+        rewards = [verdict.reward for verdict in asked.verdicts]
         if rl.overlong_cache_tokens:
             rewards = [
                 reward
-                + soft_punishment(
-                    len(answer.token_ids), self._max_new_tokens, rl.overlong_cache_tokens
-                )
+                + soft_punishment(answer.num_tokens, self._max_new_tokens, rl.overlong_cache_tokens)
                 for reward, answer in zip(rewards, asked.completions, strict=True)
             ]
         kind = "nft" if rl.loss == "nft" else rl.advantage
@@ -116,7 +131,7 @@ class Course:
             asked.problem.problem_id,
             asked.request.prompt_ids,
             asked.completions,
-            tuple(verdicts),
+            asked.verdicts,
             tuple(advantages),
         )
         asked.is_dropped = rl.replace_without_signal and not any(advantages)
@@ -196,16 +211,19 @@ def lesson_numbers(lesson: Lesson) -> dict[str, float]:
     for answer in answers:
         for version, num_tokens in answer.version_spans:
             tokens_by_lag[lesson.step - version] += num_tokens
-    num_tokens = sum(tokens_by_lag.values())
-    return {
+    # A step may consist of whole traces, of which the policy wrote nothing.
+    num_tokens = max(1, sum(tokens_by_lag.values()))
+    numbers = {
         "reward_mean": float(np.mean([verdict.reward for verdict in verdicts])),
         "pass_rate": float(np.mean([verdict.correct for verdict in verdicts])),
         "groups_without_signal_share": unanimous / (len(lesson.groups) + len(lesson.dropped)),
         "first_problem": lesson.first_problem,
         "next_problem": lesson.next_problem,
         "problems_dropped": len(lesson.dropped),
-        "response_tokens_mean": float(np.mean([len(answer.token_ids) for answer in answers])),
+        "response_tokens_mean": float(np.mean([answer.num_tokens for answer in answers])),
         "truncated_share": float(np.mean([answer.finish_reason == "length" for answer in answers])),
-        "staleness_max": max(tokens_by_lag),
+        "staleness_max": max(tokens_by_lag, default=0),
         "staleness_mean": sum(lag * count for lag, count in tokens_by_lag.items()) / num_tokens,
     }
+    is_guided = [bool(answer.trace_ids) for answer in answers]
+    return numbers | ({"guided_share": float(np.mean(is_guided))} if any(is_guided) else {})

@@ -212,9 +212,13 @@ def extremes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def read_group(group: RowGroup, wanted: Wanted, split: str) -> pa.Table:
-    """The wanted rows of a split."""
-    table = conform(pq.ParquetFile(group.file).read_row_group(group.number))
+def read_group(
+    group: RowGroup, wanted: Wanted, split: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The wanted rows of a split. Where `columns` are named, which must hold those that `wanted`
+    looks at, all others are null."""
+    names = None if columns is None else list(columns)
+    table = conform(pq.ParquetFile(group.file).read_row_group(group.number, columns=names))
     return table.filter(pa.array(wanted.mask(table, split)))
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,21 +126,26 @@ class Kept:
     folder: Path
     notes: dict[str, Any]
 
-    def restore(self, learner: Learner, scratch: Path) -> None:
-        """Bring the learner there; every rank calls this. What another number of ranks wrote is
-        converted to a form for any number below `scratch`, a folder that all ranks see."""
+    def restore(self, learners: Mapping[str, Learner], scratch: Path) -> None:
+        """Bring the learners there, by the names that they were kept under; every rank calls this.
+        What another number of ranks wrote is converted to a form for any number below `scratch`, a
+        folder that all ranks see."""
+        for name, learner in learners.items():
+            self._restore(name, learner, scratch)
+
+    def _restore(self, name: str, learner: Learner, scratch: Path) -> None:
         rank, num_ranks = rank_and_count()
         # Under stage 0 nothing is partitioned: every rank has written everything.
-        is_whole = not any((self.folder / "state").glob("*optim_states.pt"))
+        is_whole = not any((self.folder / name / "state").glob("*optim_states.pt"))
         if self.notes["num_ranks"] == num_ranks or is_whole:
-            learner.load(self.folder)
+            learner.load(self.folder / name)
             return
         universal = scratch / f"universal-{self.notes['next_step']}"
         if rank == 0:
             from pear_ray.engines.zero import to_universal
 
             shutil.rmtree(universal, ignore_errors=True)
-            to_universal(self.folder, universal)
+            to_universal(self.folder / name, universal)
         torch.distributed.barrier()
         learner.load(universal, universal=True)
         torch.distributed.barrier()
@@ -175,9 +180,11 @@ def read_kept(folder: Path) -> Kept:
     return Kept(folder, json.loads((folder / "progress.json").read_text()))
 
 
-def keep(learner: Learner, next_step: int, deadline_seconds: float, **metrics: float) -> int:
-    """Write a checkpoint, of which each rank holds its part. It is copied to the run's storage
-    while the next steps run.
+def keep(
+    learners: Mapping[str, Learner], next_step: int, deadline_seconds: float, **metrics: float
+) -> int:
+    """Write a checkpoint, of which each rank holds its part, each learner's below its name. It is
+    copied to the run's storage while the next steps run.
 
     Returns:
         The step from which a run that is cut off now goes on at the earliest: that of the
@@ -188,7 +195,8 @@ def keep(learner: Learner, next_step: int, deadline_seconds: float, **metrics: f
         CheckpointConsistencyMode.COMMITTED, deadline_seconds
     )
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    learner.save(folder)
+    for name, learner in learners.items():
+        learner.save(folder / name)
     notes = {"next_step": next_step, "num_ranks": rank_and_count()[1], **metrics}
     (folder / "progress.json").write_text(json.dumps(notes))
     ray.train.report(

@@ -8,6 +8,7 @@ keep its scores (tests/algorithms/test_memory.py). Of an engine the key-value ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -16,6 +17,12 @@ GIB = 2**30
 MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9
 # Context, communication, and what PyTorch's allocator cannot use.
 OVERHEAD = 3 * GIB
+# What a learner keeps while another one on its device works; gathered parameters, a step's own and
+# activations are there for one of them at a time.
+AT_REST = ("weights", "gradients", "optimiser", "buckets")
+# What a step keeps of an element that it may put back: values from before and from between two
+# updates, in float32, and whether it does.
+HELD = 4 + 4 + 1
 # vLLM's own, beside weights, cache and logits: CUDA graphs, context.
 ENGINE_OVERHEAD = 2 * GIB
 
@@ -82,6 +89,11 @@ def of_rank(shape: Shape, element_bytes: int, how: Training) -> dict[str, float]
         "logits": 2 * how.logits_bytes,
         "overhead": OVERHEAD,
     }
+
+
+def at_rest(items: Mapping[str, float]) -> float:
+    """Bytes of a second learner beside one that works, of the items of `of_rank`."""
+    return sum(items.get(name, 0.0) for name in AT_REST)
 
 
 def activations(shape: Shape, element_bytes: int, how: Training) -> float:

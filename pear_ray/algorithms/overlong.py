@@ -30,6 +30,11 @@ def soft_punishment(num_tokens: int, max_tokens: int, cache_tokens: int) -> floa
     return max(-1.0, min(0.0, (max_tokens - cache_tokens - num_tokens) / cache_tokens))
 
 
+def every_token(completion: Completion) -> np.ndarray:
+    """Which tokens of an answer are learned, bool [tokens]: all that the policy sampled."""
+    return np.ones(len(completion.token_ids), bool)
+
+
 def trainable_unless_truncated(completion: Completion) -> np.ndarray:
     """Which tokens of an answer are learned, bool [tokens]: none where the sampler stopped it at
     its limit, all of any other (overlong filtering, arXiv 2503.14476 section 3.4). Its reward stays

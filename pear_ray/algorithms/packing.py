@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,8 +46,8 @@ def pack(
             f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
             f" {tokens_per_micro_batch}, learner.tokens_per_micro_batch of all ranks that share it"
         )
-    num_trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
-    if not num_trainable.any():
+    counts = counts_of(sequences)
+    if not counts["num_trainable_tokens_global"]:
         raise ValueError(
             f"expected at least one trainable token in a step, read none in its"
             f" {len(sequences)} sequences"
@@ -59,8 +59,7 @@ def pack(
         # Attention takes sequences of one length together where they are neighbours.
         batch_of(
             [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler],
-            int(num_trainable.sum()),
-            int((num_trainable > 0).sum()),
+            counts,
         )
         for members in bins
     ]
@@ -89,20 +88,36 @@ def nothing_to_learn(sequence: TrainingSequence) -> TrainingSequence:
     """The same tokens, none of them trainable."""
     zeros = np.zeros(len(sequence.token_ids), np.float32)
     blank = {"trainable": zeros.astype(bool), "sampled_logprobs": zeros, "coefficients": zeros}
-    return replace(sequence, origin="", **blank)
+    return replace(sequence, origin="", from_trace=None, **blank)
 
 
-def batch_of(
-    sequences: Sequence[TrainingSequence], num_trainable_tokens: int, num_sequences: int
-) -> TrainingBatch:
+def counts_of(sequences: Sequence[TrainingSequence]) -> dict[str, int]:
+    """What every micro-batch of a step says of the whole of it."""
+    num_trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
+    of_trace = (sequence.from_trace for sequence in sequences)
+    num_of_trace = np.array([0 if tokens is None else int(tokens.sum()) for tokens in of_trace])
+    return {
+        "num_trainable_tokens_global": int(num_trainable.sum()),
+        "num_sequences_global": int((num_trainable > num_of_trace).sum()),
+        "num_trace_tokens_global": int(num_of_trace.sum()),
+        "num_trace_sequences_global": int((num_of_trace > 0).sum()),
+    }
+
+
+def batch_of(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]) -> TrainingBatch:
     """A micro-batch of these sequences in a global batch of these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(sequence, name) for sequence in sequences])
 
-    def joined_if_any(name: str) -> np.ndarray | None:
-        return None if getattr(sequences[0], name) is None else joined(name)
+    def joined_if_any(name: str, dtype: type = np.float32) -> np.ndarray | None:
+        """Zero for sequences without it."""
+        found = [getattr(sequence, name) for sequence in sequences]
+        if all(array is None for array in found):
+            return None
+        pairs = zip(found, lengths, strict=True)
+        return np.concatenate([np.zeros(n, dtype) if a is None else a for a, n in pairs])
 
     return TrainingBatch(
         token_ids_T=joined("token_ids"),
@@ -112,9 +127,9 @@ def batch_of(
         sampled_logprobs_T=joined("sampled_logprobs"),
         coefficients_T=joined("coefficients"),
         origins=tuple(sequence.origin for sequence in sequences),
-        num_trainable_tokens_global=num_trainable_tokens,
-        num_sequences_global=num_sequences,
         teacher_ids_T=joined_if_any("teacher_ids"),
         teacher_logprobs_T=joined_if_any("teacher_logprobs"),
         reference_logprobs_T=joined_if_any("reference_logprobs"),
+        from_trace_T=joined_if_any("from_trace", bool),
+        **counts,
     )

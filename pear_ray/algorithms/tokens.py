@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,13 @@ class Tokens:
     `logprobs`, `entropies`, `sampled_logprobs`, `coefficients` and `top_masses` are float32 [n],
     of which only `logprobs` has a gradient; `sequence_ids` int64 [n]; `origins` one string for
     each sequence. `num_tokens_global` counts the trainable tokens of the whole step and
-    `num_sequences_global` its sequences that have one. For distillation `teacher_logprobs` and
-    `logprobs_of_teacher` float32 [n, k] are the behaviour policy's log-probs of its k likeliest
-    tokens, and the model's own of the same tokens, with gradient. For a KL penalty
-    `reference_logprobs` float32 [n] are the reference policy's of the same tokens as `logprobs`.
+    `num_sequences_global` its sequences that have one which is not a trace's. For distillation
+    `teacher_logprobs` and `logprobs_of_teacher` float32 [n, k] are the behaviour policy's log-probs
+    of its k likeliest tokens, and the model's own of the same tokens, with gradient. For a KL
+    penalty `reference_logprobs` float32 [n] are the reference policy's of the same tokens as
+    `logprobs`. Where a step learns from rollouts and traces, `from_trace` bool [n] says which are a
+    trace's; `num_trace_tokens_global` and `num_trace_sequences_global` count those of the whole
+    step.
     """
 
     logprobs: Tensor
@@ -36,11 +39,44 @@ class Tokens:
     teacher_logprobs: Tensor | None = None
     logprobs_of_teacher: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    from_trace: Tensor | None = None
+    num_trace_tokens_global: int = 0
+    num_trace_sequences_global: int = 0
 
     @property
     def num_sequences(self) -> int:
         """Sequences in the micro-batch, those without trainable tokens included."""
         return len(self.origins)
+
+    def of_rollouts(self) -> Tokens:
+        """Those that are not a trace's, in a step of their own."""
+        if self.from_trace is None:
+            return replace(self, num_tokens_global=self.num_rollout_tokens_global)
+        return self._where(
+            ~self.from_trace, self.num_rollout_tokens_global, self.num_sequences_global
+        )
+
+    def of_traces(self) -> Tokens:
+        """Those that are a trace's, in a step of their own."""
+        chosen = self.from_trace
+        if chosen is None:
+            chosen = torch.zeros_like(self.sequence_ids, dtype=torch.bool)
+        return self._where(chosen, self.num_trace_tokens_global, self.num_trace_sequences_global)
+
+    @property
+    def num_rollout_tokens_global(self) -> int:
+        """Trainable tokens of the whole step that are not a trace's."""
+        return self.num_tokens_global - self.num_trace_tokens_global
+
+    def _where(self, chosen: Tensor, num_tokens: int, num_sequences: int) -> Tokens:
+        arrays: dict[str, Any] = {
+            field.name: value[chosen]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(
+            self, num_tokens_global=num_tokens, num_sequences_global=num_sequences, **arrays
+        )
 
     def sums_by_sequence(self, values: Tensor) -> Tensor:
         """Sum of `values` [n] over each sequence's tokens, [sequences]."""

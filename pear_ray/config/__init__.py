@@ -1,11 +1,20 @@
 """What a job may say, how it is read, and how its mistakes are told."""
 
+from pear_ray.config.arms import (
+    LAST_STAGES,
+    TRAINING_STAGES,
+    Arm,
+    Study,
+    is_after_rl,
+    last_stage_with,
+    start_of,
+)
+from pear_ray.config.cooperation import Cooperate
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
 from pear_ray.config.job_file import read_job
 from pear_ray.config.mistakes import BadInput, describe
 from pear_ray.config.secrets import refuse_secrets
 from pear_ray.config.sections import (
-    Arm,
     Evaluation,
     Generator,
     Job,
@@ -16,19 +25,20 @@ from pear_ray.config.sections import (
     Ranking,
     Rl,
     Run,
-    Study,
     TaskSpec,
     Tracking,
     Verifier,
     Weights,
-    start_of,
 )
 from pear_ray.config.training import Learner, Lora, Optimiser, Sft
 
 __all__ = [
+    "LAST_STAGES",
+    "TRAINING_STAGES",
     "Arm",
     "BadInput",
     "Columns",
+    "Cooperate",
     "Corpus",
     "CorpusSample",
     "Evaluation",
@@ -51,6 +61,8 @@ __all__ = [
     "Verifier",
     "Weights",
     "describe",
+    "is_after_rl",
+    "last_stage_with",
     "read_job",
     "refuse_secrets",
     "start_of",

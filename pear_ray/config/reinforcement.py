@@ -116,7 +116,7 @@ class Generator(Section):
     """vLLM engines, for sampling, scoring and evaluation alike."""
 
     replicas: int = Field(1, gt=0)
-    """Engines at most: `score` and `rl` start more of them as work waits."""
+    """Engines at most: `score`, `rl` and `cooperate` start more of them as work waits."""
     min_replicas: int | None = Field(None, gt=0)
     """Engines that they start with and keep. Without it `replicas`."""
     tensor_parallel: int = Field(1, gt=0)

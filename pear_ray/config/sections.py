@@ -6,12 +6,13 @@ relative to the folder in which the command is given.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pear_ray.config.arms import Arm, Study, last_stage_with
+from pear_ray.config.cooperation import Cooperate
 from pear_ray.config.corpus import Corpus
 from pear_ray.config.mistakes import describe
 from pear_ray.config.reinforcement import Generator, Rl, Weights
@@ -121,27 +122,6 @@ class Ranking(Section):
         return self
 
 
-class Study(Section):
-    seeds: tuple[int, ...] = ()
-    """Each arm goes through `sft` and `rl` once with each of these seeds; all else is shared. A
-    study may grow: the same run folder takes more seeds, and more of the arms."""
-    arms: tuple[str, ...] = ()
-    """Arms that take part; none named: all."""
-    at_once: int = Field(1, gt=0)
-    """Runs of an arm with a seed that work side by side, where the cluster has room for them."""
-    against: str | None = None
-    """The arm with which the others are compared; without it the first."""
-    hypothesis: str = ""
-    """What is expected, in words. It is written down before anything runs, and the report shows
-    it."""
-
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> Study:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: read {list(self.seeds)}; expected each one once")
-        return self
-
-
 class Tracking(Section):
     logs: Literal["text", "json"] = "text"
     """Log lines for people, or JSON objects that name run, stage and step."""
@@ -156,7 +136,7 @@ class Placement(Section):
     A value may also be "!value", "in(one, other)" or "!in(one, other)"."""
 
     learners: dict[str, str] = Field({})
-    """Labels of the nodes for ranks of `sft` and `rl`; none: any node."""
+    """Labels of the nodes for ranks of every stage that trains; none: any node."""
     generators: dict[str, str] = Field({})
     """Labels of the nodes for engines; none: any node."""
     gpu_gib: float | None = Field(None, gt=0)
@@ -188,22 +168,6 @@ class Verifier(Section):
     judges: without need it stays off."""
 
 
-class Arm(Section):
-    """One way through `sft` and `rl`; arms share everything else."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """Folder and label of the arm."""
-    sft: dict[str, Any] | Literal[False] = Field({})
-    """Keys of [sft] which this arm sets differently; false: RL starts from the model itself."""
-    rl: dict[str, Any] = Field({})
-    """Keys of [rl] which this arm sets differently."""
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """What the arm goes through."""
-        return ("rl",) if self.sft is False else ("sft", "rl")
-
-
 class Job(Section):
     run: Run
     """Where the run lives, and its seed."""
@@ -219,6 +183,8 @@ class Job(Section):
     """Stage `sft`."""
     rl: Rl = Rl()
     """Stage `rl`."""
+    cooperate: Cooperate | None = None
+    """Stage `cooperate`; with it a job without arms goes through `cooperate` instead of `rl`."""
     generator: Generator
     """The vLLM engines."""
     learner: Learner = Learner()
@@ -283,12 +249,30 @@ class Job(Section):
                 f"study.against: read {self.study.against!r}; expected an arm: {named}"
             )
         for arm in self.arms:
-            for key, section, changed in (("sft", self.sft, arm.sft), ("rl", self.rl, arm.rl)):
+            changes: dict[str, tuple[Section, dict[str, Any]]] = {
+                "sft": (self.sft, arm.sft or {}),
+                "rl": (self.rl, arm.rl),
+            }
+            if arm.cooperate is not None:
+                changes["cooperate"] = self.cooperate or Cooperate(), arm.cooperate
+            for key, (section, changed) in changes.items():
                 try:
-                    type(section)(**{**section.model_dump(), **(changed or {})})
+                    type(section)(**{**section.model_dump(), **changed})
                 except ValidationError as error:
                     where = f"arms.{arm.name}.{key}"
                     raise ValueError(describe(where, error, type(section))) from error
+        return self
+
+    @model_validator(mode="after")
+    def _both_signals_fit(self) -> Job:
+        if self.cooperate is not None:
+            self.cooperate.refuse_misfits(self.sft, self.rl, self.learner)
+        for arm in self.arms:
+            if arm.cooperate is not None:
+                try:
+                    self.of_arm(arm)
+                except ValidationError as error:
+                    raise ValueError(describe(f"arms.{arm.name}", error, Job)) from error
         return self
 
     @model_validator(mode="after")
@@ -326,6 +310,11 @@ class Job(Section):
         """The arms that `study` compares."""
         return tuple(arm for arm in self.arms if arm.name in (self.study.arms or (arm.name,)))
 
+    def last_stage_of(self, home: str) -> str:
+        """The stage that training ends with in one of the `homes`."""
+        of_arms = {arm.name: arm.last_stage for arm in self.arms}
+        return of_arms.get(home.partition("@")[0], last_stage_with(self.cooperate))
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -344,8 +333,9 @@ class Job(Section):
         return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
 
     def homes(self, folder: Path) -> dict[str, Path]:
-        """Below the run folder, where `sft` and `rl` leave what they make, by the name that begins
-        the labels of their checkpoints: the run itself "", arms "pear", and in a study "pear@3"."""
+        """Below the run folder, where stages that train leave what they make, by the name that
+        begins the labels of their checkpoints: the run itself "", arms "pear", and in a study
+        "pear@3"."""
         arms = {arm.name: folder / "arms" / arm.name for arm in self.arms}
         seeds = {
             f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
@@ -367,14 +357,7 @@ class Job(Section):
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
         document["sft"] |= arm.sft or {}
         document["rl"] |= arm.rl
+        own = self.cooperate or Cooperate()
+        document["cooperate"] = None if arm.cooperate is None else own.model_dump() | arm.cooperate
         document["arms"], document["study"] = (), {}
         return Job(**document)
-
-
-def start_of(label: str, evaluated: Collection[str]) -> str | None:
-    """What the training that ended in a checkpoint began with: SFT with the base, RL with its arm's
-    SFT or, where the arm has none, with the base. None for a checkpoint of no training."""
-    stage = label.rpartition("/")[-1]
-    own = label.removesuffix("rl") + "sft"
-    starts = {"sft": "base", "rl": own if own in evaluated else "base"}
-    return starts.get(stage)

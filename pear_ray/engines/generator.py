@@ -20,6 +20,7 @@ from pear_ray.config import Generator as Settings
 from pear_ray.engines import keep_freed_memory
 from pear_ray.engines.statistics import EngineStatistics
 from pear_ray.engines.tensors import open_tensors
+from pear_ray.engines.tokenizer import answer_text
 from pear_ray.records import Completion
 
 WEIGHT_TRANSFER = "ray_object_store"
@@ -28,13 +29,15 @@ WEIGHT_TRANSFER = "ray_object_store"
 @dataclass(frozen=True)
 class Request:
     """One prompt to answer `num_samples` times, under weights of `min_version` or newer. The seed
-    decides the answers, whichever engine serves the request and whatever else it serves."""
+    decides the answers, whichever engine serves the request and whatever else it serves: answer i
+    is that of `seed` + i alone. `max_new_tokens` may be less than the engine's."""
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     seed: int
     temperature: float = 1.0
     min_version: int = 0
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,26 @@ class Trace:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     min_version: int = 0
+
+
+def settle_process(path: str, settings: Settings, on_cpu: bool) -> None:
+    """Variables and threads of a process that is going to be an engine."""
+    # Both are read when vLLM is imported or the engine starts; in one process the engine
+    # starts ten times faster.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if num_positions(path) == settings.max_model_len:
+        # One place more than the model has: that of a token which is never read.
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    if on_cpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        torch.set_num_threads(settings.threads)
+        if settings.tensor_parallel > 1:
+            # Bound to cores, each process of an engine would need a memory node of its own.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        keep_freed_memory()
 
 
 class Generator:
@@ -61,22 +84,7 @@ class Generator:
         only_scores: bool = False,
     ) -> None:
         on_cpu = settings.num_gpus == 0
-        # Both are read when vLLM is imported or the engine starts; in one process the engine
-        # starts ten times faster.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if num_positions(path) == settings.max_model_len:
-            # One place more than the model has: that of a token which is never read.
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        if on_cpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
-            # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
-            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-            torch.set_num_threads(settings.threads)
-            if settings.tensor_parallel > 1:
-                # Bound to cores, each process of an engine would need a memory node of its own.
-                os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-                os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-            keep_freed_memory()
+        settle_process(path, settings, on_cpu)
         logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         # A million objects come to stay: looking for garbage among them is a fifth of the import.
         gc.disable()
@@ -215,11 +223,14 @@ class Generator:
         from vllm.sampling_params import RequestOutputKind
 
         room = self._settings.max_model_len - len(request.prompt_ids)
+        limit = self._settings.max_new_tokens
+        if request.max_new_tokens is not None:
+            limit = min(limit, request.max_new_tokens)
         return SamplingParams(
             n=request.num_samples,
             temperature=request.temperature,
             seed=request.seed,
-            max_tokens=min(self._settings.max_new_tokens, room),
+            max_tokens=min(limit, room),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -231,11 +242,10 @@ class Generator:
         logprobs = tuple(answer.logprobs.logprobs)
         if len(logprobs) != len(token_ids):
             raise RuntimeError(f"{len(logprobs)} log-probs for {len(token_ids)} sampled tokens")
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return Completion(
             token_ids=token_ids,
             logprobs=logprobs,
-            text=text.strip(),
+            text=answer_text(self._tokenizer, token_ids),
             finish_reason=str(answer.finish_reason),
             version_spans=tuple(
                 (int(span.version), span.end - span.start) for span in answer.weight_versions

@@ -23,7 +23,7 @@ from pear_ray.config import Optimiser
 from pear_ray.engines import zero
 from pear_ray.engines.export import write_folder
 from pear_ray.engines.lora import add_adapters, merged_parameters
-from pear_ray.engines.model import load_policy, policy_inputs
+from pear_ray.engines.model import PackedPolicy, load_policy, policy_inputs
 from pear_ray.engines.ulysses import SequenceGroup
 from pear_ray.records import TrainingBatch, TrainingSequence
 
@@ -58,14 +58,13 @@ class Learner:
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
         policy = load_policy(path, dtype, settings.logits_mib)
-        if settings.lora is not None:
-            add_adapters(policy.language_model, settings.lora)
+        trained = self._trained(policy, optimiser)
         if settings.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=[p for p in policy.parameters() if p.requires_grad],
+            model_parameters=trained,
             config=config,
             lr_scheduler=lambda adam: get_scheduler(
                 optimiser.schedule,
@@ -78,6 +77,12 @@ class Learner:
         size = settings.sequence_parallel
         self._group = SequenceGroup.of(size, settings.deadline_seconds) if size > 1 else None
         self._crossover_tokens = crossover_tokens(policy.language_model)
+
+    def _trained(self, policy: PackedPolicy, optimiser: Optimiser) -> list[Any]:
+        """What the optimiser is given, parameters or groups of them, after adapters were put in."""
+        if self._settings.lora is not None:
+            add_adapters(policy.language_model, self._settings.lora)
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     def share(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
         """This rank's micro-batches of the sequences of one step, which all ranks are given alike.
@@ -92,7 +97,16 @@ class Learner:
         return packed[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
-        """One optimiser step on this rank's micro-batches of the global batch.
+        """One optimiser step on this rank's micro-batches of the global batch."""
+        facts = self.backward(batches, objective)
+        num_tokens = batches[0].num_trainable_tokens_global
+        return self.update(facts, num_tokens, objective.factor(facts, num_tokens))
+
+    def backward(
+        self, batches: Sequence[TrainingBatch], objective: Objective
+    ) -> dict[str, np.ndarray]:
+        """Gradients of one optimiser step, for `update`. Returns the objective's facts and `loss`,
+        summed over micro-batches and ranks.
 
         Sums of the losses are divided by the GLOBAL number of trainable tokens, and multiplied by
         the number of ranks because DeepSpeed averages gradients over ranks: so the step does not
@@ -100,27 +114,31 @@ class Learner:
         """
         # What is dropped depends on the step alone, also in a run that was taken up again.
         torch.manual_seed(seed_of(self._seed, self._engine.global_steps, dist.get_rank()))
-        num_tokens = batches[0].num_trainable_tokens_global
-        learning_rate = self._engine.get_lr()[0]
-        scale = dist.get_world_size() / num_tokens
+        scale = dist.get_world_size() / batches[0].num_trainable_tokens_global
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             sums = objective(self._forward(batch, objective.top_k))
             self._engine.backward(sums.loss * scale)
             add(totals, sums.facts | {"loss": sums.loss.detach()})
-        facts = self._over_ranks(totals)
-        factor = objective.factor(facts, num_tokens)
+        return self._over_ranks(totals)
+
+    def update(
+        self, facts: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0
+    ) -> StepResult:
+        """The optimiser's step with the gradients of `backward`, which said these facts of so many
+        tokens, times `factor`."""
+        learning_rate = self._engine.get_lr()[0]
         if factor != 1.0:
             zero.scale_gradients(self._engine, factor)
         plain_norm = zero.norm_of_plain_grads(self._engine.module, self._settings, self._dtype)
         self._engine.step()
         return StepResult(
-            loss=float(facts.pop("loss")) * factor / num_tokens,
+            loss=float(facts["loss"]) * factor / num_tokens,
             grad_norm=zero.grad_norm(self._engine, plain_norm),
             learning_rate=learning_rate,
             num_tokens=num_tokens,
-            facts=facts,
+            facts={name: fact for name, fact in facts.items() if name != "loss"},
         )
 
     @torch.no_grad()
@@ -195,6 +213,9 @@ class Learner:
             teacher_logprobs=None if theirs_T is None else chosen(theirs_T),
             logprobs_of_teacher=None if theirs_T is None else logprobs[:, 1:],
             reference_logprobs=None if reference_T is None else chosen(reference_T),
+            from_trace=None if batch.from_trace_T is None else chosen(batch.from_trace_T),
+            num_trace_tokens_global=batch.num_trace_tokens_global,
+            num_trace_sequences_global=batch.num_trace_sequences_global,
         )
 
     def _read(self, inputs: dict[str, Any], top_k: int) -> tuple[Tensor, ...]:

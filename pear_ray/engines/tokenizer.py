@@ -71,6 +71,11 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def answer_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """An answer as its judge reads it."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Token ids up to the first answer, and from there on; `trainable` marks the answers' tokens

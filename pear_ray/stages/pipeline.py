@@ -1,5 +1,5 @@
-"""Everything in order: models, corpus, scores, then `sft` and `rl` for each arm, evaluation of all
-checkpoints together, and the report."""
+"""Everything in order: models, corpus, scores, then `sft` and `rl` or `cooperate` for each arm,
+evaluation of all checkpoints together, and the report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     """Perform every stage that is not done yet."""
     prepare(job, run)
     if not job.arms:
-        run.perform("sft", stage("sft"))
-        run.perform("rl", stage("rl"))
+        for name in ("sft", job.last_stage_of("")):
+            run.perform(name, stage(name))
     for arm in job.arms:
         with open_run(job.of_arm(arm)) as own:
             for name in arm.stages:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pear_ray.algorithms.memory import GIB, Shape, Training, of_engine, of_rank, of_store
-from pear_ray.config import BadInput, Job
+from pear_ray.algorithms.memory import (
+    GIB,
+    HELD,
+    Shape,
+    Training,
+    at_rest,
+    of_engine,
+    of_rank,
+    of_store,
+)
+from pear_ray.config import BadInput, Cooperate, Job, Lora
 from pear_ray.engines.shape import shape_of
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -91,31 +100,68 @@ def roles_of(job: Job, shapes: Mapping[str, Shape]) -> Iterator[Role]:
         for source in job.behaviour:
             yield engine(job, stage, source, shapes[f"behaviour.{source}.path"])
     yield rank(job, "sft", student)
-    yield rank(job, "rl", student)
-    yield engine(job, "rl", "student", student)
+    settings = [job.of_arm(arm).cooperate for arm in job.arms] or [job.cooperate]
+    if None in settings:
+        yield rank(job, "rl", student)
+        yield engine(job, "rl", "student", student)
+    if both := [cooperating_rank(job, one, student) for one in settings if one is not None]:
+        yield max(both, key=lambda role: role.device_bytes)
+        yield engine(job, "cooperate", "student", student)
     yield engine(job, "evaluate", "student", student)
 
 
 def rank(job: Job, stage: str, shape: Shape) -> Role:
     """A learner's rank."""
+    items = of_rank(shape, ELEMENT_BYTES[job.model.dtype], training_of(job, shape))
+    return Role(stage, "ranks", job.learner.num_workers, items)
+
+
+def cooperating_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
+    """A rank of `cooperate`: as of `rl`, with what its method keeps beside that."""
+    if cooperate.method == "bridge":
+        return bridge_rank(job, cooperate, shape)
+    role, how = rank(job, "cooperate", shape), training_of(job, shape)
+    if not cooperate.frozen_share or how.offloads_optimizer:
+        return role
+    return replace(role, items={**role.items, "held": HELD * how.num_trainable / how.num_ranks})
+
+
+def bridge_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
+    """BRIDGE trains adapters beside the weights, and keeps a shadow of both."""
+    width, num_elements = ELEMENT_BYTES[job.model.dtype], adapter_elements(shape, cooperate.lora)
+    joint = replace(shape, num_parameters=shape.num_parameters + num_elements)
+    how = replace(training_of(job, shape), num_trainable=joint.num_parameters)
+    items = of_rank(joint, width, how)
+    if cooperate.meta_objective:
+        of_shadow = replace(
+            how,
+            offloads_optimizer=cooperate.shadow_offload != "none",
+            offloads_parameters=cooperate.shadow_offload == "parameters",
+        )
+        items["shadow"] = at_rest(of_rank(joint, width, of_shadow))
+    return Role("cooperate", "ranks", how.num_ranks, items)
+
+
+def adapter_elements(shape: Shape, lora: Lora) -> int:
+    """Two thin matrices beside each adapted one; at most as if all were of the widest kind."""
+    widest = shape.hidden + max(shape.intermediate, shape.queries)
+    return shape.num_layers * len(lora.targets) * lora.rank * widest
+
+
+def training_of(job: Job, shape: Shape) -> Training:
+    """How ranks are set up."""
     settings = job.learner
-    trained = shape.num_parameters
-    if settings.lora is not None:
-        # Two thin matrices beside each adapted one; at most as if all were of the widest kind.
-        widest = shape.hidden + max(shape.intermediate, shape.queries)
-        trained = shape.num_layers * len(settings.lora.targets) * settings.lora.rank * widest
-    how = Training(
+    adapters = None if settings.lora is None else adapter_elements(shape, settings.lora)
+    return Training(
         num_ranks=settings.num_workers,
         zero_stage=settings.zero_stage,
-        num_trainable=trained,
+        num_trainable=shape.num_parameters if adapters is None else adapters,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         checkpoints_activations=settings.activation_checkpointing,
         logits_bytes=settings.logits_mib * 2**20,
         offloads_optimizer=settings.offload != "none",
         offloads_parameters=settings.offload == "parameters",
     )
-    items = of_rank(shape, ELEMENT_BYTES[job.model.dtype], how)
-    return Role(stage, "ranks", settings.num_workers, items)
 
 
 def engine(job: Job, stage: str, name: str, shape: Shape) -> Role:
@@ -155,8 +201,9 @@ def in_words(role: Role) -> str:
 def remedy(role: Role) -> str:
     """What would make it smaller."""
     if role.name == "ranks":
+        of_shadow = ", cooperate.shadow_offload" if "shadow" in role.items else ""
         return (
-            "more learner.num_workers, a smaller learner.tokens_per_micro_batch,"
-            " learner.activation_checkpointing or learner.offload"
+            "more learner.num_workers, a smaller learner.tokens_per_micro_batch"
+            f"{of_shadow}, learner.activation_checkpointing or learner.offload"
         )
     return "a larger generator.tensor_parallel or a smaller generator.max_concurrent"

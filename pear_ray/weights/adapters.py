@@ -16,6 +16,8 @@ from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 SCALING = "lora_scaling"
+# peft's name for the layer that an adapter is put into.
+BASE = ".base_layer"
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
@@ -24,10 +26,40 @@ def adapter_partitions(
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Of a rank's partitions those of adapters, and behind them `scaling` (alpha / rank), which
     every rank sends: what a `Publisher` publishes for an `AdapterReplica`."""
-    for name, shape, flat in partitions:
-        if name.endswith((A, B)):
-            yield name, shape, flat
+    adapters = (part for part in partitions if part[0].endswith((A, B)))
+    yield from with_scaling(adapters, scaling)
+
+
+def with_scaling(
+    partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
+) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """A rank's partitions and behind them `scaling`: what a `Publisher` publishes of weights and
+    adapters for a `JoinedReplica`."""
+    yield from partitions
     yield SCALING, (), torch.tensor([scaling], dtype=torch.float64)
+
+
+class JoinedReplica(Replica):
+    """Like `Replica`, of versions that hold weights and the adapters beside them."""
+
+    def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
+        """The parameters of a version by their names in the Hugging Face folder, adapters merged.
+
+        Raises:
+            TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
+        """
+        found = dict(super().fetch(version, deadline_seconds))
+        scaling = float(found.pop(SCALING))
+        merged = {}
+        for name, tensor in found.items():
+            layer = name.removesuffix(BASE + ".weight")
+            if layer != name:
+                merged[layer + ".weight"] = merge(
+                    tensor, found[layer + A], found[layer + B], scaling
+                )
+            elif not name.endswith((A, B)):
+                merged[name.replace(BASE + ".", ".")] = tensor
+        return merged
 
 
 class AdapterReplica:

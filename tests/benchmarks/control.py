@@ -3,7 +3,7 @@ only pretend. One command.
 
     python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 30]
 
-The loop is the stage's own (`stages.rl.rollouts.answer`) with its own fleet, verifiers, queue and
+The loop is the stage's own (`loop.rollouts.answer`) with its own fleet, verifiers, queue and
 board. Engines are pretended, many in one process: each answers a group after a fixed time, whatever
 else it works on. Learners are pretended too: they take a step whenever one is due, and announce a
 version without weights. Printed: groups per second, CPU seconds per second of the loop's process,
@@ -37,9 +37,10 @@ from pear_ray.actors.verifiers import Verifiers
 from pear_ray.config import Job, Pretrain
 from pear_ray.engines.generator import Request
 from pear_ray.engines.model import write_new_model
+from pear_ray.loop.rollouts import answer
+from pear_ray.loop.stage import Stage
 from pear_ray.manifest import Run
 from pear_ray.records import Completion
-from pear_ray.stages.rl.rollouts import answer
 from pear_ray.tasks import make_tasks
 from pear_ray.weights.manifest import Share
 
@@ -213,7 +214,7 @@ def running(
         fleet.settle()
         rest = (fleet, NoReference(), verifiers, board, queue, ended)
         loop = threading.Thread(
-            target=answer, args=(job, Run(job), job.model.path, *rest), daemon=True
+            target=answer, args=(Stage(job, Run(job), "rl", job.model.path), *rest), daemon=True
         )
         loop.start()
         yield board, queue, loop

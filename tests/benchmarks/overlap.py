@@ -3,7 +3,7 @@ the other's cores. One command.
 
     python tests/benchmarks/overlap.py [--seconds 2] [--steps 12]
 
-The loop is the stage's own (`stages.rl.rollouts.answer`) with its own fleet, verifiers, queue and
+The loop is the stage's own (`loop.rollouts.answer`) with its own fleet, verifiers, queue and
 board; engines answer a step's problems after `--seconds` and learners learn from them in as many,
 both by sleeping. Printed for `rl.max_staleness` 0 and 1: seconds per step, medians, and the share
 of them in which learners wait.

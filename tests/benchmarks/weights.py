@@ -44,7 +44,7 @@ from pear_ray.actors.engines import EngineServers
 from pear_ray.actors.fleet import Fleet
 from pear_ray.config import Generator, Pretrain
 from pear_ray.engines.model import write_new_model
-from pear_ray.stages.rl.rollouts import Watch
+from pear_ray.loop.rollouts import Watch
 from pear_ray.weights.publish import Publisher
 
 NUM_RANKS = NUM_ENGINES = 2

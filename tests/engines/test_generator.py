@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,17 @@ def test_seeds_decide_the_answers_whatever_else_is_served(engine):
     other = [Request(r.prompt_ids, r.num_samples, r.seed + 17) for r in requests]
     assert [[a.token_ids for a in g] for g in engine.ask(other)] != tokens
     assert all(len(set(group)) > 1 for group in tokens)
+    # Answers may be asked for one by one.
+    single = [replace(r, num_samples=1, seed=r.seed + n) for r in requests[:6] for n in range(4)]
+    answers = [answer.token_ids for (answer,) in engine.ask(single)]
+    assert answers == [ids for group in tokens[:6] for ids in group]
+
+
+def test_a_request_may_want_shorter_answers(engine):
+    requests = [replace(request, max_new_tokens=3) for request in requests_of(24)]
+    answers = [answer for group in engine.ask(requests) for answer in group]
+    assert all(len(answer.token_ids) <= 3 for answer in answers)
+    assert {len(a.token_ids) for a in answers if a.finish_reason == "length"} == {3}
 
 
 def test_a_row_that_does_not_fit_is_an_error(engine):

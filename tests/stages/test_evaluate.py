@@ -19,6 +19,7 @@ from pear_ray.algorithms.statistics import pass_at_k
 from pear_ray.config import BadInput, Job, start_of
 from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.records import ATTEMPT_SCHEMA
+from pear_ray.stages.evaluate import checkpoints_of
 from pear_ray.stages.evaluate.attempts import Store, attempt, requests
 from pear_ray.stages.evaluate.likelihood import kl_from
 from pear_ray.stages.evaluate.scorecard import card, pairs_of, scorecard
@@ -167,6 +168,27 @@ def test_checkpoints_are_compared_with_what_their_training_began_with() -> None:
         ("a@0/sft", "a@0/rl"), ("a@1/sft", "a@1/rl"), ("base", "none@0/rl"), ("base", "none@1/rl"),
         ("a@0/rl", "none@0/rl"), ("a@1/rl", "none@1/rl"),
     }  # fmt: skip
+
+
+def test_arms_that_end_in_other_stages_are_compared_after_them() -> None:
+    labels = ["base", "a@0/sft", "a@0/rl", "b@0/sft", "b@0/cooperate", "c@1/cooperate"]
+    assert set(pairs_of(labels)) == {
+        ("a@0/sft", "a@0/rl"), ("b@0/sft", "b@0/cooperate"), ("base", "c@1/cooperate"),
+        ("a@0/sft", "b@0/sft"), ("a@0/rl", "b@0/cooperate"),
+    }  # fmt: skip
+
+
+def test_every_export_of_the_run_and_its_arms_is_evaluated(tmp_path: Path) -> None:
+    document = job_of().model_dump() | {
+        "run": {"dir": str(tmp_path)},
+        "arms": [{"name": "a"}, {"name": "b", "cooperate": {}}],
+    }
+    exports = ["arms/a/sft", "arms/a/rl", "arms/b/sft", "arms/b/cooperate", "cooperate"]
+    for name in exports:
+        (tmp_path / name / "export").mkdir(parents=True)
+    found = checkpoints_of(Job(**document), tmp_path)
+    assert list(found) == ["base", "cooperate", "a/sft", "a/rl", "b/sft", "b/cooperate"]
+    assert found["b/cooperate"] == str(tmp_path / "arms/b/cooperate/export")
 
 
 def table_of(counts: list[int], num_tokens: int = 5, logprob: float = -0.5) -> pa.Table:

@@ -263,6 +263,20 @@ def test_arms_without_sft_tell_what_becomes_of_the_base(tmp_path: Path) -> None:
     assert rows["a@0/sft"]["after_rl"] == pytest.approx(counts["a@0/rl"].mean() / SAMPLES)
 
 
+def test_arms_that_cooperate_tell_what_became_of_theirs(tmp_path: Path) -> None:
+    counts = {
+        "base": counts_of(mixed(0.5, 0.4), 0),
+        "a/sft": counts_of(mixed(0.6, 0.4), 1),
+        "a/cooperate": counts_of(mixed(0.6, 0.8), 2),
+        "none/cooperate": counts_of(mixed(0.6, 0.7), 3),
+    }
+    write(tmp_path, counts)
+    rows = by_label(ranking_of(job_of(tmp_path)))
+    assert rows.keys() == {"base", "a/sft"}
+    for start, end in (("a/sft", "a/cooperate"), ("base", "none/cooperate")):
+        assert rows[start]["after_rl"] == pytest.approx(counts[end].mean() / SAMPLES)
+
+
 def write_weights(folder: Path, **tensors: torch.Tensor) -> None:
     folder.mkdir(parents=True)
     for number, (name, tensor) in enumerate(tensors.items()):
@@ -278,14 +292,20 @@ def test_moves_are_told_for_each_arm(narrow_and_wide: Path) -> None:
         write_weights(folder / f"arms/{arm}/sft/export", matrix=3 * ones, norm=torch.ones(6))
     write_weights(folder / "arms/whole/rl/export", matrix=2.5 * ones, norm=torch.ones(6))
     write_weights(folder / "arms/none/rl/export", matrix=2.5 * ones, norm=torch.ones(6))
+    for stage in ("sft", "cooperate"):
+        twice = 3 * ones if stage == "sft" else 3.5 * ones
+        write_weights(folder / f"arms/both/{stage}/export", matrix=twice, norm=torch.ones(6))
     job = job_of(folder).model_copy(
         update={
             "model": Model(path=str(folder / "base"), dtype="float32"),
-            "arms": (Arm(name="whole"), Arm(name="half"), Arm(name="none"), Arm(name="other")),
+            "arms": (
+                *(Arm(name=name) for name in ("whole", "half", "none", "other")),
+                Arm(name="both", cooperate={}),
+            ),
         }
     )
     found = moves(job)
-    assert found.keys() == {"whole", "half", "none"}
+    assert found.keys() == {"whole", "half", "none", "both"}
     whole, half, none = found["whole"], found["half"], found["none"]
     assert whole["sft_move"] == pytest.approx((24 / (4 * 24 + 6)) ** 0.5)
     assert whole["rl_move"] == pytest.approx((6 / (9 * 24 + 6)) ** 0.5)
@@ -296,6 +316,8 @@ def test_moves_are_told_for_each_arm(narrow_and_wide: Path) -> None:
     assert half["sft_move"] == whole["sft_move"]
     assert none["sft_move"] == 0 and none["cosine"] is none["sft_stable_rank_median"] is None
     assert none["rl_move"] == pytest.approx((6 / (4 * 24 + 6)) ** 0.5)
+    assert found["both"]["rl_move"] == whole["rl_move"]
+    assert found["both"]["cosine"] == pytest.approx(1)
     assert half["rl_move"] is half["cosine"] is half["rl_stable_rank_median"] is None
 
 

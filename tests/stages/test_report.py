@@ -382,6 +382,50 @@ def test_a_change_that_was_paired_shows_its_interval(tmp_path: Path) -> None:
     assert "pear/sft - pear/rl" not in markdown
 
 
+@pytest.fixture
+def cooperating(tmp_path: Path) -> Job:
+    """A whole run whose arm `pear` ends with `cooperate`."""
+    document = whole_run(tmp_path).model_dump()
+    document["arms"][1]["cooperate"] = {"refresh_steps": 4}
+    job = Job(**document | {"cooperate": {"method": "bridge"}})
+    (tmp_path / "config.json").write_text(job.model_dump_json())
+    rows = [
+        row | {"stage": "cooperate", "trace_nll": 1.2 - 0.01 * row["step"], "cooperative_gain": 0.1}
+        for row in rl_rows()
+    ]
+    write_lines(tmp_path / "arms" / "pear" / "metrics.jsonl", sft_rows(True) + rows)
+    card = tmp_path / "evaluate" / "scorecard.json"
+    card.write_text(card.read_text().replace("pear/rl", "pear/cooperate"))
+    return job
+
+
+def test_an_arm_that_cooperates_stands_beside_one_that_does_not(cooperating: Job) -> None:
+    page, markdown, rows = made(cooperating)
+    measured = read(cooperating.folder)
+    assert [arm.last_stage for arm in measured.arms] == ["rl", "cooperate"]
+    assert report.verdict(measured).startswith(
+        "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is +0.022"
+    )
+    assert "sft.level = token, cooperate.method = bridge, cooperate.refresh_steps = 4" in page
+    arms, differences, training = tables_of(markdown)
+    assert [row[0] for row in arms[2:]] == ["base", *ARMS] * 2
+    assert arms[4][2:] == ["0.240 [0.210, 0.270]", "0.383 [0.353, 0.413]", "+0.143"]
+    assert differences[2][0] == "pear/cooperate - sft/rl"
+    assert [row[3] for row in training[2:]] == ["32", "32"]
+    assert [row["checkpoint"] for row in rows][-1] == "pear/cooperate"
+    assert (rows[-1]["stage"], rows[-1]["steps"]) == ("cooperate", "32")
+    assert "Not in this run" not in page
+    (gain, traces) = (
+        re.search(rf'aria-label="{title}, [^"]*"', page)
+        for title in ("RL: gain over the shadow", "RL: negative log-likelihood of traces")
+    )
+    assert gain and traces and "sft" not in gain[0] + traces[0]
+    pass_rate = re.search(r'aria-label="RL: pass rate, [^"]*"', page)
+    after = re.search(r'aria-label="pass@k after RL, [^"]*"', page)
+    assert pass_rate and "sft" in pass_rate[0] and "pear" in pass_rate[0]
+    assert after and "sft/rl" in after[0] and "pear/cooperate" in after[0]
+
+
 def test_a_run_without_arms_is_its_own_arm(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", sft_rows(True) + rl_rows())
     card = scorecard(("x",))
@@ -429,7 +473,10 @@ def test_answers_stand_beside_each_other_where_verdicts_differ(whole: Any) -> No
 
 def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    with open_run(job) as run, pytest.raises(BadInput, match=r"expected rows of score, sft or rl"):
+    with (
+        open_run(job) as run,
+        pytest.raises(BadInput, match=r"expected rows of score, sft, rl or cooperate"),
+    ):
         report.run(job, run)
     assert not (tmp_path / "report").exists()
 

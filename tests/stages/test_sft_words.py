@@ -28,9 +28,9 @@ from pear_ray.algorithms.weighting import (
     Shuffled,
 )
 from pear_ray.config import Job
+from pear_ray.loop.supervised import objective_of
 from pear_ray.stages.sft.heldout import HeldOut
 from pear_ray.stages.sft.numbers import advice_on, speak
-from pear_ray.stages.sft.objective import objective_of
 
 SEED = 7
 GROUPS = [

@@ -23,6 +23,9 @@ SCORES = {
     # Without SFT: before RL it is the base, whose pass@1 is BASE.
     "none": (None, [0.28, 0.30, 0.32]),
 }
+# One that ends with `cooperate` takes part in some of the tests.
+BOTH = {"both": ([0.22, 0.24, 0.26], [0.47, 0.50, 0.56])}
+SETTINGS = {"none": {"sft": False}, "both": {"cooperate": {"method": "bridge"}}}
 BASE = 0.25
 SEEDS = (3, 5, 8)
 
@@ -37,10 +40,7 @@ def job_of(
             "tasks": [{"name": "countdown"}],
             "generator": {"max_new_tokens": 48, "max_model_len": 64},
             "evaluation": {"samples_per_problem": 4, "ks": [1]},
-            "arms": [
-                {"name": name} if SCORES.get(name, [0])[0] else {"name": name, "sft": False}
-                for name in arms
-            ],
+            "arms": [{"name": name, **SETTINGS.get(name, {})} for name in arms],
             "study": {"seeds": SEEDS, "hypothesis": "weighted ends higher", **(of_study or {})},
         }
     )
@@ -54,16 +54,17 @@ def write(job: Job, folder: Path) -> None:
         return {"path": label, "pass_at_k": {"1": score}, "parts": {}}
 
     cards = {"base": card("base", BASE)}
-    for name, by_stage in SCORES.items():
-        for stage, values in zip(("sft", "rl"), by_stage, strict=True):
+    for arm in job.arms:
+        by_stage = (SCORES | BOTH)[arm.name]
+        for stage, values in zip(("sft", arm.last_stage), by_stage, strict=True):
             for seed, value in zip(SEEDS, values or (), strict=bool(values)):
-                label = f"{name}@{seed}/{stage}"
+                label = f"{arm.name}@{seed}/{stage}"
                 cards[label] = card(label, value)
         for seed in SEEDS:
-            home = job.homes(folder)[f"{name}@{seed}"]
+            home = job.homes(folder)[f"{arm.name}@{seed}"]
             home.mkdir(parents=True)
             stages = {"sft": {"seconds": 10.0 + seed}} if by_stage[0] else {}
-            stages |= {"rl": {"seconds": 100.0}}
+            stages |= {arm.last_stage: {"seconds": 100.0}}
             (home / "manifest.json").write_text(json.dumps({"stages": stages}))
             rows = [
                 {"stage": "sft", "step": step, "time": 0.0, "nll": 2.0 - 0.1 * step + 0.01 * seed}
@@ -98,6 +99,27 @@ def test_an_arm_without_sft_starts_from_the_base(found: dict[str, Any]) -> None:
     assert none["before RL"]["pass@1"]["by_seed"] == [BASE] * 3
     assert none["after RL"]["pass@1"]["by_seed"] == SCORES["none"][1]
     assert none["seconds"] == {"sft": 0.0, "rl": 100.0}
+
+
+def test_an_arm_that_cooperates_is_compared_with_one_that_does_not(tmp_path: Path) -> None:
+    job = job_of(tmp_path, ("plain", "both"))
+    write(job, tmp_path)
+    found = comparison(job, tmp_path)
+    both = found["arms"]["both"]
+    assert both["before RL"]["pass@1"]["by_seed"] == BOTH["both"][0]
+    assert both["after RL"]["pass@1"]["by_seed"] == BOTH["both"][1]
+    assert both["seconds"] == {"sft": pytest.approx(10 + 16 / 3), "cooperate": 100.0}
+    (primary,) = found["primary"]
+    assert (primary["arm"], primary["against"]) == ("both", "plain")
+    assert primary["by_seed"] == pytest.approx([0.07, 0.08, 0.12])
+    assert study.plan_of(job)["arms"] == {
+        "plain": {"sft": {}, "rl": {}},
+        "both": {"sft": {}, "rl": {}, "cooperate": {"method": "bridge"}},
+    }
+    assert study.is_evaluated(job, tmp_path)
+    assert not study.is_evaluated(job_of(tmp_path, ("plain", "both", "none")), tmp_path)
+    page = reported(job, found)
+    assert "both - plain +0.090" in page and "cooperate.method = bridge" in page
 
 
 def test_arms_that_are_not_named_take_no_part(tmp_path: Path) -> None:
@@ -157,16 +179,21 @@ def test_the_spreadsheet_has_a_line_for_each_arm_and_time(found: dict[str, Any])
     assert float(rows[3]["seed 8"]) == 0.51
 
 
+def reported(job: Job, found: dict[str, Any]) -> str:
+    """The page of a study with this table."""
+    (job.folder / "config.json").write_text(job.model_dump_json())
+    (job.folder / "study").mkdir()
+    document = found | {"plan": study.plan_of(job)}
+    (job.folder / "study" / "study.json").write_text(json.dumps(document))
+    with open_run(job) as run:
+        run.perform("report", report.run)
+    return (job.folder / "report" / "index.html").read_text()
+
+
 def test_the_report_shows_the_study_first(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     write(job, tmp_path)
-    (tmp_path / "config.json").write_text(job.model_dump_json())
-    (tmp_path / "study").mkdir()
-    document = comparison(job, tmp_path) | {"plan": study.plan_of(job)}
-    (tmp_path / "study" / "study.json").write_text(json.dumps(document))
-    with open_run(job) as run:
-        run.perform("report", report.run)
-    page = (tmp_path / "report" / "index.html").read_text()
+    page = reported(job, comparison(job, tmp_path))
     headings = re.findall("<h2[^>]*>([^<]*)</h2>", page)
     assert headings[:2] == ["The study", "Arms"]
     assert "weighted ends higher" in page

@@ -20,7 +20,7 @@ from pear_ray.actors.cluster import connect
 from pear_ray.actors.engines import fleet_of
 from pear_ray.actors.parts import name_of
 from pear_ray.actors.verifiers import Verifiers
-from pear_ray.config import Job, start_of
+from pear_ray.config import TRAINING_STAGES, Job, start_of
 from pear_ray.engines.tokenizer import prompts_that_fit
 from pear_ray.manifest import Run, write_json
 from pear_ray.records import Problem
@@ -72,7 +72,7 @@ def checkpoints_of(job: Job, folder: Path) -> dict[str, str]:
     """Label and folder of every model to evaluate, in the order in which they came to be."""
     found = {"base": job.model_path()}
     for name, home in job.homes(folder).items():
-        for stage in ("sft", "rl"):
+        for stage in TRAINING_STAGES:
             export = home / stage / "export"
             if export.exists():
                 found[f"{name}/{stage}" if name else stage] = str(export)

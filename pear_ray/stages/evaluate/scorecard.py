@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, mean_with_interval
-from pear_ray.config import Job, start_of
+from pear_ray.config import Job, is_after_rl, start_of
 
 
 def card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
@@ -70,13 +70,14 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
 
 def pairs_of(labels: list[str]) -> list[tuple[str, str]]:
     """Checkpoints worth comparing, (b, a) for "a minus b": one arm before and after RL, and two
-    arms at the same stage; in a study, with the same seed."""
+    arms both after SFT or both after RL; in a study, with the same seed."""
     pairs = []
     for b, a in combinations(labels, 2):
         (arm_b, stage_b), (arm_a, stage_a) = (label.rpartition("/")[::2] for label in (b, a))
-        is_change = stage_a == "rl" and b == start_of(a, labels)
+        is_change = is_after_rl(a) and b == start_of(a, labels)
         is_one_seed = arm_b.partition("@")[2] == arm_a.partition("@")[2]
-        is_rivalry = stage_a == stage_b in ("sft", "rl") and is_one_seed
+        is_one_point = stage_a == stage_b == "sft" or (is_after_rl(a) and is_after_rl(b))
+        is_rivalry = is_one_point and is_one_seed
         if is_change or is_rivalry:
             pairs.append((b, a))
     return pairs

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pear_ray.algorithms.statistics import mean_pass_at_k, overtraining
-from pear_ray.config import BadInput, Job, read_job, start_of
+from pear_ray.config import BadInput, Job, is_after_rl, read_job, start_of
 
 # What must be alike for counts of right answers to be compared.
 SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")
@@ -159,12 +159,12 @@ def of_run(
     homes = own_job.homes(folder) if own_job else {}
     after: dict[str | None, list[float]] = {}
     for label, right in counts.items():
-        if label.rpartition("/")[-1] == "rl":
+        if is_after_rl(label):
             after.setdefault(start_of(label, counts), []).append(float(right.mean()) / num_samples)
     for label, own in card["checkpoints"].items():
-        arm, _, stage = label.rpartition("/")
-        if stage == "rl":
+        if is_after_rl(label):
             continue
+        arm, _, stage = label.rpartition("/")
         home = homes.get(arm) if stage == "sft" else None
         name = prefix + label
         known = float(np.mean(after[label])) if label in after else None

@@ -1,5 +1,5 @@
-"""How far SFT and RL moved the parameters of each arm. Files are read tensor by tensor: no model is
-ever in memory as a whole."""
+"""How far SFT and the stage after it, called RL here, moved the parameters of each arm. Files are
+read tensor by tensor: no model is ever in memory as a whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def moves(job: Job) -> dict[str, Any]:
     two, and the same and stable ranks for each matrix."""
     found = {}
     for name, home in job.homes(job.folder).items():
-        exports = [home / stage / "export" for stage in ("sft", "rl")]
+        exports = [home / stage / "export" for stage in ("sft", job.last_stage_of(name))]
         if not any(export.is_dir() for export in exports):
             continue
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from pear_ray.config import Job
+from pear_ray.config import TRAINING_STAGES, Job
 from pear_ray.manifest import Run
 from pear_ray.stages.report.choice import choice
 from pear_ray.stages.report.measured import Measured, read
@@ -91,11 +91,11 @@ def verdict(measured: Measured) -> str:
     if measured.study:
         return study_verdict(measured)
     if not measured.cards:
-        trained = [arm.name for arm in measured.arms if arm.of("rl")]
+        trained = [arm.name for arm in measured.arms if arm.last]
         done = f"RL has run in {', '.join(trained)}, but no" if trained else "No"
         return f"{done} checkpoint has been evaluated: there is no result yet."
     k = measured.ks[0]
-    scores = [(arm, measured.score(arm.prefix + "rl", k)) for arm in measured.arms]
+    scores = [(arm, measured.score(arm.after_rl, k)) for arm in measured.arms]
     reached = sorted(((s["value"], arm) for arm, s in scores if s), key=lambda pair: -pair[0])
     if not reached:
         return f"Nothing has been evaluated after RL: pass@{k} is known before it only."
@@ -110,7 +110,7 @@ def verdict(measured: Measured) -> str:
         f"After RL {first.name} {relation} {second.name}, pass@{k} {number(best)} against"
         f" {number(next_best)}"
     )
-    paired = measured.difference(first.prefix + "rl", second.prefix + "rl", k)
+    paired = measured.difference(first.after_rl, second.after_rl, k)
     if paired is None:
         return f"{text}; their difference has no interval."
     among = f", the best two of {len(reached)} arms" if len(reached) > 2 else ""
@@ -168,7 +168,7 @@ def arms_by_k(measured: Measured) -> Table:
 
 def spreadsheet(measured: Measured) -> str:
     """One row per checkpoint, evaluated or only trained; a cell is empty where nothing is known."""
-    of_arms = {f"{a.prefix}{s}": (a, s) for a in measured.arms for s in ("sft", "rl") if a.of(s)}
+    of_arms = {f"{a.prefix}{s}": (a, s) for a in measured.arms for s in TRAINING_STAGES if a.of(s)}
     rows = []
     for label in dict.fromkeys([*measured.cards, *of_arms]):
         card = measured.cards.get(label, {})

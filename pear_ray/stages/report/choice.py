@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pear_ray.config import is_after_rl
 from pear_ray.stages.report.figures import Line, draw
 from pear_ray.stages.report.measured import Measured, as_floats
 from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
@@ -75,11 +76,12 @@ def move_table(measured: Measured) -> Table:
     """How far SFT and RL moved the parameters, all as one vector."""
     keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
     rows: list[tuple[Cell, ...]] = []
-    for name, of in measured.moves.items():
-        prefix = "" if name == measured.own.name else f"{name}/"
-        cards = [measured.cards.get(prefix + stage, {}) for stage in ("sft", "rl")]
+    for home in measured.homes:
+        if (of := measured.moves.get(home.name)) is None:
+            continue
+        cards = [measured.cards.get(label, {}) for label in (f"{home.prefix}sft", home.after_rl)]
         divergences = (interval(card.get("kl_from_start")) for card in cards)
-        rows.append((name, *(number(of[key]) for key in keys), *divergences))
+        rows.append((home.name, *(number(of[key]) for key in keys), *divergences))
     header = (
         "arm", "move of SFT", "move of RL", "cosine of the two", "stable rank of SFT, median",
         "of RL", "KL(base || SFT)", "KL(SFT || RL)",
@@ -106,7 +108,7 @@ def curves(measured: Measured) -> Iterable[Panel | None]:
         low, high = values.min(0), values.max(0)
         if len(seeds) == 1:
             low, high = (as_floats(p[key] for p in seeds[0]) for key in ("low", "high"))
-        side = "after RL" if label.rsplit("/", 1)[-1] == "rl" else "before RL"
+        side = "after RL" if is_after_rl(label) else "before RL"
         beside = 0.05 * len(sides[side])
         sides[side][label] = Line(np.arange(len(low)) + beside, values.mean(0), low, high)
         longest = max(longest, len(low))

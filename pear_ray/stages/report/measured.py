@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput, start_of
+from pear_ray.config import TRAINING_STAGES, BadInput, Cooperate, last_stage_with, start_of
 from pear_ray.manifest import flatten
 
 Rows = list[dict[str, Any]]
@@ -22,14 +22,16 @@ Rows = list[dict[str, Any]]
 class Home:
     """One run folder: the run's own, or that of an arm.
 
-    `prefix` begins the labels of its checkpoints, `settings` says what the arm sets differently,
-    `rows` are the lines of metrics.jsonl by stage.
+    `prefix` begins the labels of its checkpoints, `last_stage` is the one that it ends with,
+    `settings` says what the arm sets differently, `rows` are the lines of metrics.jsonl by stage.
 
-        Home("pear", "pear/", "sft.level = token", manifest={...}, rows={"sft": [...]}, events=[])
+        Home("pear", "pear/", "rl", "sft.level = token", manifest={...}, rows={"sft": [...]},
+             events=[])
     """
 
     name: str
     prefix: str
+    last_stage: str
     settings: str
     manifest: dict[str, Any]
     rows: dict[str, Rows]
@@ -42,6 +44,16 @@ class Home:
     def values(self, stage: str, key: str) -> np.ndarray:
         """One number per step, NaN where there is none."""
         return as_floats(row.get(key) for row in self.of(stage))
+
+    @property
+    def last(self) -> Rows:
+        """The lines of the stage that it ends with."""
+        return self.of(self.last_stage)
+
+    @property
+    def after_rl(self) -> str:
+        """Label of the checkpoint that it ends with."""
+        return f"{self.prefix}{self.last_stage}"
 
     @property
     def weighted(self) -> Rows:
@@ -79,9 +91,9 @@ class Measured:
         return sorted({int(k) for card in self.cards.values() for k in card["pass_at_k"]})
 
     def before_rl(self, home: Home) -> str:
-        """Label of the checkpoint that RL began with."""
+        """Label of the checkpoint that the last stage began with."""
         trained = [f"{home.prefix}sft"] if home.of("sft") else []
-        return start_of(f"{home.prefix}rl", [*self.cards, *trained]) or "base"
+        return start_of(home.after_rl, [*self.cards, *trained]) or "base"
 
     def score(self, label: str, k: int) -> dict[str, float] | None:
         """pass@k of a checkpoint with its interval."""
@@ -110,28 +122,26 @@ def read(folder: Path) -> Measured:
         BadInput: there is nothing to show, or a file is not what its stage writes.
     """
     job = read_json(folder / "config.json")
-    homes = [read_home(folder, folder.name, "", "")]
+    alone = {"cooperate": job.get("cooperate") and {}}
+    homes = [read_home(folder, folder.name, "", job, in_words(alone, job))]
     for arm in job.get("arms", []):
-        settings = {stage: arm[stage] for stage in ("sft", "rl") if arm.get(stage)}
-        words = ["no SFT"] if arm.get("sft") is False else []
-        words += [f"{key} = {value}" for key, value in flatten(settings) if key]
-        told = ", ".join(words)
+        told = in_words(arm, job)
         name = arm["name"]
-        homes.append(read_home(folder / "arms" / name, name, f"{name}/", told))
+        homes.append(read_home(folder / "arms" / name, name, f"{name}/", arm, told))
         for seed in job.get("study", {}).get("seeds", []):
-            cell = f"{name}@{seed}"
-            homes.append(read_home(folder / "seeds" / str(seed) / name, cell, f"{cell}/", told))
+            cell, own = f"{name}@{seed}", folder / "seeds" / str(seed) / name
+            homes.append(read_home(own, cell, f"{cell}/", arm, told))
     scorecard = read_json(folder / "evaluate" / "scorecard.json")
     labels = scorecard.get("checkpoints", {})
     arms = tuple(
         home
         for home in homes
-        if any(home.of(stage) or home.prefix + stage in labels for stage in ("sft", "rl"))
+        if any(home.of(stage) or home.prefix + stage in labels for stage in TRAINING_STAGES)
     )
     own = homes[0]
     if not arms and not labels and not own.of("score"):
         raise BadInput(
-            f"{folder}: holds nothing to report; expected rows of score, sft or rl in"
+            f"{folder}: holds nothing to report; expected rows of score, sft, rl or cooperate in"
             " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
     ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
@@ -140,13 +150,25 @@ def read(folder: Path) -> Measured:
     return Measured(own, arms, job, scorecard, ranking, moves, study, answers)
 
 
-def read_home(folder: Path, name: str, prefix: str, settings: str) -> Home:
-    """One run folder."""
+def in_words(arm: dict[str, Any], job: dict[str, Any]) -> str:
+    """What an arm sets differently, and how it cooperates, if it does."""
+    settings = {stage: arm[stage] for stage in TRAINING_STAGES if arm.get(stage)}
+    if arm.get("cooperate") is not None:
+        shared = job.get("cooperate") or {"method": Cooperate().method}
+        settings["cooperate"] = {"method": shared["method"], **arm["cooperate"]}
+    words = ["no SFT"] if arm.get("sft") is False else []
+    words += [f"{key} = {value}" for key, value in flatten(settings) if key]
+    return ", ".join(words)
+
+
+def read_home(folder: Path, name: str, prefix: str, said: dict[str, Any], settings: str) -> Home:
+    """One run folder, of the arm or the job that this is said of."""
     rows: dict[str, Rows] = {}
     for row in read_lines(folder / "metrics.jsonl"):
         rows.setdefault(row["stage"], []).append(row)
-    manifest = read_json(folder / "manifest.json")
-    return Home(name, prefix, settings, manifest, rows, read_lines(folder / "events.jsonl"))
+    manifest, events = read_json(folder / "manifest.json"), read_lines(folder / "events.jsonl")
+    last_stage = last_stage_with(said.get("cooperate"))
+    return Home(name, prefix, last_stage, settings, manifest, rows, events)
 
 
 def read_first_answers(path: Path) -> Rows:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from pear_ray.config import is_after_rl
 from pear_ray.stages.report.figures import Line, by_step, draw
-from pear_ray.stages.report.measured import Home, Measured, as_floats
+from pear_ray.stages.report.measured import Measured, Rows, as_floats
 from pear_ray.stages.report.section import Cell, Panel, Section, Table, known
 from pear_ray.stages.report.study import WHEN
 from pear_ray.stages.report.words import NONE, from_to, interval, number, share
@@ -51,10 +52,10 @@ def results(measured: Measured) -> Section | str:
 
 def checkpoint_pairs(measured: Measured) -> list[tuple[str, str, str, str]]:
     """Name, settings, and the labels of the checkpoints before and after RL."""
-    own = {arm.prefix + stage for arm in measured.arms for stage in ("sft", "rl")}
+    own = {label for arm in measured.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
     others = [(label, NONE, label, "") for label in measured.cards if label not in own]
     return others + [
-        (arm.name, arm.settings or NONE, measured.before_rl(arm), f"{arm.prefix}rl")
+        (arm.name, arm.settings or NONE, measured.before_rl(arm), arm.after_rl)
         for arm in measured.arms
     ]
 
@@ -76,8 +77,7 @@ def before_and_after(measured: Measured, k: int) -> Panel | None:
     else:
         ends = {
             arm.name: [
-                measured.score(label, k) or {}
-                for label in (measured.before_rl(arm), f"{arm.prefix}rl")
+                measured.score(label, k) or {} for label in (measured.before_rl(arm), arm.after_rl)
             ]
             for arm in measured.arms
         }
@@ -103,10 +103,10 @@ def differences(measured: Measured) -> Section | str:
         return "arms of one seed against each other (the study compares them over seeds)"
     rows: list[tuple[Cell, ...]] = []
     for found in measured.scorecard.get("differences", []):
-        if found["a"].rsplit("/", 1)[-1] != found["b"].rsplit("/", 1)[-1]:
+        after_rl = is_after_rl(found["a"])
+        if after_rl != is_after_rl(found["b"]):
             continue
         says = f"interval {'includes' if found['low'] <= 0 <= found['high'] else 'excludes'} 0"
-        after_rl = found["a"].endswith("/rl")
         if after_rl:
             says += f", {'below' if abs(found['value']) < NOISE_FLOOR else 'not below'} the floor"
         floor = number(NOISE_FLOOR) if after_rl else NONE
@@ -126,43 +126,49 @@ def differences(measured: Measured) -> Section | str:
 
 
 def learning(measured: Measured) -> Section | str:
-    """SFT and RL, step by step."""
-    if not any(arm.of(stage) for arm in measured.arms for stage in ("sft", "rl")):
-        return "learning curves (no rows of sft or rl in metrics.jsonl)"
+    """SFT and the stage after it, step by step."""
+    if not any(arm.of("sft") or arm.last for arm in measured.arms):
+        return "learning curves (no rows of sft, rl or cooperate in metrics.jsonl)"
 
-    def curve(stage: str, key: str, title: str, unit: str) -> Panel | None:
-        return draw(title, unit, {n: over_seeds(h, stage, key) for n, h in grouped.items()})
+    def curve(arms: dict[str, list[Rows]], key: str, title: str, unit: str) -> Panel | None:
+        return draw(title, unit, {name: over_seeds(seeds, key) for name, seeds in arms.items()})
 
-    grouped: dict[str, list[Home]] = {}
+    sft: dict[str, list[Rows]] = {}
+    last: dict[str, list[Rows]] = {}
     for arm in measured.arms:
-        grouped.setdefault(arm.name.partition("@")[0], []).append(arm)
+        name = arm.name.partition("@")[0]
+        sft.setdefault(name, []).append(arm.of("sft"))
+        last.setdefault(name, []).append(arm.last)
 
     return Section(
         "Learning",
         "Thin: every step; thick: mean over neighbouring steps; of several seeds their mean, and a"
         " band from the lowest to the highest. The SFT loss of a weighted arm is"
         " weighted and cannot be compared with that of a plain one; the negative log-likelihood"
-        " (nll) can. The pass rate is that of the training problems of each step. In the table:"
-        " means over the first and the last tenth of the steps.",
+        " (nll) can. The pass rate is that of the training problems of each step. RL is stage rl or"
+        " cooperate, which also learns from traces. In the table: means over the first and the last"
+        " tenth of the steps.",
         (training_table(measured),),
         known(
             (
-                curve("sft", "nll", "SFT: negative log-likelihood", "nats per token"),
-                curve("sft", "loss", "SFT: loss, weighted where the arm is", "nats per token"),
-                curve("sft", "entropy", "SFT: entropy", "nats per token"),
-                curve("rl", "pass_rate", "RL: pass rate", "share of answers"),
-                curve("rl", "entropy", "RL: entropy", "nats per token"),
-                curve("rl", "response_tokens_mean", "RL: answer length", "tokens"),
-                curve("rl", "groups_without_signal_share", "RL: groups without signal", "share"),
-                curve("rl", "grad_norm", "RL: gradient norm", "norm before clipping"),
+                curve(sft, "nll", "SFT: negative log-likelihood", "nats per token"),
+                curve(sft, "loss", "SFT: loss, weighted where the arm is", "nats per token"),
+                curve(sft, "entropy", "SFT: entropy", "nats per token"),
+                curve(last, "pass_rate", "RL: pass rate", "share of answers"),
+                curve(last, "entropy", "RL: entropy", "nats per token"),
+                curve(last, "response_tokens_mean", "RL: answer length", "tokens"),
+                curve(last, "groups_without_signal_share", "RL: groups without signal", "share"),
+                curve(last, "grad_norm", "RL: gradient norm", "norm before clipping"),
+                curve(last, "trace_nll", "RL: negative log-likelihood of traces", "nats per token"),
+                curve(last, "cooperative_gain", "RL: gain over the shadow", "RL's objective"),
             )
         ),
     )
 
 
-def over_seeds(homes: list[Home], stage: str, key: str) -> Line:
+def over_seeds(seeds: list[Rows], key: str) -> Line:
     """One number by step; of several seeds their mean, and a band from lowest to highest."""
-    lines = [line for home in homes if len((line := by_step(home.of(stage), key)).y)]
+    lines = [line for rows in seeds if len((line := by_step(rows, key)).y)]
     if len(lines) < 2:
         return lines[0] if lines else by_step([], key)
     length = min(len(line.y) for line in lines)
@@ -178,9 +184,9 @@ def training_table(measured: Measured) -> Table:
             arm.name,
             str(len(arm.of("sft"))),
             from_to(arm.values("sft", "nll")),
-            str(len(arm.of("rl"))),
-            from_to(arm.values("rl", "pass_rate")),
-            from_to(arm.values("rl", "response_tokens_mean")),
+            str(len(arm.last)),
+            from_to(arm.values(arm.last_stage, "pass_rate")),
+            from_to(arm.values(arm.last_stage, "response_tokens_mean")),
         )
         for arm in measured.arms
     ]

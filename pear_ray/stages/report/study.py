@@ -39,7 +39,7 @@ def arm_table(found: dict[str, Any]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for name, arm in found["arms"].items():
         scores = [interval(arm[when][of]) for of in measures for when in WHEN]
-        seconds = [number(arm["seconds"][stage], digits=0) for stage in ("sft", "rl")]
+        seconds = [number(seconds, digits=0) for seconds in arm["seconds"].values()]
         rows.append((name, *scores, *seconds))
     return Table((*header, "SFT, s", "RL, s"), tuple(rows), "Arms, means over seeds")
 

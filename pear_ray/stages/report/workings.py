@@ -166,9 +166,9 @@ def scores(measured: Measured) -> Section | str:
 
 def agreement(measured: Measured) -> Section | str:
     """Generator against learner."""
-    arms = [arm for arm in measured.arms if arm.of("rl")]
+    arms = [arm for arm in measured.arms if arm.last]
     if not arms:
-        return "generator and learner agreement (no rows of rl in metrics.jsonl)"
+        return "generator and learner agreement (no rows of rl or cooperate in metrics.jsonl)"
     header = (
         "arm",
         "largest probe gap, nats",
@@ -181,13 +181,13 @@ def agreement(measured: Measured) -> Section | str:
     )
     rows: list[tuple[Cell, ...]] = []
     for arm in arms:
-        gaps = arm.values("rl", "probe_gap_max")
+        gaps = arm.values(arm.last_stage, "probe_gap_max")
         names = ("mismatch_mean", "ratio_mean", "clipped_share", "effective_sample_size")
-        means = [number(mean(arm.values("rl", name))) for name in names]
+        means = [number(mean(arm.values(arm.last_stage, name))) for name in names]
         above = f"{np.count_nonzero(gaps > WANTED_GAP)} of {len(gaps)}"
-        stale = number(largest(arm.values("rl", "staleness_max")), digits=0)
+        stale = number(largest(arm.values(arm.last_stage, "staleness_max")), digits=0)
         rows.append((arm.name, number(largest(gaps)), above, *means, stale))
-    lines = {arm.name: by_step(arm.of("rl"), "probe_gap_max", np.max) for arm in arms}
+    lines = {arm.name: by_step(arm.last, "probe_gap_max", np.max) for arm in arms}
     return Section(
         "Do generators and learners hold the same weights?",
         "At every step a fixed set of answers, the probe, is scored by both sides under the same"
@@ -212,7 +212,7 @@ def spent(measured: Measured) -> Section | str:
     tables = (
         [Table(("run or arm", "stage", "state", "seconds"), tuple(rows), "Stages")] if rows else []
     )
-    arms = [arm for arm in measured.arms if arm.of("rl")]
+    arms = [arm for arm in measured.arms if arm.last]
     if arms:
         tables += step_tables(arms)
     if not tables:
@@ -235,8 +235,8 @@ def step_tables(arms: list[Home]) -> list[Table]:
     for side, parts in {"learners": learners, "generators": generators}.items():
         rows: list[tuple[Cell, ...]] = []
         for arm in arms:
-            step = mean(arm.values("rl", "step_seconds"))
-            means = [mean(arm.values("rl", key)) for key in parts]
+            step = mean(arm.values(arm.last_stage, "step_seconds"))
+            means = [mean(arm.values(arm.last_stage, key)) for key in parts]
             rest = max(0.0, step - float(np.nansum(means)))
             rows.append((arm.name, number(step), *(share(s, step) for s in (*means, rest))))
         header = ("arm", "whole step", *parts.values(), "everything else")

@@ -30,11 +30,11 @@ from pear_ray.actors.training import (
 )
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.suitable import refuse_unsuitable
+from pear_ray.loop.supervised import objective_of
 from pear_ray.manifest import Run
 from pear_ray.records import TrainingBatch
 from pear_ray.stages.sft.heldout import HeldOut
 from pear_ray.stages.sft.numbers import numbers_of, speak
-from pear_ray.stages.sft.objective import objective_of
 from pear_ray.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     heldout = HeldOut.of(job, config["groups"], learner)
     start = 0
     if (kept := newest()) is not None:
-        kept.restore(learner, folder / "sft")
+        kept.restore({"policy": learner}, folder / "sft")
         start, heldout = kept.notes["next_step"], heldout.after(kept.notes)
     tracker = Tracker(folder, "sft", job.tracking).rewind(start) if rank == 0 else None
     departures = Departures()
@@ -152,7 +152,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
                 tracker.log(step, **numbers_of(job, result), **heldout.numbers)
                 speak(step, num_steps, numbers_of(job, result), heldout)
             if departures.any_new() or is_due:
-                safe_step = keep(learner, step + 1, deadline, **heldout.numbers)
+                safe_step = keep({"policy": learner}, step + 1, deadline, **heldout.numbers)
                 ray.get(config["queue"].forget_before.remote(safe_step), timeout=deadline)
     learner.export(folder / "sft" / "export", job.model_path())
     export_best(learner, folder / "sft", job, heldout)
@@ -166,5 +166,5 @@ def export_best(learner: Learner, folder: Path, job: Job, last: HeldOut) -> None
     kept = best(job.learner.deadline_seconds)
     # A last loss that is not a number is no better.
     if kept is not None and not kept.notes["heldout_loss"] >= last.loss:
-        kept.restore(learner, folder)
+        kept.restore({"policy": learner}, folder)
         learner.export(folder / "best", job.model_path())

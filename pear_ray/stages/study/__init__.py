@@ -1,5 +1,5 @@
-"""Was it worth it? Every arm goes through `sft` and `rl` with several seeds, on one scored corpus
-and from one base; all are evaluated on the same problems, and arms are compared seed by seed.
+"""Was it worth it? Every arm goes through its stages with several seeds, on one scored corpus and
+from one base; all are evaluated on the same problems, and arms are compared seed by seed.
 
 What is expected is written down before anything runs. Killed, the same command goes on where it
 was; with more arms or seeds, the study grows.
@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from pear_ray.actors.cluster import connect
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Arm, BadInput, Job
 from pear_ray.logs import begin_logs
 from pear_ray.manifest import Run, open_run, write_json
 from pear_ray.stages import pipeline
@@ -60,9 +60,15 @@ def plan_of(job: Job) -> dict[str, Any]:
         "hypothesis": job.study.hypothesis,
         "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
         "against": job.study.against or job.study_arms[0].name,
-        "arms": {arm.name: {"sft": arm.sft, "rl": arm.rl} for arm in job.study_arms},
+        "arms": {arm.name: settings_of(arm) for arm in job.study_arms},
         "seeds": list(job.study.seeds),
     }
+
+
+def settings_of(arm: Arm) -> dict[str, Any]:
+    """What the arm sets differently, by stage."""
+    own = {"sft": arm.sft, "rl": arm.rl}
+    return own if arm.cooperate is None else own | {"cooperate": arm.cooperate}
 
 
 def noted_plan(job: Job, path: Path) -> dict[str, Any]:
@@ -84,12 +90,13 @@ def noted_plan(job: Job, path: Path) -> dict[str, Any]:
 def is_evaluated(job: Job, folder: Path) -> bool:
     """Whether the scorecard knows what became of every arm with every seed."""
     known = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
-    names = [f"{arm.name}@{seed}/rl" for arm in job.study_arms for seed in job.study.seeds]
+    arms, seeds = job.study_arms, job.study.seeds
+    names = [f"{arm.name}@{seed}/{arm.last_stage}" for arm in arms for seed in seeds]
     return set(names) <= set(known)
 
 
 def run_cells(job: Job) -> None:
-    """Take every arm through `sft` and `rl` with every seed.
+    """Take every arm through its stages with every seed.
 
     Raises:
         RayTaskError: one of them failed; those that ran beside it are cut off, and go on where they

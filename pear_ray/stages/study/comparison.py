@@ -13,29 +13,30 @@ import numpy as np
 
 from pear_ray.algorithms import prediction
 from pear_ray.algorithms.statistics import mean_over_seeds
-from pear_ray.config import Job, start_of
+from pear_ray.config import Arm, Job, start_of
 
-STAGES = {"sft": "before RL", "rl": "after RL"}
+WHEN = BEFORE, AFTER = "before RL", "after RL"
 
 
 def comparison(job: Job, folder: Path) -> dict[str, Any]:
     """Means over seeds with 95 % intervals, and differences seed by seed, of an evaluated study."""
     cards = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
-    seeds, names = job.study.seeds, [arm.name for arm in job.study_arms]
+    seeds, of_study = job.study.seeds, {arm.name: arm for arm in job.study_arms}
+    names = list(of_study)
     against, first_k = job.study.against or names[0], min(job.evaluation.ks)
 
-    def scores(name: str, stage: str, k: int) -> np.ndarray:
-        after = [f"{name}@{seed}/rl" for seed in seeds]
-        labels = after if stage == "rl" else [start_of(label, cards) for label in after]
+    def scores(name: str, when: str, k: int) -> np.ndarray:
+        after = [f"{name}@{seed}/{of_study[name].last_stage}" for seed in seeds]
+        labels = after if when == AFTER else [start_of(label, cards) for label in after]
         return np.array([cards[label]["pass_at_k"][str(k)]["value"] for label in labels])
 
     arms = {
         name: {
-            when: {f"pass@{k}": of_seeds(scores(name, stage, k)) for k in job.evaluation.ks}
-            for stage, when in STAGES.items()
+            when: {f"pass@{k}": of_seeds(scores(name, when, k)) for k in job.evaluation.ks}
+            for when in WHEN
         }
-        | {"seconds": seconds_of(job, folder, name)}
-        for name in names
+        | {"seconds": seconds_of(job, folder, arm)}
+        for name, arm in of_study.items()
     }
     differences = [
         {
@@ -43,19 +44,17 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
             "against": against,
             "when": when,
             "of": f"pass@{k}",
-            **of_seeds(scores(name, stage, k) - scores(against, stage, k)),
+            **of_seeds(scores(name, when, k) - scores(against, when, k)),
         }
         for name in names
         if name != against
-        for stage, when in STAGES.items()
+        for when in WHEN
         for k in job.evaluation.ks
     ]
     before, after = (
-        np.array([scores(name, stage, first_k).mean() for name in names]) for stage in STAGES
+        np.array([scores(name, when, first_k).mean() for name in names]) for when in WHEN
     )
-    primary = [
-        row for row in differences if (row["when"], row["of"]) == ("after RL", f"pass@{first_k}")
-    ]
+    primary = [row for row in differences if (row["when"], row["of"]) == (AFTER, f"pass@{first_k}")]
     return {
         "seeds": list(seeds),
         "against": against,
@@ -72,13 +71,13 @@ def of_seeds(values: np.ndarray) -> dict[str, Any]:
     return {**mean_over_seeds(values), "by_seed": values.tolist()}
 
 
-def seconds_of(job: Job, folder: Path, name: str) -> dict[str, float]:
-    """What an arm cost, mean over seeds, with attempts that were killed; nothing where it had no
-    such stage."""
+def seconds_of(job: Job, folder: Path, arm: Arm) -> dict[str, float]:
+    """What SFT and the last stage of an arm cost, mean over seeds, with attempts that were killed;
+    nothing where it had no such stage."""
     homes = job.homes(folder)
-    found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    found: dict[str, list[float]] = {stage: [] for stage in ("sft", arm.last_stage)}
     for seed in job.study.seeds:
-        manifest = json.loads((homes[f"{name}@{seed}"] / "manifest.json").read_text())
+        manifest = json.loads((homes[f"{arm.name}@{seed}"] / "manifest.json").read_text())
         for stage, seconds in found.items():
             entry = manifest["stages"].get(stage, {})
             seconds.append(entry.get("seconds", 0.0) + entry.get("seconds_before", 0.0))
@@ -103,7 +102,7 @@ def spreadsheet(found: dict[str, Any]) -> str:
     table = csv.DictWriter(file, columns + by_seed, lineterminator="\n")
     table.writeheader()
     for name, arm in found["arms"].items():
-        for when in STAGES.values():
+        for when in WHEN:
             for of, score in arm[when].items():
                 row = {key: score[key] for key in columns if key in score}
                 values = dict(zip(by_seed, score["by_seed"], strict=True))

@@ -4,7 +4,6 @@ that learners can learn from them again without engines."""
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,9 +15,11 @@ import pyarrow.parquet as pq
 from pear_ray.actors.course import Lesson
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.tokenizer import load_tokenizer
-from pear_ray.records import Completion, RolloutGroup, Verdict
+from pear_ray.records import Completion, RolloutGroup, TrainingSequence, Verdict
 
 FLOATS = pa.list_(pa.float32())
+# An answer has a group, and a trace that is learned beside the answers has none: its `problem_id`
+# is its origin, and its `token_ids`, `logprobs` and `trainable` begin with the prompt.
 SCHEMA = pa.schema(
     [
         ("group", pa.int32()),
@@ -35,8 +36,12 @@ SCHEMA = pa.schema(
         ("parts", pa.string()),
         ("note", pa.string()),
         ("advantage", pa.float32()),
+        ("trace_ids", pa.list_(pa.int32())),
+        ("trace_logprobs", FLOATS),
+        ("trainable", pa.list_(pa.bool_())),
     ]
 )
+FACTS = ("step", "first_problem", "next_problem", "dropped")
 
 
 class Recorder:
@@ -69,6 +74,7 @@ def write_sample(folder: Path, lesson: Lesson, prompt: str) -> None:
         lines += [
             f"--- answer {number}: reward {verdict.reward:g}, advantage {advantage:+.2f},"
             f" {len(answer.token_ids)} tokens, {answer.finish_reason}"
+            + (f", after {len(answer.trace_ids)} tokens of a trace" if answer.trace_ids else "")
             + (f", {verdict.note}" if verdict.note else ""),
             answer.text,
             "",
@@ -78,8 +84,8 @@ def write_sample(folder: Path, lesson: Lesson, prompt: str) -> None:
 
 
 def write(folder: Path, lesson: Lesson) -> None:
-    """Record all rollouts of a step, one row for each answer."""
-    rows = [
+    """Record all rollouts of a step, one row for each answer and each trace beside them."""
+    rows: list[dict[str, Any]] = [
         {
             "group": number,
             "problem_id": group.problem_id,
@@ -95,13 +101,24 @@ def write(folder: Path, lesson: Lesson) -> None:
             "parts": json.dumps(verdict.parts),
             "note": verdict.note,
             "advantage": advantage,
+            "trace_ids": answer.trace_ids,
+            "trace_logprobs": answer.trace_logprobs,
         }
         for number, group in enumerate(lesson.groups)
         for answer, verdict, advantage in zip(
             group.completions, group.verdicts, group.advantages, strict=True
         )
     ]
-    facts = {key: value for key, value in asdict(lesson).items() if key != "groups"}
+    rows += [
+        {
+            "problem_id": trace.origin,
+            "token_ids": trace.token_ids,
+            "logprobs": trace.sampled_logprobs,
+            "trainable": trace.trainable,
+        }
+        for trace in lesson.traces
+    ]
+    facts = {key: getattr(lesson, key) for key in FACTS}
     schema = SCHEMA.with_metadata({"lesson": json.dumps(facts)})
     folder.mkdir(parents=True, exist_ok=True)
     aside = file_of(folder, lesson.step).with_suffix(".partial")
@@ -124,10 +141,12 @@ def read(folder: Path, step: int) -> Lesson:
         raise BadInput(
             f"rl.replay: {path} cannot be read as recorded rollouts of step {step}: {error}"
         ) from error
-    groups = [list(members) for _, members in groupby(rows, key=itemgetter("group"))]
+    answers = [row for row in rows if row["group"] is not None]
+    groups = [list(members) for _, members in groupby(answers, key=itemgetter("group"))]
     return Lesson(
         step=step,
         groups=tuple(group_of(members) for members in groups),
+        traces=tuple(trace_of(row) for row in rows if row["group"] is None),
         first_problem=facts["first_problem"],
         next_problem=facts["next_problem"],
         dropped=tuple(facts["dropped"]),
@@ -149,6 +168,9 @@ def group_of(rows: list[dict[str, Any]]) -> RolloutGroup:
                 reference_logprobs=(
                     None if row["reference_logprobs"] is None else tuple(row["reference_logprobs"])
                 ),
+                # Recordings were made before there were traces.
+                trace_ids=tuple(row.get("trace_ids") or ()),
+                trace_logprobs=tuple(row.get("trace_logprobs") or ()),
             )
             for row in rows
         ),
@@ -157,4 +179,11 @@ def group_of(rows: list[dict[str, Any]]) -> RolloutGroup:
             for row in rows
         ),
         advantages=tuple(row["advantage"] for row in rows),
+    )
+
+
+def trace_of(row: dict[str, Any]) -> TrainingSequence:
+    """The trace of this row."""
+    return TrainingSequence.of(
+        (), row["token_ids"], row["logprobs"], 1.0, row["problem_id"], row["trainable"]
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from pear_ray.algorithms.overlong import trainable_unless_truncated
+import numpy as np
+
+from pear_ray.algorithms.overlong import every_token, trainable_unless_truncated
 from pear_ray.algorithms.policy_gradients import (
     AsRatio,
     ConstantLength,
@@ -17,7 +20,7 @@ from pear_ray.algorithms.policy_gradients import (
 from pear_ray.algorithms.policy_losses import Cispo, Gspo, Nft, PolicyLoss, PpoClip
 from pear_ray.algorithms.watch import FallingEntropy, LittleSignal, LowEntropy, NotImproved, Reached
 from pear_ray.config import Job
-from pear_ray.records import RolloutGroup, TrainingSequence
+from pear_ray.records import Completion, RolloutGroup, TrainingSequence
 
 
 def objective_of(job: Job) -> PolicyGradient:
@@ -43,24 +46,16 @@ def objective_of(job: Job) -> PolicyGradient:
 
 
 def sequences_of(job: Job, groups: tuple[RolloutGroup, ...]) -> list[TrainingSequence]:
-    """One sequence for each answer, its advantage on each token; none to learn in an answer that
-    was cut, under `rl.overlong = "mask"`.
+    """One sequence for each answer, its advantage on each token of the policy's own; none of these
+    to learn in an answer that was cut, under `rl.overlong = "mask"`. The tokens of a trace that
+    begins an answer are a trace's.
 
     Raises:
         RuntimeError: they were all cut.
     """
+    learned = {"keep": every_token, "mask": trainable_unless_truncated}[job.rl.overlong]
     sequences = [
-        TrainingSequence.of(
-            group.prompt_ids,
-            answer.token_ids,
-            answer.logprobs,
-            advantage,
-            group.problem_id,
-            response_trainable=(
-                trainable_unless_truncated(answer) if job.rl.overlong == "mask" else None
-            ),
-            reference_logprobs=answer.reference_logprobs,
-        )
+        sequence_of(group, answer, advantage, learned(answer))
         for group in groups
         for answer, advantage in zip(group.completions, group.advantages, strict=True)
     ]
@@ -71,6 +66,35 @@ def sequences_of(job: Job, groups: tuple[RolloutGroup, ...]) -> list[TrainingSeq
             " end by themselves"
         )
     return sequences
+
+
+def sequence_of(
+    group: RolloutGroup, answer: Completion, advantage: float, trainable: np.ndarray
+) -> TrainingSequence:
+    """One answer of a group; `trainable` says which tokens of the policy's own are learned."""
+    num_shown = len(answer.trace_ids)
+    sequence = TrainingSequence.of(
+        group.prompt_ids,
+        answer.trace_ids + answer.token_ids,
+        answer.trace_logprobs + answer.logprobs,
+        advantage,
+        group.problem_id,
+        response_trainable=np.concatenate([np.ones(num_shown, bool), trainable]),
+        reference_logprobs=(
+            None
+            if answer.reference_logprobs is None
+            else (0.0,) * num_shown + answer.reference_logprobs
+        ),
+    )
+    if not num_shown:
+        return sequence
+    from_trace = np.zeros(len(sequence.token_ids), bool)
+    from_trace[len(group.prompt_ids) :][:num_shown] = True
+    return replace(
+        sequence,
+        coefficients=np.where(from_trace, np.float32(1), sequence.coefficients),
+        from_trace=from_trace,
+    )
 
 
 def warnings_of(job: Job) -> list[LowEntropy | FallingEntropy | LittleSignal]:

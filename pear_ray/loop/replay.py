@@ -7,20 +7,21 @@ from threading import Event
 from typing import Any
 
 from pear_ray.actors.course import lesson_numbers
-from pear_ray.config import BadInput, Job
-from pear_ray.manifest import Run
-from pear_ray.stages.rl.recording import file_of, read
-from pear_ray.stages.rl.rollouts import LOOK_SECONDS, Handover, Rollouts, first_announced
+from pear_ray.config import BadInput
+from pear_ray.loop.recording import file_of, read
+from pear_ray.loop.rollouts import LOOK_SECONDS, Handover, Rollouts, first_announced
+from pear_ray.loop.stage import Stage
 
 STEPS_AHEAD = 64
 
 
-def replay(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event) -> None:
+def replay(stage: Stage, board: Any, queue: Any, ended: Event) -> None:
     """Hand over what was recorded, step after step, a few ahead of the learners.
 
     Raises:
         BadInput: a step was not recorded.
     """
+    job = stage.job
     assert job.rl.replay is not None
     folder = Path(job.rl.replay)
     news = first_announced(board, job.learner.deadline_seconds, ended)

@@ -19,19 +19,16 @@ import numpy as np
 import ray
 
 from pear_ray.actors.board import GRACE_SECONDS, Announced, QueueState
-from pear_ray.actors.course import Course, Lesson, lesson_numbers
+from pear_ray.actors.course import Lesson, lesson_numbers
 from pear_ray.actors.engines import fleet_of
 from pear_ray.actors.fleet import Fleet
 from pear_ray.actors.reference import NoReference, Reference
 from pear_ray.actors.verifiers import Verifiers
-from pear_ray.config import Job
 from pear_ray.engines.generator import Trace
-from pear_ray.manifest import Run
+from pear_ray.loop.evaluation import Evaluation
+from pear_ray.loop.recording import Recorder
+from pear_ray.loop.stage import Stage
 from pear_ray.records import RolloutGroup, TrainingSequence
-from pear_ray.stages.rl.evaluation import Evaluation
-from pear_ray.stages.rl.recording import Recorder
-from pear_ray.weights.adapters import AdapterReplica
-from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -155,24 +152,22 @@ class Probe:
         return bool(failed)
 
 
-def roll_out(job: Job, run: Run, start: str, board: Any, queue: Any, ended: Event) -> None:
+def roll_out(stage: Stage, board: Any, queue: Any, ended: Event) -> None:
     """Answer problem after problem until the learners have ended."""
-    tell = partial(run.event, "rl")
+    job, start, tell = stage.job, stage.start, partial(stage.run.event, stage.name)
     referee = Reference(fleet_of(job, start, tell)) if job.rl.kl_coefficient else NoReference()
     with (
         referee as reference,
-        fleet_of(job, start, tell, replicas_of(job, start)) as fleet,
+        fleet_of(job, start, tell, stage.replica) as fleet,
         Verifiers(job.tasks, job.verifier) as verifiers,
     ):
         fleet.settle()
         reference.settle()
-        answer(job, run, start, fleet, reference, verifiers, board, queue, ended)
+        answer(stage, fleet, reference, verifiers, board, queue, ended)
 
 
 def answer(
-    job: Job,
-    run: Run,
-    start: str,
+    stage: Stage,
     fleet: Fleet,
     reference: Reference | NoReference,
     verifiers: Verifiers,
@@ -182,15 +177,24 @@ def answer(
 ) -> None:
     """Engines, verifiers and learners brought together. Nothing here waits but for whatever comes
     next; how far it may run ahead of the learners, `Course` says."""
+    job, start = stage.job, stage.start
     news: Announced | None = first_announced(board, job.learner.deadline_seconds, ended)
     if news is None:
         return
-    course = Course(job, start, news.versions[-1].version, news.next_problem)
-    evaluation, recorder = Evaluation(job, start), Recorder(job, run.folder / "rl", start)
+    course = stage.course(job, start, news.versions[-1].version, news.next_problem)
+    evaluation, recorder = Evaluation(job, start), Recorder(job, stage.folder, start)
     watch, handover = Watch(board, news.mark), Handover(queue)
     probe = Probe(fleet, job.weights.deadline_seconds)
     version = -1
     while not ended.is_set():
+        # First, for what is due may depend on verdicts.
+        for key, verdicts in verifiers.finished(0.0):
+            (evaluation if evaluation.has(key) else course).judged(key, verdicts)
+        while (lesson := course.lesson()) is not None:
+            rollouts = probe.rollouts(lesson, evaluation.finished())
+            recorder.keep(lesson)
+            handover.put(rollouts)
+            log.info(in_words(stage, rollouts), extra={"step": lesson.step})
         news = watch.news() or news
         if news is not None and not evaluation.is_running:
             versions = evaluation.up_to(news.versions)
@@ -200,6 +204,8 @@ def answer(
             fleet.submit(evaluation.due(version))
         if not evaluation.is_running:
             fleet.submit(course.due(version))
+        for key, pairs in course.given():
+            verifiers.submit(key, pairs)
         for key, answers in fleet.finished():
             if evaluation.has(key):
                 verifiers.submit(key, evaluation.answered(key, answers))
@@ -207,24 +213,12 @@ def answer(
                 reference.submit(key, course.prompt_ids(key), answers)
         for key, answers in reference.finished():
             verifiers.submit(key, course.answered(key, answers))
-        for key, verdicts in verifiers.finished(0.0):
-            (evaluation if evaluation.has(key) else course).judged(key, verdicts)
-        while (lesson := course.lesson()) is not None:
-            rollouts = probe.rollouts(lesson, evaluation.finished())
-            recorder.keep(lesson)
-            handover.put(rollouts)
-            log.info(in_words(job, rollouts), extra={"step": lesson.step})
-        if probe.look_after(board, partial(run.event, "rl")):
+        if probe.look_after(board, partial(stage.run.event, stage.name)):
             # Engines wait for weights that can be loaded, of another version perhaps.
             evaluation.abandon()
         fleet.adapt(handover.look_after())
         calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
         ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
-
-
-def replicas_of(job: Job, start: str) -> Callable[[], Replica | AdapterReplica]:
-    """What engines fetch weights with: adapters travel alone."""
-    return Replica if job.learner.lora is None else partial(AdapterReplica, start)
 
 
 def first_announced(board: Any, deadline_seconds: float, ended: Event) -> Announced | None:
@@ -247,10 +241,14 @@ def first_announced(board: Any, deadline_seconds: float, ended: Event) -> Announ
 
 
 def first_answer(group: RolloutGroup) -> TrainingSequence:
-    """The first answer of a group as a sequence to be scored."""
+    """The first answer of a group as a sequence to be scored, all of it, whoever began it."""
     answer = group.completions[0]
     return TrainingSequence.of(
-        group.prompt_ids, answer.token_ids, answer.logprobs, 1.0, group.problem_id
+        group.prompt_ids,
+        answer.trace_ids + answer.token_ids,
+        answer.trace_logprobs + answer.logprobs,
+        1.0,
+        group.problem_id,
     )
 
 
@@ -260,7 +258,7 @@ def trace_of(sequence: TrainingSequence) -> Trace:
     return Trace(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
 
 
-def in_words(job: Job, rollouts: Rollouts) -> str:
+def in_words(stage: Stage, rollouts: Rollouts) -> str:
     """One step's rollouts on a line that fits a terminal."""
     numbers = rollouts.numbers
     evaluated = "".join(
@@ -268,7 +266,7 @@ def in_words(job: Job, rollouts: Rollouts) -> str:
         for version, found in rollouts.evaluations.items()
     )
     return (
-        f"rl: step {rollouts.lesson.step + 1} of {job.rl.steps}: pass rate"
+        f"{stage.name}: step {rollouts.lesson.step + 1} of {stage.job.rl.steps}: pass rate"
         f" {numbers['pass_rate']:.3f}, {numbers['response_tokens_mean']:.1f} tokens an answer,"
         f" {numbers['rollout_seconds']:.1f} s{evaluated}"
     )

@@ -1,0 +1,73 @@
+"""Learning from rollouts and from offline traces at once, in place of `rl`.
+
+Rollouts come, and weights go, as in `rl`; traces are read and weighted as in `sft`. What a step
+does with both is the method: one loss of both, an optimiser step on each in turn, BRIDGE, or TRAPO,
+whose rollouts go on from the beginnings of traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from pear_ray import loop
+from pear_ray.actors.course import Course
+from pear_ray.actors.failing import FailingCourse
+from pear_ray.actors.guided import GuidedCourse
+from pear_ray.actors.reading import ReadingCourse
+from pear_ray.actors.scored import RowGroup, survey, wanted_of
+from pear_ray.actors.traces import Traces
+from pear_ray.config import BadInput, Job
+from pear_ray.loop.learners import learn
+from pear_ray.loop.stage import stage_of
+from pear_ray.manifest import Run
+from pear_ray.stages.cooperate.bridge import Bridge, WithAdapters
+from pear_ray.stages.cooperate.methods import Alternate, BothSignals, Sum, Trapo
+from pear_ray.stages.cooperate.settings import settings_of, traces_job
+from pear_ray.weights.adapters import JoinedReplica
+
+METHODS: dict[tuple[str, bool], type[BothSignals]] = {
+    ("sum", True): Sum,
+    ("alternate", True): Alternate,
+    ("bridge", True): Bridge,
+    ("bridge", False): WithAdapters,
+    ("trapo", True): Trapo,
+}
+
+
+def run(job: Job, run: Run) -> dict[str, Any]:
+    """Look through the corpus, then learn from both.
+
+    Raises:
+        BadInput: the corpus cannot be used, or has too few rows for a step.
+    """
+    settings, shown = settings_of(job), traces_job(job)
+    groups = survey(shown.scored_folder, wanted_of(shown))
+    refuse_too_few(shown, groups)
+    stage = stage_of(job, run, "cooperate", course_of(job, groups))
+    if settings.method == "bridge":
+        stage = replace(stage, replica=JoinedReplica)
+    method = METHODS[settings.method, settings.meta_objective]
+    return loop.run(stage, partial(learn, method), {"groups": groups})
+
+
+def course_of(job: Job, groups: list[RowGroup]) -> Callable[[Job, str, int, int], Course]:
+    """Which problems are asked and how, and which traces a step learns from."""
+    settings, shown = settings_of(job), traces_job(job)
+    if settings.method == "trapo":
+        return partial(GuidedCourse, Traces(groups, wanted_of(shown)))
+    if settings.traces == "failed":
+        return partial(FailingCourse, Traces(groups, wanted_of(shown)))
+    return partial(ReadingCourse, shown, groups)
+
+
+def refuse_too_few(shown: Job, groups: list[RowGroup]) -> None:
+    """Raises BadInput where a step's traces are more than there are."""
+    num_rows = sum(group.num_train for group in groups)
+    if num_rows < shown.sft.examples_per_step:
+        raise BadInput(
+            f"sft.examples_per_step: read {shown.sft.examples_per_step}; {shown.scored_folder}"
+            f" holds {num_rows} training rows; expected at most as many"
+        )

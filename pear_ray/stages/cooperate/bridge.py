@@ -1,0 +1,106 @@
+"""BRIDGE (arXiv 2509.06948): SFT that asks, step by step, what it gains for RL.
+
+The policy is theta + w: weights and a low-rank adapter beside them. A shadow theta^ of the weights
+sees RL alone; w is taught to make cooperation worth more than that. With J_sft the mean
+log-likelihood of traces (weighted, where [sft] says so), J_rl the surrogate of the rollouts, which
+the policy sampled, and lambda their share (section 3.2 of the paper, as notes on it tell):
+
+    theta   ascends  (1 - lambda) J_sft(theta, w) + lambda J_rl(theta, w)
+    theta^  ascends  J_rl(theta^, w)
+    w       ascends  (1 - lambda) J_sft(theta, w) + lambda [J_rl(theta, w) - J_rl(theta^, w)]
+
+The bracket is the cooperative gain. All three see the values from before the step. This project's
+choices, where nothing is public: AdamW with clipping for each of the two learners (policy and
+adapters are clipped together, the shadow's weights alone); J_rl of the shadow has the same clipped
+ratio, of pi_{theta^ + w} to the policy that sampled; w has ten times the learning rate of theta; a
+refreshed shadow keeps the running means of its optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pear_ray.algorithms.cooperation import Mixed
+from pear_ray.config import Job
+from pear_ray.config import Learner as Settings
+from pear_ray.loop.objective import sequences_of
+from pear_ray.loop.rollouts import Rollouts
+from pear_ray.stages.cooperate.methods import Sum, Told
+from pear_ray.stages.cooperate.numbers import numbers_of_both
+from pear_ray.stages.cooperate.settings import settings_of
+from pear_ray.weights.adapters import with_scaling
+
+if TYPE_CHECKING:
+    from pear_ray.engines.joint import JointLearner
+    from pear_ray.engines.learner import Learner
+
+# What the adapters learn faster than the weights, unless the job says how fast they learn.
+TIMES_FASTER = 10
+
+
+class WithAdapters(Sum):
+    """BRIDGE without its meta-objective: adapters learn what the weights learn, and there is no
+    shadow."""
+
+    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
+        settings = settings_of(job)
+        rate = settings.lora_learning_rate or TIMES_FASTER * job.rl.learning_rate
+        return {"policy": joint_learner(job, start, job.learner, rate)}
+
+    def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        lora = self._settings.lora
+        return with_scaling(self.learner.partitions(), lora.alpha / lora.rank)
+
+
+class Bridge(WithAdapters):
+    """All three updates."""
+
+    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
+        offload = {"offload": settings_of(job).shadow_offload}
+        shadow = joint_learner(job, start, job.learner.model_copy(update=offload), 0.0)
+        return {**super()._learners_of(job, start), "shadow": shadow}
+
+    def step(self, step: int, rollouts: Rollouts) -> Told:
+        policy: Any = self._learners["policy"]
+        shadow: Any = self._learners["shadow"]
+        every, share = self._settings.refresh_steps, self._rl_share(step)
+        if every and step and step % every == 0:
+            shadow.copy(policy, of_adapters=False)
+        answers = sequences_of(self._job, rollouts.lesson.groups)
+        traces = self._traces_of(rollouts) if share < 1 else []
+        share = share if traces else 1.0
+        packs = policy.share((answers if share > 0 else []) + traces)
+        facts = policy.backward(packs, Mixed(self._rl, self._sft, share))
+        alone = shadow.share(answers)
+        of_shadow = shadow.backward(alone, self._rl)
+        policy.add_adapter_gradients(shadow.take_adapter_gradients(), -share)
+        without = shadow.update(of_shadow, alone[0].num_trainable_tokens_global)
+        result = policy.update(facts, packs[0].num_trainable_tokens_global)
+        shadow.copy(policy, of_adapters=True)
+        numbers = numbers_of_both(result, packs[0]) | {
+            "rl_share": share,
+            "shadow_loss": without.loss,
+            "shadow_grad_norm": without.grad_norm,
+        }
+        if "rollout_loss" in numbers:
+            numbers["cooperative_gain"] = without.loss - numbers["rollout_loss"]
+        return numbers, packs
+
+
+def joint_learner(job: Job, start: str, settings: Settings, rate: float) -> JointLearner:
+    """Weights and adapters, the latter with a learning rate of their own."""
+    from pear_ray.engines.joint import JointLearner
+
+    return JointLearner(
+        start,
+        job.model.dtype,
+        settings,
+        job.rl,
+        job.rl.steps,
+        job.run.seed,
+        lora=settings_of(job).lora,
+        adapters_learning_rate=rate,
+    )

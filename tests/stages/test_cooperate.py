@@ -1,0 +1,256 @@
+"""Stage `cooperate` on real engines, learners and a scored corpus: every method runs, the ends of
+lambda are `rl` and `sft`, and a run that was cut off repeats to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from pear_ray.__main__ import command
+from pear_ray.engines.tokenizer import digests, load_tokenizer, prompt_ids
+from pear_ray.records import SCORED_SCHEMA
+from tests.stages.parity import Parity
+
+SECONDS = 300.0
+STEPS = 10
+TRACES_PER_STEP = 6
+MAX_PROBE_GAP = 1e-4
+JOB = """
+[run]
+dir = "{folder}/run"
+seed = 7
+[model]
+path = "{model}"
+dtype = "float32"
+[corpus]
+scored_path = "{corpus}"
+[sft]
+examples_per_step = {traces}
+schedule = "constant"
+learning_rate = 1e-3
+warmup_fraction = 0.2
+[rl]
+steps = {steps}
+problems_per_step = 4
+group_size = 4
+learning_rate = 1e-3
+warmup_fraction = 0.2
+{rl}
+[generator]
+num_cpus = 0.5
+max_new_tokens = 8
+max_model_len = 24
+max_concurrent = 64
+deadline_seconds = 200
+[learner]
+num_workers = 1
+cpus_per_worker = 0.5
+tokens_per_micro_batch = 256
+steps_per_checkpoint = 2
+deadline_seconds = 200
+[weights]
+max_probe_gap = {max_gap}
+[verifier]
+processes = 1
+[[tasks]]
+name = "tests.stages.parity:Parity"
+"""
+
+
+def write_corpus(folder: Path, model: Path) -> Path:
+    """Traces of right answers to most of the problems, as many as the steps of a run learn."""
+    tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(0)
+    tokenizer_digest, template_digest = digests(tokenizer)
+    rows = []
+    for number, problem in enumerate(islice(Parity().problems("train", 0), 9000)):
+        if number % 3 == 0:
+            continue
+        words = " ".join(f"w{2 * n}" for n in draw.integers(0, 48, draw.integers(2, 6)))
+        response = tokenizer(f"{words} {tokenizer.eos_token}")["input_ids"]
+        rows.append(
+            {
+                "example_id": f"author-{problem.problem_id}",
+                "prompt_ids": prompt_ids(tokenizer, problem.messages),
+                "response_ids": response,
+                "behaviour_logprobs": (-3 * draw.random(len(response))).tolist(),
+                "behaviour_model": "author",
+                "source": "author",
+                "tokenizer_digest": tokenizer_digest,
+                "template_digest": template_digest,
+                "split": "train",
+                "correct": True,
+                "logprobs_from": "behaviour",
+            }
+        )
+    folder.mkdir()
+    table = pa.Table.from_pylist(rows, SCORED_SCHEMA)
+    pq.write_table(table, folder / "part-000000.parquet", row_group_size=500)
+    few = table.slice(0, STEPS * TRACES_PER_STEP)
+    (folder / "few").mkdir()
+    pq.write_table(few, folder / "few" / "part-000000.parquet", row_group_size=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a job file in a folder of its own, with [cooperate] and further lines in [rl]."""
+    model = tiny_model(False)
+    corpus = write_corpus(tmp_path_factory.mktemp("traces") / "scored", model)
+
+    def write(cooperate: str = "", rl: str = "", corpus_of: str = "few") -> Path:
+        folder = tmp_path_factory.mktemp("cooperate")
+        text = JOB.format(
+            folder=folder,
+            model=model,
+            corpus=corpus / corpus_of,
+            steps=STEPS,
+            traces=TRACES_PER_STEP,
+            max_gap=MAX_PROBE_GAP,
+            rl=rl,
+        )
+        (folder / "job.toml").write_text(text + (f"[cooperate]\n{cooperate}" if cooperate else ""))
+        return folder / "job.toml"
+
+    return write
+
+
+def rows(job: Path) -> list[dict[str, Any]]:
+    path = job.parent / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(job: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(job.parent / "run" / stage / "export" / "model.safetensors")
+
+
+def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.fixture(scope="module")
+def performed(write_job: Any, ray_session: None) -> Any:
+    """Runs a stage on a new job and returns its file."""
+
+    def perform(stage: str, *settings: str, **more: str) -> Path:
+        job: Path = write_job(*settings, **more)
+        assert command([stage, str(job)]) == 0
+        return job
+
+    return perform
+
+
+@pytest.fixture(scope="module")
+def recorded(performed: Any) -> Path:
+    """A run of stage `rl`, recorded."""
+    job: Path = performed("rl", rl="record = true")
+    return job
+
+
+BRIDGE = 'method = "bridge"\nrefresh_steps = 4\nlora = {rank = 4}'
+
+
+@pytest.fixture(scope="module")
+def bridge(performed: Any) -> Path:
+    """A run of BRIDGE in one go."""
+    job: Path = performed("cooperate", BRIDGE)
+    return job
+
+
+@pytest.mark.timeout(900)
+def test_lambda_1_is_reinforcement_learning(performed: Any, recorded: Path) -> None:
+    replay = f'replay = "{recorded.parent}/run/rl/rollouts"'
+    replayed = performed("cooperate", "rl_share = 1.0", rl=replay)
+    assert are_equal(weights(replayed, "cooperate"), weights(recorded, "rl"))
+
+
+@pytest.mark.timeout(900)
+def test_lambda_0_is_supervised_fine_tuning(performed: Any) -> None:
+    ours = performed("cooperate", "rl_share = 0.0")
+    theirs = performed("sft")
+    assert len(rows(theirs)) == STEPS
+    assert are_equal(weights(ours, "cooperate"), weights(theirs, "sft"))
+
+
+@pytest.mark.timeout(900)
+def test_bridge_tells_what_the_traces_gain(bridge: Path) -> None:
+    found = rows(bridge)
+    assert [row["step"] for row in found] == list(range(STEPS))
+    # Policy and shadow are one before the first step, and are made one again at the fifth.
+    gains = [abs(row["cooperative_gain"]) for row in found]
+    assert gains[0] < 1e-6 < min(gains[1:4])
+    assert all(row["trace_tokens"] > 0 and row["pass_rate"] >= 0 for row in found)
+    gaps = [row["probe_gap_max"] for row in found if row["probe_gap_max"] is not None]
+    assert len(gaps) >= STEPS - 2 and max(gaps) <= MAX_PROBE_GAP
+
+
+@pytest.mark.timeout(900)
+def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any) -> None:
+    job = write_job(BRIDGE)
+    log = (job.parent / "driver.log").open("ab")
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "pear_ray", "cooperate", str(job)],
+        stdout=log,
+        stderr=log,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+    )
+    deadline = time.monotonic() + SECONDS
+    while len(rows(job)) < STEPS - 3:
+        text = (job.parent / "driver.log").read_text()
+        assert driver.poll() is None and time.monotonic() < deadline, text[-5000:]
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert len(rows(job)) < STEPS
+    assert command(["cooperate", str(job)]) == 0
+    assert [row["step"] for row in rows(job)] == list(range(STEPS))
+    assert are_equal(weights(job, "cooperate"), weights(bridge, "cooperate"))
+
+
+@pytest.mark.timeout(900)
+def test_trapo_goes_on_from_traces(performed: Any) -> None:
+    groups = (
+        "prefix_groups = [2, 1, 1]\nprefix_shares = [0.0, 0.5, 1.0]\n"
+        "prefix_returns = [0.0, 0.9, 0.9]"
+    )
+    job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus_of=".")
+    found = rows(job)
+    assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
+    guided = [row for row in found if row.get("guided_share")]
+    assert guided and all(row["trace_tokens"] > 0 for row in guided)
+    recordings = sorted((job.parent / "run" / "cooperate" / "rollouts").glob("*.parquet"))
+    answers = [row for path in recordings for row in pq.read_table(path).to_pylist()]
+    assert len(answers) == STEPS * 16
+    whole = [row for row in answers if row["trace_ids"] and not row["token_ids"]]
+    continued = [row for row in answers if row["trace_ids"] and row["token_ids"]]
+    # Right traces are right answers.
+    assert whole and all(row["correct"] for row in whole)
+    assert continued
+    assert all(len(row["trace_ids"]) + len(row["token_ids"]) <= 8 for row in answers)
+
+
+@pytest.mark.timeout(900)
+def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> None:
+    job = performed(
+        "cooperate",
+        'method = "alternate"\ntraces = "failed"\nfailed_pass_rate = 0.5\n'
+        "entropy_share = 0.4\nfrozen_share = 0.1",
+        corpus_of=".",
+    )
+    found = rows(job)
+    learned = [row for row in found if row.get("trace_tokens")]
+    assert len(found) == STEPS and learned
+    assert all(0.09 < row["held_share"] < 0.2 for row in learned)
