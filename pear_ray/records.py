@@ -251,9 +251,8 @@ class TrainingSequence:
     place; for a KL penalty `reference_logprobs` are the reference policy's of the same tokens.
     Beside rollouts `from_trace` says which tokens are a trace's (None: none is).
 
-        TrainingSequence(token_ids=[16, 20, 3, 11, 43, 1], trainable=[0, 0, 0, 1, 1, 1],
-                         sampled_logprobs=[0, 0, 0, -0.7, -1.2, -0.01],
-                         coefficients=[0, 0, 0, 1, 1, 1], origin="tutor")
+        TrainingSequence(token_ids=[16, 20, 3, 11, 1], trainable=[0, 0, 0, 1, 1], origin="tutor",
+                         sampled_logprobs=[0, 0, 0, -0.7, -0.01], coefficients=[0, 0, 0, 1, 1])
     """
 
     token_ids: np.ndarray  # int64 [tokens]

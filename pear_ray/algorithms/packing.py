@@ -17,6 +17,7 @@ def pack(
     num_ranks: int,
     tokens_per_micro_batch: int,
     crossover_tokens: float = math.inf,
+    counted: Sequence[TrainingSequence] | None = None,
 ) -> list[list[TrainingBatch]]:
     """The micro-batches of every rank for ONE optimiser step.
 
@@ -30,6 +31,8 @@ def pack(
         tokens_per_micro_batch: most tokens in one micro-batch.
         crossover_tokens: length at which attention, quadratic in the length of a sequence, costs
             as much as everything else; sequences are dealt by cost, not by length.
+        counted: what the global counts are of, where the others of a step are left out since
+            their loss is known to be 0; without it `sequences`.
 
     Returns:
         [num_ranks][micro-batches]; the same on every rank that is given the same sequences.
@@ -46,7 +49,7 @@ def pack(
             f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
             f" {tokens_per_micro_batch}, learner.tokens_per_micro_batch of all ranks that share it"
         )
-    counts = counts_of(sequences)
+    counts = counts_of(sequences if counted is None else counted)
     if not counts["num_trainable_tokens_global"]:
         raise ValueError(
             f"expected at least one trainable token in a step, read none in its"

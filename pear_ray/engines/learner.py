@@ -84,8 +84,13 @@ class Learner:
             add_adapters(policy.language_model, self._settings.lora)
         return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
-    def share(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
-        """This rank's micro-batches of the sequences of one step, which all ranks are given alike.
+    def share(
+        self,
+        sequences: Sequence[TrainingSequence],
+        counted: Sequence[TrainingSequence] | None = None,
+    ) -> list[TrainingBatch]:
+        """This rank's micro-batches of the sequences of one step, which all ranks are given alike;
+        `counted` as for `pack`.
 
         Raises:
             ValueError: no sequence, or one longer than a micro-batch.
@@ -93,7 +98,7 @@ class Learner:
         size = self._settings.sequence_parallel
         tokens_per_pack = self._settings.tokens_per_pack
         num_groups = dist.get_world_size() // size
-        packed = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens)
+        packed = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens, counted)
         return packed[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:

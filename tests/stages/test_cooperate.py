@@ -8,12 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -21,9 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from pear_ray.__main__ import command
-from pear_ray.engines.tokenizer import digests, load_tokenizer, prompt_ids
-from pear_ray.records import SCORED_SCHEMA
-from tests.stages.parity import Parity
+from tests.stages.parity_corpus import write_corpus
 
 SECONDS = 300.0
 STEPS = 10
@@ -71,52 +66,20 @@ name = "tests.stages.parity:Parity"
 """
 
 
-def write_corpus(folder: Path, model: Path) -> Path:
-    """Traces of right answers to most of the problems, as many as the steps of a run learn."""
-    tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(0)
-    tokenizer_digest, template_digest = digests(tokenizer)
-    rows = []
-    for number, problem in enumerate(islice(Parity().problems("train", 0), 9000)):
-        if number % 3 == 0:
-            continue
-        words = " ".join(f"w{2 * n}" for n in draw.integers(0, 48, draw.integers(2, 6)))
-        response = tokenizer(f"{words} {tokenizer.eos_token}")["input_ids"]
-        rows.append(
-            {
-                "example_id": f"author-{problem.problem_id}",
-                "prompt_ids": prompt_ids(tokenizer, problem.messages),
-                "response_ids": response,
-                "behaviour_logprobs": (-3 * draw.random(len(response))).tolist(),
-                "behaviour_model": "author",
-                "source": "author",
-                "tokenizer_digest": tokenizer_digest,
-                "template_digest": template_digest,
-                "split": "train",
-                "correct": True,
-                "logprobs_from": "behaviour",
-            }
-        )
-    folder.mkdir()
-    table = pa.Table.from_pylist(rows, SCORED_SCHEMA)
-    pq.write_table(table, folder / "part-000000.parquet", row_group_size=500)
-    few = table.slice(0, STEPS * TRACES_PER_STEP)
-    (folder / "few").mkdir()
-    pq.write_table(few, folder / "few" / "part-000000.parquet", row_group_size=16)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes a job file in a folder of its own, with [cooperate] and further lines in [rl]."""
     model = tiny_model(False)
-    corpus = write_corpus(tmp_path_factory.mktemp("traces") / "scored", model)
+    traces = tmp_path_factory.mktemp("traces")
+    write_corpus(traces / "many", model)
+    write_corpus(traces / "few", model, STEPS * TRACES_PER_STEP)
 
-    def write(cooperate: str = "", rl: str = "", corpus_of: str = "few") -> Path:
+    def write(cooperate: str = "", rl: str = "", corpus: str = "few") -> Path:
         folder = tmp_path_factory.mktemp("cooperate")
         text = JOB.format(
             folder=folder,
             model=model,
-            corpus=corpus / corpus_of,
+            corpus=traces / corpus,
             steps=STEPS,
             traces=TRACES_PER_STEP,
             max_gap=MAX_PROBE_GAP,
@@ -226,7 +189,7 @@ def test_trapo_goes_on_from_traces(performed: Any) -> None:
         "prefix_groups = [2, 1, 1]\nprefix_shares = [0.0, 0.5, 1.0]\n"
         "prefix_returns = [0.0, 0.9, 0.9]"
     )
-    job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus_of=".")
+    job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus="many")
     found = rows(job)
     assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
     guided = [row for row in found if row.get("guided_share")]
@@ -248,7 +211,7 @@ def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> 
         "cooperate",
         'method = "alternate"\ntraces = "failed"\nfailed_pass_rate = 0.5\n'
         "entropy_share = 0.4\nfrozen_share = 0.1",
-        corpus_of=".",
+        corpus="many",
     )
     found = rows(job)
     learned = [row for row in found if row.get("trace_tokens")]

@@ -110,7 +110,9 @@ def rollouts_of(step: int, is_guided: bool) -> Rollouts:
                 )
             )
         rewards = draw.integers(0, 2, RL["group_size"]).astype(float)
-        rewards[:2] = 0, 1
+        # A group without signal now and then.
+        rewards[:2] = (0, 1) if number or step % 2 else (rewards[2], rewards[2])
+        rewards[3] = rewards[3] if number or step % 2 else rewards[2]
         advantages = group_advantages(torch.tensor(rewards), "grpo").tolist()
         verdicts = tuple(Verdict(reward, reward > 0) for reward in rewards.tolist())
         groups.append(

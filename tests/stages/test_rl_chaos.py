@@ -1,5 +1,9 @@
 """Whoever is killed while RL runs, it ends at its planned step, every problem is learned from once,
-and nothing from answers that are older than allowed."""
+and nothing from answers that are older than allowed.
+
+With PEAR_RAY_RL_STAGE=cooperate it is BRIDGE that runs; with PEAR_RAY_RL_KILLS=all engines and
+learners are killed more often.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from ray.cluster_utils import Cluster
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import TaskSpec
 from pear_ray.tasks import endless_problems
+from tests.stages.parity_corpus import write_corpus
 
 SECONDS = 400.0
 STEPS, STALENESS, PROBLEMS, GROUP = 60, 1, 4, 4
@@ -31,6 +36,7 @@ RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 # How often each kind is killed, beside a node and the driver. Engines and learners start slowly:
 # "all" kills them more often.
 IS_ALL = os.environ.get("PEAR_RAY_RL_KILLS") == "all"
+STAGE = os.environ.get("PEAR_RAY_RL_STAGE", "rl")
 KILLS = {
     "Board": 6,
     "StepQueue": 6,
@@ -77,10 +83,17 @@ def job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_probe_gap = 1e-4
         [verifier]
         processes = 1
+        [corpus]
+        scored_path = "{folder}/scored"
+        [sft]
+        examples_per_step = 6
+        [cooperate]
+        method = "bridge"
         [[tasks]]
         name = "{TASK["name"]}"
         """
     )
+    write_corpus(folder / "scored", tiny_model(True), 100)
     return path
 
 
@@ -94,7 +107,7 @@ def driver(job: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
     """The stage in a process of its own, killed at the end if it still runs."""
     with (job.parent / "driver.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pear_ray", "rl", str(job)],
+            [sys.executable, "-m", "pear_ray", STAGE, str(job)],
             stdout=log,
             stderr=log,
             env=os.environ | {"RAY_ADDRESS": address},
@@ -181,7 +194,7 @@ def chaos(job: Path) -> Chaos:
 def test_the_run_ends_at_its_planned_step(chaos: Chaos) -> None:
     assert chaos.num_kills >= 20
     assert [row["step"] for row in rows(chaos.folder)] == list(range(STEPS))
-    assert (chaos.folder / "rl" / "export" / "model.safetensors").exists()
+    assert (chaos.folder / STAGE / "export" / "model.safetensors").exists()
 
 
 def test_every_problem_is_learned_from_once_or_passed_over(chaos: Chaos) -> None:
@@ -190,7 +203,7 @@ def test_every_problem_is_learned_from_once_or_passed_over(chaos: Chaos) -> None
     assert steps[0]["first_problem"] == 0
     stream = endless_problems([TaskSpec(**TASK)], "train", seed_of(3, "rl"))
     for row in steps:
-        path = chaos.folder / "rl" / "rollouts" / f"step-{row['step']:06d}.parquet"
+        path = chaos.folder / STAGE / "rollouts" / f"step-{row['step']:06d}.parquet"
         table = pq.read_table(path)
         learned = table.column("problem_id").to_pylist()[::GROUP]
         dropped = json.loads(table.schema.metadata[b"lesson"])["dropped"]

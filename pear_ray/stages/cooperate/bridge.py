@@ -28,6 +28,7 @@ from pear_ray.config import Job
 from pear_ray.config import Learner as Settings
 from pear_ray.loop.objective import sequences_of
 from pear_ray.loop.rollouts import Rollouts
+from pear_ray.records import TrainingSequence
 from pear_ray.stages.cooperate.methods import Sum, Told
 from pear_ray.stages.cooperate.numbers import numbers_of_both
 from pear_ray.stages.cooperate.settings import settings_of
@@ -74,7 +75,7 @@ class Bridge(WithAdapters):
         share = share if traces else 1.0
         packs = policy.share((answers if share > 0 else []) + traces)
         facts = policy.backward(packs, Mixed(self._rl, self._sft, share))
-        alone = shadow.share(answers)
+        alone = shadow.share(self._with_signal(answers), counted=answers)
         of_shadow = shadow.backward(alone, self._rl)
         policy.add_adapter_gradients(shadow.take_adapter_gradients(), -share)
         without = shadow.update(of_shadow, alone[0].num_trainable_tokens_global)
@@ -88,6 +89,13 @@ class Bridge(WithAdapters):
         if "rollout_loss" in numbers:
             numbers["cooperative_gain"] = without.loss - numbers["rollout_loss"]
         return numbers, packs
+
+    def _with_signal(self, answers: list[TrainingSequence]) -> list[TrainingSequence]:
+        """Answers whose loss and gradient are not 0. The policy looks at the others too, for what a
+        step says of itself; of the shadow's nothing is said."""
+        if self._rl.penalty is not None:
+            return answers
+        return [answer for answer in answers if answer.coefficients.any()] or answers[:1]
 
 
 def joint_learner(job: Job, start: str, settings: Settings, rate: float) -> JointLearner:
