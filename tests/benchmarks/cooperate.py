@@ -1,7 +1,7 @@
 """What BRIDGE costs beside plain RL: one command, ratios from one run.
 
-    python tests/benchmarks/cooperate.py [--pairs 3] [--steps 12] [--methods bridge sum] [--width 256]
-                                         [--layers 4] [--answer-tokens 32]
+    python tests/benchmarks/cooperate.py [--pairs 3] [--steps 12] [--methods bridge sum]
+                                         [--width 256] [--layers 4] [--answer-tokens 32]
 
 Stage `rl` and stage `cooperate` take turns on the same game with the same model: two ranks with
 ZeRO-3 and one engine of one thread, 32 problems and 8 answers a step, and a quarter as many traces
@@ -158,8 +158,8 @@ def main() -> None:
             for key in ("step_seconds", "mib")
         }
         print(
-            f"  {name:<10}{own['step_seconds']:6.2f} s a step ({own['wait_seconds']:.2f} waiting for"
-            f" rollouts, {own['learn_seconds']:.2f} learning), {own['mib']:6.0f} MiB;"
+            f"  {name:<10}{own['step_seconds']:6.2f} s a step: {own['wait_seconds']:.2f} waiting,"
+            f" {own['learn_seconds']:.2f} learning; {own['mib']:6.0f} MiB;"
             f" of rl: time {ratios['step_seconds']:.2f}, memory {ratios['mib']:.2f}"
         )
 
