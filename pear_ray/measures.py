@@ -1,6 +1,7 @@
 """Every number that stages tell of their steps, and engines of themselves, and what it means: the
 help text of its Prometheus metric, `pear_ray_STAGE_NAME` or `pear_ray_engine_NAME`. Units are in
-names; what has none is a count or a ratio.
+names; what has none is a count or a ratio. What `cooperate` shares with `rl` has rl's name, so that
+panels and alerts are one for both; the tag `stage` tells them apart.
 """
 
 from __future__ import annotations
@@ -106,3 +107,9 @@ MEASURES: dict[str, dict[str, str]] = {
         "held_share": "Share of the parameters that MIFO's step on traces left as they were",
     },
 }
+
+
+def metric(stage: str, name: str) -> str:
+    """Name of a number's Prometheus metric."""
+    is_shared = stage == "cooperate" and name in MEASURES["rl"]
+    return f"pear_ray_{'rl' if is_shared else stage}_{name}"

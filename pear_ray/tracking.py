@@ -14,7 +14,7 @@ from typing import Any, Self
 from ray.util import metrics as prometheus
 
 from pear_ray.config import Tracking
-from pear_ray.measures import MEASURES
+from pear_ray.measures import MEASURES, metric
 
 TAGS = ("run", "stage")
 EVENTS = "Lines of events.jsonl: deaths, restarts, resumes, engines that come and go"
@@ -32,7 +32,7 @@ class Tracker:
             "pear_ray_step_time_seconds", "When the latest step of the stage ended, Unix time", TAGS
         )
         self._gauges = {
-            name: prometheus.Gauge(f"pear_ray_{stage}_{name}", text, TAGS)
+            name: prometheus.Gauge(metric(stage, name), text, TAGS)
             for name, text in MEASURES[stage].items()
         }
         self._tensorboard: Any = None

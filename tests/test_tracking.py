@@ -8,6 +8,7 @@ import math
 import pytest
 
 from pear_ray.config import Tracking
+from pear_ray.measures import metric
 from pear_ray.tracking import Tracker, finite
 
 
@@ -78,3 +79,8 @@ def test_rewind_to_the_beginning_and_without_a_file(track, tmp_path):
     tracker.log(0, loss=1.0)
     track("sft").rewind(0)
     assert rows(tmp_path) == []
+
+
+def test_both_stages_of_rollouts_share_panels():
+    assert metric("cooperate", "pass_rate") == metric("rl", "pass_rate") == "pear_ray_rl_pass_rate"
+    assert metric("cooperate", "cooperative_gain") == "pear_ray_cooperate_cooperative_gain"
