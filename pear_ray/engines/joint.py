@@ -14,7 +14,6 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from pear_ray.config import Learner as Settings
 from pear_ray.config import Lora, Optimiser
 from pear_ray.engines.learner import Learner
 from pear_ray.engines.lora import add_adapters
@@ -27,21 +26,10 @@ class JointLearner(Learner):
     """Under ZeRO-3 alone: partitions of two such learners of one model and one number of ranks lie
     alike, so what goes from one to the other needs no communication."""
 
-    def __init__(
-        self,
-        path: str,
-        dtype: str,
-        settings: Settings,
-        optimiser: Optimiser,
-        num_steps: int,
-        seed: int,
-        *,
-        lora: Lora,
-        adapters_learning_rate: float,
-    ) -> None:
+    def __init__(self, *learner: Any, lora: Lora, adapters_learning_rate: float) -> None:
         """As `Learner`, with adapters that learn at a rate of their own; 0 holds them fixed."""
         self._lora, self._adapters_learning_rate = lora, adapters_learning_rate
-        super().__init__(path, dtype, settings, optimiser, num_steps, seed)
+        super().__init__(*learner)
 
     def _trained(self, policy: PackedPolicy, optimiser: Optimiser) -> list[Any]:
         add_adapters(policy.language_model, self._lora)

@@ -3,24 +3,16 @@ lambda are `rl` and `sft`, and a run that was cut off repeats to the bit."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
-import torch
-from safetensors.torch import load_file
 
 from pear_ray.__main__ import command
 from tests.stages.parity_corpus import write_corpus
+from tests.stages.runs import are_equal, rows, run_cut_off, weights
 
-SECONDS = 300.0
 STEPS = 10
 TRACES_PER_STEP = 6
 MAX_PROBE_GAP = 1e-4
@@ -91,19 +83,6 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write
 
 
-def rows(job: Path) -> list[dict[str, Any]]:
-    path = job.parent / "run" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def weights(job: Path, stage: str) -> dict[str, torch.Tensor]:
-    return load_file(job.parent / "run" / stage / "export" / "model.safetensors")
-
-
-def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
 @pytest.fixture(scope="module")
 def performed(write_job: Any, ray_session: None) -> Any:
     """Runs a stage on a new job and returns its file."""
@@ -163,22 +142,7 @@ def test_bridge_tells_what_the_traces_gain(bridge: Path) -> None:
 @pytest.mark.timeout(900)
 def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any) -> None:
     job = write_job(BRIDGE)
-    log = (job.parent / "driver.log").open("ab")
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "pear_ray", "cooperate", str(job)],
-        stdout=log,
-        stderr=log,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-    )
-    deadline = time.monotonic() + SECONDS
-    while len(rows(job)) < STEPS - 3:
-        text = (job.parent / "driver.log").read_text()
-        assert driver.poll() is None and time.monotonic() < deadline, text[-5000:]
-        time.sleep(0.05)
-    driver.kill()
-    driver.wait()
-    assert len(rows(job)) < STEPS
-    assert command(["cooperate", str(job)]) == 0
+    run_cut_off("cooperate", job, STEPS)
     assert [row["step"] for row in rows(job)] == list(range(STEPS))
     assert are_equal(weights(job, "cooperate"), weights(bridge, "cooperate"))
 

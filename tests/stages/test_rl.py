@@ -3,22 +3,16 @@ learns again from what it recorded; trains adapters ahead of the learners."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file
 
 from pear_ray.__main__ import command
+from tests.stages.runs import are_equal, rows, run_cut_off, weights
 
-SECONDS = 300.0
 STEPS = 8
 # What a step's row says that does not depend on how fast the machine was.
 NUMBERS = (
@@ -80,11 +74,6 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write
 
 
-def rows(job: Path) -> list[dict[str, Any]]:
-    path = job.parent / "run" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 @pytest.fixture(scope="module")
 def plain(write_job: Any, ray_session: None) -> Path:
     """A run in one go, on-policy, evaluated on the way and recorded."""
@@ -97,23 +86,7 @@ def plain(write_job: Any, ray_session: None) -> Path:
 def stopped(write_job: Any, plain: Path) -> Path:
     """The same, whose driver was killed half way; the same command again."""
     job = write_job(rl="record = true\nsteps_per_evaluation = 3")
-    log = (job.parent / "driver.log").open("ab")
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "pear_ray", "rl", str(job)],
-        stdout=log,
-        stderr=log,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-    )
-    deadline = time.monotonic() + SECONDS
-    while len(rows(job)) < STEPS - 3:
-        assert driver.poll() is None and time.monotonic() < deadline, (
-            job.parent / "driver.log"
-        ).read_text()[-5000:]
-        time.sleep(0.05)
-    driver.kill()
-    driver.wait()
-    assert len(rows(job)) < STEPS
-    assert command(["rl", str(job)]) == 0
+    run_cut_off("rl", job, STEPS)
     return job
 
 
@@ -150,11 +123,7 @@ def numbers(job: Path, names: tuple[str, ...] = NUMBERS) -> list[dict[str, Any]]
 def test_a_run_that_was_cut_off_repeats_to_the_bit(plain: Path, stopped: Path) -> None:
     assert [row["step"] for row in rows(plain)] == list(range(STEPS))
     assert numbers(stopped) == numbers(plain)
-    ours, theirs = (
-        load_file(job.parent / "run" / "rl" / "export" / "model.safetensors")
-        for job in (stopped, plain)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert are_equal(weights(stopped, "rl"), weights(plain, "rl"))
 
 
 def test_groups_without_signal_are_replaced(plain: Path) -> None:
@@ -190,7 +159,7 @@ def test_answers_are_kept_as_text(plain: Path) -> None:
 
 
 def test_adapters_are_trained_and_merged(adapters: Path, tiny_model: Any) -> None:
-    exported = load_file(adapters.parent / "run" / "rl" / "export" / "model.safetensors")
+    exported = weights(adapters, "rl")
     base = load_file(tiny_model(True) / "model.safetensors")
     changed = {name for name in base if not torch.equal(exported[name], base[name])}
     assert changed == {name for name in base if "q_proj" in name or "down_proj" in name}

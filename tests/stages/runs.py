@@ -1,0 +1,56 @@
+"""Runs of a stage that learns from rollouts: driven, cut off, and read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import load_file
+
+from pear_ray.__main__ import command
+
+SECONDS = 300.0
+
+
+def rows(job: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of the run beside a job file."""
+    path = job.parent / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(job: Path, stage: str) -> dict[str, torch.Tensor]:
+    """What a stage has exported."""
+    return load_file(job.parent / "run" / stage / "export" / "model.safetensors")
+
+
+def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """Whether they are, to the bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
+    """Run a stage of so many steps, its driver killed three steps before the end; then the same
+    command again."""
+    with (job.parent / "driver.log").open("ab") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "pear_ray", stage, str(job)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        )
+    deadline = time.monotonic() + SECONDS
+    while len(rows(job)) < num_steps - 3:
+        text = (job.parent / "driver.log").read_text()
+        assert driver.poll() is None and time.monotonic() < deadline, text[-5000:]
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert len(rows(job)) < num_steps
+    assert command([stage, str(job)]) == 0
