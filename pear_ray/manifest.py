@@ -301,7 +301,7 @@ def check_inputs(job: Job, stage: str) -> None:
     if corpus.sample is None and stage == "sample":
         raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
     if job.cooperate is None and stage == "cooperate":
-        raise BadInput("cooperate: missing; expected a section that says how both are learned from")
+        raise BadInput("cooperate: missing; expected a section [cooperate] with a method")
     # What lies elsewhere is looked for when it is read.
     is_here = corpus.path is not None and "://" not in corpus.path
     if is_here and not glob(os.path.expanduser(corpus.path or "")):

@@ -246,7 +246,7 @@ def test_the_stage_alone_needs_its_section(dry_run):
     code, printed, complained = dry_run("[[arms]]\nname = 'a'\ncooperate = {}")
     assert code == 2 and not printed
     assert complained == (
-        "pear-ray: cooperate: missing; expected a section that says how both are learned from\n"
+        "pear-ray: cooperate: missing; expected a section [cooperate] with a method\n"
     )
 
 
