@@ -125,6 +125,23 @@ class Growing:
             self.look()
             time.sleep(0.5)
 
+    def succeeded(self, name: str, seconds: float = SECONDS) -> dict[str, Any]:
+        """The job of that name once it has ended, which must be well; looks on meanwhile."""
+        deadline = time.monotonic() + seconds
+        while (job := self.job(name))["status"] in ("PENDING", "RUNNING"):
+            assert time.monotonic() < deadline, self.log(name)[-5000:]
+            self.look()
+            time.sleep(0.5)
+        assert job["status"] == "SUCCEEDED", self.log(name)[-5000:]
+        return job
+
+    def until_alone(self, seconds: float) -> None:
+        """Look on until all nodes but the head have gone, or for so long."""
+        deadline = time.monotonic() + seconds
+        while any(self.nodes_seen[-1].values()) and time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.5)
+
     def start(self, command: list[str], environment: dict[str, str]) -> None:
         """`ray start`, whose daemons would keep a pipe open for ever."""
         log = self.folder / "start.log"

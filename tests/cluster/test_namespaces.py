@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,7 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
                 "--placement.generators", "pear-ray/role", "generator",
                 "--learner.cpus_per_worker", "1",
             )  # fmt: skip
-            with suppress(AssertionError):
-                cluster.until(lambda: False, name)
-            job = cluster.job(name)
-            assert job["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
+            job = cluster.succeeded(name)
             opens = page(f"{cluster.dashboard}/api/jobs/")
         errors = [way_out(node) for node in nodes]
         return Story(run, cluster, nodes, job, opens, errors, cluster.processes())

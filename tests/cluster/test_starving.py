@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +70,8 @@ def finished(
     job = write_job(folder, tiny_model(True))
     with growing_cluster({}, SECONDS_IDLE / 60) as cluster:
         name = cluster.submit(sys.executable, "-m", "pear_ray", "rl", str(job))
-        with suppress(AssertionError):
-            cluster.until(lambda: False, name)
-        told = cluster.job(name)
-        assert told["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
-        deadline = time.monotonic() + 20 * SECONDS_IDLE
-        while any(cluster.nodes_seen[-1].values()) and time.monotonic() < deadline:
-            cluster.look()
-            time.sleep(0.5)
+        told = cluster.succeeded(name)
+        cluster.until_alone(20 * SECONDS_IDLE)
         yield Story(folder / "run", cluster, told)
 
 

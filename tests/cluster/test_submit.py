@@ -15,7 +15,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,8 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if watch:
             cluster.until((run / "events.jsonl").exists, name)
             note_what_is_watched(story, watch)
-        with suppress(AssertionError):
-            cluster.until(lambda: False, name)
-        story.job = cluster.job(name)
-        assert story.job["status"] == "SUCCEEDED", cluster.log(name)[-5000:]
-        deadline = time.monotonic() + 20 * SECONDS_IDLE
-        while any(cluster.nodes_seen[-1].values()) and time.monotonic() < deadline:
-            cluster.look()
-            time.sleep(0.5)
+        story.job = cluster.succeeded(name)
+        cluster.until_alone(20 * SECONDS_IDLE)
         yield story
 
 
