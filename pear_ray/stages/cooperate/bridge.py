@@ -75,7 +75,8 @@ class Bridge(WithAdapters):
         share = share if traces else 1.0
         packs = policy.share((answers if share > 0 else []) + traces)
         facts = policy.backward(packs, Mixed(self._rl, self._sft, share))
-        alone = shadow.share(self._with_signal(answers), counted=answers)
+        # Without traces the two are to differ in nothing, not in the order of a sum either.
+        alone = shadow.share(self._with_signal(answers), counted=answers) if traces else packs
         of_shadow = shadow.backward(alone, self._rl)
         policy.add_adapter_gradients(shadow.take_adapter_gradients(), -share)
         without = shadow.update(of_shadow, alone[0].num_trainable_tokens_global)
