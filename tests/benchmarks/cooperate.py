@@ -6,9 +6,10 @@
 Stage `rl` and stage `cooperate` take turns on the same game with the same model: two ranks with
 ZeRO-3 and one engine of one thread, 32 problems and 8 answers a step, and a quarter as many traces
 as answers. Seconds of a step are medians over steps after a warm-up; memory is the most that the
-ranks have held at once that nobody shares (USS), looked at five times a second. What a step takes
-is rollouts and learning: BRIDGE learns from traces too, and from the rollouts with signal twice, so
-the longer the sampling, the nearer its ratio is to 1.
+ranks have held at once that nobody shares (USS), looked at once a second. What a step takes is
+rollouts and learning: BRIDGE learns from traces too, and from the rollouts with signal twice, so
+the longer the sampling, the nearer its ratio is to 1. The learning rate is next to nothing, so that
+answers stay as long as they are.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def job_of(folder: Path, home: Path, name: str, words: argparse.Namespace) -> Pa
         steps = {words.steps}
         problems_per_step = {PROBLEMS}
         group_size = {GROUP}
-        learning_rate = 1e-4
+        # What is learned would change how long answers are, and with that what is measured.
+        learning_rate = 1e-12
         [cooperate]
         method = "{name if name != "rl" else "sum"}"
         [generator]
@@ -103,7 +105,7 @@ def measured(job: Path, name: str) -> dict[str, float]:
             process.kill()
             raise TimeoutError(f"{name}: not done in {SECONDS} s")
         most = max(most, memory_of_ranks(process.pid))
-        time.sleep(0.2)
+        time.sleep(1.0)
     if process.returncode:
         raise RuntimeError((job.parent / f"{name}.log").read_text()[-3000:])
     lines = (job.parent / name / "metrics.jsonl").read_text().splitlines()
