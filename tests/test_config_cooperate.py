@@ -113,6 +113,10 @@ MISTAKES = {
         "[cooperate]\ntraces = 'failed'\nfailed_pass_rate = 1",
         ["cooperate.failed_pass_rate:", "less than 1; read 1"],
     ),
+    "adapters beside weights that drop inputs": (
+        "[cooperate]\nmethod = 'bridge'\nlora = {dropout = 0.1}",
+        ["lora.dropout: read 0.1", "expected 0"],
+    ),
     "a shadow of nothing is refreshed": (
         "[cooperate]\nmethod = 'bridge'\nmeta_objective = false\nrefresh_steps = 5",
         [f"refresh_steps: read 5 {NO_SHADOW} 0"],

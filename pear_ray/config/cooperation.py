@@ -120,6 +120,11 @@ class Cooperate(Section):
                     f"sft.{key}: read {self.sft[key]!r}; steps and optimiser are those of [rl],"
                     " expected none"
                 )
+        if self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: read {self.lora.dropout}; adapters beside trained weights drop"
+                " nothing, expected 0"
+            )
         lengths = [len(self.prefix_groups), len(self.prefix_shares), len(self.prefix_returns)]
         if len(set(lengths)) > 1 or not lengths[0]:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,13 +188,18 @@ class Learner:
         Adapters are merged into the weights they adapt."""
         model = self._engine.module.language_model
         state: dict[str, Tensor] = {}
-        for name, parameters, merge in merged_parameters(model):
+        for name, parameters, merge in self._whole_parameters(model):
             with zero.whole(parameters):
                 if dist.get_rank() == 0:
                     state[name] = merge().detach().cpu().clone()
         if dist.get_rank() == 0:
             write_folder(model, state, folder, tokenizer_path)
         dist.barrier()
+
+    def _whole_parameters(
+        self, model: PreTrainedModel
+    ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+        return merged_parameters(model)
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> Tokens:
         # What is padded for the ranks of a group is not trainable: nothing of it is chosen below.

@@ -16,8 +16,8 @@ from pear_ray.weights.assemble import Replica
 from pear_ray.weights.manifest import WeightVersion
 
 SCALING = "lora_scaling"
-# peft's name for the layer that an adapter is put into.
-BASE = ".base_layer"
+# Of an adapter beside a weight that is trained too (`engines.joint`).
+HALVES = (".lora_A", ".lora_B")
 A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
@@ -50,16 +50,13 @@ class JoinedReplica(Replica):
         """
         found = dict(super().fetch(version, deadline_seconds))
         scaling = float(found.pop(SCALING))
-        merged = {}
-        for name, tensor in found.items():
-            layer = name.removesuffix(BASE + ".weight")
+        halves = {name: found.pop(name) for name in list(found) if name.endswith(HALVES)}
+        for name in halves:
+            layer = name.removesuffix(HALVES[0])
             if layer != name:
-                merged[layer + ".weight"] = merge(
-                    tensor, found[layer + A], found[layer + B], scaling
-                )
-            elif not name.endswith((A, B)):
-                merged[name.replace(BASE + ".", ".")] = tensor
-        return merged
+                lora_A, lora_B = halves[name], halves[layer + HALVES[1]]
+                found[layer + ".weight"] = merge(found[layer + ".weight"], lora_A, lora_B, scaling)
+        return found
 
 
 class AdapterReplica:

@@ -170,7 +170,7 @@ class Rank:
         """Every adapter, whole."""
         found = {}
         for label, shape, part in method.learner.partitions():
-            if ".lora_" in label:
+            if label.endswith((".lora_A", ".lora_B")):
                 parts = [torch.empty_like(part) for _ in range(self.num_ranks)]
                 dist.all_gather(parts, part.contiguous())
                 size = int(np.prod(shape))
@@ -297,13 +297,8 @@ def by_formulas(name: str, model: str, adapters: dict[str, torch.Tensor]) -> dic
 
 
 def plain_names(adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """peft's names as the formulas have them, in double precision."""
-    return {
-        name.replace(".lora_A.default.weight", ".A").replace(
-            ".lora_B.default.weight", ".B"
-        ): tensor.double()
-        for name, tensor in adapters.items()
-    }
+    """Adapters by the names that the formulas have, in double precision."""
+    return {name.replace(".lora_", "."): tensor.double() for name, tensor in adapters.items()}
 
 
 def merged(found: dict[str, Any], which: str) -> dict[str, torch.Tensor]:
