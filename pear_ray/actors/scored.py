@@ -99,6 +99,16 @@ def survey(folder: Path, wanted: Wanted) -> list[RowGroup]:
     return groups
 
 
+def refuse_too_few(job: Job, groups: list[RowGroup]) -> None:
+    """Raises BadInput where a step's rows are more than there are."""
+    num_rows = sum(group.num_train for group in groups)
+    if num_rows < job.sft.examples_per_step:
+        raise BadInput(
+            f"sft.examples_per_step: read {job.sft.examples_per_step}; {job.scored_folder}"
+            f" holds {num_rows} training rows; expected at most as many"
+        )
+
+
 def likeliest_per_token(path: Path) -> int:
     """How many likeliest tokens the first row of a file has for each of its own; all rows must
     have as many. 0 where it cannot be told, which is refused when the file is looked through."""

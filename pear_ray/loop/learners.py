@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,19 +42,18 @@ MEANS = {
 }
 
 
-class Method:
+class Method(ABC):
     """What a stage does with the rollouts of a step. `learners` by the names under which a
-    checkpoint holds them, of which engines serve the first, and that one is exported. `queues` hold
-    what may be forgotten once a checkpoint stands."""
+    checkpoint holds them, of which engines serve the first, and that one is exported."""
 
-    def __init__(self, job: Job, learners: Mapping[str, Learner], queues: Sequence[Any]) -> None:
-        self._job, self._learners, self._queues = job, learners, queues
+    def __init__(self, job: Job, learners: Mapping[str, Learner]) -> None:
+        self._job, self._learners = job, learners
         self.learner = next(iter(learners.values()))
 
+    @abstractmethod
     def step(self, step: int, rollouts: Rollouts) -> tuple[dict[str, float], list[TrainingBatch]]:
         """Learn from the rollouts; returns numbers for a line of metrics.jsonl, and this rank's
         micro-batches."""
-        raise NotImplementedError
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """What is published: this rank's partition of every parameter, or of adapters."""
@@ -64,12 +64,10 @@ class Method:
         """Go on from a checkpoint."""
         kept.restore(self._learners, scratch)
 
-    def keep(self, next_step: int, next_problem: int) -> None:
-        """Write a checkpoint."""
+    def keep(self, next_step: int, next_problem: int) -> int:
+        """Write a checkpoint; returns the step from which a broken run goes on at the earliest."""
         seconds = self._job.learner.deadline_seconds
-        safe_step = keep(self._learners, next_step, seconds, next_problem=next_problem)
-        for queue in self._queues:
-            ray.get(queue.forget_before.remote(safe_step), timeout=seconds)
+        return keep(self._learners, next_step, seconds, next_problem=next_problem)
 
 
 def learn(make: Callable[[Job, dict[str, Any]], Method], config: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +122,9 @@ def learn(make: Callable[[Job, dict[str, Any]], Method], config: dict[str, Any])
             break
         is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps
         if departures.any_new() or is_due:
-            method.keep(step + 1, next_problem)
+            safe_step = method.keep(step + 1, next_problem)
+            seconds = job.learner.deadline_seconds
+            ray.get(desk.queue.forget_before.remote(safe_step), timeout=seconds)
     method.learner.export(folder / stage / "export", config["start"])
     if tracker:
         tracker.close()

@@ -30,7 +30,7 @@ class FromRollouts(Method):
         learner = Learner(
             config["start"], job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed
         )
-        super().__init__(job, {"policy": learner}, [config["queue"]])
+        super().__init__(job, {"policy": learner})
         self._objective = objective_of(job)
 
     def step(self, step: int, rollouts: Rollouts) -> tuple[dict[str, float], list[TrainingBatch]]:

@@ -17,9 +17,9 @@ from pear_ray.actors.course import Course
 from pear_ray.actors.failing import FailingCourse
 from pear_ray.actors.guided import GuidedCourse
 from pear_ray.actors.reading import ReadingCourse
-from pear_ray.actors.scored import RowGroup, survey, wanted_of
+from pear_ray.actors.scored import RowGroup, refuse_too_few, survey, wanted_of
 from pear_ray.actors.traces import Traces
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Job
 from pear_ray.loop.learners import learn
 from pear_ray.loop.stage import stage_of
 from pear_ray.manifest import Run
@@ -61,13 +61,3 @@ def course_of(job: Job, groups: list[RowGroup]) -> Callable[[Job, str, int, int]
     if settings.traces == "failed":
         return partial(FailingCourse, Traces(groups, wanted_of(shown)))
     return partial(ReadingCourse, shown, groups)
-
-
-def refuse_too_few(shown: Job, groups: list[RowGroup]) -> None:
-    """Raises BadInput where a step's traces are more than there are."""
-    num_rows = sum(group.num_train for group in groups)
-    if num_rows < shown.sft.examples_per_step:
-        raise BadInput(
-            f"sft.examples_per_step: read {shown.sft.examples_per_step}; {shown.scored_folder}"
-            f" holds {num_rows} training rows; expected at most as many"
-        )

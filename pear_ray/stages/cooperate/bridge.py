@@ -67,16 +67,14 @@ class Bridge(WithAdapters):
     def step(self, step: int, rollouts: Rollouts) -> Told:
         policy: Any = self._learners["policy"]
         shadow: Any = self._learners["shadow"]
-        every, share = self._settings.refresh_steps, self._rl_share(step)
+        every = self._settings.refresh_steps
         if every and step and step % every == 0:
             shadow.copy(policy, of_adapters=False)
         answers = sequences_of(self._job, rollouts.lesson.groups)
-        traces = self._traces_of(rollouts) if share < 1 else []
-        share = share if traces else 1.0
-        packs = policy.share((answers if share > 0 else []) + traces)
+        packs, share = self._mixture(step, answers, rollouts)
         facts = policy.backward(packs, Mixed(self._rl, self._sft, share))
         # Without traces the two are to differ in nothing, not in the order of a sum either.
-        alone = shadow.share(self._with_signal(answers), counted=answers) if traces else packs
+        alone = shadow.share(self._with_signal(answers), counted=answers) if share < 1 else packs
         of_shadow = shadow.backward(alone, self._rl)
         policy.add_adapter_gradients(shadow.take_adapter_gradients(), -share)
         without = shadow.update(of_shadow, alone[0].num_trainable_tokens_global)

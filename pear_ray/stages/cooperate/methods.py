@@ -29,8 +29,7 @@ class BothSignals(Method):
     """What the methods have in common: a learner, both objectives, and the traces of a step."""
 
     def __init__(self, job: Job, config: dict[str, Any]) -> None:
-        learners = self._learners_of(job, config["start"])
-        super().__init__(job, learners, [config["queue"]])
+        super().__init__(job, self._learners_of(job, config["start"]))
         self._settings = settings_of(job)
         shown = traces_job(job)
         self._rl = objective_of(job)
@@ -51,23 +50,26 @@ class BothSignals(Method):
         traces = rollouts.lesson.traces
         return [replace(sequence, from_trace=sequence.trainable) for sequence in traces]
 
-    def _rl_share(self, step: int) -> float:
-        settings = self._settings
-        return rl_share_at(step, self._job.rl.steps, settings.rl_share, settings.last_rl_share)
-
 
 class Sum(BothSignals):
     """One loss: lambda times that of the rollouts and 1 - lambda times that of the traces. What is
     multiplied by 0 is not computed; where a step has no traces it is that of the rollouts."""
 
     def step(self, step: int, rollouts: Rollouts) -> Told:
-        share = self._rl_share(step)
-        answers = sequences_of(self._job, rollouts.lesson.groups) if share > 0 else []
-        traces = self._traces_of(rollouts) if share < 1 else []
-        packs = self.learner.share(answers + traces)
-        share = share if traces else 1.0
+        answers = sequences_of(self._job, rollouts.lesson.groups)
+        packs, share = self._mixture(step, answers, rollouts)
         result = self.learner.step(packs, Mixed(self._rl, self._sft, share))
         return numbers_of_both(result, packs[0]) | {"rl_share": share}, packs
+
+    def _mixture(
+        self, step: int, answers: list[TrainingSequence], rollouts: Rollouts
+    ) -> tuple[list[TrainingBatch], float]:
+        """What the step learns from, and lambda: 1 where it has no traces."""
+        settings = self._settings
+        share = rl_share_at(step, self._job.rl.steps, settings.rl_share, settings.last_rl_share)
+        traces = self._traces_of(rollouts) if share < 1 else []
+        packs = self.learner.share((answers if share > 0 else []) + traces)
+        return packs, share if traces else 1.0
 
 
 class Trapo(BothSignals):

@@ -18,7 +18,7 @@ import ray
 from pear_ray.actors.board import GRACE_SECONDS, StepQueue, take
 from pear_ray.actors.cluster import connect, here
 from pear_ray.actors.feed import steps
-from pear_ray.actors.scored import RowGroup, sequences_of, survey, wanted_of
+from pear_ray.actors.scored import RowGroup, refuse_too_few, sequences_of, survey, wanted_of
 from pear_ray.actors.training import (
     Departures,
     begin,
@@ -28,7 +28,7 @@ from pear_ray.actors.training import (
     rank_and_count,
     train,
 )
-from pear_ray.config import BadInput, Job
+from pear_ray.config import Job
 from pear_ray.engines.suitable import refuse_unsuitable
 from pear_ray.loop.supervised import objective_of
 from pear_ray.manifest import Run
@@ -52,11 +52,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     groups = survey(job.scored_folder, wanted_of(job))
     num_rows = sum(group.num_train for group in groups)
     num_heldout = sum(group.num_heldout for group in groups)
-    if num_rows < job.sft.examples_per_step:
-        raise BadInput(
-            f"sft.examples_per_step: read {job.sft.examples_per_step}; {job.scored_folder} holds"
-            f" {num_rows} training rows; expected at most as many"
-        )
+    refuse_too_few(job, groups)
     refuse_unsuitable(job, job.model_path())
     connect()
     queue = StepQueue.options(  # type: ignore[attr-defined]
