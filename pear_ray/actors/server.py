@@ -48,8 +48,11 @@ class Engine(Protocol):
     def step(self) -> list[tuple[str, Any]]:
         """Go on with all of it; returns what finished."""
 
-    def load(self, tensors: dict[str, Tensor], version: int) -> float:
-        """Replace the weights; returns the seconds of the pause."""
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Make weights ready to be taken; called from another thread."""
+
+    def take(self, version: int) -> float:
+        """Replace the weights by the prepared ones; returns the seconds of the pause."""
 
     def load_folder(self, path: str, version: int) -> None:
         """Replace the weights by those of a folder."""
@@ -57,13 +60,20 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A version that an engine serves: seconds in which it was fetched while generation went on,
-    seconds of the pause, and the probe's log-probs under it, trace after trace."""
+    """A version that an engine serves: seconds in which it was fetched and then prepared, while
+    generation went on, seconds of the pause, and the probe's log-probs under it, trace after
+    trace."""
 
     version: int
     fetch_seconds: float
+    prepare_seconds: float
     pause_seconds: float
     probe: tuple[np.ndarray, ...]
+
+    @property
+    def seconds_at_work(self) -> float:
+        """Those in which generation went on."""
+        return self.fetch_seconds + self.prepare_seconds
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ class Server:
         self._is_idle = True
         self._idle_seconds = 0.0
         self._news = asyncio.Event()
+        self._engine: Engine
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: Future[None] = Future()
         threading.Thread(target=self._run, args=(make,), daemon=True).start()
@@ -127,19 +138,22 @@ class Server:
         self, versions: Sequence[WeightVersion], probe: Sequence[Trace], deadline_seconds: float
     ) -> Loaded:
         """Serve the last of `versions`, each of which may be a change to the one before.
-        Generation goes on while it is fetched, and pauses for the load alone; answers that are
-        under way go on under the new weights."""
+        Generation goes on while it is fetched and prepared, and pauses for the change alone;
+        answers that are under way go on under the new weights."""
         started = time.perf_counter()
         newest = versions[-1].version
         tensors = await asyncio.to_thread(self._fetch, versions, deadline_seconds)
         fetched = time.perf_counter()
         try:
+            preparing = asyncio.to_thread(self._engine.prepare, tensors)
+            await asyncio.wait_for(preparing, self._deadline_seconds)
+            prepared = time.perf_counter()
             pause, scores = await self._between_steps(
-                lambda engine: (engine.load(tensors, newest), self._ask(engine, probe))
+                lambda engine: (engine.take(newest), self._ask(engine, probe))
             )
         except Exception:  # the engine's: half of its weights may be new
             self._die("weights could not be loaded")
-        return Loaded(newest, fetched - started, pause, scores)
+        return Loaded(newest, fetched - started, prepared - fetched, pause, scores)
 
     def _fetch(
         self, versions: Sequence[WeightVersion], deadline_seconds: float
@@ -173,7 +187,7 @@ class Server:
         """The engine's thread."""
         try:
             with self._in_time():
-                engine = make()
+                engine = self._engine = make()
         except BaseException as error:  # the engine's, which may ask to exit: told by `ready`
             told = error if isinstance(error, Exception) else RuntimeError(repr(error))
             self._started.set_exception(told)

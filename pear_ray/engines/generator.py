@@ -125,7 +125,11 @@ class Generator:
             statistics: Any = EngineStatistics()
             self._llm.llm_engine.logger_manager = statistics
         self._tokenizer = self._llm.get_tokenizer()
-        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        wants_spare = on_cpu and executor == "uni" and not only_scores
+        info = {"init_info": {"with_spare": wants_spare}}
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs=info)
+        self._has_spare = wants_spare and all(self._llm.collective_rpc(has_spare))
+        self._coming: Mapping[str, Tensor] = {}
         self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner
         self._open: dict[str, Request | Trace] = {}
         self._name(0)
@@ -194,16 +198,29 @@ class Generator:
         prompts: Any = [{"prompt_token_ids": [*prompt, *response]} for prompt, response in rows]
         return self._llm.generate(prompts, parameters, use_tqdm=False)
 
-    def load(self, tensors: Mapping[str, Tensor], version: int) -> float:
-        """Replace the live weights by `tensors` (names and shapes of the Hugging Face folder).
+    def prepare(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make ready what `take` will serve: `tensors` (names and shapes of the Hugging Face
+        folder). May be called from another thread, while this one steps. Where loading repacks
+        every matrix, which is on CPUs, a spare model takes them now; elsewhere they wait."""
+        self._coming = tensors
+        if self._has_spare:
+            torch.set_num_threads(self._settings.threads)
+            self._llm.collective_rpc(fill_spare, args=(tensors,))
+
+    def take(self, version: int) -> float:
+        """Replace the live weights by those that were prepared.
 
         Returns:
             Seconds in which the engine could not generate.
         """
         started = time.perf_counter()
-        self._llm.collective_rpc("start_weight_update")
-        self._llm.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
-        self._llm.collective_rpc("finish_weight_update")
+        tensors, self._coming = self._coming, {}
+        if self._has_spare:
+            self._llm.collective_rpc(exchange_spare)
+        else:
+            self._llm.collective_rpc("start_weight_update")
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
+            self._llm.collective_rpc("finish_weight_update")
         self._llm.reset_prefix_cache()
         self._name(version)
         return time.perf_counter() - started
@@ -211,7 +228,8 @@ class Generator:
     def load_folder(self, path: str, version: int) -> None:
         """Replace the live weights by those of a Hugging Face folder of the same architecture."""
         files = open_tensors(Path(path))
-        self.load({name: file.get_tensor(name) for name, file in files.items()}, version)
+        self.prepare({name: file.get_tensor(name) for name, file in files.items()})
+        self.take(version)
 
     def _name(self, version: int) -> None:
         """Number the live weights; vLLM notes the number beside each token that they write."""
@@ -251,6 +269,22 @@ class Generator:
                 (int(span.version), span.end - span.start) for span in answer.weight_versions
             ),
         )
+
+
+# Asked of vLLM's only worker, which is in this process: not by way of the engine's steps.
+def has_spare(worker: Any) -> bool:
+    """Whether a second model takes weights."""
+    return worker.weight_transfer_engine.spare is not None
+
+
+def fill_spare(worker: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Load into the second model."""
+    worker.weight_transfer_engine.fill_spare(tensors)
+
+
+def exchange_spare(worker: Any) -> None:
+    """Serve the second model."""
+    worker.weight_transfer_engine.exchange(worker.model_runner)
 
 
 def num_positions(path: str) -> int | None:

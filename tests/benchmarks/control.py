@@ -112,7 +112,7 @@ class Host:
 
     async def update(self, name: str, versions: Any, probe: Any, seconds: float) -> Loaded:
         self._version[name] = versions[-1].version
-        return Loaded(versions[-1].version, 0.0, 0.0, ())
+        return Loaded(versions[-1].version, 0.0, 0.0, 0.0, ())
 
 
 class Method:

@@ -11,11 +11,11 @@ the same time:
     total       from the optimiser step to both engines serving the new version
     publish     partitions into the store: checksum, put; of changes also the comparison
     fetch       the store into whole parameters, and the checksum; engines go on answering
-    load        vLLM's own load, in which an engine pauses
+    load        vLLM's own load; on CPUs into a spare model, engines go on answering
     copies      the total, in units of three numpy copies of all bytes by two processes at the same
                 time: partitions to shared memory, that to private memory, that to other such
     own load    the same with the engine's own load in the place of the third copy
-    pause       the load's share of the total
+    pause       the share of the total in which an engine could not answer
     store       most that the object store held, in units of one whole version
 """
 
@@ -196,7 +196,8 @@ def one_round(
         "total": total,
         "publish": max(seconds for _, seconds in published),
         "fetch": max(load.fetch_seconds for load in loads),
-        "load": max(load.pause_seconds for load in loads),
+        "load": max(load.prepare_seconds + load.pause_seconds for load in loads),
+        "pause_seconds": max(load.pause_seconds for load in loads),
     }
 
 
@@ -209,7 +210,7 @@ def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float
     return found | {
         "copies": found["total"] / sum(bare.values()),
         "own load": found["total"] / (bare["in"] + bare["out"] + found["load"]),
-        "pause": found["load"] / found["total"],
+        "pause": found["pause_seconds"] / found["total"],
     }
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pear_ray.engines.generator import Request, Trace
+from pear_ray.weights.manifest import WeightVersion
+from pear_ray.weights.publish import Publisher
 
 LONGEST = 48  # max_model_len. Rows are read in one piece; stages/test_score.py reads in chunks.
 
@@ -133,6 +138,36 @@ def test_answers_say_which_weights_wrote_them(engine, models):
     assert version() == first
     engine.load_folder(models[1])
     assert version() == first + 1
+
+
+def test_answers_go_on_while_weights_are_made_ready_and_across_the_change(engine, models):
+    """Each token before the change has the log-prob that the old weights give it, though the new
+    ones were fetched, repacked and put aside meanwhile."""
+    weights = load_file(f"{models[1]}/model.safetensors")
+    partitions = [(name, tuple(t.shape), t.flatten()) for name, t in weights.items()]
+    version = WeightVersion.of([Publisher(0, bucket_mib=1, full_every=1).publish(partitions, 99)])
+    requests = dict(enumerate(requests_of(120, num_samples=8)))
+    engine.settle()
+    engine.submit(list(requests.items()))
+    groups, end, is_served = {}, time.monotonic() + 200, False
+    while len(groups) < len(requests) and time.monotonic() < end:
+        ray.wait(engine.calls, timeout=1, fetch_local=False)
+        groups |= dict(engine.finished())
+        if groups and not is_served:
+            engine.serve((version,), (), deadline_seconds=100)
+            is_served = True
+    ((_, loaded),), engine.loaded = engine.loaded, []
+    assert loaded.version == 99 and engine.failed_loads == []
+    answers = [(requests[key], answer) for key, group in groups.items() for answer in group]
+    under_way = [pair for pair in answers if len(pair[1].version_spans) == 2]
+    assert under_way and all(answer.version_spans[1][0] == 99 for _, answer in under_way)
+    rows, sampled = [], []
+    for request, answer in under_way:
+        count = answer.version_spans[0][1]
+        rows.append((list(request.prompt_ids), list(answer.token_ids[:count])))
+        sampled.append(np.asarray(answer.logprobs[:count], np.float32))
+    assert largest_gap(by_transformers(models[0], rows), sampled) <= 1e-4
+    assert largest_gap(scored(engine, ROWS), by_transformers(models[1], ROWS)) <= 1e-4
 
 
 def test_seeds_decide_the_answers_whatever_else_is_served(engine):
