@@ -24,7 +24,7 @@ from pear_ray.algorithms.overlong import soft_punishment
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import load_tokenizer, prompts_ids
 from pear_ray.records import Completion, Problem, RolloutGroup, TrainingSequence, Verdict
 from pear_ray.tasks import endless_problems
 
@@ -95,7 +95,17 @@ class Course:
             return []
         last_step = min(version + rl.max_staleness, rl.steps - 1)
         wanted = (last_step + 1 - self._step) * rl.problems_per_step
-        return [self._ask(number) for number in range(len(self._asked) - self._num_dropped, wanted)]
+        numbers = range(len(self._asked) - self._num_dropped, wanted)
+        due: list[tuple[int, Request]] = []
+        num_useless = 0
+        while len(due) < len(numbers):
+            left = numbers[len(due) :]
+            asked = self._ask(left)
+            num_useless = 0 if asked else num_useless + len(left)
+            if num_useless >= self._most_useless:
+                raise self._useless()
+            due += asked
+        return due
 
     def prompt_ids(self, position: Hashable) -> tuple[int, ...]:
         """What an engine was sent under this key."""
@@ -167,27 +177,30 @@ class Course:
         self._first, self._step = end, self._step + 1
         return lesson
 
-    def _ask(self, number: int) -> tuple[int, Request]:
-        """Draw the next problem that can be asked, the `number`-th that steps may learn from."""
+    def _ask(self, numbers: Sequence[int]) -> list[tuple[int, Request]]:
+        """Draw as many problems; those of them that can be asked are the next that steps may learn
+        from, with the first of these numbers."""
         rl = self._settings
-        latest_step = self._step + number // rl.problems_per_step
-        for _ in range(self._most_useless):
-            epoch, problem = next(self._stream)
+        drawn = [next(self._stream) for _ in numbers]
+        prompts = prompts_ids(self._tokenizer, [problem.messages for _, problem in drawn])
+        due: list[tuple[int, Request]] = []
+        for (epoch, problem), prompt in zip(drawn, prompts, strict=True):
+            latest_step = self._step + numbers[len(due)] // rl.problems_per_step
             request = Request(
-                tuple(prompt_ids(self._tokenizer, problem.messages)),
+                prompt,
                 rl.group_size,
                 seed_of(self._seed, "rl", problem.problem_id, epoch),
                 rl.temperature,
                 max(0, latest_step - rl.max_staleness),
             )
-            position, self._next = self._next, self._next + 1
-            fits = len(request.prompt_ids) < self._max_model_len
-            self._asked[position] = Asked(problem, request, is_dropped=not fits)
+            fits = len(prompt) < self._max_model_len
+            self._asked[self._next] = Asked(problem, request, is_dropped=not fits)
             if fits:
-                self._num_open += 1
-                return position, request
-            self._num_dropped += 1
-        raise self._useless()
+                due.append((self._next, request))
+            self._next += 1
+        self._num_open += len(due)
+        self._num_dropped += len(drawn) - len(due)
+        return due
 
     @property
     def _most_useless(self) -> int:

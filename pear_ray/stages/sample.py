@@ -18,7 +18,7 @@ from pear_ray.actors.verifiers import Verifiers
 from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, Job
 from pear_ray.engines.generator import Request
-from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer, prompt_ids
+from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer, prompts_ids
 from pear_ray.manifest import Run
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
 from pear_ray.tasks import endless_problems
@@ -77,14 +77,15 @@ def sample_source(
                 " problems; expected a better model or fewer examples"
             )
         batch = list(islice(problems, 4 * job.generator.max_concurrent * job.generator.replicas))
+        prompts = prompts_ids(tokenizer, [problem.messages for _, problem in batch])
         requests = [
             Request(
-                tuple(prompt_ids(tokenizer, problem.messages)),
+                prompt,
                 num_samples=1,
                 seed=seed_of(job.run.seed, "sample", source, problem.problem_id, epoch),
                 temperature=settings.temperature,
             )
-            for epoch, problem in batch
+            for (epoch, problem), prompt in zip(batch, prompts, strict=True)
         ]
         answers = [answer for (answer,) in fleet.ask(requests)]
         pairs = [(p, answer.text) for (_, p), answer in zip(batch, answers, strict=True)]
