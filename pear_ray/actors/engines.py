@@ -18,24 +18,25 @@ from pear_ray.weights.assemble import Replica
 
 
 class EngineServers:
-    """vLLM engines, each in a process of its own that `make_replica()` fetches weights for. On CPUs
-    an engine that samples reads every prompt in one piece (see `Generator`). `labels` are those of
-    the nodes they may run on."""
+    """vLLM engines, each in a process of its own that `make_replica()` fetches weights for; without
+    it they follow no learner. On CPUs an engine that samples reads every prompt in one piece (see
+    `Generator`). `labels` are those of the nodes they may run on."""
 
     def __init__(
         self,
         dtype: str,
         settings: Settings,
         seed: int,
-        make_replica: Callable[[], Replica | AdapterReplica] = Replica,
+        make_replica: Callable[[], Replica | AdapterReplica] | None = Replica,
         labels: Mapping[str, str] | None = None,
     ) -> None:
         if settings.num_gpus == 0:
             whole = max(settings.batch_tokens, settings.max_model_len + 1)
             settings = settings.model_copy(update={"tokens_per_batch": whole})
-        self._settings, self._make_replica = settings, make_replica
+        self._settings, self._make_replica = settings, make_replica or Replica
         self._labels = dict(labels or {})
-        self._make = partial(Generator, dtype=dtype, settings=settings, seed=seed)
+        follows = make_replica is not None
+        self._make = partial(Generator, dtype=dtype, settings=settings, seed=seed, follows=follows)
 
     def start(self, path: str) -> Any:
         settings = self._settings
@@ -56,9 +57,9 @@ def fleet_of(
     job: Job,
     path: str,
     tell: Callable[[str, str], None],
-    make_replica: Callable[[], Replica | AdapterReplica] = Replica,
+    make_replica: Callable[[], Replica | AdapterReplica] | None = None,
 ) -> Fleet:
-    """The engines that a job asks for, serving the model in `path`."""
+    """The engines that a job asks for, serving the model in `path`; `make_replica` as above."""
     settings = job.generator
     labels = job.placement.generators
     servers = EngineServers(job.model.dtype, settings, job.run.seed, make_replica, labels)

@@ -72,7 +72,7 @@ def settle_process(path: str, settings: Settings, on_cpu: bool) -> None:
 class Generator:
     """One engine in the calling process (with tensor parallelism, also in its workers). One that
     `only_scores` reads batches of even size, on CPUs too; `num_top` is the most that `score_top`
-    will be asked for."""
+    will be asked for. One that `follows` a learner is made for new weights while it works."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class Generator:
         seed: int,
         num_top: int = 0,
         only_scores: bool = False,
+        follows: bool = False,
     ) -> None:
         on_cpu = settings.num_gpus == 0
         settle_process(path, settings, on_cpu)
@@ -125,7 +126,7 @@ class Generator:
             statistics: Any = EngineStatistics()
             self._llm.llm_engine.logger_manager = statistics
         self._tokenizer = self._llm.get_tokenizer()
-        wants_spare = on_cpu and executor == "uni" and not only_scores
+        wants_spare = on_cpu and executor == "uni" and follows
         info = {"init_info": {"with_spare": wants_spare}}
         self._llm.collective_rpc("init_weight_transfer_engine", kwargs=info)
         self._has_spare = wants_spare and all(self._llm.collective_rpc(has_spare))
