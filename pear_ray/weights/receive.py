@@ -85,6 +85,8 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def exchange(self, runner: Any) -> None:
         """Have vLLM's model runner use the spare model, which makes the live one the spare."""
+        # What two modules hold cannot be exchanged instead: vLLM's operators keep methods that are
+        # bound to their module, and would go on with its old weights without an error.
         self.model, self.spare = self.spare, self.model
         runner.model = self._default_model = self.model
         named = self.vllm_config.compilation_config.static_forward_context

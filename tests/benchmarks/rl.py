@@ -1,13 +1,15 @@
 """The RL loop beside TRL's GRPOTrainer: one command, ratios from one run.
 
     pip install -e '.[benchmarks]'        # TRL and datasets
-    python tests/benchmarks/rl.py [--pairs 3] [--steps 14] [--only trl one zero]
+    python tests/benchmarks/rl.py [--pairs 3] [--steps 14] [--only trl bare one]
 
 Every contender learns the same game with the same tiny model (3.2 M parameters), as many problems
 and answers in each step, answers of at most 32 tokens, AdamW, float32, on the same two cores; they
 take turns, as often as `--pairs` says:
 
     trl         TRL's GRPOTrainer, which samples with transformers
+    bare        vLLM and a plain PyTorch step in turns, in one process: no weights travel, nothing
+                is judged, each has both cores. What a loop around vLLM can at most reach here
     one         stage `rl`, one rank without ZeRO, one vLLM engine
     zero        the same, two ranks with ZeRO-3
     ahead       the same as `one`, rollouts one step ahead (rl.max_staleness = 1)
@@ -51,7 +53,8 @@ class Shape(NamedTuple):
 
 # Learners that take turns with their engine have both cores, those that work beside it have one.
 SHAPES = {"one": Shape(1, 0, 2, 0), "zero": Shape(2, 3, 1, 0), "ahead": Shape(1, 0, 1, 1)}
-CONTENDERS = ("trl", *SHAPES)
+ALONE = ("trl", "bare")
+CONTENDERS = (*ALONE, *SHAPES)
 
 
 def write_model(folder: Path) -> None:
@@ -121,6 +124,70 @@ def trl(model: str, num_steps: int) -> None:
     print(json.dumps([(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(steps)]))
 
 
+def bare(model: str, num_steps: int) -> None:
+    """vLLM and PyTorch alone: prints the same."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+
+    from pear_ray.engines import keep_freed_memory
+    from tests.stages.parity import Parity
+
+    keep_freed_memory()
+    engine = LLM(
+        model,
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=PROBLEMS * GROUP,
+        max_num_batched_tokens=8192,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+    )
+    torch.set_num_threads(THREADS)
+    wanted = SamplingParams(
+        n=GROUP, max_tokens=MAX_NEW_TOKENS, logprobs=0, flat_logprobs=True, detokenize=False
+    )
+    tokenizer = engine.get_tokenizer()
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    adam = torch.optim.AdamW(policy.parameters(), lr=1e-4)
+    problems = Parity().problems("train", 0)
+    steps: list[tuple[int, float]] = []
+    for _ in range(num_steps):
+        began = time.perf_counter()
+        texts = [problem.messages[0]["content"] for problem in islice(problems, PROBLEMS)]
+        prompts: Any = [{"prompt_token_ids": ids} for ids in tokenizer(texts)["input_ids"]]
+        found = engine.generate(prompts, wanted, use_tqdm=False)
+        rows = [
+            (torch.tensor(output.prompt_token_ids), torch.tensor(list(answer.token_ids)))
+            for output in found
+            for answer in output.outputs
+        ]
+        learn(policy, adam, rows)
+        num_tokens = sum(len(answer) for _, answer in rows)
+        steps.append((num_tokens, time.perf_counter() - began))
+    print(json.dumps(steps[1:]))
+
+
+def learn(policy: Any, adam: Any, rows: list[tuple[Any, Any]]) -> None:
+    """A step of policy gradient on (prompt, answer), padded to one length."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    whole = [torch.cat(row) for row in rows]
+    ids = pad_sequence(whole, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in whole], batch_first=True)
+    is_answer = mask.bool()
+    for row, (prompt, _) in zip(is_answer, rows, strict=True):
+        row[: len(prompt)] = False
+    logits = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][is_answer[:, 1:]]
+    (-logprobs.mean()).backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    adam.step()
+    adam.zero_grad()
+
+
 def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
     """The same as a job."""
     shape = SHAPES[name]
@@ -179,13 +246,13 @@ def stage(folder: Path, model: Path, name: str, num_steps: int) -> list[dict[str
 
 def measured(folder: Path, model: Path, name: str, num_steps: int) -> dict[str, Any]:
     """Tokens per second of each step, and the rows, if there are any."""
-    if name == "trl":
-        program = f"from tests.benchmarks.rl import trl; trl({str(model)!r}, {num_steps})"
+    if name in ALONE:
+        program = f"from tests.benchmarks.rl import {name}; {name}({str(model)!r}, {num_steps})"
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=1800
         )
         if done.returncode:
-            raise RuntimeError(f"trl: {done.stderr[-3000:]}")
+            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
         steps, rows = json.loads(done.stdout.splitlines()[-1]), []
     else:
         rows = stage(folder, model, name, num_steps)
