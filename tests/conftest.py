@@ -190,3 +190,16 @@ def tiny_run(
         ended = driver.wait(timeout=SECONDS)
     assert ended == 0, (folder.parent / "driver.log").read_text()[-5000:]
     return folder
+
+
+@pytest.fixture
+def pear_ray(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: (exit code, printed, complained)."""
+    from pear_ray.__main__ import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(list(words))
+        return end.value.code, *capsys.readouterr()
+
+    return run
