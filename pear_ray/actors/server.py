@@ -70,11 +70,6 @@ class Loaded:
     pause_seconds: float
     probe: tuple[np.ndarray, ...]
 
-    @property
-    def seconds_at_work(self) -> float:
-        """Those in which generation went on."""
-        return self.fetch_seconds + self.prepare_seconds
-
 
 @dataclass(frozen=True)
 class Report:

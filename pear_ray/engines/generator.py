@@ -203,10 +203,11 @@ class Generator:
         """Make ready what `take` will serve: `tensors` (names and shapes of the Hugging Face
         folder). May be called from another thread, while this one steps. Where loading repacks
         every matrix, which is on CPUs, a spare model takes them now; elsewhere they wait."""
-        self._coming = tensors
         if self._has_spare:
             torch.set_num_threads(self._settings.threads)
             self._llm.collective_rpc(fill_spare, args=(tensors,))
+        else:
+            self._coming = tensors
 
     def take(self, version: int) -> float:
         """Replace the live weights by those that were prepared.
@@ -215,10 +216,10 @@ class Generator:
             Seconds in which the engine could not generate.
         """
         started = time.perf_counter()
-        tensors, self._coming = self._coming, {}
         if self._has_spare:
             self._llm.collective_rpc(exchange_spare)
         else:
+            tensors, self._coming = self._coming, {}
             self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", kwargs={"update_info": {"tensors": tensors}})
             self._llm.collective_rpc("finish_weight_update")

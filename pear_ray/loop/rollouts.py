@@ -135,7 +135,9 @@ class Probe:
         now, idle = time.monotonic(), self._fleet.idle_seconds
         numbers = lesson_numbers(lesson) | {
             "pause_seconds": max((load.pause_seconds for _, load in loads), default=0.0),
-            "fetch_seconds": max((load.seconds_at_work for _, load in loads), default=0.0),
+            "fetch_seconds": max(
+                (load.fetch_seconds + load.prepare_seconds for _, load in loads), default=0.0
+            ),
             "generator_idle_seconds": (idle - self._idle_before) / self._fleet.num_engines,
             "rollout_seconds": now - self._since,
             "generators": self._fleet.num_engines,
