@@ -9,7 +9,7 @@ take turns, as often as `--pairs` says:
 
     trl         TRL's GRPOTrainer, which samples with transformers
     bare        vLLM and a plain PyTorch step in turns, in one process: no weights travel, nothing
-                is judged, each has both cores. Not a bound: a faster step of learning would raise it
+                is judged, each has both cores. No bound: learning could be faster than here
     one         stage `rl`, one rank without ZeRO, one vLLM engine
     zero        the same, two ranks with ZeRO-3
     ahead       the same as `one`, rollouts one step ahead (rl.max_staleness = 1)
