@@ -65,16 +65,16 @@ def command(arguments: list[str]) -> int:
     looks = [word for word in overrides if word in LOOKS]
     job = resolve(stage, Path(path), [word for word in overrides if word not in LOOKS])
     if "--plan" in looks:
-        print(importlib.import_module("pear_ray.stages.plan").plan(job))
+        print(importlib.import_module("pear_ray.plan").plan(job))
         return 0
     begin_logs(job.tracking.logs, "%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    manifest = importlib.import_module("pear_ray.manifest")
+    manifest = importlib.import_module("pear_ray.run")
     manifest.check_inputs(job, stage)
     if looks:
         print(job.model_dump_json(indent=2))
         return 0
     with manifest.open_run(job) as run:
-        run.perform(stage, importlib.import_module("pear_ray.stages.pipeline").stage(stage))
+        run.perform(stage, importlib.import_module("pear_ray.pipeline").stage(stage))
     return 0
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 if TYPE_CHECKING:
-    from pear_ray.actors.fleet import Fleet
+    from pear_ray.engines.engine_pool import Fleet
 
 # Read when the libraries are imported or Ray starts, and handed on to every process of the tests.
 MARK = ("PEAR_RAY_TEST_SESSION", uuid.uuid4().hex)
@@ -123,7 +123,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @cache
     def make(tied: bool, seed: int = 0, num_layers: int = 2) -> Path:
         from pear_ray.config import Pretrain
-        from pear_ray.engines.model import write_new_model
+        from pear_ray.train.model import write_new_model
 
         settings = Pretrain(
             styles={},
@@ -148,9 +148,9 @@ def engine_of(
 ) -> Iterator[Callable[[bool], Fleet]]:
     """vLLM engines of the tied and of the untied model, each in its own process. They start
     slowly, so each starts once and serves model after model."""
-    from pear_ray.actors.engines import EngineServers
-    from pear_ray.actors.fleet import Fleet
     from pear_ray.config import Generator as Settings
+    from pear_ray.engines.engine_factory import EngineServers
+    from pear_ray.engines.engine_pool import Fleet
 
     settings = Settings(
         max_new_tokens=24,

@@ -12,7 +12,7 @@ import pytest
 
 from pear_ray import __main__ as command_line
 from pear_ray.config import Job, read_job
-from pear_ray.manifest import OUTPUTS, check_inputs, open_run
+from pear_ray.run import OUTPUTS, check_inputs, open_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(Path(sys.executable).with_name("pear-ray"))

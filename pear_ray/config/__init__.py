@@ -9,12 +9,10 @@ from pear_ray.config.arms import (
     last_stage_with,
     start_of,
 )
-from pear_ray.config.cooperation import Cooperate
+from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
-from pear_ray.config.job_file import read_job
-from pear_ray.config.mistakes import BadInput, describe
-from pear_ray.config.secrets import refuse_secrets
-from pear_ray.config.sections import (
+from pear_ray.config.errors import BadInput, describe
+from pear_ray.config.job import (
     Evaluation,
     Generator,
     Job,
@@ -30,7 +28,9 @@ from pear_ray.config.sections import (
     Verifier,
     Weights,
 )
-from pear_ray.config.training import Learner, Lora, Optimiser, Sft
+from pear_ray.config.job_file import read_job
+from pear_ray.config.secrets import refuse_secrets
+from pear_ray.config.sft import Learner, Lora, Optimiser, Sft
 
 __all__ = [
     "LAST_STAGES",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pear_ray.config.section import Section
+from pear_ray.config.base import Section
 
 # An arm ends with one of these; what comes out of either is called "after RL".
 LAST_STAGES = ("rl", "cooperate")

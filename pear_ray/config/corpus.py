@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pear_ray.config.section import Section
+from pear_ray.config.base import Section
 
 
 class CorpusSample(Section):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pear_ray.config.mistakes import BadInput, describe
+from pear_ray.config.errors import BadInput, describe
+from pear_ray.config.job import Job
 from pear_ray.config.secrets import refuse_secrets
-from pear_ray.config.sections import Job
 
 
 def read_job(path: Path) -> Job:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from pear_ray.config import Generator as Settings
-from pear_ray.engines import keep_freed_memory
-from pear_ray.engines.statistics import EngineStatistics
-from pear_ray.engines.tensors import open_tensors
-from pear_ray.engines.tokenizer import answer_text
+from pear_ray.data.tokenizer import answer_text
+from pear_ray.engines.vllm_metrics import EngineStatistics
+from pear_ray.environment import keep_freed_memory
 from pear_ray.records import Completion
+from pear_ray.train.safetensors_io import open_tensors
 
 WEIGHT_TRANSFER = "ray_object_store"
 

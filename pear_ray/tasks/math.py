@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from pear_ray.algorithms.seeds import seed_of
 from pear_ray.records import Problem, Verdict
+from pear_ray.seeds import seed_of
 from pear_ray.tasks.rows import check_files, read_rows
 
 EXTRACTORS = ("boxed", "last_number", "either")

@@ -8,10 +8,10 @@ from fractions import Fraction
 from itertools import count, islice
 from math import lcm
 
-from pear_ray.algorithms.seeds import seed_of
 from pear_ray.config import BadInput, TaskSpec
 from pear_ray.records import Problem
-from pear_ray.tasks.families import make_tasks
+from pear_ray.seeds import seed_of
+from pear_ray.tasks.registry import make_tasks
 from pear_ray.tasks.task import Task
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pear_ray.config import BadInput
-from pear_ray.engines.lora import ADAPTER
-from pear_ray.engines.tensors import open_tensors
-from pear_ray.weights.assemble import Replica
-from pear_ray.weights.manifest import WeightVersion
+from pear_ray.train.lora import ADAPTER
+from pear_ray.train.safetensors_io import open_tensors
+from pear_ray.weights.fetch import Replica
+from pear_ray.weights.types import WeightVersion
 
 SCALING = "lora_scaling"
 # Of an adapter beside a weight that is trained too (`engines.joint`).

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor
 
 from pear_ray.weights.delta import Delta, apply, difference
-from pear_ray.weights.manifest import Bucket, Entry, Share
+from pear_ray.weights.types import Bucket, Entry, Share
 
 # A partition's description and its elements as unsigned integers of their size.
 Piece = tuple[Entry, np.ndarray]

@@ -29,20 +29,21 @@ from typing import Any
 import psutil
 import ray
 
-from pear_ray.actors.board import Board, StepQueue, take
-from pear_ray.actors.fleet import Fleet
-from pear_ray.actors.reference import NoReference
-from pear_ray.actors.server import Loaded, Report
-from pear_ray.actors.verifiers import Verifiers
 from pear_ray.config import Job, Pretrain
+from pear_ray.data.batch_queue import StepQueue, take
+from pear_ray.engines.engine_actor import Loaded, Report
+from pear_ray.engines.engine_pool import Fleet
 from pear_ray.engines.generator import Request
-from pear_ray.engines.model import write_new_model
-from pear_ray.loop.rollouts import answer
-from pear_ray.loop.stage import Stage
-from pear_ray.manifest import Run
 from pear_ray.records import Completion
+from pear_ray.rewards.pool import Verifiers
+from pear_ray.rl.reference import NoReference
+from pear_ray.rl.rollouts import answer
+from pear_ray.rl.stage import Stage
+from pear_ray.run import Run
 from pear_ray.tasks import make_tasks
-from pear_ray.weights.manifest import Share
+from pear_ray.train.model import write_new_model
+from pear_ray.weights.registry import Board
+from pear_ray.weights.types import Share
 
 LATENCY_SECONDS = 2.0
 TOKENS_PER_ANSWER = 16

@@ -36,7 +36,7 @@ SECONDS = 1800
 def write_model(folder: Path, width: int, num_layers: int) -> None:
     """An untied Qwen3 of a hundred words."""
     from pear_ray.config import Pretrain
-    from pear_ray.engines.model import write_new_model
+    from pear_ray.train.model import write_new_model
 
     shape = Pretrain(
         styles={},
@@ -84,7 +84,7 @@ def job_of(folder: Path, home: Path, name: str, words: argparse.Namespace) -> Pa
         [verifier]
         processes = 1
         [[tasks]]
-        name = "tests.stages.parity:Parity"
+        name = "tests.rl.parity:Parity"
         """
     )
     return path
@@ -143,7 +143,7 @@ def main() -> None:
         write_model(home / "model", words.width, words.layers)
         # In a process of its own: what it imports would be this one's.
         program = (
-            "from pathlib import Path; from tests.stages.parity_corpus import write_corpus;"
+            "from pathlib import Path; from tests.rl.parity_corpus import write_corpus;"
             f" write_corpus(Path({str(home / 'scored')!r}), Path({str(home / 'model')!r}))"
         )
         subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=SECONDS)

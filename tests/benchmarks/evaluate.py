@@ -36,7 +36,7 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
         {
             "run": {"dir": "unused"},
             "model": {"path": model, "dtype": "float32"},
-            "tasks": [{"name": "tests.stages.parity:Parity"}],
+            "tasks": [{"name": "tests.rl.parity:Parity"}],
             "generator": {
                 "num_cpus": 1, "threads": 1, "max_new_tokens": MAX_NEW_TOKENS,
                 "max_model_len": 64, "max_concurrent": MAX_CONCURRENT,
@@ -51,8 +51,8 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
 
 def asked(model: str, num_problems: int, num_samples: int) -> tuple[Any, Any, list[Any]]:
     """Job, problems and requests."""
-    from pear_ray.engines.tokenizer import prompts_that_fit
-    from pear_ray.stages.evaluate.attempts import requests
+    from pear_ray.data.tokenizer import prompts_that_fit
+    from pear_ray.evaluate.attempts import requests
     from pear_ray.tasks import heldout_problems
 
     job = job_of(model, num_problems, num_samples)
@@ -103,9 +103,9 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     """Prints the same of the stage's work on one checkpoint."""
     import ray
 
-    from pear_ray.actors.engines import fleet_of
-    from pear_ray.actors.verifiers import Verifiers
-    from pear_ray.stages.evaluate.attempts import Store, attempt
+    from pear_ray.engines.engine_factory import fleet_of
+    from pear_ray.evaluate.attempts import Store, attempt
+    from pear_ray.rewards.pool import Verifiers
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="answers to each problem")
     words = parser.parse_args()
     from pear_ray.config import Pretrain
-    from pear_ray.engines.model import write_new_model
+    from pear_ray.train.model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,8 +23,8 @@ from typing import Any
 import ray
 from control import job_of, running
 
-from pear_ray.actors.board import take
-from pear_ray.weights.manifest import Share
+from pear_ray.data.batch_queue import take
+from pear_ray.weights.types import Share
 
 ENGINES, GROUPS_PER_SECOND = 8, 16
 DEADLINE_SECONDS = 120.0

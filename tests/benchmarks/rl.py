@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS, GROUP, MAX_NEW_TOKENS = 32, 8, 32
-TASK = "tests.stages.parity:Parity"
+TASK = "tests.rl.parity:Parity"
 WARM_UP = 4
 THREADS = 2
 
@@ -60,7 +60,7 @@ CONTENDERS = (*ALONE, *SHAPES)
 def write_model(folder: Path) -> None:
     """A Qwen3, 4 layers of width 256, untied."""
     from pear_ray.config import Pretrain
-    from pear_ray.engines.model import write_new_model
+    from pear_ray.train.model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     write_new_model(folder, shape, [f"w{number}" for number in range(97)])
@@ -73,7 +73,7 @@ def trl(model: str, num_steps: int) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from tests.stages.parity import Parity
+    from tests.rl.parity import Parity
 
     torch.set_num_threads(THREADS)
     task = Parity()
@@ -131,8 +131,8 @@ def bare(model: str, num_steps: int) -> None:
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    from pear_ray.engines import keep_freed_memory
-    from tests.stages.parity import Parity
+    from pear_ray.environment import keep_freed_memory
+    from tests.rl.parity import Parity
 
     keep_freed_memory()
     engine = LLM(

@@ -35,7 +35,7 @@ import ray
 import torch
 
 from pear_ray.config import Generator, Pretrain
-from pear_ray.engines.model import load_policy, write_new_model
+from pear_ray.train.model import load_policy, write_new_model
 
 WORDS = [f"w{number}" for number in range(97)]
 SIZES = {
@@ -75,7 +75,7 @@ def write_corpus(path: Path, num_rows: int) -> None:
 
 def rows_of(corpus: Path, model: Path) -> list[tuple[list[int], list[int]]]:
     """The corpus as token ids."""
-    from pear_ray.engines.tokenizer import conversation_ids, load_tokenizer
+    from pear_ray.data.tokenizer import conversation_ids, load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     texts = [json.loads(line)["messages"] for line in corpus.open()]
@@ -111,7 +111,7 @@ def bare(corpus: str, model: str) -> None:
 
 def trainer(corpus: str, model: str) -> None:
     """The learner's forward pass over a quarter of the rows whenever it is asked."""
-    from pear_ray.engines.forward import policy_logprobs
+    from pear_ray.train.trainer_logprobs import policy_logprobs
 
     torch.set_num_threads(THREADS)
     rows = rows_of(Path(corpus), Path(model))[::4]

@@ -48,7 +48,7 @@ THREADS = 2
 def write_model(folder: Path, num_words: int) -> None:
     """A Qwen3, 4 layers of width 256, untied."""
     from pear_ray.config import Pretrain
-    from pear_ray.engines.model import write_new_model
+    from pear_ray.train.model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     write_new_model(folder, shape, [f"w{number}" for number in range(num_words)])
@@ -143,12 +143,12 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from pear_ray.algorithms.objectives import Supervised, Weighted
-    from pear_ray.algorithms.weighting import Pear
     from pear_ray.config import Learner as Settings
     from pear_ray.config import Sft
-    from pear_ray.engines.learner import Learner
+    from pear_ray.losses.sft import Supervised, Weighted
+    from pear_ray.losses.weighting import Pear
     from pear_ray.records import TrainingSequence
+    from pear_ray.train.learner import Learner
 
     num_ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(THREADS // num_ranks)

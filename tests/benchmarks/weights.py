@@ -39,13 +39,13 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from pear_ray.actors.board import Board
-from pear_ray.actors.engines import EngineServers
-from pear_ray.actors.fleet import Fleet
 from pear_ray.config import Generator, Pretrain
-from pear_ray.engines.model import write_new_model
-from pear_ray.loop.rollouts import Watch
+from pear_ray.engines.engine_factory import EngineServers
+from pear_ray.engines.engine_pool import Fleet
+from pear_ray.rl.rollouts import Watch
+from pear_ray.train.model import write_new_model
 from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import Board
 
 NUM_RANKS = NUM_ENGINES = 2
 BUCKET_MIB = 512

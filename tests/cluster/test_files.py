@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pear_ray.measures import MEASURES
+from pear_ray.metrics import MEASURES
 
 ROOT = Path(__file__).parents[2]
 KUBERAY, VM = ROOT / "cluster/kuberay", ROOT / "cluster/vm"

@@ -61,7 +61,7 @@ def write_job(folder: Path, model: Path) -> Path:
         deadline_seconds = 300
         {PLACED}
         [[tasks]]
-        name = "tests.stages.parity:Parity"
+        name = "tests.rl.parity:Parity"
         """
     )
     return path

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pear_ray.engines.generator import Request, Trace
-from pear_ray.weights.manifest import WeightVersion
 from pear_ray.weights.publish import Publisher
+from pear_ray.weights.types import WeightVersion
 
 LONGEST = 48  # max_model_len. Rows are read in one piece; stages/test_score.py reads in chunks.
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_ray.records import Problem
-from pear_ray.tasks.arithmetic import Countdown, read_style
+from pear_ray.tasks.countdown import Countdown, read_style
 
 GAME = Countdown()
 FIVE = Countdown(attempts=5, code_numbers=48)
@@ -171,7 +171,7 @@ def test_the_split_does_not_depend_on_the_seed_and_the_order_does():
 def test_another_process_sees_the_same_game():
     script = (
         "import itertools\n"
-        "from pear_ray.tasks.arithmetic import Countdown\n"
+        "from pear_ray.tasks.countdown import Countdown\n"
         "g = Countdown()\n"
         "styles = dict.fromkeys(('build', 'undo', 'try', 'code'), 1)\n"
         "print([p.problem_id for p in itertools.islice(g.problems('heldout', 3), 40)])\n"

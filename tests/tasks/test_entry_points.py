@@ -96,7 +96,7 @@ def test_a_task_of_ones_own(installed, name):
 
 def test_a_name_of_this_package_comes_first(installed):
     (task,) = make_tasks([TaskSpec(name="countdown")])
-    assert type(task).__module__ == "pear_ray.tasks.arithmetic"
+    assert type(task).__module__ == "pear_ray.tasks.countdown"
 
 
 WANTED = "expected a class with problems(split, seed) and verdict(problem, text)"

@@ -9,7 +9,7 @@ import pytest
 
 from pear_ray.config import BadInput, TaskSpec
 from pear_ray.tasks import make_tasks
-from pear_ray.tasks.gym import ReasoningGym
+from pear_ray.tasks.reasoning_gym import ReasoningGym
 
 
 def answered(task, problem):

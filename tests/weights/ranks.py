@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from pear_ray.weights.manifest import WeightVersion
 from pear_ray.weights.publish import Publisher
+from pear_ray.weights.types import WeightVersion
 
 
 class Ranks:

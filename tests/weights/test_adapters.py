@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pear_ray.config import BadInput, Lora
-from pear_ray.engines.lora import add_adapters, merged_parameters
+from pear_ray.train.lora import add_adapters, merged_parameters
 from pear_ray.weights.adapters import AdapterReplica, adapter_partitions, merge
-from pear_ray.weights.manifest import WeightVersion
 from pear_ray.weights.publish import Publisher
+from pear_ray.weights.types import WeightVersion
 from tests.weights.ranks import assert_same, bits, partitions
 
 pytestmark = pytest.mark.usefixtures("ray_session")

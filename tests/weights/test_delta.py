@@ -12,9 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pear_ray.weights.assemble import BaseMissing, Replica
 from pear_ray.weights.delta import Delta, apply, difference
-from pear_ray.weights.manifest import WeightVersion
+from pear_ray.weights.fetch import BaseMissing, Replica
+from pear_ray.weights.types import WeightVersion
 from tests.weights.ranks import Ranks, assert_same, changed, partitions, random_bits, with_bucket
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pear_ray.actors.board import Board, StepQueue
-from pear_ray.algorithms.objectives import Supervised
-from pear_ray.algorithms.packing import pack
 from pear_ray.config import Learner as Settings
 from pear_ray.config import Optimiser
+from pear_ray.data.batch_queue import StepQueue
 from pear_ray.engines.generator import Request, Trace
-from pear_ray.engines.learner import Learner
+from pear_ray.losses.packing import pack
+from pear_ray.losses.sft import Supervised
 from pear_ray.records import TrainingSequence
-from pear_ray.weights.assemble import Replica
+from pear_ray.train.learner import Learner
+from pear_ray.weights.fetch import Replica
 from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import Board
 
 
 class Kind(NamedTuple):

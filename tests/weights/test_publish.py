@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.weights.assemble import Replica
+from pear_ray.weights.fetch import Replica
 from pear_ray.weights.publish import Publisher, checksum
 from tests.weights.ranks import Ranks, assert_same, partitions, random_bits, with_bucket
 

@@ -1,0 +1,117 @@
+"""What a step does with rollouts and traces, all but BRIDGE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pear_ray.config import Job
+from pear_ray.cooperate.metrics import numbers_of_both, numbers_of_rollouts, of_traces
+from pear_ray.cooperate.settings import settings_of, traces_job
+from pear_ray.losses.mixed import EveryTokenAlike, Mixed, MostUncertain, rl_share_at
+from pear_ray.losses.sft import Supervised
+from pear_ray.records import TrainingBatch, TrainingSequence
+from pear_ray.rl.build import objective_of, sequences_of
+from pear_ray.rl.learners import Method
+from pear_ray.rl.rollouts import Rollouts
+from pear_ray.sft.build import objective_of as supervised_of
+
+if TYPE_CHECKING:
+    from pear_ray.train.learner import Learner
+
+Told = tuple[dict[str, float], list[TrainingBatch]]
+
+
+class BothSignals(Method):
+    """What the methods have in common: a learner, both objectives, and the traces of a step."""
+
+    def __init__(self, job: Job, config: dict[str, Any]) -> None:
+        super().__init__(job, self._learners_of(job, config["start"]))
+        self._settings = settings_of(job)
+        shown = traces_job(job)
+        self._rl = objective_of(job)
+        sft = supervised_of(shown, config["groups"], self.learner)
+        share = self._settings.entropy_share
+        self._sft: Supervised = (
+            sft if share == 1 else replace(sft, loss=MostUncertain(sft.loss, share))
+        )
+
+    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
+        from pear_ray.train.learner import Learner
+
+        learner = Learner(start, job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed)
+        return {"policy": learner}
+
+    def _traces_of(self, rollouts: Rollouts) -> list[TrainingSequence]:
+        """A step's traces, marked as such; there may be none."""
+        traces = rollouts.lesson.traces
+        return [replace(sequence, from_trace=sequence.trainable) for sequence in traces]
+
+
+class Sum(BothSignals):
+    """One loss: lambda times that of the rollouts and 1 - lambda times that of the traces. What is
+    multiplied by 0 is not computed; where a step has no traces it is that of the rollouts."""
+
+    def step(self, step: int, rollouts: Rollouts) -> Told:
+        answers = sequences_of(self._job, rollouts.lesson.groups)
+        packs, share = self._mixture(step, answers, rollouts)
+        result = self.learner.step(packs, Mixed(self._rl, self._sft, share))
+        return numbers_of_both(result, packs[0]) | {"rl_share": share}, packs
+
+    def _mixture(
+        self, step: int, answers: list[TrainingSequence], rollouts: Rollouts
+    ) -> tuple[list[TrainingBatch], float]:
+        """What the step learns from, and lambda: 1 where it has no traces."""
+        settings = self._settings
+        share = rl_share_at(step, self._job.rl.steps, settings.rl_share, settings.last_rl_share)
+        traces = self._traces_of(rollouts) if share < 1 else []
+        packs = self.learner.share((answers if share > 0 else []) + traces)
+        return packs, share if traces else 1.0
+
+
+class Trapo(BothSignals):
+    """TRAPO (arXiv 2512.17636): the policy goes on from the beginnings of traces, the beginning is
+    learned as a trace and what follows by RL, in one loss."""
+
+    def step(self, step: int, rollouts: Rollouts) -> Told:
+        packs = self.learner.share(sequences_of(self._job, rollouts.lesson.groups))
+        result = self.learner.step(packs, EveryTokenAlike(self._rl, self._sft))
+        return numbers_of_both(result, packs[0]), packs
+
+
+class Alternate(BothSignals):
+    """An optimiser step on rollouts, then one on traces, with one optimiser for both (the order and
+    the shared optimiser are this project's choices). As MIFO (arXiv 2510.04454) has it, the second
+    may leave alone what the first has moved most; AdamW's own momentum stands for the history that
+    MIFO+ keeps. A step without traces has the first alone."""
+
+    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
+        from pear_ray.cooperate.freeze import HoldingLearner
+
+        num_steps = 2 * job.rl.steps
+        learner = HoldingLearner(
+            start, job.model.dtype, job.learner, job.rl, num_steps, job.run.seed
+        )
+        return {"policy": learner}
+
+    def step(self, step: int, rollouts: Rollouts) -> Told:
+        learner: Any = self.learner
+        share = self._settings.frozen_share
+        before = learner.values() if share else {}
+        packs = learner.share(sequences_of(self._job, rollouts.lesson.groups))
+        numbers = numbers_of_rollouts(learner.step(packs, self._rl))
+        traces = self._traces_of(rollouts)
+        if not traces:
+            return numbers, packs
+        held = learner.moved_most(before, share) if share else {}
+        values = learner.values() if share else {}
+        more = learner.share(traces)
+        result = learner.step(more, EveryTokenAlike(self._rl, self._sft))
+        if held:
+            learner.put_back(values, held)
+            numbers["held_share"] = float(np.mean([mask.float().mean() for mask in held.values()]))
+        numbers["trace_grad_norm"] = result.grad_norm
+        return numbers | of_traces(result.facts, more[0]), packs

@@ -1,0 +1,300 @@
+"""The generators' side: problems in, judged groups of answers out, whatever dies on the way.
+
+What this process has heard of is safe while it lives; what it has not is asked again. Engines,
+verifiers, queue and board may be killed at any moment: they are started again, unfinished problems
+are issued anew, and what the queue lost is put there again.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from threading import Event
+from typing import Any
+
+import numpy as np
+import ray
+
+from pear_ray.data.batch_queue import GRACE_SECONDS, QueueState
+from pear_ray.engines.engine_factory import fleet_of
+from pear_ray.engines.engine_pool import Fleet
+from pear_ray.engines.generator import Trace
+from pear_ray.records import RolloutGroup, TrainingSequence
+from pear_ray.rewards.pool import Verifiers
+from pear_ray.rl.evaluation import Evaluation
+from pear_ray.rl.recording import Recorder
+from pear_ray.rl.reference import NoReference, Reference
+from pear_ray.rl.scheduler import Lesson, lesson_numbers
+from pear_ray.rl.stage import Stage
+from pear_ray.weights.registry import Announced
+from pear_ray.weights.types import WeightVersion
+
+log = logging.getLogger(__name__)
+
+NUM_PROBES = 8
+# Longest time between two looks at queue and board, in seconds.
+LOOK_SECONDS = 1.0
+# Python's thresholds, of which the first is 700 unless told: new objects before a search.
+SELDOM = (50_000, 20, 20)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Everything that generators hand over for one learner step.
+
+    `probe` are fixed answers; `probed` holds, for each load of weights since the last step, the
+    version and the engine's log-probs of the probe under it (float32 [response tokens] each), so
+    that the learner can check that both sides hold the same weights. `evaluations` are pass@1 by
+    version. `numbers` are the sampling side's metrics.
+    """
+
+    lesson: Lesson
+    probe: tuple[TrainingSequence, ...]
+    probed: tuple[tuple[int, tuple[np.ndarray, ...]], ...]
+    evaluations: dict[int, dict[str, float]]
+    numbers: dict[str, float]
+
+
+class Watch:
+    """The newest weights, without waiting for them."""
+
+    def __init__(self, board: Any, mark: str) -> None:
+        self._board, self._mark = board, mark
+        self.call = board.newest.remote(mark, LOOK_SECONDS)
+
+    def news(self) -> Announced | None:
+        """What was announced since the last call, if anything was."""
+        if not is_ready(self.call):
+            return None
+        announced: Announced | None = ray.get(self.call)
+        if announced is not None:
+            self._mark = announced.mark
+        self.call = self._board.newest.remote(self._mark, LOOK_SECONDS)
+        return announced
+
+
+class Handover:
+    """Rollouts on their way to the learners. It keeps a reference to each step's until no learner
+    can ask for it again, and puts them there anew when the queue has died."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._kept: dict[int, Any] = {}
+        self._state: QueueState | None = None
+        self._asked = time.monotonic()
+        self.call = queue.state.remote()
+
+    def put(self, rollouts: Rollouts) -> None:
+        """Hand over one step's."""
+        step = rollouts.lesson.step
+        self._kept[step] = ray.put(rollouts)
+        self._queue.put.remote(step, [self._kept[step]])
+
+    def look_after(self) -> bool:
+        """Notice what became of the queue; returns whether a learner waits."""
+        if is_ready(self.call) and time.monotonic() > self._asked + LOOK_SECONDS:
+            before, self._state = self._state, ray.get(self.call)
+            assert self._state is not None
+            for step in [step for step in self._kept if step < self._state.first_needed]:
+                del self._kept[step]
+            if before is not None and before.name != self._state.name:
+                for step, reference in self._kept.items():
+                    self._queue.put.remote(step, [reference])
+            self.call, self._asked = self._queue.state.remote(), time.monotonic()
+        return self._state is not None and self._state.is_awaited
+
+    @property
+    def newest_taken(self) -> int:
+        """The latest step that learners are known to have taken; -1: none."""
+        taken = None if self._state is None else self._state.newest_taken
+        return -1 if taken is None else taken
+
+
+class Probe:
+    """Fixed answers, which every engine scores after every load of weights."""
+
+    def __init__(self, fleet: Fleet, deadline_seconds: float) -> None:
+        self._fleet, self._deadline_seconds = fleet, deadline_seconds
+        self._sequences: tuple[TrainingSequence, ...] = ()
+        self._idle_before = 0.0
+        self._since = time.monotonic()
+
+    def serve(self, versions: tuple[WeightVersion, ...]) -> None:
+        """Have the engines serve these weights."""
+        traces = [trace_of(sequence) for sequence in self._sequences]
+        self._fleet.serve(versions, traces, self._deadline_seconds)
+
+    def rollouts(self, lesson: Lesson, evaluations: dict[int, dict[str, float]]) -> Rollouts:
+        """A lesson with what was measured since the last one. One answer to each of the first
+        problems is the probe of the whole run."""
+        loads, self._fleet.loaded = self._fleet.loaded, []
+        now, idle = time.monotonic(), self._fleet.idle_seconds
+        numbers = lesson_numbers(lesson) | {
+            "pause_seconds": max((load.pause_seconds for _, load in loads), default=0.0),
+            "fetch_seconds": max(
+                (load.fetch_seconds + load.prepare_seconds for _, load in loads), default=0.0
+            ),
+            "generator_idle_seconds": (idle - self._idle_before) / self._fleet.num_engines,
+            "rollout_seconds": now - self._since,
+            "generators": self._fleet.num_engines,
+        }
+        self._idle_before, self._since = idle, now
+        probed = tuple((load.version, load.probe) for _, load in loads if load.probe)
+        if not self._sequences:
+            self._sequences = tuple(map(first_answer, lesson.groups[:NUM_PROBES]))
+        return Rollouts(lesson, self._sequences, probed, evaluations, numbers)
+
+    def look_after(self, board: Any, tell: Callable[[str, str], None]) -> bool:
+        """Ask for whole weights where an engine could not load what there was; returns whether one
+        could not."""
+        failed, self._fleet.failed_loads = self._fleet.failed_loads, []
+        for name, error in failed:
+            tell("load_failed", f"engine {name} could not load weights: {error}")
+            board.want_full.remote()
+        return bool(failed)
+
+
+def roll_out(stage: Stage, board: Any, queue: Any, ended: Event) -> None:
+    """Answer problem after problem until the learners have ended."""
+    job, start, tell = stage.job, stage.start, partial(stage.run.event, stage.name)
+    referee = Reference(fleet_of(job, start, tell)) if job.rl.kl_coefficient else NoReference()
+    with (
+        referee as reference,
+        fleet_of(job, start, tell, stage.replica) as fleet,
+        Verifiers(job.tasks, job.verifier) as verifiers,
+    ):
+        fleet.settle()
+        reference.settle()
+        answer(stage, fleet, reference, verifiers, board, queue, ended)
+
+
+@contextmanager
+def garbage_seldom_sought() -> Iterator[None]:
+    """A step's answers are many small objects that live until they are handed over, in no cycle:
+    to search them as often as Python does unasked is a fifth of the loop's time."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(*SELDOM)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@garbage_seldom_sought()
+def answer(
+    stage: Stage,
+    fleet: Fleet,
+    reference: Reference | NoReference,
+    verifiers: Verifiers,
+    board: Any,
+    queue: Any,
+    ended: Event,
+) -> None:
+    """Engines, verifiers and learners brought together. Nothing here waits but for whatever comes
+    next; how far it may run ahead of the learners, `Course` says."""
+    job, start = stage.job, stage.start
+    news: Announced | None = first_announced(board, job.learner.deadline_seconds, ended)
+    if news is None:
+        return
+    course = stage.course(job, start, news.versions[-1].version, news.next_problem)
+    evaluation, recorder = Evaluation(job, start), Recorder(job, stage.folder, start)
+    watch, handover = Watch(board, news.mark), Handover(queue)
+    probe = Probe(fleet, job.weights.deadline_seconds)
+    version = -1
+    while not ended.is_set():
+        # First, for what is due may depend on verdicts.
+        for key, verdicts in verifiers.finished(0.0):
+            (evaluation if evaluation.has(key) else course).judged(key, verdicts)
+        while (lesson := course.lesson()) is not None:
+            rollouts = probe.rollouts(lesson, evaluation.finished())
+            recorder.keep(lesson)
+            handover.put(rollouts)
+            log.info(in_words(stage, rollouts), extra={"step": lesson.step})
+        news = watch.news() or news
+        if news is not None and not evaluation.is_running:
+            versions = evaluation.up_to(news.versions)
+            probe.serve(versions)
+            news = None if versions == news.versions else news
+            version = max(version, versions[-1].version)
+            fleet.submit(evaluation.due(version))
+        if not evaluation.is_running:
+            fleet.submit(course.due(version))
+        for key, pairs in course.given():
+            verifiers.submit(key, pairs)
+        for key, answers in fleet.finished():
+            if evaluation.has(key):
+                verifiers.submit(key, evaluation.answered(key, answers))
+            else:
+                reference.submit(key, course.prompt_ids(key), answers)
+        for key, answers in reference.finished():
+            verifiers.submit(key, course.answered(key, answers))
+        if probe.look_after(board, partial(stage.run.event, stage.name)):
+            # Engines wait for weights that can be loaded, of another version perhaps.
+            evaluation.abandon()
+        fleet.adapt(handover.look_after())
+        calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
+        ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
+
+
+def first_announced(board: Any, deadline_seconds: float, ended: Event) -> Announced | None:
+    """What the learners start from; None where they end before they say so.
+
+    Raises:
+        TimeoutError: they say nothing in time.
+    """
+    end = time.monotonic() + deadline_seconds
+    while not ended.is_set():
+        call = board.newest.remote(None, LOOK_SECONDS)
+        if (announced := ray.get(call, timeout=LOOK_SECONDS + GRACE_SECONDS)) is not None:
+            return announced
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"waited {deadline_seconds:.0f} s (learner.deadline_seconds) for the learners'"
+                " first weights"
+            )
+    return None
+
+
+def first_answer(group: RolloutGroup) -> TrainingSequence:
+    """The first answer of a group as a sequence to be scored, all of it, whoever began it."""
+    answer = group.completions[0]
+    return TrainingSequence.of(
+        group.prompt_ids,
+        answer.trace_ids + answer.token_ids,
+        answer.trace_logprobs + answer.logprobs,
+        1.0,
+        group.problem_id,
+    )
+
+
+def trace_of(sequence: TrainingSequence) -> Trace:
+    """The same, for an engine."""
+    ids, trainable = sequence.token_ids, sequence.trainable
+    return Trace(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
+
+
+def in_words(stage: Stage, rollouts: Rollouts) -> str:
+    """One step's rollouts on a line that fits a terminal."""
+    numbers = rollouts.numbers
+    evaluated = "".join(
+        f", pass@1 of version {version} {found['pass_at_1']:.3f}"
+        for version, found in rollouts.evaluations.items()
+    )
+    return (
+        f"{stage.name}: step {rollouts.lesson.step + 1} of {stage.job.rl.steps}: pass rate"
+        f" {numbers['pass_rate']:.3f}, {numbers['response_tokens_mean']:.1f} tokens an answer,"
+        f" {numbers['rollout_seconds']:.1f} s{evaluated}"
+    )
+
+
+def is_ready(call: Any) -> bool:
+    """Whether a call has ended, well or not."""
+    ready, _ = ray.wait([call], timeout=0, fetch_local=False)
+    return bool(ready)

@@ -1,0 +1,327 @@
+"""Scored corpora as `sft` reads them: counted, picked, and made into sequences."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.config import BadInput, Job
+from pear_ray.data.scored_dataset import (
+    OPTIONAL,
+    RowGroup,
+    Wanted,
+    counts,
+    extremes,
+    first_rows,
+    read_group,
+    sequences_of,
+    survey,
+    wanted_of,
+)
+from pear_ray.data.tokenizer import digests, load_tokenizer
+from pear_ray.losses.packing import pack
+from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
+
+FLOATS, INTS = pa.list_(pa.float32()), pa.list_(pa.int32())
+
+
+def names_of(table):
+    return table.column("example_id").to_pylist()
+
+
+def of_length(num_prompt, num_response):
+    ids, logprobs = [7] * num_response, [-1.0] * num_response
+    return {
+        "prompt_ids": [4] * num_prompt,
+        **dict.fromkeys(("response_ids", "top_ids"), ids),
+        **dict.fromkeys(("behaviour_logprobs", "top_logprobs"), logprobs),
+    }
+
+
+GOOD_ROWS = {
+    "as long as a micro-batch": of_length(3, 5),
+    "of one token each": of_length(1, 1),
+    "the smallest and the largest id": {"prompt_ids": [0, 99], "response_ids": [99, 0, 99]},
+    "certain tokens, rounded": {"behaviour_logprobs": [0.0, -0.0, 0.0005]},
+    "an unlikely token": {"behaviour_logprobs": [-1e30, -1.0, -1.0]},
+    "another's tokens between": {
+        "trainable": [True, False, True],
+        "behaviour_logprobs": [-1.0, 0.0, -1.0],
+    },
+}
+
+
+@pytest.mark.parametrize("changes", GOOD_ROWS.values(), ids=GOOD_ROWS)
+def test_what_lies_within_the_bounds_is_taken(tmp_path, changes):
+    (group,) = survey(stored(tmp_path, table_of(row("a", **changes))), WANTED)
+    assert (group.num_train, group.num_heldout) == (1, 0)
+
+
+def blank(name):
+    """A good table with nothing in a column, of no type either."""
+    return GOOD.set_column(GOOD.schema.get_field_index(name), name, pa.nulls(3))
+
+
+OTHER_COLUMNS = {
+    "none that may be missing": GOOD.drop_columns(sorted(OPTIONAL)),
+    "more than are read": GOOD.append_column("note", pa.array(["new"] * 3)),
+    "in another order": GOOD.select(sorted(GOOD.column_names)),
+    **{f"nothing in {name}": blank(name) for name in sorted(OPTIONAL | {"correct"})},
+}
+
+
+@pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
+def test_columns_may_be_others_than_score_writes(tmp_path, table):
+    (group,) = survey(stored(tmp_path, table, rows_per_group=3), WANTED)
+    assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("tutor",))
+    found = sequences_of(read_group(group, WANTED, "train"), 0.1)
+    assert [one.token_ids.tolist() for one in found] == [[4, 5, 7, 8, 1]] * 2
+    assert [one.coefficients.tolist() for one in found] == [[0.0, 0.0, 1.0, 1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
+def test_files_of_one_corpus_may_have_other_columns(tmp_path, table):
+    groups = survey(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
+    found = first_rows(groups, WANTED, "train", 4)
+    assert names_of(found) == [*"abab"]
+    assert [len(one.token_ids) for one in sequences_of(found, 0.1)] == [5] * 4
+
+
+def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
+    first = table_of(
+        row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d")
+    )
+    second = table_of(row("e", split="heldout", source="web"))
+    groups = survey(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
+    one, other = str(tmp_path / "0.parquet"), str(tmp_path / "2.parquet")
+    assert [group for group in groups if group.file in (one, other)] == [
+        RowGroup(one, 0, 2, 0, ("tutor", "web")),
+        RowGroup(one, 1, 1, 1, ("coder", "tutor")),
+        RowGroup(other, 0, 0, 1, ("web",)),
+    ]
+    assert sum(group.num_train + group.num_heldout for group in groups) == 5
+
+
+def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
+    """Stage `score` leaves one where it rejects all rows of a part."""
+    groups = survey(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
+    assert sum(group.num_train for group in groups) == 2
+
+
+some_rows = st.lists(
+    st.tuples(
+        st.sampled_from(["train", "heldout"]),
+        st.sampled_from([True, False, None]),
+        st.sampled_from(["tutor", "coder", "web"]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(files=st.lists(some_rows, min_size=1, max_size=3), per_group=st.integers(1, 5))
+def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_group):
+    rows = [
+        [row(f"{f}-{n}", split=s, correct=c, source=o) for n, (s, c, o) in enumerate(file)]
+        for f, file in enumerate(files)
+    ]
+    cut = [file[n : n + per_group] for file in rows for n in range(0, len(file), per_group)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = stored(Path(name), *(table_of(*file) for file in rows), rows_per_group=per_group)
+        authors = {one["source"] for file in rows for one in file}
+        for negatives, sources in ((False, ()), (True, ()), (True, (min(authors),))):
+            wanted = replace(WANTED, negatives=negatives, sources=sources)
+            groups = survey(folder, wanted)
+            assert len(groups) == len(cut)
+            for group, own in zip(groups, cut, strict=True):
+                assert group.sources == tuple(sorted({one["source"] for one in own}))
+                own = [one for one in own if one["source"] in (sources or authors)]
+                right = [one for one in own if one["correct"] is not False]
+                train = [one for one in (own if negatives else right) if one["split"] == "train"]
+                heldout = [one for one in right if one["split"] == "heldout"]
+                assert (group.num_train, group.num_heldout) == (len(train), len(heldout))
+                for split, chosen in (("train", train), ("heldout", heldout)):
+                    found = names_of(read_group(group, wanted, split))
+                    assert found == [one["example_id"] for one in chosen]
+
+
+def test_a_source_that_wrote_nothing_is_refused_with_those_that_did(tmp_path):
+    stored(tmp_path, table_of(row("a"), row("b", source="coder")))
+    told = r"sft\.sources: read \['tuto'\]; expected among \['coder', 'tutor'\], those of"
+    with pytest.raises(BadInput, match=told):
+        survey(tmp_path, replace(WANTED, sources=("coder", "tuto")))
+
+
+@pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
+def test_traces_known_to_be_wrong_are_trained_on_where_they_are_wanted(
+    tmp_path, negatives, expected
+):
+    wanted = replace(WANTED, negatives=negatives)
+    rows = [row("a", correct=True), row("b", correct=False), row("c")]
+    held = [{**one, "example_id": f"{one['example_id']}-h", "split": "heldout"} for one in rows]
+    groups = survey(stored(tmp_path, table_of(*rows, *held), rows_per_group=6), wanted)
+    for split, names in (("train", [*expected]), ("heldout", ["a-h", "c-h"])):
+        assert names_of(first_rows(groups, wanted, split, 9)) == names
+
+
+some_floats = st.none() | st.lists(st.sampled_from([-2.0, -0.5, 0.0, 3.0, math.nan]), max_size=4)
+some_ids = st.none() | st.lists(st.integers(-3, 2**31 - 1), max_size=4)
+
+
+def slow_extremes(values):
+    values = values or [0.0]
+    return (math.nan,) * 2 if any(map(math.isnan, values)) else (min(values), max(values))
+
+
+@pytest.mark.parametrize(("kind", "lists"), [(FLOATS, some_floats), (INTS, some_ids)], ids=str)
+@settings(deadline=None)
+@given(data=st.data(), start=st.integers(0, 5), length=st.integers(0, 9))
+def test_extremes_are_those_of_each_list_whatever_the_pieces(kind, lists, data, start, length):
+    pieces = data.draw(st.lists(st.lists(lists, max_size=4), max_size=4))
+    column = pa.chunked_array([pa.array(piece, kind) for piece in pieces], kind)
+    column = column.slice(start, length)
+    expected = np.array([slow_extremes(values) for values in column.to_pylist()]).reshape(-1, 2)
+    low, high = extremes(column)
+    assert low.dtype == high.dtype == np.float64
+    np.testing.assert_array_equal(np.stack([low, high], axis=1), expected)
+    assert counts(column).tolist() == [len(values or []) for values in column.to_pylist()]
+
+
+def test_what_lies_under_a_list_that_is_not_there_is_not_seen():
+    values = pa.array([-1.0, math.nan, -3.0, -4.0], pa.float32())
+    hidden = pa.ListArray.from_arrays([0, 1, 2, 4], values, mask=pa.array([False, True, False]))
+    column = pa.chunked_array([hidden])
+    assert counts(column).tolist() == [1, 0, 2]
+    assert [found.tolist() for found in extremes(column)] == [[-1.0, 0.0, -4.0], [-1.0, 0.0, -3.0]]
+
+
+def sequence_of(**changes):
+    (sequence,) = sequences_of(table_of(row("a", **changes)), 0.1, with_teacher=True)
+    return sequence
+
+
+def test_a_row_is_a_sequence_with_nothing_to_learn_in_its_prompt():
+    sequence = sequence_of(source="coder")
+    found = {name: getattr(sequence, name) for name in ("token_ids", "trainable")}
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "token_ids": [4, 5, 7, 8, 1],
+        "trainable": [False, False, True, True, True],
+    }
+    assert sequence.sampled_logprobs.tolist() == [0.0, 0.0, -0.5, -1.0, -0.25]
+    assert sequence.coefficients.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert sequence.origin == "coder"
+    assert sequence.teacher_ids.tolist() == [[0, 0], [0, 0], [7, 9], [8, 3], [1, 2]]
+    expected = [[0, 0], [0, 0], [-0.5, -1.0], [-1.0, -2.0], [-0.25, -3.0]]
+    assert sequence.teacher_logprobs.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"correct": False}, {"trainable": [True, False, True]}, of_length(1, 1)],
+    ids=["good", "wrong", "of two turns", "of one token"],
+)
+def test_arrays_of_a_sequence_are_of_the_types_that_learners_take(changes):
+    sequence = sequence_of(**changes)
+    assert sequence.token_ids.dtype == sequence.teacher_ids.dtype == np.int64
+    assert sequence.trainable.dtype == bool
+    floats = (sequence.sampled_logprobs, sequence.coefficients, sequence.teacher_logprobs)
+    assert [array.dtype for array in floats] == [np.float32] * 3
+
+
+@pytest.mark.parametrize(("correct", "expected"), [(True, 1.0), (None, 1.0), (False, -0.25)])
+@pytest.mark.parametrize("trainable", [None, [True, False, True], [False] * 3])
+def test_coefficients_are_of_tokens_to_learn(correct, expected, trainable):
+    table = table_of(row("a", correct=correct, trainable=trainable))
+    (sequence,) = sequences_of(table, 0.25)
+    mask = [False, False, *(trainable or [True] * 3)]
+    assert sequence.trainable.tolist() == mask
+    assert sequence.coefficients.tolist() == [expected if learns else 0.0 for learns in mask]
+
+
+def test_a_table_without_optional_columns_has_sequences_without_teachers():
+    (sequence,) = sequences_of(GOOD.slice(1, 1).drop_columns(sorted(OPTIONAL)), 0.1)
+    assert sequence.trainable.tolist() == [False, False, True, True, True]
+    assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
+
+
+def test_likeliest_tokens_come_along_only_where_they_are_asked_for():
+    for sequence in sequences_of(GOOD, 0.1):
+        assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
+
+
+def test_sequences_are_those_of_the_rows_whatever_was_cut_away():
+    rows = [
+        row(str(n), prompt_ids=[n] * (1 + n % 3), trainable=None if n % 2 else [True, False, True])
+        for n in range(9)
+    ]
+    whole = sequences_of(table_of(*rows), 0.1)
+    pieces = pa.concat_tables([table_of(*rows[:4]), table_of(*rows[4:])]).slice(2, 5)
+    for found, expected in zip(sequences_of(pieces, 0.1), whole[2:7], strict=True):
+        for name in ("token_ids", "trainable", "sampled_logprobs", "coefficients"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_path):
+    """Where nothing is distilled; a corpus has both when some of its rows brought log-probs."""
+    bare = {"top_ids": None, "top_logprobs": None}
+    folder = stored(tmp_path, table_of(row("a"), row("b", **bare)), table_of(row("c", **bare)))
+    table = first_rows(survey(folder, WANTED), WANTED, "train", 3)
+    for order in ([0, 1, 2], [2, 1, 0]):
+        ((batch,),) = pack(sequences_of(table.take(order), 0.1), 1, 16)
+        assert batch.trainable_T.sum() == 9
+
+
+def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path):
+    rows = [row(name, split="heldout" if name in "cd" else "train") for name in "abcdefg"]
+    groups = survey(stored(tmp_path, table_of(*rows)), WANTED)
+    gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("tutor",))
+    for most, names in ((1, "a"), (2, "ab"), (3, "abe"), (4, "abef")):
+        table = first_rows([*groups[:3], gone], WANTED, "train", most)
+        assert names_of(table) == [*names]
+    assert names_of(first_rows(groups, WANTED, "train", 99)) == [*"abefg"]
+    # Groups without a row of the split are not looked at.
+    unread = [replace(gone, num_heldout=0), groups[1]]
+    assert names_of(first_rows(unread, WANTED, "heldout", 9)) == ["c", "d"]
+
+
+def test_there_may_be_no_rows_of_a_split(tmp_path):
+    groups = survey(stored(tmp_path, table_of(row("a"))), WANTED)
+    assert first_rows(groups, WANTED, "heldout", 3) is None
+    assert first_rows([], WANTED, "train", 3) is None
+
+
+@pytest.mark.parametrize(
+    ("sft", "negatives", "top_logprobs"),
+    [
+        ({}, False, False),
+        ({"negatives": True}, True, False),
+        ({"objective": "kl", "sources": ["tutor"]}, False, True),
+    ],
+    ids=["nll", "negatives", "kl of one source"],
+)
+def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_logprobs):
+    path = str(tiny_model(True))
+    job = Job.model_validate(
+        {
+            "run": {"dir": "run"},
+            "model": {"path": path},
+            "generator": {"max_new_tokens": 8, "max_model_len": 16},
+            "learner": {"tokens_per_micro_batch": 16, "sequence_parallel": 2},
+            "tasks": [{"name": "countdown"}],
+            "corpus": {"top_logprobs": 2},
+            "sft": sft,
+        }
+    )
+    # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
+    sources = tuple(sft.get("sources", ()))
+    expected = Wanted(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
+    assert wanted_of(job) == expected

@@ -1,0 +1,338 @@
+"""PEAR's weights against the formulas of METHODS written out, and the identities they imply."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.losses.pear import pear_weights
+
+LEVELS = ("token", "block", "sequence")
+PAPER_CLIPS = {"clip_log_ratio": (-0.08, 0.3), "clip_log_weight": (-10.0, 5.0)}
+NO_CLIPS = {"clip_log_ratio": (-1e9, 1e9), "clip_log_weight": (-1e9, 1e9)}
+
+
+def slow_weights(
+    target, behaviour, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight
+):
+    """One response after the other, one token after the other, a sum over the suffix for each."""
+    weights = []
+    for _, members in itertools.groupby(range(len(ids)), key=lambda i: ids[i]):
+        members = list(members)
+        length = len(members)
+        delta = np.array([target[i] - behaviour[i] for i in members], dtype=np.float64)
+        delta = np.minimum(np.maximum(delta, clip_log_ratio[0]), clip_log_ratio[1])
+        for t in range(1, length + 1):
+            if level == "token":
+                log_weight = (length - t) * math.log(discount) + delta[t:].sum()
+            elif level == "block":
+                end_of_block = min(math.ceil(t / block_size) * block_size, length)
+                log_weight = (length - end_of_block) * math.log(discount)
+                log_weight += delta[end_of_block:].sum()
+            else:
+                log_weight = delta.sum()
+            weights.append(math.exp(min(max(log_weight, clip_log_weight[0]), clip_log_weight[1])))
+    return np.array(weights)
+
+
+def random_pack(rng, lengths, dtype=np.float64):
+    """Log-probs of both policies and ids for responses of the given lengths, end to end."""
+    tokens = sum(lengths)
+    behaviour = -rng.exponential(1.0, tokens).astype(dtype)
+    spread = rng.choice([0.0, 0.02, 0.1, 1.0, 10.0])
+    target = (behaviour + spread * rng.standard_normal(tokens) + rng.normal(0, 0.05)).astype(dtype)
+    names = rng.permutation(10 * len(lengths))[: len(lengths)] - 3
+    return target, behaviour, np.repeat(names, lengths)
+
+
+def random_settings(rng):
+    return {
+        "discount": float(rng.choice([1.0, 0.999, 0.9, 0.3])),
+        "block_size": int(rng.choice([1, 2, 3, 4, 7, 64])),
+        "clip_log_ratio": [(-0.08, 0.3), (-0.5, 0.5), (-20.0, 20.0)][rng.integers(3)],
+        "clip_log_weight": [(-10.0, 5.0), (-1.0, 0.5), (-300.0, 300.0)][rng.integers(3)],
+    }
+
+
+def tensors(pack):
+    return tuple(torch.from_numpy(array) for array in pack)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_thousand_random_packs_equal_the_formulas(level):
+    rng = np.random.default_rng(LEVELS.index(level))
+    for _ in range(1000):
+        lengths = rng.choice([1, 2, 3, 4, 5, 9, 17, 40], size=rng.integers(1, 7))
+        pack, chosen = random_pack(rng, lengths), random_settings(rng)
+        expected = slow_weights(*pack, level=level, **chosen)
+        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=f"{lengths} {chosen}")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_long_responses_equal_the_formulas(level):
+    rng = np.random.default_rng(7)
+    for longest in ([10_000], [9_999, 1], [3, 4_000, 5_000, 1]):
+        lengths = [*longest, *np.exp(rng.uniform(0, math.log(1_000), 3)).astype(int)]
+        pack, chosen = random_pack(rng, lengths, np.float32), random_settings(rng)
+        expected = slow_weights(*(a.astype(np.float64) for a in pack), level=level, **chosen)
+        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        assert found.dtype == np.float32
+        # float32 holds e^-300 as 0 and e^300 as infinity: only what it can hold is compared.
+        held = np.abs(np.log(expected)) < 80
+        np.testing.assert_allclose(found[held], expected[held], rtol=3e-7, err_msg=f"{chosen}")
+
+
+def padded_weights(
+    target, behaviour, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
+):
+    """The paper's pseudo-code, one row for each response, padded to the longest and masked."""
+    length, place = np.array(lengths)[:, None], np.arange(max(lengths))
+    mask = place < length
+    delta = np.zeros(mask.shape)
+    delta[mask] = np.clip(target - behaviour, *clip_log_ratio)
+    suffix = np.cumsum(delta[:, ::-1], axis=1)[:, ::-1] - delta
+    if level == "token":
+        log_weights = (length - 1 - place) * math.log(discount) + suffix
+    elif level == "block":
+        last = np.minimum(place // block_size * block_size + block_size, length) - 1
+        log_weights = (length - 1 - last) * math.log(discount)
+        log_weights += np.take_along_axis(suffix, last, axis=1)
+    else:
+        log_weights = np.broadcast_to(delta.sum(axis=1, keepdims=True), mask.shape)
+    return np.exp(np.clip(log_weights, *clip_log_weight))[mask]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packs_of_short_and_very_long_responses_equal_the_padded_pseudo_code(level):
+    """Lengths from 1 to 10,000, as many of each order of magnitude."""
+    rng = np.random.default_rng(11)
+    for number in range(24):
+        lengths = np.exp(rng.uniform(0, math.log(10_001), rng.integers(1, 8))).astype(int).tolist()
+        lengths += [[], [1], [10_000]][number % 3]
+        pack, chosen = random_pack(rng, lengths), random_settings(rng)
+        expected = padded_weights(*pack[:2], lengths, level=level, **chosen)
+        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-8, err_msg=f"{lengths} {chosen}")
+
+
+nats = st.floats(-30, 0, width=32)
+responses = st.lists(
+    st.lists(st.tuples(nats, nats), min_size=1, max_size=12), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    responses,
+    st.sampled_from(LEVELS),
+    st.floats(0.01, 1.0),
+    st.integers(1, 15),
+    st.tuples(st.floats(-5, 0), st.floats(0, 5)),
+    st.tuples(st.floats(-20, 0), st.floats(0, 20)),
+)
+def test_any_pack_equals_the_formulas(rows, level, discount, block_size, ratio_clip, weight_clip):
+    target, behaviour = np.array([pair for row in rows for pair in row]).T.copy()
+    ids = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    chosen = {
+        "discount": discount,
+        "block_size": block_size,
+        "clip_log_ratio": ratio_clip,
+        "clip_log_weight": weight_clip,
+    }
+    found = pear_weights(*tensors((target, behaviour, ids)), level=level, **chosen)
+    expected = slow_weights(target, behaviour, ids, level=level, **chosen)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+
+
+def test_direct_product_of_the_ratios():
+    rng = np.random.default_rng(3)
+    pi, beta = rng.uniform(0.2, 1, 6), rng.uniform(0.2, 1, 6)
+    pack = tensors((np.log(pi), np.log(beta), np.zeros(6, int)))
+    token = pear_weights(*pack, level="token", discount=0.9, **NO_CLIPS)
+    block = pear_weights(*pack, level="block", discount=0.9, block_size=4, **NO_CLIPS)
+    sequence = pear_weights(*pack, level="sequence", discount=0.9, **NO_CLIPS)
+    products = [0.9 ** (5 - t) * math.prod((pi / beta)[t + 1 :]) for t in range(6)]
+    np.testing.assert_allclose(token, products)
+    np.testing.assert_allclose(block, [products[3]] * 4 + [1.0] * 2)
+    np.testing.assert_allclose(sequence, [math.prod(pi / beta)] * 6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_equal_policies_without_discount_give_exactly_one(level):
+    """Also beside responses on which the policies differ: their sums leave no trace."""
+    rng = np.random.default_rng(0)
+    target, behaviour, ids = random_pack(rng, [30, 50, 20], np.float32)
+    target[30:80] = behaviour[30:80]
+    weights = pear_weights(*tensors((target, behaviour, ids)), level=level, discount=1.0)
+    assert torch.equal(weights[30:80], torch.ones(50))
+
+
+def test_last_token_weighs_one_at_token_level():
+    rng = np.random.default_rng(1)
+    lengths = [1, 6, 1, 40, 3]
+    weights = pear_weights(*tensors(random_pack(rng, lengths)), level="token", discount=0.5)
+    assert torch.equal(weights[np.cumsum(lengths) - 1], torch.ones(5, dtype=torch.float64))
+
+
+def test_blocks_of_one_are_tokens():
+    rng = np.random.default_rng(2)
+    pack = tensors(random_pack(rng, [1, 13, 8]))
+    assert torch.equal(
+        pear_weights(*pack, level="block", block_size=1), pear_weights(*pack, level="token")
+    )
+
+
+@pytest.mark.parametrize("block_size", [13, 14, 1000])
+def test_one_block_for_the_whole_response_gives_exactly_one(block_size):
+    rng = np.random.default_rng(3)
+    pack = tensors(random_pack(rng, [1, 13, 8], np.float32))
+    weights = pear_weights(*pack, level="block", block_size=block_size)
+    assert torch.equal(weights, torch.ones(22))
+
+
+def test_sequence_level_is_the_clipped_sum_and_knows_no_discount():
+    delta = torch.tensor([0.1, -0.05, 0.2, 0.25], dtype=torch.float64)
+    pack = (delta - 1, torch.full_like(delta, -1), torch.zeros(4, dtype=torch.int64))
+    weights = pear_weights(*pack, level="sequence", discount=0.5)
+    torch.testing.assert_close(weights, torch.full_like(delta, math.exp(0.5)))
+    capped = pear_weights(*pack, level="sequence", clip_log_weight=(-10.0, 0.4))
+    torch.testing.assert_close(capped, torch.full_like(delta, math.exp(0.4)))
+
+
+def test_first_clip_works_before_the_sum_and_second_after():
+    """Ten nats on one token count as 0.3, and 40 such tokens as 5."""
+    behaviour = torch.full((41,), -10.0, dtype=torch.float64)
+    ids = torch.zeros(41, dtype=torch.int64)
+    weights = pear_weights(torch.zeros_like(behaviour), behaviour, ids, level="token", discount=1.0)
+    torch.testing.assert_close(weights[-3:].log(), torch.tensor([0.6, 0.3, 0.0]).double())
+    torch.testing.assert_close(weights[0].log(), torch.tensor(5.0).double())
+    floor = pear_weights(behaviour * 200, behaviour, ids.repeat(1), level="token", discount=1.0)
+    torch.testing.assert_close(floor[0].log(), torch.tensor(-0.08 * 40).double())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_weights_stay_within_the_second_clip(level):
+    pack = tensors(random_pack(np.random.default_rng(5), [400, 3, 900]))
+    weights = pear_weights(*pack, level=level, **PAPER_CLIPS)
+    assert weights.min() >= math.exp(-10) and weights.max() <= math.exp(5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_neighbours_and_padding_change_nothing(level, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=6))
+    target, behaviour, ids = random_pack(rng, lengths, np.float32)
+    padding = np.zeros(data.draw(st.integers(1, 50)), np.float32)
+    packed = pear_weights(
+        *tensors(
+            (
+                np.concatenate([target, padding]),
+                np.concatenate([behaviour, padding]),
+                np.concatenate([ids, np.full(len(padding), -99)]),
+            )
+        ),
+        level=level,
+    )
+    ends = np.cumsum(lengths)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        alone = pear_weights(*tensors((target, behaviour, ids)), level=level)[start:end]
+        single = pear_weights(
+            *tensors((target[start:end], behaviour[start:end], ids[start:end])), level=level
+        )
+        torch.testing.assert_close(packed[start:end], single, rtol=3e-7, atol=0)
+        torch.testing.assert_close(alone, single, rtol=3e-7, atol=0)
+
+
+def test_a_name_may_come_back_after_another():
+    rng = np.random.default_rng(8)
+    target, behaviour, _ = random_pack(rng, [4, 5, 6])
+    returning = np.repeat([1, 0, 1], [4, 5, 6])
+    fresh = np.repeat([0, 1, 2], [4, 5, 6])
+    assert torch.equal(
+        pear_weights(*tensors((target, behaviour, returning)), level="token"),
+        pear_weights(*tensors((target, behaviour, fresh)), level="token"),
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_gradient_flows_through_the_weights(level):
+    target, behaviour, ids = tensors(random_pack(np.random.default_rng(9), [5, 9]))
+    target.requires_grad_()
+    behaviour.requires_grad_()
+    weights = pear_weights(target, behaviour, ids, level=level)
+    assert not weights.requires_grad
+    (weights * target).sum().backward()
+    assert torch.equal(target.grad, weights)
+    assert behaviour.grad is None
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shape_and_dtype_are_those_of_the_target(level, dtype):
+    for tokens in (0, 1, 6):
+        target = torch.zeros(tokens, dtype=dtype)
+        ids = torch.zeros(tokens, dtype=torch.int32)
+        weights = pear_weights(target, target.float() - 0.01, ids, level=level)
+        assert weights.shape == (tokens,) and weights.dtype == dtype
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_needs_no_value_on_the_host(level):
+    """Tensors without data: whatever asks for a value fails."""
+    target = torch.empty(9, device="meta")
+    ids = torch.empty(9, dtype=torch.int64, device="meta")
+    assert pear_weights(target, target, ids, level=level).shape == (9,)
+
+
+def test_inputs_are_left_as_they_were():
+    pack = tensors(random_pack(np.random.default_rng(10), [5, 9]))
+    before = [tensor.clone() for tensor in pack]
+    pear_weights(*pack, level="block")
+    assert all(torch.equal(a, b) for a, b in zip(pack, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"level": "tokens"}, "level: read 'tokens'; expected one of"),
+        ({"level": "none"}, "level: read 'none'"),
+        ({"discount": 0.0}, "discount 0.0"),
+        ({"discount": 1.01}, "discount 1.01"),
+        ({"discount": math.nan}, "discount nan"),
+        ({"block_size": 0}, "block_size 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changed, said):
+    logprobs, ids = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=said):
+        pear_weights(logprobs, logprobs, ids, **{"level": "token", **changed})
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3,), (4,), (3,)), ((3,), (3,), (2,)), ((1, 3), (1, 3), (1, 3)), ((), (), ())]
+)
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="expected"):
+        pear_weights(*(torch.zeros(shape) for shape in shapes), level="token")
+
+
+def test_hundred_thousand_tokens_keep_what_the_first_clip_keeps():
+    """A response behind 100,000 tokens at the upper clip weighs as it does alone."""
+    random.seed(0)
+    delta = torch.tensor([random.uniform(-0.08, 0.3) for _ in range(12)], dtype=torch.float64)
+    before = torch.full((100_000,), 0.3, dtype=torch.float64)
+    target = torch.cat([before, delta]).float()
+    ids = torch.cat([torch.zeros(100_000), torch.ones(12)]).long()
+    packed = pear_weights(target, torch.zeros_like(target), ids, level="token")[-12:]
+    alone = pear_weights(target[-12:], torch.zeros(12), ids[-12:], level="token")
+    torch.testing.assert_close(packed, alone, rtol=2e-7, atol=0)

@@ -1,0 +1,362 @@
+"""RL objectives as they are learned from, packed and cut, against each one's textbook form: whole
+sequences one after another, token by token, in float64, of a model that is one table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.packing import pack
+from pear_ray.losses.policy import (
+    AsRatio,
+    ConstantLength,
+    KlToReference,
+    PolicyGradient,
+    SequenceMean,
+    TokenMean,
+    Truncated,
+)
+from pear_ray.losses.policy_losses import Cispo, Gspo, Nft, PpoClip
+from pear_ray.records import TrainingSequence
+
+VOCABULARY = 8
+LOSSES = {
+    "ppo": PpoClip(0.2, 0.28),
+    "gspo": Gspo(0.1, 0.05),
+    "cispo": Cispo(0.3, 0.1),
+    "nft": Nft(0.9),
+}
+CORRECTIONS = {"ratio": AsRatio(), "truncated": Truncated(1.2)}
+AGGREGATIONS = {
+    "tokens": TokenMean(),
+    "sequences": SequenceMean(),
+    "constant": ConstantLength(30),
+}
+PENALTIES = {"no penalty": None, "penalty": KlToReference(0.3)}
+RECIPES = list(product(LOSSES, CORRECTIONS, AGGREGATIONS, PENALTIES))
+# Ranks and tokens in a micro-batch: one pack, many, and more ranks than sequences.
+CUTS = ((1, 1000), (2, 30), (9, 20))
+
+
+def objective_of(loss, correction, aggregation, penalty):
+    return PolicyGradient(
+        LOSSES[loss], CORRECTIONS[correction], AGGREGATIONS[aggregation], PENALTIES[penalty]
+    )
+
+
+def log_table(seed):
+    """Logits of the next token given the last, [vocabulary, vocabulary]."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((VOCABULARY, VOCABULARY)))
+
+
+def sequences_of(table, seed, advantages, spread=0.3):
+    """Answers by a policy near the table's; one was cut off, and one has another's words in it."""
+    rng = np.random.default_rng(seed)
+    logs = table.log_softmax(-1).numpy()
+    made = []
+    for number, num_response in enumerate((1, 12, 7, 3, 12, 9)):
+        prompt = rng.integers(0, VOCABULARY, rng.integers(1, 4))
+        response = rng.integers(0, VOCABULARY, num_response)
+        own = logs[np.concatenate([prompt[-1:], response[:-1]]), response]
+        trainable = np.full(num_response, number != 2)
+        trainable[3:5] &= number != 5
+        made.append(
+            TrainingSequence.of(
+                prompt,
+                response,
+                own + spread * rng.standard_normal(num_response),
+                advantages[number % len(advantages)],
+                f"problem-{number}",
+                response_trainable=trainable,
+                reference_logprobs=own + rng.standard_normal(num_response),
+            )
+        )
+    return made
+
+
+def advantages_for(loss):
+    return (0.25, -0.25, 0.6, -0.6, 0.0) if loss == "nft" else (1.3, -0.7, 0.0, 0.4)
+
+
+def seen(batch, table):
+    """What the learner would make of a micro-batch."""
+    places = np.flatnonzero(batch.trainable_T)
+    logs = table.float().log_softmax(-1)[batch.token_ids_T[places - 1]]
+    arrays = {
+        "logprobs": logs.gather(-1, torch.from_numpy(batch.token_ids_T[places, None]))[:, 0],
+        "entropies": -(logs.detach() * logs.detach().exp()).sum(-1),
+    }
+    chosen = {
+        name: torch.from_numpy(getattr(batch, f"{name}_T")[places])
+        for name in ("sampled_logprobs", "coefficients", "sequence_ids", "reference_logprobs")
+    }
+    return Tokens(
+        **arrays,
+        **chosen,
+        origins=batch.origins,
+        num_tokens_global=batch.num_trainable_tokens_global,
+        num_sequences_global=batch.num_sequences_global,
+    )
+
+
+def learned(objective, sequences, table, cut):
+    """Loss, gradient by the table and facts of one step, as the learner adds them up."""
+    table = table.clone().requires_grad_()
+    loss, facts = 0.0, {}
+    batches = [batch for rank in pack(sequences, *cut) for batch in rank]
+    for batch in batches:
+        sums = objective(seen(batch, table))
+        (sums.loss / batch.num_trainable_tokens_global).backward()
+        loss += sums.loss.item() / batch.num_trainable_tokens_global
+        for name, fact in sums.facts.items():
+            facts[name] = facts.get(name, 0.0) + float(fact)
+    return loss, table.grad, facts
+
+
+def slow_clip(ratio, advantage, low, high):
+    bound = 1 + high if advantage > 0 else 1 - low
+    beyond = ratio > bound if advantage > 0 else ratio < bound
+    return -advantage * (torch.tensor(bound).double() if beyond else ratio)
+
+
+def slow_nft(log_ratio, coefficient, floor):
+    if coefficient == 0:
+        return 0 * log_ratio
+    rate = abs(coefficient)
+    weight = math.sqrt((1 - rate) / rate)
+    if coefficient > 0:
+        return -weight * log_ratio
+    other = (1 - rate * log_ratio.exp()) / (1 - rate)
+    if other >= floor:
+        return -weight * other.log()
+    return -weight * (math.log(floor) + (other - other.item()) / floor)
+
+
+def slow_term(loss, place, log_ratios, logprobs, advantage):
+    """The loss of one token of a sequence whose log-ratios these are."""
+    ratio = log_ratios[place].exp()
+    if loss == "ppo":
+        return slow_clip(ratio, advantage, 0.2, 0.28)
+    if loss == "gspo":
+        return slow_clip((sum(log_ratios) / len(log_ratios)).exp(), advantage, 0.1, 0.05)
+    if loss == "cispo":
+        return -min(max(ratio.item(), 0.7), 1.1) * advantage * logprobs[place]
+    return slow_nft(log_ratios[place], advantage, 0.9)
+
+
+def slow_sequence(loss, correction, penalty, sequence, logs):
+    """Losses of the trainable tokens of one sequence."""
+    ids, places = sequence.token_ids, np.flatnonzero(sequence.trainable)
+    logprobs = [logs[ids[place - 1], ids[place]] for place in places]
+    log_ratios, weights = [], []
+    for place, logprob in zip(places, logprobs, strict=True):
+        gap = logprob - float(sequence.sampled_logprobs[place])
+        truncated = correction == "truncated"
+        log_ratios.append(logprob - logprob.item() if truncated else gap)
+        weights.append(min(math.exp(gap.item()), 1.2) if truncated else 1.0)
+    losses = []
+    for number, place in enumerate(places):
+        advantage = float(sequence.coefficients[place])
+        term = slow_term(loss, number, log_ratios, logprobs, advantage)
+        losses.append(weights[number] * term)
+        if penalty == "penalty":
+            apart = float(sequence.reference_logprobs[place]) - logprobs[number]
+            losses[-1] = losses[-1] + 0.3 * (apart.exp() - apart - 1)
+    return losses
+
+
+def textbook(loss, correction, aggregation, penalty, sequences, table):
+    """Loss and gradient by the table."""
+    table = table.clone().requires_grad_()
+    logs = table.log_softmax(-1)
+    by_sequence = [slow_sequence(loss, correction, penalty, s, logs) for s in sequences]
+    by_sequence = [losses for losses in by_sequence if losses]
+    flat = [one for losses in by_sequence for one in losses]
+    if aggregation == "tokens":
+        total = sum(flat) / len(flat)
+    elif aggregation == "sequences":
+        total = sum(sum(losses) / len(losses) for losses in by_sequence) / len(by_sequence)
+    else:
+        total = sum(flat) / 30 / len(by_sequence)
+    total.backward()
+    return total.item(), table.grad
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids="-".join)
+def test_a_step_however_it_is_cut_is_that_of_the_textbook(recipe):
+    table = log_table(0)
+    sequences = sequences_of(table, 0, advantages_for(recipe[0]))
+    loss, gradient = textbook(*recipe, sequences, table)
+    assert gradient.abs().max() > 1e-3
+    facts = []
+    for cut in CUTS:
+        ours, by_table, found = learned(objective_of(*recipe), sequences, table, cut)
+        assert ours == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(by_table, gradient, rtol=1e-4, atol=1e-6)
+        facts.append(found)
+    assert facts[1] == pytest.approx(facts[0], rel=1e-5, abs=1e-9)
+    assert facts[2] == pytest.approx(facts[0], rel=1e-5, abs=1e-9)
+    # What is compared has tokens on both sides of the loss's bounds, where a ratio may be beyond.
+    assert (0 < facts[0]["clipped"] < 35) == (recipe[1] == "ratio")
+
+
+def test_facts_equal_numpy_on_whole_sequences():
+    table = log_table(0)
+    sequences = sequences_of(table, 5, (1.0, -1.0))
+    objective = objective_of("ppo", "truncated", "sequences", "penalty")
+    facts = learned(objective, sequences, table, (1, 1000))[2]
+    logs = table.log_softmax(-1).numpy()
+    gaps, apart, entropy = [], [], 0.0
+    for sequence in sequences:
+        for place in np.flatnonzero(sequence.trainable):
+            row = logs[sequence.token_ids[place - 1]]
+            own = row[sequence.token_ids[place]]
+            gaps.append(own - sequence.sampled_logprobs[place])
+            apart.append(sequence.reference_logprobs[place] - own)
+            entropy -= (np.exp(row) * row).sum()
+    gaps, apart = np.array(gaps), np.array(apart)
+    weights = np.minimum(np.exp(gaps), 1.2)
+    expected = {
+        "entropy": entropy,
+        "ratio": np.exp(gaps).sum(),
+        "ratio_squared": np.exp(2 * gaps).sum(),
+        "mismatch": np.abs(gaps).sum(),
+        "mismatch_kl": (np.exp(gaps) - 1 - gaps).sum(),
+        "weight": weights.sum(),
+        "weight_squared": (weights**2).sum(),
+        "truncated": (np.exp(gaps) > 1.2).sum(),
+        # The policy is the old one itself: its own ratio is 1.
+        "clipped": 0,
+        "reference_kl": (np.exp(apart) - apart - 1).sum(),
+    }
+    assert 0 < expected["truncated"] < len(gaps) == 35
+    assert facts == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids="-".join)
+def test_facts_carry_no_gradient_and_the_empty_batch_adds_nothing(random_tokens, recipe):
+    objective = objective_of(*recipe)
+    facts = objective(random_tokens(2, [4, 5], coefficients=(0.5, -0.5))).facts
+    assert not any(fact.requires_grad for fact in facts.values())
+    nothing = random_tokens(0, [0])
+    sums = objective(nothing)
+    sums.loss.backward()
+    assert sums.facts.keys() == facts.keys()
+    assert sums.loss.item() == 0 and nothing.logprobs.grad.shape == (0,)
+    assert all(not fact.any() for fact in sums.facts.values())
+    assert objective.factor({}, 9) == 1 and objective.top_k == 0
+
+
+def gradient(objective, tokens):
+    (found,) = torch.autograd.grad(objective(tokens).loss, tokens.logprobs)
+    return found
+
+
+def test_sequences_of_one_length_make_all_averages_one(random_tokens):
+    tokens = random_tokens(1, [6, 6, 6])
+    found = [
+        gradient(PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), aggregation), tokens)
+        for aggregation in (TokenMean(), SequenceMean(), ConstantLength(6))
+    ]
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    halved = PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), ConstantLength(12))
+    torch.testing.assert_close(gradient(halved, tokens), found[0] / 2)
+
+
+def test_a_sequence_counts_as_much_as_another_only_by_sequence_means(random_tokens):
+    """Of lengths 2 and 8 the longer weighs 4 times as much by tokens, and as much by sequences."""
+    tokens = random_tokens(1, [2, 8], spread=0.0, coefficients=(1.0,))
+    by_tokens, by_sequences = (
+        -gradient(PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), aggregation), tokens)
+        for aggregation in (TokenMean(), SequenceMean())
+    )
+    assert by_tokens.tolist() == [1] * 10
+    assert by_sequences.tolist() == [2.5] * 2 + [0.625] * 8
+
+
+@pytest.mark.parametrize("cap", [0.9, 1.1, 1e9])
+def test_truncated_weights_make_importance_weighted_reinforce(random_tokens, cap):
+    """Without a cap it is PPO without a clip, by what the engine sampled with."""
+    tokens = random_tokens(3, [10, 20])
+    ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).exp()
+    found = gradient(PolicyGradient(PpoClip(0.2, 0.28), Truncated(cap), TokenMean()), tokens)
+    torch.testing.assert_close(found, -tokens.coefficients * ratios.clamp(max=cap))
+    if cap > ratios.max():
+        unclipped = PolicyGradient(PpoClip(1.0, math.inf), AsRatio(), TokenMean())
+        torch.testing.assert_close(found, gradient(unclipped, tokens))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_engines_that_agree_need_no_correction(random_tokens, loss):
+    tokens = random_tokens(3, [10, 20], spread=0.0, coefficients=(0.5, -0.5))
+    found = [
+        gradient(PolicyGradient(LOSSES[loss], correction, TokenMean()), tokens)
+        for correction in CORRECTIONS.values()
+    ]
+    assert torch.equal(*found)
+
+
+def test_expected_penalty_is_the_divergence_and_its_gradient_the_formula():
+    """Over a whole vocabulary, each token as often as the policy samples it."""
+    table = log_table(0)
+    own, reference = table[0].log_softmax(-1), table[1].log_softmax(-1)
+    tokens = Tokens(
+        logprobs=own.clone().requires_grad_(),
+        entropies=torch.zeros(VOCABULARY),
+        sampled_logprobs=own,
+        coefficients=torch.zeros(VOCABULARY),
+        sequence_ids=torch.zeros(VOCABULARY, dtype=torch.long),
+        origins=("problem",),
+        num_tokens_global=VOCABULARY,
+        num_sequences_global=1,
+        reference_logprobs=reference,
+    )
+    divergences = KlToReference(0.5).divergences(tokens)
+    assert (divergences >= 0).all()
+    expected = (own.exp() * (own - reference)).sum()
+    torch.testing.assert_close((own.exp() * divergences).sum(), expected)
+    objective = PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), TokenMean(), KlToReference(0.5))
+    torch.testing.assert_close(gradient(objective, tokens), 0.5 * (1 - (reference - own).exp()))
+
+
+def test_no_penalty_at_the_reference_itself(random_tokens):
+    tokens = random_tokens(0, [5, 9])
+    there = replace(tokens, reference_logprobs=tokens.logprobs.detach())
+    penalty = KlToReference(0.5).divergences(there)
+    assert not penalty.any()
+    assert not torch.autograd.grad(penalty.sum(), there.logprobs)[0].any()
+
+
+def test_a_penalty_without_a_reference_is_refused(random_tokens):
+    tokens = replace(random_tokens(0, [5]), reference_logprobs=None)
+    objective = objective_of("ppo", "ratio", "tokens", "penalty")
+    with pytest.raises(ValueError, match="a KL penalty to a reference: read tokens without") as e:
+        objective(tokens)
+    assert str(e.value) == (
+        "a KL penalty to a reference: read tokens without reference_logprobs; expected the"
+        " reference policy's log-prob of each"
+    )
+    assert torch.isfinite(objective_of("ppo", "ratio", "tokens", "no penalty")(tokens).loss)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids="-".join)
+def test_policies_that_are_worlds_apart_give_finite_numbers(random_tokens, recipe):
+    tokens = random_tokens(0, [4, 4], coefficients=(0.5, -0.5))
+    far = torch.tensor([200.0, -200.0, 30.0, -30.0] * 2)
+    tokens = replace(
+        tokens,
+        sampled_logprobs=tokens.logprobs.detach() - far,
+        reference_logprobs=tokens.logprobs.detach() + far,
+    )
+    sums = objective_of(*recipe)(tokens)
+    assert torch.isfinite(sums.loss)
+    assert torch.isfinite(gradient(objective_of(*recipe), tokens)).all()
+    assert all(torch.isfinite(fact).all() for fact in sums.facts.values())

@@ -1,0 +1,309 @@
+"""Base losses against their papers' formulas in plain Python, and slopes of those formulas."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.losses.token_losses import (
+    Dft,
+    IwSft,
+    Kl,
+    Nll,
+    SedSft,
+    TrSft,
+    Unlikelihood,
+    log_complement,
+    log_remainder,
+)
+
+# Of a log-prob x and of what stands still while x moves: the same log-prob, the mass of the
+# likeliest tokens and the mean log-ratio of the sequence.
+FORMULAS = {
+    "nll": (Nll(), lambda x, still: -x),
+    "dft": (Dft(), lambda x, still: -math.exp(still.x) * x),
+    "trsft": (TrSft(), lambda x, still: -min(1, math.exp(still.x) / 0.1) * x),
+    "trsft, wide": (TrSft(alpha=0.6), lambda x, still: -min(1, math.exp(still.x) / 0.6) * x),
+    "sedsft": (SedSft(), lambda x, still: -x + (still.mass < 0.95) * well(x)),
+    "sedsft, weak": (
+        SedSft(strength=0.2, top_k=2, top_mass=0.98),
+        lambda x, still: -x + 0.2 * (still.mass < 0.98) * well(x),
+    ),
+    "iwsft": (IwSft(), lambda x, still: -min(math.exp(still.ratio), 16) * x),
+    "iwsft, bounded": (
+        IwSft(temperature=3.0, bounds=(0.9, 1.2)),
+        lambda x, still: -min(max(math.exp(3 * still.ratio), 0.9), 1.2) * x,
+    ),
+    "unlikelihood": (Unlikelihood(), lambda x, still: min(5.0, -math.log(1 - math.exp(x)))),
+    "unlikelihood, low": (
+        Unlikelihood(cap=0.5),
+        lambda x, still: min(0.5, -math.log(1 - math.exp(x))),
+    ),
+}
+
+
+def well(x):
+    """(p - 1/2)^2 as the authors of SED-SFT code it."""
+    return math.exp(x) * (math.exp(x) - 1) + 0.25
+
+
+def what_stands_still(tokens):
+    columns = [
+        column.tolist()
+        for column in (
+            tokens.logprobs,
+            tokens.sampled_logprobs,
+            tokens.top_masses,
+            tokens.sequence_ids,
+        )
+    ]
+    ratios = {}
+    for x, sampled, _, owner in zip(*columns, strict=True):
+        ratios.setdefault(owner, []).append(x - sampled)
+    return [
+        SimpleNamespace(x=x, mass=mass, ratio=math.fsum(ratios[owner]) / len(ratios[owner]))
+        for x, _, mass, owner in zip(*columns, strict=True)
+    ]
+
+
+def slope(function, x, step=1e-6):
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+@pytest.mark.parametrize(("loss", "formula"), FORMULAS.values(), ids=FORMULAS)
+def test_values_and_slopes_are_those_of_the_formula(random_tokens, loss, formula):
+    tokens = random_tokens(0, [1, 30, 0, 7, 62], spread=0.6)
+    found = loss(tokens)
+    assert found.shape == tokens.logprobs.shape and found.dtype == torch.float32
+    coefficients = torch.linspace(-1, 2, 100)
+    (gradient,) = torch.autograd.grad(found @ coefficients, tokens.logprobs)
+    rows = what_stands_still(tokens)
+    values = np.array([formula(row.x, row) for row in rows])
+    slopes = np.array([slope(lambda x, row=row: formula(x, row), row.x) for row in rows])
+    np.testing.assert_allclose(found.detach(), values, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, slopes * coefficients.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_made_up_tokens_meet_both_sides_of_every_bound(random_tokens):
+    """Else the test above would say little."""
+    rows = what_stands_still(random_tokens(0, [1, 30, 0, 7, 62], spread=0.6))
+    for values, bounds in [
+        ([math.exp(row.x) for row in rows], (0.1, 0.6)),
+        ([row.mass for row in rows], (0.95, 0.98)),
+        ([math.exp(3 * row.ratio) for row in rows], (0.9, 1.2)),
+        ([-math.log(1 - math.exp(row.x)) for row in rows], (0.5, 5.0)),
+    ]:
+        for bound in bounds:
+            assert min(values) < bound < max(values), (bound, min(values), max(values))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.floats(1e-4, 0.999), min_size=1, max_size=20), st.floats(0.01, 1.0))
+def test_gradients_with_respect_to_the_probability(random_tokens, probs, alpha):
+    """1/p of plain SFT becomes 1 in DFT and 1 / max(p, alpha) in TrSFT."""
+    p = torch.tensor(probs, dtype=torch.float64).requires_grad_()
+    tokens = replace(random_tokens(0, [len(probs)]), logprobs=p.log())
+    slopes = {
+        loss: torch.autograd.grad(loss(tokens).sum(), p, retain_graph=True)[0]
+        for loss in (Nll(), Dft(), TrSft(alpha))
+    }
+    torch.testing.assert_close(slopes[Nll()], -1 / p.detach())
+    torch.testing.assert_close(slopes[Dft()], -torch.ones(len(probs)).double())
+    torch.testing.assert_close(slopes[TrSft(alpha)], -1 / p.detach().clamp(min=alpha))
+
+
+def test_sedsft_looks_where_the_likeliest_tokens_hold_less_than_the_bound(random_tokens):
+    """A known copy of the method turns the mask round."""
+    tokens = random_tokens(0, [4])
+    masses = torch.tensor([0.2, 0.9499, 0.95, 1.0])
+    added = SedSft()(replace(tokens, top_masses=masses)) - Nll()(tokens)
+    assert (added != 0).tolist() == [True, True, False, False]
+    assert (SedSft(top_k=3).top_k, SedSft().top_k, Nll().top_k, Kl(9).top_k) == (3, 10, 0, 0)
+
+
+def test_iwsft_weighs_all_tokens_of_a_sequence_alike(random_tokens):
+    tokens = random_tokens(3, [5, 0, 1, 8], spread=1.0)
+    weights = IwSft()(tokens) / Nll()(tokens)
+    for row in weights.detach().split([5, 1, 8]):
+        torch.testing.assert_close(row, row[:1].expand_as(row))
+    far = replace(tokens, sampled_logprobs=tokens.logprobs.detach() - 100)
+    torch.testing.assert_close(IwSft()(far), -16 * tokens.logprobs)
+    assert IwSft()(replace(tokens, sampled_logprobs=tokens.logprobs.detach() + 200)).eq(0).all()
+
+
+def random_pair(seed, places, vocabulary, spread=0.5):
+    """Logits of teacher and student, float64, with gradient for the student's."""
+    rng = np.random.default_rng(seed)
+    teacher = torch.from_numpy(rng.standard_normal((places, vocabulary)))
+    student = teacher + spread * torch.from_numpy(rng.standard_normal((places, vocabulary)))
+    return teacher, student.requires_grad_()
+
+
+def kl_tokens(random_tokens, teacher, student):
+    tokens = random_tokens(0, [len(teacher)])
+    return replace(tokens, teacher_logprobs=teacher, logprobs_of_teacher=student)
+
+
+def of_the_likeliest(k, teacher, student):
+    """Both policies' log-probs of the teacher's k likeliest tokens."""
+    stored, ids = teacher.log_softmax(-1).topk(k)
+    return stored, student.log_softmax(-1).gather(-1, ids)
+
+
+def full_kl(teacher, student):
+    """Token after token of the whole vocabulary, in plain Python."""
+    return [
+        math.fsum(math.exp(b) * (b - t) for b, t in zip(row, other, strict=True))
+        for row, other in zip(
+            teacher.log_softmax(-1).tolist(), student.log_softmax(-1).tolist(), strict=True
+        )
+    ]
+
+
+def bucket_kl(theirs, ours):
+    """One row: stored tokens, and all others as if they were one."""
+    stored = [math.exp(b) * (b - t) for b, t in zip(theirs, ours, strict=True)]
+    rest_theirs, rest_ours = (1 - math.fsum(map(math.exp, row)) for row in (theirs, ours))
+    return math.fsum(stored) + rest_theirs * (math.log(rest_theirs) - math.log(rest_ours))
+
+
+def test_kl_of_the_whole_vocabulary(random_tokens):
+    teacher, student = random_pair(0, 9, 12)
+    stored, own = of_the_likeliest(12, teacher, student)
+    loss = Kl(12)(kl_tokens(random_tokens, stored.float(), own.float()))
+    np.testing.assert_allclose(loss.detach(), full_kl(teacher, student), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    expected = student.detach().softmax(-1) - teacher.softmax(-1)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_vocabulary_leaves_no_bucket(random_tokens):
+    """Nor where rounding takes some of the mass away."""
+    theirs, own = torch.tensor([[0.49, 0.5]]).log(), torch.tensor([[0.9, 0.05]]).log()
+    loss = Kl(2)(kl_tokens(random_tokens, theirs, own))
+    assert loss.item() == pytest.approx(0.49 * math.log(0.49 / 0.9) + 0.5 * math.log(10))
+
+
+@pytest.mark.parametrize("stored", [1, 2, 5, 11])
+def test_kl_with_a_bucket(random_tokens, stored):
+    theirs, own = (
+        side.detach().float() for side in of_the_likeliest(stored, *random_pair(stored, 9, 12))
+    )
+    own.requires_grad_()
+    loss = Kl(12)(kl_tokens(random_tokens, theirs, own))
+    rows = list(zip(theirs.tolist(), own.tolist(), strict=True))
+    np.testing.assert_allclose(
+        loss.detach(), [bucket_kl(*row) for row in rows], rtol=1e-4, atol=2e-6
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    slopes = [
+        [
+            slope(lambda x, b=b, t=t, i=i: bucket_kl(b, [*t[:i], x, *t[i + 1 :]]), t[i])
+            for i in range(stored)
+        ]
+        for b, t in rows
+    ]
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 9999), spread=st.floats(0, 3))
+def test_kl_with_a_bucket_is_a_lower_bound_that_rises_with_what_is_stored(
+    random_tokens, seed, spread
+):
+    # No token below 3e-5: what is left below 1e-6 counts as 1e-6.
+    teacher, student = (side.detach().clamp(-4, 4) for side in random_pair(seed, 3, 12, spread))
+    bounds = [
+        Kl(12)(kl_tokens(random_tokens, *of_the_likeliest(k, teacher, student)))
+        for k in range(1, 13)
+    ]
+    steps = torch.stack(bounds).diff(dim=0)
+    # The last stored token is the bucket: eleven of twelve tokens say as much as all.
+    assert (steps > -1e-9).all() and (bounds[0] > -1e-9).all()
+    np.testing.assert_allclose(bounds[-2], bounds[-1], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(bounds[-1], full_kl(teacher, student), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("stored", [1, 5, 12])
+def test_kl_of_equal_policies_is_nothing_and_moves_nothing(random_tokens, stored):
+    teacher, _ = random_pair(1, 9, 12)
+    student = teacher.float().requires_grad_()
+    theirs, own = of_the_likeliest(stored, student.detach(), student)
+    loss = Kl(12)(kl_tokens(random_tokens, theirs, own))
+    assert not loss.any()
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
+
+
+# Three stored log-probs whose probabilities sum to 1, to a rounding above and below it, and to
+# about 0.55.
+MASSES = {
+    "certain": [0.0, -40.0, -60.0],
+    "even": [math.log(1 / 3)] * 3,
+    "above": [math.log(0.5), math.log(0.5), math.log(2e-7)],
+    "below": [-1e-7, -30.0, -30.0],
+    "nothing left in float32": [0.0, -1000.0, -1000.0],
+    "open": [-1.0, -2.0, -3.0],
+}
+
+
+@pytest.mark.parametrize(("teacher", "student"), list(itertools.product(MASSES, MASSES)))
+def test_kl_stays_finite_where_no_mass_is_left(random_tokens, teacher, student):
+    own = torch.tensor([MASSES[student]], requires_grad=True)
+    loss = Kl(99)(kl_tokens(random_tokens, torch.tensor([MASSES[teacher]]), own))
+    (gradient,) = torch.autograd.grad(loss.sum(), own)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert loss.item() > -2e-5
+    if teacher == student:
+        assert loss.item() == 0
+
+
+# The largest is where a probability is taken for 1; ln 1/2 is where the formula changes.
+COMPLEMENTS = [-1e-6, -1.1e-6, -1e-5, -1e-3, -0.1, -0.693, -0.6931, -math.log(2), -0.6932]
+COMPLEMENTS += [-0.7, -1.0, -3.0, -10.0, -16.0, -20.0, -50.0, -80.0, -100.0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_log_complement_keeps_its_digits(dtype, tolerance):
+    x = torch.tensor(COMPLEMENTS, dtype=dtype).requires_grad_()
+    found = log_complement(x)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    exact = x.tolist()
+    values = [math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in exact]
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.detach(), values, rtol=tolerance, atol=1e-40)
+    slopes = [-1 / math.expm1(-v) for v in exact]
+    np.testing.assert_allclose(gradient, slopes, rtol=tolerance, atol=1e-40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_complement_of_a_certain_token_stands_still(dtype):
+    x = torch.tensor([-1e-12, -1e-9, -9e-7, -0.0, 0.0, 1e-7], dtype=dtype).requires_grad_()
+    found = log_complement(x)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    np.testing.assert_allclose(found.detach(), [math.log(-math.expm1(-1e-6))] * 6, rtol=1e-6)
+    assert not gradient.any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-100, 2**-20, width=32))
+def test_log_complement_has_a_finite_value_and_gradient_everywhere(value):
+    x = torch.tensor([value], requires_grad=True)
+    found = log_complement(x)
+    found.backward()
+    assert found.isfinite() and found <= 0
+    assert x.grad.isfinite() and x.grad <= 0
+
+
+def test_log_remainder_is_the_log_of_what_is_left():
+    probs = torch.tensor([[0.5, 0.25], [0.1, 1e-9], [0.999, 0.0009]], dtype=torch.float64)
+    left = 1 - probs.sum(-1)
+    torch.testing.assert_close(log_remainder(probs.log()), left.log(), rtol=1e-9, atol=0)

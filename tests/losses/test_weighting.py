@@ -1,0 +1,179 @@
+"""PEAR's weights, the controls beside them and their normalisations, against loops."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pear_ray.losses.pear import pear_weights
+from pear_ray.losses.weighting import (
+    AsTheyAre,
+    Centred,
+    OnlyTheMean,
+    Pear,
+    PerBatch,
+    PerSequence,
+    Shuffled,
+)
+
+LEVELS = ("token", "block", "sequence")
+WIDE = {"clip_log_ratio": (-2.0, 3.0), "clip_log_weight": (-4.0, 2.0)}
+WEIGHERS = {
+    "pear": Pear("token"),
+    "centred": Centred("block", discount=0.9, **WIDE),
+    "shuffled": Shuffled("sequence", **WIDE, seed=3),
+}
+NORMALISATIONS = (AsTheyAre(), PerSequence(), PerBatch(), OnlyTheMean())
+some_lengths = st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(any)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"discount": 0.999, "block_size": 4, "clip_log_ratio": (-0.08, 0.3)}
+        | {"clip_log_weight": (-10.0, 5.0)},
+        {"discount": 0.7, "block_size": 3, **WIDE},
+    ],
+)
+def test_pear_is_the_function_of_that_name(random_tokens, level, chosen):
+    tokens = random_tokens(0, [1, 30, 7], spread=1.0)
+    inputs = (tokens.logprobs, tokens.sampled_logprobs, tokens.sequence_ids)
+    expected = pear_weights(*inputs, level=level, **chosen)
+    assert torch.equal(Pear(level, **chosen)(tokens), expected)
+    assert expected.std() > 0.01
+
+
+def test_what_is_not_said_is_the_papers(random_tokens):
+    tokens = random_tokens(0, [400], spread=1.0)
+    paper = {"discount": 0.999, "block_size": 4, "clip_log_ratio": (-0.08, 0.3)}
+    said = Pear("block", clip_log_weight=(-10.0, 5.0), **paper)
+    assert said == Pear("block") and torch.equal(said(tokens), Pear("block")(tokens))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_centred_takes_each_traces_mean_away(random_tokens, level):
+    lengths = [1, 30, 0, 7]
+    tokens = random_tokens(1, lengths, spread=1.0)
+    pear = Pear(level, discount=0.95, **WIDE)
+    ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).double().numpy()
+    rows = np.split(ratios, np.cumsum(lengths)[:-1])
+    centred = np.concatenate([row - row.mean() for row in rows if len(row)])
+    assert abs(centred - ratios).max() > 0.1
+    expected = pear(
+        replace(
+            tokens,
+            logprobs=torch.from_numpy(centred),
+            sampled_logprobs=torch.zeros(len(centred), dtype=torch.float64),
+        )
+    )
+    torch.testing.assert_close(
+        Centred(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0
+    )
+
+
+def test_centred_does_not_see_how_plausible_a_trace_is(random_tokens):
+    tokens = random_tokens(2, [12, 40], spread=0.1)
+    shift = torch.tensor([-0.25, 0.5])[tokens.sequence_ids]
+    shifted = replace(tokens, sampled_logprobs=tokens.sampled_logprobs + shift)
+    centred = Centred("token")
+    torch.testing.assert_close(centred(shifted), centred(tokens), rtol=1e-4, atol=0)
+    assert (Pear("token")(shifted) / Pear("token")(tokens) - 1).abs().max() > 0.5
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=some_lengths, seed=st.integers(0, 2**40))
+def test_shuffled_deals_the_same_weights_to_other_tokens(random_tokens, lengths, seed):
+    tokens = random_tokens(3, lengths)
+    pear = Pear("token")
+    before = torch.get_rng_state()
+    dealt = Shuffled(*astuple(pear), seed=seed)(tokens)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(dealt.sort().values, pear(tokens).sort().values)
+    assert torch.equal(Shuffled(*astuple(pear), seed=seed)(tokens), dealt)
+
+
+def test_shuffled_differs_from_what_it_shuffles_and_from_seed_to_seed(random_tokens):
+    """And it mixes the sequences: a trace's mean weight says nothing of it any more."""
+    tokens = random_tokens(4, [500, 500])
+    shift = torch.tensor([0.2, -0.2])[tokens.sequence_ids]
+    tokens = replace(tokens, sampled_logprobs=tokens.logprobs.detach() + shift)
+    pear = Pear("sequence", clip_log_weight=(-1.0, 1.0))
+    dealt = [Shuffled(*astuple(pear), seed=seed)(tokens) for seed in range(3)]
+    assert not torch.equal(dealt[0], dealt[1]) and not torch.equal(dealt[1], dealt[2])
+    low, high = pear(tokens)[[0, -1]].tolist()
+    for weights in dealt:
+        for row in weights.split([500, 500]):
+            assert row.mean().item() == pytest.approx((low + high) / 2, abs=0.1 * (high - low))
+
+
+@pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
+def test_weights_carry_no_gradient(random_tokens, weigher):
+    tokens = random_tokens(5, [4, 9])
+    for normalisation in NORMALISATIONS:
+        assert not normalisation.applied(weigher(tokens), tokens).requires_grad
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=some_lengths, seed=st.integers(0, 999))
+def test_per_sequence_every_mean_is_one(random_tokens, lengths, seed):
+    tokens = random_tokens(seed, lengths, spread=2.0)
+    weights = Pear("token", **WIDE)(tokens)
+    applied = PerSequence().applied(weights, tokens)
+    given_rows, rows = weights.split(lengths), applied.split(lengths)
+    for row, before in zip(rows, given_rows, strict=True):
+        if len(row):
+            assert row.mean().item() == pytest.approx(1, rel=1e-5)
+            # The shape within a sequence stays as it was.
+            torch.testing.assert_close(row / row[0], before / before[0], rtol=1e-5, atol=0)
+    assert PerSequence().factor(0.3) == 1
+
+
+def test_per_batch_the_mean_over_all_micro_batches_is_one(random_tokens):
+    batches = [random_tokens(seed, [9, 30], spread=1.0) for seed in range(3)]
+    weights = [Pear("token", **WIDE)(tokens) for tokens in batches]
+    mean = float(torch.cat(weights).mean())
+    assert abs(mean - 1) > 0.05
+    pairs = zip(weights, batches, strict=True)
+    applied = torch.cat([PerBatch().applied(w, tokens) for w, tokens in pairs])
+    assert float((applied * PerBatch().factor(mean)).mean()) == pytest.approx(1, rel=1e-6)
+    assert torch.equal(applied, torch.cat(weights))
+
+
+def test_only_the_mean_counts_every_token_alike(random_tokens):
+    tokens = random_tokens(6, [9, 30])
+    weights = Pear("token")(tokens)
+    applied = OnlyTheMean().applied(weights, tokens)
+    assert torch.equal(applied, torch.ones(39)) and applied.dtype == weights.dtype
+    assert OnlyTheMean().factor(0.375) == 0.375
+
+
+def test_as_they_are(random_tokens):
+    tokens = random_tokens(7, [5])
+    weights = torch.tensor([0.1, 2.0, 0.0, 1.0, 148.0])
+    assert torch.equal(AsTheyAre().applied(weights, tokens), weights)
+    assert AsTheyAre().factor(0.375) == 1
+
+
+@pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
+@settings(max_examples=40, deadline=None)
+@given(lengths=some_lengths)
+def test_sequences_without_tokens_do_no_harm(random_tokens, weigher, lengths):
+    tokens = random_tokens(8, lengths)
+    dense = random_tokens(8, [length for length in lengths if length])
+    for normalisation in NORMALISATIONS:
+        applied = normalisation.applied(weigher(tokens), tokens)
+        assert applied.isfinite().all()
+        assert torch.equal(applied, normalisation.applied(weigher(dense), dense))
+
+
+@pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
+def test_no_tokens_have_no_weights(random_tokens, weigher):
+    tokens = random_tokens(9, [0, 0])
+    for normalisation in NORMALISATIONS:
+        assert normalisation.applied(weigher(tokens), tokens).shape == (0,)

@@ -1,0 +1,44 @@
+"""A scored corpus of the parity game, for stages that learn from traces beside rollouts."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_ray.data.tokenizer import digests, load_tokenizer, prompt_ids
+from pear_ray.records import SCORED_SCHEMA
+from tests.rl.parity import Parity
+
+
+def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
+    """Right answers to two of three problems, or to the first `most` of these."""
+    tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(0)
+    tokenizer_digest, template_digest = digests(tokenizer)
+    rows = []
+    for number, problem in enumerate(islice(Parity().problems("train", 0), 9000)):
+        if number % 3 == 0:
+            continue
+        words = " ".join(f"w{2 * n}" for n in draw.integers(0, 48, draw.integers(2, 6)))
+        response = tokenizer(f"{words} {tokenizer.eos_token}")["input_ids"]
+        rows.append(
+            {
+                "example_id": f"author-{problem.problem_id}",
+                "prompt_ids": prompt_ids(tokenizer, problem.messages),
+                "response_ids": response,
+                "behaviour_logprobs": (-3 * draw.random(len(response))).tolist(),
+                "behaviour_model": "author",
+                "source": "author",
+                "tokenizer_digest": tokenizer_digest,
+                "template_digest": template_digest,
+                "split": "train",
+                "correct": True,
+                "logprobs_from": "behaviour",
+            }
+        )
+    folder.mkdir()
+    table = pa.Table.from_pylist(rows[:most], SCORED_SCHEMA)
+    pq.write_table(table, folder / "part-000000.parquet", row_group_size=200)

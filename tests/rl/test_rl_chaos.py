@@ -1,0 +1,233 @@
+"""Whoever is killed while RL runs, it ends at its planned step, every problem is learned from once,
+and nothing from answers that are older than allowed.
+
+With PEAR_RAY_RL_STAGE=cooperate it is BRIDGE that runs; with PEAR_RAY_RL_KILLS=all engines and
+learners are killed more often.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from pear_ray.config import TaskSpec
+from pear_ray.seeds import seed_of
+from pear_ray.tasks import endless_problems
+from tests.rl.parity_corpus import write_corpus
+
+SECONDS = 400.0
+STEPS, STALENESS, PROBLEMS, GROUP = 60, 1, 4, 4
+TASK = {"name": "tests.rl.parity:Parity"}
+RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
+# How often each kind is killed, beside a node and the driver. Engines and learners start slowly:
+# "all" kills them more often.
+IS_ALL = os.environ.get("PEAR_RAY_RL_KILLS") == "all"
+STAGE = os.environ.get("PEAR_RAY_RL_STAGE", "rl")
+KILLS = {
+    "Board": 6,
+    "StepQueue": 6,
+    "VerifierActor": 5,
+    "Server": 4 if IS_ALL else 1,
+    "RayTrainWorker": 3 if IS_ALL else 1,
+}
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chaos")
+    path = folder / "job.toml"
+    path.write_text(
+        f"""
+        [run]
+        dir = "{folder}/run"
+        seed = 3
+        [model]
+        path = "{tiny_model(True)}"
+        dtype = "float32"
+        [rl]
+        steps = {STEPS}
+        problems_per_step = {PROBLEMS}
+        group_size = {GROUP}
+        max_staleness = {STALENESS}
+        replace_without_signal = true
+        record = true
+        learning_rate = 1e-4
+        [generator]
+        replicas = 2
+        num_cpus = 0.5
+        max_new_tokens = 8
+        max_model_len = 24
+        max_concurrent = 32
+        deadline_seconds = 300
+        [learner]
+        num_workers = 2
+        tokens_per_micro_batch = 256
+        steps_per_checkpoint = 5
+        max_failures = 10
+        deadline_seconds = 300
+        [weights]
+        max_probe_gap = 1e-4
+        [verifier]
+        processes = 1
+        [corpus]
+        scored_path = "{folder}/scored"
+        [sft]
+        examples_per_step = 6
+        [cooperate]
+        method = "bridge"
+        [[tasks]]
+        name = "{TASK["name"]}"
+        """
+    )
+    write_corpus(folder / "scored", tiny_model(True), 100)
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@contextmanager
+def driver(job: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The stage in a process of its own, killed at the end if it still runs."""
+    with (job.parent / "driver.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pear_ray", STAGE, str(job)],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"RAY_ADDRESS": address},
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+class Chaos:
+    """What is done to a run: kills at random moments, each once the one before is overcome."""
+
+    def __init__(self, job: Path) -> None:
+        self.job, self.folder, self.draw = job, job.parent / "run", random.Random(0)
+        self.num_kills = 0
+
+    def overcome(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the run is a step further than it has ever been."""
+        deadline, before = time.monotonic() + SECONDS, self.furthest()
+        while self.furthest() <= before:
+            text = (self.job.parent / "driver.log").read_text()
+            assert process.poll() is None, text[-5000:]
+            assert time.monotonic() < deadline, f"no step after {before} in {SECONDS:.0f} s: {text}"
+            time.sleep(0.05)
+        time.sleep(self.draw.random() / 2)
+
+    def furthest(self) -> int:
+        return max((row["step"] for row in rows(self.folder)), default=-1)
+
+    def kill_one(self, kind: str) -> None:
+        """kill -9 of an actor of this kind, once there is one."""
+        deadline = time.monotonic() + SECONDS
+        while not (found := processes(kind)):
+            assert time.monotonic() < deadline, f"no {kind} came in {SECONDS:.0f} s"
+            time.sleep(0.05)
+        self.draw.choice(found).kill()
+        self.num_kills += 1
+
+
+def processes(kind: str) -> list[psutil.Process]:
+    """Actors of this kind among the children of this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def chaos(job: Path) -> Chaos:
+    """A finished run on a cluster of two nodes."""
+    chaos = Chaos(job)
+    kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+    chaos.draw.shuffle(kinds)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **RAYLETS})
+    try:
+        node = cluster.add_node(num_cpus=3, **RAYLETS)
+        with driver(job, cluster.address) as process:
+            for kind in kinds[:-3]:
+                chaos.overcome(process)
+                chaos.kill_one(kind)
+            chaos.overcome(process)
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=3, **RAYLETS)
+            chaos.overcome(process)
+        with driver(job, cluster.address) as process:
+            for kind in kinds[-3:]:
+                chaos.overcome(process)
+                chaos.kill_one(kind)
+            text = job.parent / "driver.log"
+            assert process.wait(SECONDS) == 0, text.read_text()[-5000:]
+        chaos.num_kills += 2
+    finally:
+        cluster.shutdown()
+    return chaos
+
+
+@pytest.mark.timeout(1800)
+def test_the_run_ends_at_its_planned_step(chaos: Chaos) -> None:
+    assert chaos.num_kills >= 20
+    assert [row["step"] for row in rows(chaos.folder)] == list(range(STEPS))
+    assert (chaos.folder / STAGE / "export" / "model.safetensors").exists()
+
+
+def test_every_problem_is_learned_from_once_or_passed_over(chaos: Chaos) -> None:
+    steps = rows(chaos.folder)
+    assert all(one["next_problem"] == other["first_problem"] for one, other in pairwise(steps))
+    assert steps[0]["first_problem"] == 0
+    stream = endless_problems([TaskSpec(**TASK)], "train", seed_of(3, "rl"))
+    for row in steps:
+        path = chaos.folder / STAGE / "rollouts" / f"step-{row['step']:06d}.parquet"
+        table = pq.read_table(path)
+        # Traces beside the rollouts have no group.
+        answers = table.filter(pc.is_valid(table.column("group")))
+        learned = answers.column("problem_id").to_pylist()[::GROUP]
+        dropped = json.loads(table.schema.metadata[b"lesson"])["dropped"]
+        count = row["next_problem"] - row["first_problem"]
+        drawn = [next(stream)[1].problem_id for _ in range(count)]
+        assert sorted([*learned, *dropped]) == sorted(drawn)
+        assert len(learned) == PROBLEMS and len(dropped) == row["problems_dropped"]
+
+
+def test_nothing_is_learned_from_older_answers_than_allowed(chaos: Chaos) -> None:
+    lags = [row["staleness_max"] for row in rows(chaos.folder)]
+    assert max(lags) == STALENESS and min(lags) >= 0
+
+
+def test_generators_and_learners_held_the_same_weights(chaos: Chaos) -> None:
+    gaps = [row["probe_gap_max"] for row in rows(chaos.folder)]
+    measured = [gap for gap in gaps if gap is not None]
+    assert len(measured) > STEPS / 2 and max(measured) <= 1e-4
+
+
+def test_the_story_is_told(chaos: Chaos) -> None:
+    lines = (chaos.folder / "events.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds.count("died") >= KILLS["Server"] and "resumed" in kinds

@@ -1,0 +1,39 @@
+"""What tests of corpora share: tokenisers of rows by their rules."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from pear_ray.config import Columns
+from pear_ray.score.tokenize import Rules, Tokenise
+
+RULES = Rules(
+    columns=Columns(),
+    sources=frozenset({"tutor", "coder"}),
+    source=None,
+    reference=None,
+    heldout_fraction=0.0,
+    max_model_len=12,
+    truncates=False,
+    keeps_recorded=True,
+    num_embeddings=128,
+)
+
+
+@pytest.fixture(scope="session")
+def making(tiny_model, tmp_path_factory):
+    """Makes a Tokenise with some of the rules, or the chat template, changed."""
+
+    @cache
+    def make(template=None, **changes):
+        path = tiny_model(False)
+        if template is not None:
+            path = shutil.copytree(path, tmp_path_factory.mktemp("template") / "model")
+            (path / "chat_template.jinja").write_text(template)
+        return Tokenise(str(path), replace(RULES, **changes))
+
+    return make

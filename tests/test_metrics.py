@@ -1,0 +1,85 @@
+"""metrics.jsonl: one line per step, forgotten where an attempt did not last."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pear_ray.config import Tracking
+from pear_ray.metrics import Tracker, finite, metric
+
+
+@pytest.fixture
+def track(tmp_path):
+    """Makes a tracker of a stage in one run folder."""
+    return lambda stage: Tracker(tmp_path, stage, Tracking())
+
+
+def rows(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_one_line_per_step(track, tmp_path):
+    tracker = track("sft")
+    tracker.log(0, loss=1.5, quantiles={"p50": 0.5}, by_position=[1.0, 2.0], arm="pear")
+    tracker.log(1, loss=1)
+    tracker.close()
+    first, second = rows(tmp_path)
+    assert first["time"] <= second["time"]
+    del first["time"]
+    assert first == {
+        "stage": "sft",
+        "step": 0,
+        "loss": 1.5,
+        "quantiles": {"p50": 0.5},
+        "by_position": [1.0, 2.0],
+        "arm": "pear",
+    }
+    assert (second["step"], second["loss"]) == (1, 1)
+
+
+def test_what_json_cannot_say_becomes_null(track, tmp_path):
+    track("rl").log(
+        0, loss=math.nan, parts={"high": math.inf, "low": [-math.inf, 2.0], "ok": (1, math.nan)}
+    )
+    (row,) = rows(tmp_path)
+    assert row["loss"] is None
+    assert row["parts"] == {"high": None, "low": [None, 2.0], "ok": [1, None]}
+
+
+def test_finite_keeps_everything_else():
+    document = {"a": [1, 2.5, "nan", None, True], "b": {"c": ()}}
+    assert finite(document) == {"a": [1, 2.5, "nan", None, True], "b": {"c": []}}
+
+
+def test_rewind_forgets_later_steps_of_its_own_stage_only(track, tmp_path):
+    sft, rl = track("sft"), track("rl")
+    for step in range(5):
+        sft.log(step, loss=float(step))
+        rl.log(step, reward_mean=float(step))
+    again = track("sft").rewind(2)
+    again.log(2, loss=20.0)
+    found = [(row["stage"], row["step"]) for row in rows(tmp_path)]
+    assert [step for stage, step in found if stage == "rl"] == [0, 1, 2, 3, 4]
+    assert [step for stage, step in found if stage == "sft"] == [0, 1, 2]
+    assert rows(tmp_path)[-1]["loss"] == 20.0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rewind_to_the_beginning_and_without_a_file(track, tmp_path):
+    tracker = track("sft").rewind(0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    tracker.log(0, loss=1.0)
+    track("sft").rewind(0)
+    assert rows(tmp_path) == []
+
+
+def test_both_stages_of_rollouts_share_panels():
+    assert metric("cooperate", "pass_rate") == metric("rl", "pass_rate") == "pear_ray_rl_pass_rate"
+    assert metric("cooperate", "cooperative_gain") == "pear_ray_cooperate_cooperative_gain"

@@ -1,0 +1,354 @@
+"""A run folder: stages done once, outputs whole or absent, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pear_ray.config import BadInput, Job
+from pear_ray.run import FREE_KEYS, Run, flatten, open_run, refuse_another_job, write_json
+
+DOCUMENT = {
+    "run": {"dir": "run", "wait_seconds": 60},
+    "model": {"path": "./model"},
+    "generator": {"max_new_tokens": 8, "max_model_len": 16},
+    "tasks": [{"name": "countdown"}],
+}
+SECONDS_TO_START = 60
+
+# What another process does with the run folder whose resolved job it is given.
+HOLD = """
+import logging, sys, time
+from pathlib import Path
+from pear_ray.config import read_job
+from pear_ray.run import open_run
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+with open_run(read_job(Path(sys.argv[1]))) as run:
+    if sys.argv[2] == "write":
+        with run.new_folder("scored") as folder:
+            (folder / "half").write_text("half")
+            print("held", flush=True)
+            time.sleep(600)
+    print("held", flush=True)
+    if sys.argv[2] == "hold":
+        time.sleep(600)
+"""
+
+
+def job(**sections):
+    return Job(**{**DOCUMENT, **sections})
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def start():
+    """Starts another process on the run folder; all of them end with the test."""
+    Path("job.json").write_text(job().model_dump_json())
+    running = []
+
+    def begin(doing):
+        words = [sys.executable, "-u", "-c", HOLD, "job.json", doing]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def read(name):
+    return json.loads(Path("run", name).read_text())
+
+
+class Stage:
+    """A stage that leaves its output and counts how often it was run."""
+
+    def __init__(self, output="sft/export"):
+        self.output, self.times = output, 0
+
+    def __call__(self, job, run):
+        self.times += 1
+        with run.new_folder(self.output) as folder:
+            (folder / "model.safetensors").write_text(str(self.times))
+        return {"times": self.times}
+
+
+def perform(name, stage):
+    with open_run(job()) as run:
+        run.perform(name, stage)
+        return run.is_done(name)
+
+
+def test_a_finished_stage_is_not_repeated():
+    stage = Stage()
+    assert perform("sft", stage) and perform("sft", stage)
+    assert stage.times == 1
+    entry = read("manifest.json")["stages"]["sft"]
+    assert entry["state"] == "done" and entry["facts"] == {"times": 1}
+    assert entry["seconds"] >= 0 and not Path("run/events.jsonl").exists()
+
+
+def grow(made_from, error=None):
+    """What the block finds; it leaves one more file each time, and breaks off or ends."""
+    with open_run(job()) as run, run.growing_folder("scored", made_from) as folder:
+        found = sorted(path.name for path in folder.glob("done-*"))
+        (folder / f"done-{len(found)}").touch()
+        if error:
+            raise error
+        (folder / "scored").mkdir()
+        (folder / "scored" / "rows").write_text("rows")
+    return found
+
+
+def test_what_a_broken_attempt_did_is_found_by_the_next_one_of_the_same():
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"):
+            grow({"corpus": [1]}, OSError("gone"))
+    assert not Path("run/scored").exists()
+    assert grow({"corpus": (1,)}) == ["done-0", "done-1"]
+    assert Path("run/scored/rows").read_text() == "rows"
+    assert not Path("run/scored.partial").exists()
+    with open_run(job()) as run:
+        assert run.has_grown("scored", {"corpus": (1,)})
+        assert not run.has_grown("scored", {"corpus": [2]})
+
+
+def test_what_was_made_from_other_things_is_dropped_and_that_is_noted():
+    with pytest.raises(OSError, match="gone"):
+        grow({"corpus": "a", "versions": "1"}, OSError("gone"))
+    assert grow({"corpus": "b", "versions": "1"}) == []
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert event["kind"] == "discarded" and "corpus changed" in event["text"]
+
+
+def test_what_was_refused_leaves_nothing():
+    with pytest.raises(BadInput, match="too many"):
+        grow({"corpus": "a"}, BadInput("too many"))
+    assert not list(Path("run").glob("scored*"))
+
+
+def test_a_stage_whose_output_is_gone_is_repeated_and_that_is_noted():
+    stage = Stage()
+    perform("sft", stage)
+    (Path("run/sft/export") / "model.safetensors").unlink()
+    Path("run/sft/export").rmdir()
+    assert perform("sft", stage) and stage.times == 2
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert (event["stage"], event["kind"]) == ("sft", "repeated")
+    assert "sft/export" in event["text"]
+
+
+def test_a_stage_that_raises_stays_undone_and_is_resumed():
+    def breaks(job, run):
+        with run.new_folder("sft/export") as folder:
+            (folder / "half").write_text("half")
+            raise RuntimeError("the network is gone")
+
+    with pytest.raises(RuntimeError, match="the network is gone"):
+        perform("sft", breaks)
+    assert read("manifest.json")["stages"]["sft"]["state"] == "running"
+    assert not Path("run/sft/export").exists()
+    assert perform("sft", Stage())
+    assert {p.name for p in Path("run/sft").iterdir()} == {"export"}
+    assert {p.name for p in Path("run/sft/export").iterdir()} == {"model.safetensors"}
+    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    assert (event["stage"], event["kind"]) == ("sft", "resumed")
+
+
+def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
+    def breaks(job, run):
+        started = run.manifest["stages"]["sft"]["started"]
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write("{}\n")
+        os.utime(run.folder / "metrics.jsonl", (started + 40, started + 40))
+        raise RuntimeError("the network is gone")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            perform("sft", breaks)
+    os.utime("run/metrics.jsonl", (0, 0))
+    os.utime("run/events.jsonl", (0, 0))
+    assert perform("sft", Stage())
+    entry = read("manifest.json")["stages"]["sft"]
+    assert entry["seconds_before"] == pytest.approx(40, abs=1)
+    assert entry["seconds"] < 5
+
+
+def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job():
+    def refuses(job, run):
+        raise BadInput("corpus: no rows")
+
+    with pytest.raises(BadInput), open_run(job()) as run:
+        run.perform("score", refuses)
+    with open_run(job(sft={"epochs": 3})) as run:
+        assert not run.is_done("score")
+        run.perform("score", Stage("scored"))
+    assert read("config.json")["sft"]["epochs"] == 3
+
+
+def test_stages_know_each_others_facts():
+    perform("sft", Stage())
+    with open_run(job()) as run:
+        assert run.facts("sft") == {"times": 1}
+        assert not run.is_done("rl")
+
+
+def test_manifest_names_versions_and_command():
+    perform("sft", Stage())
+    manifest = read("manifest.json")
+    assert {"python", "ray", "torch", "deepspeed", "transformers"} <= manifest["versions"].keys()
+    assert manifest["command"].startswith("pear-ray")
+    assert Job(**read("config.json")) == job()
+
+
+def test_a_new_folder_appears_when_it_is_whole():
+    with open_run(job()) as run:
+        with run.new_folder("a/b") as folder:
+            (folder / "file").write_text("1")
+            assert not Path("run/a/b").exists()
+        assert Path("run/a/b/file").read_text() == "1"
+        with run.new_folder("a/b") as folder:
+            (folder / "other").write_text("2")
+            assert Path("run/a/b/file").exists()
+        assert {p.name for p in Path("run/a").iterdir()} == {"b"}
+        assert {p.name for p in Path("run/a/b").iterdir()} == {"other"}
+
+
+def test_a_folder_that_fails_leaves_the_earlier_one():
+    with open_run(job()) as run:
+        with run.new_folder("scored") as folder:
+            (folder / "file").write_text("1")
+        with pytest.raises(RuntimeError), run.new_folder("scored") as folder:
+            (folder / "file").write_text("2")
+            raise RuntimeError
+    assert Path("run/scored/file").read_text() == "1"
+
+
+def test_a_killed_process_leaves_no_half_written_folder(start):
+    process = start("write")
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    assert not Path("run/scored").exists()
+    with open_run(job()) as run, run.new_folder("scored") as folder:
+        assert list(folder.iterdir()) == []
+    assert [p.name for p in Path("run").iterdir() if "scored" in p.name] == ["scored"]
+
+
+def test_json_appears_whole_or_not_at_all():
+    path = Path("facts.json")
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with path.open() as opened_before:
+        write_json(path, {"a": 3})
+        assert json.load(opened_before) == {"a": 1}
+    assert json.loads(path.read_text()) == {"a": 3}
+
+
+def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start):
+    first = start("hold")
+    assert first.stdout.readline() == "held\n"
+    second = start("leave")
+    assert "another process is at work here" in second.stdout.readline()
+    time.sleep(0.5)
+    assert second.poll() is None
+    first.kill()
+    assert second.communicate(timeout=SECONDS_TO_START)[0] == "held\n"
+    assert second.returncode == 0
+
+
+def test_waiting_ends_with_the_name_of_the_setting(start):
+    assert start("hold").stdout.readline() == "held\n"
+    impatient = job(run={"dir": "run", "wait_seconds": 0.3})
+    with pytest.raises(TimeoutError, match=r"run.wait_seconds"), open_run(impatient):
+        pass
+
+
+def test_the_folder_is_free_again_after_an_error(start):
+    with pytest.raises(RuntimeError), open_run(job()):
+        raise RuntimeError
+    assert start("leave").communicate(timeout=SECONDS_TO_START)[0] == "held\n"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"dir": "run", "wait_seconds": 1}},
+        {"run": {"dir": "./run", "wait_seconds": 60}},
+        {"run": {"dir": "run", "wait_seconds": 60}, "tracking": {"tensorboard": True}},
+    ],
+)
+def test_what_changes_no_number_changes_no_job(sections):
+    perform("sft", Stage())
+    with open_run(job(**sections)) as run:
+        assert run.is_done("sft")
+    assert Job(**read("config.json")) == job(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sft": {"level": "block"}}, "sft.level: there 'token', here 'block'"),
+        ({"model": {"path": "./other"}}, "model.path: there './model', here './other'"),
+        ({"behaviour": {"tutor": {"path": "./t"}}}, "behaviour.tutor.path: there None, here"),
+        ({"arms": [{"name": "a"}]}, r"arms: there \[\], here \[\{'name': 'a'"),
+        ({"run": {"dir": "run", "seed": 1}}, "run.seed: there 0, here 1"),
+    ],
+)
+def test_another_job_is_refused_with_the_differing_key(sections, said):
+    perform("sft", Stage())
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    with pytest.raises(BadInput, match=said) as refusal, open_run(job(**sections)):
+        pass
+    (section,) = sections
+    assert all(line.strip().startswith(section) for line in str(refusal.value).splitlines()[1:])
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert after == before
+    assert perform("sft", Stage())
+
+
+def test_a_key_that_is_new_stands_for_its_default():
+    perform("sft", Stage())
+    path = Path("run/config.json")
+    document = json.loads(path.read_text())
+    del document["sft"]["sources"]
+    path.write_text(json.dumps(document))
+    with open_run(job()) as run:
+        assert run.is_done("sft")
+    path.write_text(json.dumps(document))
+    with pytest.raises(BadInput, match=r"sft.sources: there \[\], here \['tutor'\]"):
+        refuse_another_job(job(sft={"sources": ["tutor"]}), path)
+    path.write_text(json.dumps(document | {"of_old": 1}))
+    with pytest.raises(BadInput, match="of_old: there 1, here None"):
+        refuse_another_job(job(), path)
+
+
+def test_free_keys_are_keys_of_a_job():
+    keys = dict(flatten(json.loads(job().model_dump_json())))
+    for free in FREE_KEYS:
+        assert any(key == free or key.startswith(f"{free}.") for key in keys), free
+
+
+def test_flatten_reaches_every_leaf():
+    document = {"a": {"b": 1, "c": {}}, "d": [{"e": 2}], "f": None}
+    assert dict(flatten(document)) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}], "f": None}
+
+
+def test_same_job_is_never_refused():
+    write_json(Path("config.json"), json.loads(job().model_dump_json()))
+    refuse_another_job(job(), Path("config.json"))
+    assert Run(job()).folder == Path("run").absolute()

@@ -1,0 +1,227 @@
+"""pass@k against fractions, intervals against simulation, weight diagnostics against numpy."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.sft import Weighted
+from pear_ray.losses.weighting import Pear
+from pear_ray.statistics import (
+    NUM_BINS,
+    NUM_POSITIONS,
+    bootstrap_interval,
+    histogram_quantiles,
+    mean_over_seeds,
+    mean_pass_at_k,
+    pass_at_k,
+    student_quantile,
+    weight_summary,
+)
+
+CLIP = (-10.0, 5.0)
+SOURCES = ("tutor", "coder", "absent")
+
+
+def test_pass_at_k_equals_the_exact_fraction():
+    for n in range(1, 65):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+                assert abs(pass_at_k(n, c, k) - float(exact)) < 1e-13, (n, c, k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 64, 256])
+def test_pass_at_k_equals_the_exact_quotient_up_to_256_samples(k):
+    """Whole numbers divided once, which Python rounds right."""
+    for n in range(k, 257, 1 if k == 256 else 3):
+        total = math.comb(n, k)
+        for c in range(n + 1):
+            exact = (total - math.comb(n - c, k)) / total
+            assert abs(pass_at_k(n, c, k) - exact) < 1e-13, (n, c, k)
+
+
+def test_pass_at_k_is_stable_where_binomials_overflow():
+    exact = 1 - Fraction(math.comb(9_999, 5_000), math.comb(10_000, 5_000))
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(float(exact), rel=1e-12)
+    assert pass_at_k(10_000, 0, 10_000) == 0.0
+    assert pass_at_k(10_000, 1, 10_000) == 1.0
+
+
+def test_pass_at_k_rises_with_k_and_with_right_answers():
+    table = np.array(
+        [[pass_at_k(24, c, k) for k in range(1, 25)] for c in range(25)], dtype=np.float64
+    )
+    assert (np.diff(table, axis=1) >= 0).all() and (np.diff(table, axis=0) >= 0).all()
+    np.testing.assert_allclose(table[:, 0], np.arange(25) / 24, atol=1e-15)
+    assert (table[0] == 0).all() and (table[24] == 1).all()
+
+
+def test_pass_at_k_has_no_bias():
+    """The mean over many draws of 6 answers is the chance that one of 4 fresh ones is right."""
+    rng = np.random.default_rng(0)
+    estimates = mean_pass_at_k(6, rng.binomial(6, 0.2, size=40_000), 4)
+    assert abs(estimates.mean() - (1 - 0.8**4)) < 5 * estimates.std() / math.sqrt(40_000)
+
+
+def test_mean_pass_at_k_is_pass_at_k_of_each_problem():
+    right = np.array([0, 3, 8, 1, 3])
+    found = mean_pass_at_k(8, right, 2)
+    assert found.dtype == np.float64
+    assert found.tolist() == [pass_at_k(8, c, 2) for c in right]
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "said"),
+    [
+        (4, 5, 1, "num_correct: read 5; expected 0 to 4"),
+        (4, -1, 1, "num_correct: read -1"),
+        (4, 2, 0, "k: read 0; expected 1 to num_samples = 4"),
+        (4, 2, 5, "k: read 5"),
+        (0, 0, 1, "k: read 1; expected 1 to num_samples = 0"),
+    ],
+)
+def test_pass_at_k_refuses(n, c, k, said):
+    with pytest.raises(ValueError, match=said):
+        pass_at_k(n, c, k)
+
+
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for experiment in range(400):
+        chance = rng.beta(0.6, 1.4, size=80)
+        values = rng.binomial(8, chance) / 8
+        low, high = bootstrap_interval(values, experiment, num_resamples=500)
+        assert low <= values.mean() <= high
+        covered += low <= 0.3 <= high
+    # Three standard errors of 400 experiments at 95% are 3.3 points; small samples cost one more.
+    assert 0.905 <= covered / 400 <= 0.985
+
+
+def test_bootstrap_interval_is_as_wide_as_theory_says():
+    values = np.random.default_rng(2).normal(size=400)
+    low, high = bootstrap_interval(values, 0, num_resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
+    narrow = bootstrap_interval(values, 0, num_resamples=4000, coverage=0.5)
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.674 * values.std() / 20, rel=0.08)
+
+
+def test_bootstrap_interval_depends_on_the_seed_alone():
+    values = np.random.default_rng(3).random(30)
+    assert bootstrap_interval(values, 5) == bootstrap_interval(values, 5)
+    assert bootstrap_interval(values, 5) != bootstrap_interval(values, 6)
+    assert bootstrap_interval(np.full(30, 0.25), 5) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="expected at least one value, read none"):
+        bootstrap_interval(np.array([]), 0)
+
+
+def random_tokens(rng, lengths):
+    """Trainable tokens of responses from two sources, with any weights within the clips."""
+    num_tokens = int(np.sum(lengths))
+    logprobs = -torch.from_numpy(rng.exponential(1.0, num_tokens))
+    origins = tuple(SOURCES[i % 2] for i in range(len(lengths)))
+    tokens = Tokens(
+        logprobs=logprobs,
+        entropies=torch.zeros(num_tokens),
+        sampled_logprobs=logprobs - torch.from_numpy(rng.normal(0, 0.3, num_tokens)),
+        coefficients=torch.ones(num_tokens),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        origins=origins,
+        num_tokens_global=num_tokens,
+        num_sequences_global=len(lengths),
+    )
+    log_weights = np.clip(rng.normal(-1, 4, num_tokens), *CLIP)
+    return tokens, torch.from_numpy(np.exp(log_weights))
+
+
+def objective():
+    return Weighted(weigh=Pear("token", clip_log_weight=CLIP), sources=SOURCES)
+
+
+def summary_of(weights, tokens):
+    facts = {name: fact.numpy() for name, fact in objective().facts(weights, tokens).items()}
+    return weight_summary(facts, len(weights), CLIP)
+
+
+def test_weight_summary_equals_numpy_on_the_raw_weights():
+    rng = np.random.default_rng(4)
+    lengths = [37, 1, 80, 9, 26]
+    tokens, weights = random_tokens(rng, lengths)
+    summary = summary_of(weights, tokens)
+    raw = weights.numpy()
+    ratios = (tokens.logprobs - tokens.sampled_logprobs).numpy()
+    expected = {
+        "effective_sample_size": raw.sum() ** 2 / (raw**2).sum() / len(raw),
+        "mean_weight": raw.mean(),
+        "log_ratio_mean": ratios.mean(),
+        "log_ratio_spread": ratios.std(),
+        "share_at_lower_clip": (ratios <= -0.08).mean(),
+        "share_at_upper_clip": (ratios >= 0.3).mean(),
+        "share_at_weight_floor": np.isclose(np.log(raw), CLIP[0]).mean(),
+        "share_at_weight_ceiling": np.isclose(np.log(raw), CLIP[1]).mean(),
+    }
+    assert expected["share_at_weight_floor"] > 0 and expected["share_at_weight_ceiling"] > 0
+    for name, value in expected.items():
+        assert summary[name] == pytest.approx(value, rel=1e-9), name
+    firsts = raw[np.cumsum(lengths) - lengths]
+    assert summary["first_weight_by_source"] == {
+        "tutor": pytest.approx(firsts[[0, 2, 4]].mean()),
+        "coder": pytest.approx(firsts[[1, 3]].mean()),
+    }
+    shares = np.concatenate([np.arange(length) / length for length in lengths])
+    for tenth, mean in enumerate(summary["weight_by_position"]):
+        members = np.floor(shares * NUM_POSITIONS + 1e-9) == tenth
+        assert mean == pytest.approx(raw[members].mean() if members.any() else 0.0), tenth
+
+
+def test_quantiles_are_those_of_the_raw_weights_to_half_a_bin():
+    rng = np.random.default_rng(5)
+    tokens, weights = random_tokens(rng, [997])
+    found = summary_of(weights, tokens)["weight_quantiles"]
+    half_a_bin = (CLIP[1] - CLIP[0]) / NUM_BINS / 2
+    assert list(found) == ["p05", "p50", "p95"]
+    for name, share in zip(found, (0.05, 0.5, 0.95), strict=True):
+        exact = np.quantile(weights.numpy(), share, method="inverted_cdf")
+        assert abs(math.log(found[name] / exact)) <= half_a_bin * (1 + 1e-9), name
+
+
+def test_histogram_quantiles_of_one_full_bin():
+    counts = np.zeros(15)
+    counts[9] = 40
+    found = histogram_quantiles(counts, CLIP, (0.1, 0.9))
+    assert found == {"p10": pytest.approx(math.exp(-0.5)), "p90": pytest.approx(math.exp(-0.5))}
+
+
+def test_uniform_weights_have_full_effective_sample_size():
+    tokens, weights = random_tokens(np.random.default_rng(6), [20, 20])
+    assert summary_of(torch.full_like(weights, 0.3), tokens)["effective_sample_size"] == (
+        pytest.approx(1.0)
+    )
+    lonely = torch.full_like(weights, math.exp(-10))
+    lonely[7] = 100.0
+    assert summary_of(lonely, tokens)["effective_sample_size"] == pytest.approx(1 / 40, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "freedom, expected", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)]
+)
+def test_students_quantiles_are_those_of_the_tables(freedom, expected):
+    assert student_quantile(freedom, 0.95) == pytest.approx(expected, abs=1e-4)
+
+
+def test_students_interval_covers_the_truth_at_its_rate():
+    draws = np.random.default_rng(0).normal(0.3, 0.1, size=(4000, 4))
+    found = [mean_over_seeds(values) for values in draws[:600]]
+    covered = np.mean([one["low"] <= 0.3 <= one["high"] for one in found])
+    assert covered == pytest.approx(0.95, abs=0.03)
+
+
+def test_one_run_has_no_interval():
+    with pytest.raises(ValueError, match="read 1; expected at least two"):
+        mean_over_seeds(np.array([0.5]))
