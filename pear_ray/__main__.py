@@ -13,12 +13,12 @@ from pathlib import Path
 import tyro
 from pydantic import ValidationError
 
-from pear_ray.config import BadInput, Job, describe, read_job, refuse_secrets
-from pear_ray.logs import begin_logs
+from pear_ray.config import ConfigError, Job, format_validation_error, read_job, refuse_secrets
+from pear_ray.logs import configure_logging
 
 STAGES = {
     "pretrain": "make the models which the job wants made from nothing",
-    "sample": "write a corpus with the behaviour policies of the job",
+    "sample": "write a corpus with the behavior policies of the job",
     "score": "log-probability of every response token under the policy that wrote it",
     "sft": "supervised fine-tuning under PEAR's importance weights",
     "rl": "reinforcement learning on verified answers",
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script, with the words of its own command line or with these."""
     try:
         sys.exit(command(sys.argv[1:] if arguments is None else arguments))
-    except BadInput as error:
+    except ConfigError as error:
         print(f"pear-ray: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -47,7 +47,7 @@ def command(arguments: list[str]) -> int:
     """Run one command line without its program name.
 
     Raises:
-        BadInput: the stage, the job file or an override cannot be used.
+        ConfigError: the stage, the job file or an override cannot be used.
         SystemExit: tyro refused an override (code 2), or help was asked for (code 0).
     """
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -55,9 +55,11 @@ def command(arguments: list[str]) -> int:
         return 0
     stage, *rest = arguments
     if stage not in STAGES:
-        raise BadInput(f"stage: read {stage!r}; expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"stage: read {stage!r}; expected one of {', '.join(STAGES)}")
     if not rest:
-        raise BadInput(f"job: missing; expected the path of a job file: pear-ray {stage} JOB.toml")
+        raise ConfigError(
+            f"job: missing; expected the path of a job file: pear-ray {stage} JOB.toml"
+        )
     if rest[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -67,14 +69,13 @@ def command(arguments: list[str]) -> int:
     if "--plan" in looks:
         print(importlib.import_module("pear_ray.plan").plan(job))
         return 0
-    begin_logs(job.tracking.logs, "%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    manifest = importlib.import_module("pear_ray.run")
-    manifest.check_inputs(job, stage)
+    configure_logging(job.tracking.logs, "%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    importlib.import_module("pear_ray.preflight").check_inputs(job, stage)
     if looks:
         print(job.model_dump_json(indent=2))
         return 0
-    with manifest.open_run(job) as run:
-        run.perform(stage, importlib.import_module("pear_ray.pipeline").stage(stage))
+    with importlib.import_module("pear_ray.run").open_run(job) as run:
+        run.run_stage(stage, importlib.import_module("pear_ray.pipeline").stage(stage))
     return 0
 
 
@@ -82,7 +83,7 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
     """The job of a file, with the overrides of the command line laid over it.
 
     Raises:
-        BadInput: the file or the result says something a job cannot say.
+        ConfigError: the file or the result says something a job cannot say.
     """
     job = read_job(path)
     if not overrides:
@@ -101,7 +102,7 @@ def resolve(stage: str, path: Path, overrides: list[str]) -> Job:
         return Job.model_validate(laid_over.model_dump())
     except ValidationError as error:
         where = f"{path} with {' '.join(overrides)}"
-        raise BadInput(describe(where, error, Job)) from error
+        raise ConfigError(format_validation_error(where, error, Job)) from error
 
 
 def usage() -> str:

@@ -13,7 +13,7 @@ WORDS = "%(message)s"
 FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(run)s %(stage)s %(step)s"
 
 
-class Place(logging.Filter):
+class LogContext(logging.Filter):
     """What this process works on; every record carries it."""
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Place(logging.Filter):
         self.run: str | None = None
         self.stage: str | None = None
 
-    def stand(self, run: str | None, stage: str | None) -> None:
+    def set(self, run: str | None, stage: str | None) -> None:
         """Say what the process works on from now on."""
         self.run, self.stage = run, stage
 
@@ -32,14 +32,14 @@ class Place(logging.Filter):
         return True
 
 
-PLACE = Place()
+LOG_CONTEXT = LogContext()
 
 
-def begin_logs(form: Literal["text", "json"], words: str = WORDS, **clock: Any) -> None:
+def configure_logging(form: Literal["text", "json"], words: str = WORDS, **clock: Any) -> None:
     """Send this process's log lines to its standard error, as `tracking.logs` wants them; `words`
     and `clock` are the format of those for people."""
     handler = logging.StreamHandler()
-    handler.addFilter(PLACE)
+    handler.addFilter(LOG_CONTEXT)
     handler.setFormatter(
         JsonFormatter(FIELDS) if form == "json" else logging.Formatter(words, **clock)
     )

@@ -19,10 +19,10 @@ TAGS = ("run", "stage")
 EVENTS = "Lines of events.jsonl: deaths, restarts, resumes, engines that come and go"
 
 _LEARNING = {
-    "loss": "Loss that the optimiser step minimised, as the objective defines it",
+    "loss": "Loss that the optimizer step minimized, as the objective defines it",
     "entropy": "Mean entropy of the next token's distribution, nats per token",
     "grad_norm": "Norm of the gradient before it is clipped",
-    "learning_rate": "Learning rate of the optimiser step",
+    "learning_rate": "Learning rate of the optimizer step",
     "num_tokens": "Tokens that the step learned from, all ranks",
     "effective_sample_size": "Effective sample size of the token weights, share of the tokens",
 }
@@ -30,12 +30,12 @@ _LEARNING = {
 _ROLLOUTS = {
     "reward_mean": "Mean reward of the step's answers",
     "pass_rate": "Share of the step's answers that are right",
-    "groups_without_signal_share": "Share of the groups whose answers all earned the same",
+    "frac_reward_zero_std": "Share of the groups whose answers all earned the same",
     "first_problem": "Number of the step's first problem",
     "next_problem": "Number of the first problem that no step has learned from",
     "problems_dropped": "Problems that were replaced since they carry no signal or do not fit",
     "response_tokens_mean": "Mean length of an answer, tokens",
-    "truncated_share": "Share of the answers that were cut at the longest length allowed",
+    "clipped_ratio": "Share of the answers that were cut at the longest length allowed",
     "staleness_max": "Age of the oldest token's weights, learner steps",
     "staleness_mean": "Mean age of the weights that wrote a token, learner steps",
     "pause_seconds": "Longest pause of an engine to take over weights, seconds",
@@ -44,14 +44,14 @@ _ROLLOUTS = {
     "rollout_seconds": "Seconds between the rollouts of the last step and of this one",
     "generators": "Engines that stand or start",
     "ratio_mean": "Mean ratio of the policy to the policy that sampled",
-    "clipped_share": "Share of the tokens whose ratio is clipped",
+    "clip_frac": "Share of the tokens whose ratio is clipped",
     "mismatch_mean": "Mean difference of learner's and engine's log-probs, nats per token",
     "mismatch_kl": "KL divergence of the learner's policy and the engine's, nats per token",
-    "truncated_weight_share": "Share of the tokens whose correction is truncated",
+    "is_clip_frac": "Share of the tokens whose correction is truncated",
     "reference_kl": "KL divergence to the policy that RL starts from, nats per token",
-    "probe_gap_max": "Largest difference of learner and engine on the probe, nats",
+    "logprob_parity_max": "Largest difference of learner and engine on the probe, nats",
     "wait_seconds": "Seconds that the learners waited for rollouts",
-    "learn_seconds": "Seconds that the learners learned",
+    "train_seconds": "Seconds that the learners learned",
     "publish_seconds": "Seconds that publishing weights took",
     "published_mib_per_rank": "Weights published by a rank, MiB",
     "step_seconds": "Seconds of the whole step",
@@ -59,11 +59,11 @@ _ROLLOUTS = {
     "pass_at_1": "Held-out pass@1 of the newest evaluation",
     "pass_at_1_low": "Its 95 % interval's lower end",
     "pass_at_1_high": "Its 95 % interval's upper end",
-    "evaluated_tokens_mean": "Mean length of the evaluated answers, tokens",
-    "evaluated_truncated_share": "Share of the evaluated answers that were cut",
+    "eval_tokens_mean": "Mean length of the evaluated answers, tokens",
+    "eval_clipped_ratio": "Share of the evaluated answers that were cut",
 }
 
-MEASURES: dict[str, dict[str, str]] = {
+METRIC_HELP: dict[str, dict[str, str]] = {
     "engine": {
         "requests_running": "Requests that a vLLM engine works on",
         "requests_waiting": "Requests that wait in a vLLM engine",
@@ -89,7 +89,7 @@ MEASURES: dict[str, dict[str, str]] = {
         "heldout_loss": "Negative log-likelihood of held-out rows, nats per token",
         "lowest_heldout_loss": "Lowest held-out loss so far, nats per token",
         "mean_weight": "Mean importance weight of the tokens",
-        "log_ratio_mean": "Mean log-ratio of policy and behaviour policy, nats per token",
+        "log_ratio_mean": "Mean log-ratio of policy and behavior policy, nats per token",
         "log_ratio_spread": "Standard deviation of the log-ratio, nats per token",
         "share_at_lower_clip": "Share of the tokens whose log-ratio is at the lower clip",
         "share_at_upper_clip": "Share of the tokens whose log-ratio is at the upper clip",
@@ -113,17 +113,17 @@ MEASURES: dict[str, dict[str, str]] = {
         "cooperative_gain": (
             "RL's objective of BRIDGE's policy less that of its shadow, on the same rollouts"
         ),
-        "shadow_loss": "Loss of the rollouts that BRIDGE's shadow minimised",
+        "shadow_loss": "Loss of the rollouts that BRIDGE's shadow minimized",
         "shadow_grad_norm": "Norm of the gradient of BRIDGE's shadow before it is clipped",
-        "guided_share": "Share of TRAPO's answers that went on from the beginning of a trace",
-        "held_share": "Share of the parameters that MIFO's step on traces left as they were",
+        "prefix_frac": "Share of TRAPO's answers that went on from the beginning of a trace",
+        "frozen_frac": "Share of the parameters that MIFO's step on traces left as they were",
     },
 }
 
 
 def metric(stage: str, name: str) -> str:
     """Name of a number's Prometheus metric."""
-    is_shared = stage == "cooperate" and name in MEASURES["rl"]
+    is_shared = stage == "cooperate" and name in METRIC_HELP["rl"]
     return f"pear_ray_{'rl' if is_shared else stage}_{name}"
 
 
@@ -140,7 +140,7 @@ class Tracker:
         )
         self._gauges = {
             name: prometheus.Gauge(metric(stage, name), text, TAGS)
-            for name, text in MEASURES[stage].items()
+            for name, text in METRIC_HELP[stage].items()
         }
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -174,7 +174,7 @@ class Tracker:
         """Write one step. Values are numbers, strings, or lists and dicts of numbers.
 
         Raises:
-            KeyError: `MEASURES` does not say what a number means.
+            KeyError: `METRIC_HELP` does not say what a number means.
         """
         now = round(time.time(), 3)
         row = {"stage": self._stage, "step": step, "time": now, **numbers}

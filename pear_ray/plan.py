@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from pear_ray.config import BadInput, Cooperate, Job, Lora
-from pear_ray.plan_dims import shape_of
-from pear_ray.plan_memory import (
+from pear_ray.config import ConfigError, Cooperate, Job, Lora
+from pear_ray.train.memory import (
     GIB,
     HELD,
-    Shape,
+    ModelDims,
     Training,
     at_rest,
     of_engine,
     of_rank,
     of_store,
 )
+from pear_ray.train.model_dims import model_dims
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # GPUs that are sold: GiB of memory that a program finds, by what they are called.
@@ -57,18 +57,18 @@ def plan(job: Job) -> str:
     """The table, one line for each role.
 
     Raises:
-        BadInput: a model's configuration cannot be read, or a role does not fit into
+        ConfigError: a model's configuration cannot be read, or a role does not fit into
             `placement.gpu_gib`.
     """
-    shapes = {"model.path": shape_of("model.path", job.model_path())}
-    for source in job.behaviour:
-        field = f"behaviour.{source}.path"
-        shapes[field] = shape_of(field, job.model_path(source))
+    shapes = {"model.path": model_dims("model.path", job.model_path())}
+    for source in job.behavior:
+        field = f"behavior.{source}.path"
+        shapes[field] = model_dims(field, job.model_path(source))
     roles = list(roles_of(job, shapes))
     size = job.placement.gpu_gib
     for role in roles:
         if size is not None and role.device_bytes > size * GIB:
-            raise BadInput(
+            raise ConfigError(
                 f"placement.gpu_gib: read {size:g}, but {role.name} of stage {role.stage} needs"
                 f" {role.device_bytes / GIB:.1f} GiB on each device: {in_words(role)}; expected"
                 f" larger GPUs or {remedy(role)}"
@@ -93,12 +93,12 @@ def plan(job: Job) -> str:
     return "\n".join(lines)
 
 
-def roles_of(job: Job, shapes: Mapping[str, Shape]) -> Iterator[Role]:
+def roles_of(job: Job, shapes: Mapping[str, ModelDims]) -> Iterator[Role]:
     """In the order of the stages."""
     student = shapes["model.path"]
     for stage in ("sample", "score") if job.corpus.sample else ("score",):
-        for source in job.behaviour:
-            yield engine(job, stage, source, shapes[f"behaviour.{source}.path"])
+        for source in job.behavior:
+            yield engine(job, stage, source, shapes[f"behavior.{source}.path"])
     yield rank(job, "sft", student)
     settings = [job.of_arm(arm).cooperate for arm in job.arms] or [job.cooperate]
     if None in settings:
@@ -110,13 +110,13 @@ def roles_of(job: Job, shapes: Mapping[str, Shape]) -> Iterator[Role]:
     yield engine(job, "evaluate", "student", student)
 
 
-def rank(job: Job, stage: str, shape: Shape) -> Role:
+def rank(job: Job, stage: str, shape: ModelDims) -> Role:
     """A learner's rank."""
     items = of_rank(shape, ELEMENT_BYTES[job.model.dtype], training_of(job, shape))
     return Role(stage, "ranks", job.learner.num_workers, items)
 
 
-def cooperating_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
+def cooperating_rank(job: Job, cooperate: Cooperate, shape: ModelDims) -> Role:
     """A rank of `cooperate`: as of `rl`, with what its method keeps beside that."""
     if cooperate.method == "bridge":
         return bridge_rank(job, cooperate, shape)
@@ -126,7 +126,7 @@ def cooperating_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
     return replace(role, items={**role.items, "held": HELD * how.num_trainable / how.num_ranks})
 
 
-def bridge_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
+def bridge_rank(job: Job, cooperate: Cooperate, shape: ModelDims) -> Role:
     """BRIDGE trains adapters beside the weights, and keeps a shadow of both."""
     width, num_elements = ELEMENT_BYTES[job.model.dtype], adapter_elements(shape, cooperate.lora)
     joint = replace(shape, num_parameters=shape.num_parameters + num_elements)
@@ -142,13 +142,13 @@ def bridge_rank(job: Job, cooperate: Cooperate, shape: Shape) -> Role:
     return Role("cooperate", "ranks", how.num_ranks, items)
 
 
-def adapter_elements(shape: Shape, lora: Lora) -> int:
+def adapter_elements(shape: ModelDims, lora: Lora) -> int:
     """Two thin matrices beside each adapted one; at most as if all were of the widest kind."""
     widest = shape.hidden + max(shape.intermediate, shape.queries)
     return shape.num_layers * len(lora.targets) * lora.rank * widest
 
 
-def training_of(job: Job, shape: Shape) -> Training:
+def training_of(job: Job, shape: ModelDims) -> Training:
     """How ranks are set up."""
     settings = job.learner
     adapters = None if settings.lora is None else adapter_elements(shape, settings.lora)
@@ -164,15 +164,15 @@ def training_of(job: Job, shape: Shape) -> Training:
     )
 
 
-def engine(job: Job, stage: str, name: str, shape: Shape) -> Role:
+def engine(job: Job, stage: str, name: str, shape: ModelDims) -> Role:
     """A vLLM engine. Scoring makes logits for every token that it reads, sampling for one of each
     sequence."""
     settings, width = job.generator, ELEMENT_BYTES[job.model.dtype]
-    tokens = settings.batch_tokens if stage == "score" else settings.max_concurrent
-    split, context = settings.tensor_parallel, settings.max_model_len
+    tokens = settings.batch_tokens if stage == "score" else settings.max_num_seqs
+    split, context = settings.tensor_parallel_size, settings.max_model_len
     items = of_engine(shape, width, split, tokens, context)
-    num_devices = settings.replicas * split
-    share = settings.memory_fraction if settings.num_gpus else 1.0
+    num_devices = settings.num_engines * split
+    share = settings.gpu_memory_utilization if settings.num_gpus else 1.0
     return Role(stage, f"engines of {name}", num_devices, items, share)
 
 
@@ -181,15 +181,15 @@ def line(role: Role, gpu_gib: float | None) -> str:
     needed = role.device_bytes / GIB
     size = gpu_gib or next((gib for gib in GPUS if gib >= needed), None)
     if size is None:
-        verdict = "more than any GPU has"
+        grade = "more than any GPU has"
     else:
-        verdict = f"fits {size:g} GiB" if gpu_gib else f"a GPU of {GPUS[int(size)]}"
+        grade = f"fits {size:g} GiB" if gpu_gib else f"a GPU of {GPUS[int(size)]}"
         if role.per_sequence:
             room = size * GIB * role.share - sum(role.items.values()) + role.per_sequence
-            verdict += f", cache for {int(room // role.per_sequence)} sequences of full length"
+            grade += f", cache for {int(room // role.per_sequence)} sequences of full length"
     return (
         f"{role.stage:<10}{role.name:<28}{role.num_devices:>8}{needed:>10.1f}  {in_words(role)};"
-        f" {verdict}"
+        f" {grade}"
     )
 
 
@@ -206,4 +206,4 @@ def remedy(role: Role) -> str:
             "more learner.num_workers, a smaller learner.tokens_per_micro_batch"
             f"{of_shadow}, learner.activation_checkpointing or learner.offload"
         )
-    return "a larger generator.tensor_parallel or a smaller generator.max_concurrent"
+    return "a larger generator.tensor_parallel_size or a smaller generator.max_num_seqs"

@@ -11,22 +11,22 @@ from typing import Any
 
 import ray
 
-from pear_ray.config import BadInput, Job, Pretrain, TaskSpec
+from pear_ray.config import ConfigError, Job, Pretrain, TaskSpec
 from pear_ray.ray_cluster import connect
-from pear_ray.run import Run
+from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
 from pear_ray.tasks.task import Demonstrator
 
 log = logging.getLogger(__name__)
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Train each model in a Ray task of one CPU; one that exists is kept."""
     connect()
-    origins = {"base": job.model, **job.behaviour}
+    origins = {"base": job.model, **job.behavior}
     wanted = {name: origin.pretrain for name, origin in origins.items() if origin.pretrain}
     if wanted and not isinstance(make_tasks(job.tasks)[0], Demonstrator):
-        raise BadInput(
+        raise ConfigError(
             f"tasks.0: {job.tasks[0].name!r} cannot write demonstrations;"
             " expected a task that can, for the models with `pretrain`"
         )
@@ -41,12 +41,12 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     names = {call: name for name, call in calls.items()}
     waiting = list(names)
-    deadline = max((wanted[name].deadline_seconds for name in calls), default=0.0)
+    deadline = max((wanted[name].timeout_seconds for name in calls), default=0.0)
     while waiting:
         done, waiting = ray.wait(waiting, timeout=deadline)
         if not done:
             late = ", ".join(names[call] for call in waiting)
-            raise TimeoutError(f"pretrain: waited {deadline:.0f} s (deadline_seconds) for {late}")
+            raise TimeoutError(f"pretrain: waited {deadline:.0f} s (timeout_seconds) for {late}")
         loss = ray.get(done[0])
         facts[names[done[0]]] = {"final_loss": round(loss, 4)}
         log.info("pretrain: %s made, loss %.3f nats per token", names[done[0]], loss)

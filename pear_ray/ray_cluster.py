@@ -28,7 +28,7 @@ def connect() -> None:
         ray.init(logging_level=logging.WARNING)
 
 
-def tell_dashboard(message: str, **facts: str) -> None:
+def set_job_status(message: str, **facts: str) -> None:
     """Show a message on the dashboard's page of the job and put facts among its metadata, where
     `ray job` finds them too. Nothing happens in a process that was not submitted as a job."""
     submitted = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)

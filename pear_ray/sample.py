@@ -1,4 +1,4 @@
-"""Write an offline corpus: each behaviour policy answers training problems, right answers are
+"""Write an offline corpus: each behavior policy answers training problems, right answers are
 kept with the log-probs they were sampled with."""
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.data.tokenizer import conversation_ids, load_tokenizer, prompts_ids
-from pear_ray.engines.engine_factory import fleet_of
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Request
+from pear_ray.engines.engine_factory import engine_pool
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import SampleRequest
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
-from pear_ray.rewards.pool import Verifiers
-from pear_ray.run import Run
+from pear_ray.rewards.pool import RewardPool
+from pear_ray.run import RunDir
 from pear_ray.seeds import seed_of
 from pear_ray.tasks import endless_problems
 
@@ -30,37 +30,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Sample every source of the corpus into one Parquet file each."""
     settings = job.corpus.sample
     assert settings is not None
     connect()
     facts: dict[str, Any] = {}
     tracker = Tracker(run.folder, "sample", job.tracking).rewind(0)
-    verifier = Verifiers(job.tasks, job.verifier)
+    reward_pool = RewardPool(job.tasks, job.rewards)
     first = job.model_path(next(iter(settings.num_examples)))
     try:
         with (
-            fleet_of(job, first, partial(run.event, "sample")) as fleet,
+            engine_pool(job, first, partial(run.event, "sample")) as pool,
             run.new_folder("sample") as folder,
         ):
             for number, (source, num_examples) in enumerate(settings.num_examples.items()):
                 if number:
-                    fleet.load_folder(job.model_path(source))
-                rows, num_attempts = sample_source(job, source, num_examples, fleet, verifier)
+                    pool.load_folder(job.model_path(source))
+                rows, num_attempts = sample_source(job, source, num_examples, pool, reward_pool)
                 table = pa.Table.from_pylist(rows, EXAMPLE_SCHEMA)
                 pq.write_table(table, folder / f"{source}.parquet")
                 facts[source] = {"examples": len(rows), "attempts": num_attempts}
                 tracker.log(number, source=source, examples=len(rows), attempts=num_attempts)
                 log.info("sample: %s: %d right answers of %d", source, len(rows), num_attempts)
     finally:
-        verifier.close()
+        reward_pool.close()
         tracker.close()
     return facts
 
 
 def sample_source(
-    job: Job, source: str, num_examples: int, fleet: Fleet, verifier: Verifiers
+    job: Job, source: str, num_examples: int, pool: EnginePool, reward_pool: RewardPool
 ) -> tuple[list[dict[str, Any]], int]:
     """Example rows of one source, and how many answers they took."""
     settings = job.corpus.sample
@@ -71,15 +71,15 @@ def sample_source(
     num_attempts = 0
     while len(rows) < num_examples:
         if num_attempts > settings.max_attempts_per_example * num_examples:
-            raise BadInput(
+            raise ConfigError(
                 f"corpus.sample.num_examples.{source}: read {num_examples};"
                 f" {job.model_path(source)} gave only {len(rows)} right answers to {num_attempts}"
                 " problems; expected a better model or fewer examples"
             )
-        batch = list(islice(problems, 4 * job.generator.max_concurrent * job.generator.replicas))
+        batch = list(islice(problems, 4 * job.generator.max_num_seqs * job.generator.num_engines))
         prompts = prompts_ids(tokenizer, [problem.messages for _, problem in batch])
         requests = [
-            Request(
+            SampleRequest(
                 prompt,
                 num_samples=1,
                 seed=seed_of(job.run.seed, "sample", source, problem.problem_id, epoch),
@@ -87,14 +87,14 @@ def sample_source(
             )
             for (epoch, problem), prompt in zip(batch, prompts, strict=True)
         ]
-        answers = [answer for (answer,) in fleet.ask(requests)]
+        answers = [answer for (answer,) in pool.generate(requests)]
         pairs = [(p, answer.text) for (_, p), answer in zip(batch, answers, strict=True)]
         rows += [
             example(source, epoch, problem, answer)
-            for (epoch, problem), answer, verdict in zip(
-                batch, answers, verifier.judge(pairs), strict=True
+            for (epoch, problem), answer, grade in zip(
+                batch, answers, reward_pool.grade(pairs), strict=True
             )
-            if verdict.correct and can_be_read_back(tokenizer, problem, answer)
+            if grade.correct and can_be_read_back(tokenizer, problem, answer)
         ]
         num_attempts += len(batch)
     return rows[:num_examples], num_attempts
@@ -108,7 +108,7 @@ def example(source: str, epoch: int, problem: Problem, answer: Completion) -> di
         "source": source,
         "correct": True,
         "response_ids": answer.token_ids,
-        "behaviour_logprobs": answer.logprobs,
+        "behavior_logprobs": answer.logprobs,
     }
 
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 if TYPE_CHECKING:
-    from pear_ray.engines.engine_pool import Fleet
+    from pear_ray.engines.engine_pool import EnginePool
 
 # Read when the libraries are imported or Ray starts, and handed on to every process of the tests.
 MARK = ("PEAR_RAY_TEST_SESSION", uuid.uuid4().hex)
@@ -49,6 +49,8 @@ os.environ.pop("RAY_ADDRESS", None)
 # How long an example takes depends on what else the machine does.
 hypothesis_settings.register_profile("any machine", deadline=None)
 hypothesis_settings.load_profile("any machine")
+
+pytest_plugins = ["tests.score.fixtures"]
 
 SECONDS_TO_END = 30
 VOCABULARY = [f"w{number}" for number in range(97)]
@@ -145,28 +147,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def engine_of(
     ray_session: None, tiny_model: Callable[..., Path]
-) -> Iterator[Callable[[bool], Fleet]]:
+) -> Iterator[Callable[[bool], EnginePool]]:
     """vLLM engines of the tied and of the untied model, each in its own process. They start
     slowly, so each starts once and serves model after model."""
     from pear_ray.config import Generator as Settings
-    from pear_ray.engines.engine_factory import EngineServers
-    from pear_ray.engines.engine_pool import Fleet
+    from pear_ray.engines.engine_factory import VllmEngineFactory
+    from pear_ray.engines.engine_pool import EnginePool
 
     settings = Settings(
         max_new_tokens=24,
         max_model_len=48,
-        max_concurrent=64,
+        max_num_seqs=64,
         threads=1,
-        deadline_seconds=200,
-        tensor_parallel=int(os.environ.get("PEAR_RAY_TENSOR_PARALLEL", "1")),
+        timeout_seconds=200,
+        tensor_parallel_size=int(os.environ.get("PEAR_RAY_TENSOR_PARALLEL", "1")),
     )
     with ExitStack() as started:
 
         @cache
-        def engine(tied: bool) -> Fleet:
-            servers = EngineServers("float32", settings, seed=0)
-            fleet = Fleet(servers, str(tiny_model(tied)), settings, tell=lambda kind, text: None)
-            return started.enter_context(fleet)
+        def engine(tied: bool) -> EnginePool:
+            servers = VllmEngineFactory("float32", settings, seed=0)
+            pool = EnginePool(
+                servers, str(tiny_model(tied)), settings, tell=lambda kind, text: None
+            )
+            return started.enter_context(pool)
 
         yield engine
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pear_ray.logs import PLACE, begin_logs
+from pear_ray.logs import LOG_CONTEXT, configure_logging
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def root() -> Iterator[logging.Logger]:
     handlers, level = logger.handlers[:], logger.level
     yield logger
     logger.handlers[:], logger.level = handlers, level
-    PLACE.stand(None, None)
+    LOG_CONTEXT.set(None, None)
 
 
 def test_json_lines_name_run_stage_and_step(root, capsys):
-    begin_logs("json")
-    PLACE.stand("/runs/a", "rl")
+    configure_logging("json")
+    LOG_CONTEXT.set("/runs/a", "rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
     logging.getLogger("elsewhere").warning("of no step")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
@@ -38,7 +38,7 @@ def test_json_lines_name_run_stage_and_step(root, capsys):
 
 
 def test_an_error_keeps_its_traceback_in_one_json_line(root, capsys):
-    begin_logs("json")
+    configure_logging("json")
     try:
         raise ValueError("why")
     except ValueError:
@@ -48,7 +48,7 @@ def test_an_error_keeps_its_traceback_in_one_json_line(root, capsys):
 
 
 def test_lines_for_people_say_no_more_than_they_should(root, capsys):
-    begin_logs("text", "%(asctime)s %(message)s", datefmt="noon")
-    PLACE.stand("/runs/a", "rl")
+    configure_logging("text", "%(asctime)s %(message)s", datefmt="noon")
+    LOG_CONTEXT.set("/runs/a", "rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
     assert capsys.readouterr().err == "noon pass rate 0.5\n"

@@ -12,7 +12,8 @@ import pytest
 
 from pear_ray import __main__ as command_line
 from pear_ray.config import Job, read_job
-from pear_ray.run import OUTPUTS, check_inputs, open_run
+from pear_ray.preflight import check_inputs
+from pear_ray.run import OUTPUTS, open_run
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(Path(sys.executable).with_name("pear-ray"))
@@ -23,7 +24,7 @@ dir = "run"
 path = "./model"
 [corpus]
 path = "corpus.jsonl"
-[behaviour.tutor]
+[behavior.tutor]
 path = "./model"
 [generator]
 max_new_tokens = 8
@@ -84,9 +85,9 @@ MISTAKES = {
         ["job.toml", "sft.levle", "unknown key", "level", "read 'token'"],
     ),
     "unknown section": (JOB + "[stf]\nlevel = 'token'", ["job.toml", "stf: unknown key", "sft"]),
-    "unknown key of a behaviour model": (
-        replaced("[behaviour.tutor]", "[behaviour.tutor]\nprecision = 8"),
-        ["behaviour.tutor.precision", "unknown key", "path, pretrain", "read 8"],
+    "unknown key of a behavior model": (
+        replaced("[behavior.tutor]", "[behavior.tutor]\nprecision = 8"),
+        ["behavior.tutor.precision", "unknown key", "path, pretrain", "read 8"],
     ),
     "a word for a number": (
         JOB + "[rl]\nsteps = 'many'",
@@ -97,8 +98,8 @@ MISTAKES = {
         ["job.toml: run.dir", "valid string", "read 3"],
     ),
     "half a replica": (
-        replaced("max_new_tokens", "replicas = 1.5\nmax_new_tokens"),
-        ["generator.replicas", "valid integer", "read 1.5"],
+        replaced("max_new_tokens", "num_engines = 1.5\nmax_new_tokens"),
+        ["generator.num_engines", "valid integer", "read 1.5"],
     ),
     "one bound for two": (
         JOB + "[sft]\nclip_log_ratio = [0.3]",
@@ -168,7 +169,7 @@ MISTAKES = {
         ["corpus.sample.num_examples.tutor", "greater than 0", "read -5"],
     ),
     "corpus both read and sampled": (
-        replaced(*SAMPLED).replace("[behaviour", 'path = "corpus.jsonl"\n[behaviour'),
+        replaced(*SAMPLED).replace("[behavior", 'path = "corpus.jsonl"\n[behavior'),
         ["job.toml: corpus", "either path or sample"],
     ),
     "a question without its answer": (
@@ -178,21 +179,21 @@ MISTAKES = {
     **{
         f"{key} without a model": (
             replaced(SAMPLED[0], f"{SAMPLED[0]}\n{key} = 'coder'"),
-            ["job.toml", f"corpus.{key}: read 'coder', expected one of [behaviour]: ['tutor']"],
+            ["job.toml", f"corpus.{key}: read 'coder', expected one of [behavior]: ['tutor']"],
         )
-        for key in ("source", "reference")
+        for key in ("source", "fallback_scorer")
     },
     "not one of the ways with long rows": (
         replaced(SAMPLED[0], SAMPLED[0] + "\ntoo_long = 'cut'"),
-        ["job.toml: corpus.too_long", "'reject' or 'truncate'", "read 'cut'"],
+        ["job.toml: corpus.on_overlength", "'reject' or 'truncate'", "read 'cut'"],
     ),
     "more engines at first than at last": (
-        replaced("max_new_tokens", "min_replicas = 3\nreplicas = 2\nmax_new_tokens"),
-        ["job.toml: generator", "min_replicas 3 is more than replicas 2"],
+        replaced("max_new_tokens", "min_engines = 3\nreplicas = 2\nmax_new_tokens"),
+        ["job.toml: generator", "min_engines 3 is more than num_engines 2"],
     ),
     "more requests than tokens": (
-        replaced("max_new_tokens", "tokens_per_batch = 99\nmax_new_tokens"),
-        ["job.toml: generator", "tokens_per_batch 99 is less than max_concurrent 256"],
+        replaced("max_new_tokens", "max_num_batched_tokens = 99\nmax_new_tokens"),
+        ["job.toml: generator", "max_num_batched_tokens 99 is less than max_num_seqs 256"],
     ),
     "model both read and made": (
         replaced("[corpus]", "[model.pretrain]\nstyles = {build = 1.0}\n[corpus]"),
@@ -215,9 +216,9 @@ MISTAKES = {
         replaced('[model]\npath = "./model"', '[model]\npath = "./nowhere"'),
         ["model.path", "read './nowhere'", "expected a folder that exists"],
     ),
-    "behaviour model that is not there": (
+    "behavior model that is not there": (
         replaced('tutor]\npath = "./model"', 'tutor]\npath = "./nowhere"'),
-        ["behaviour.tutor.path", "read './nowhere'", "expected a folder that exists"],
+        ["behavior.tutor.path", "read './nowhere'", "expected a folder that exists"],
     ),
     "checkpoint that is not there": (
         replaced("ks = [1, 4]", "checkpoints = {old = './old'}"),
@@ -329,7 +330,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(here, pear_ray):
 
 def test_the_run_folder_of_another_job_is_refused_and_left_alone(here, pear_ray):
     with open_run(read_job(Path("job.toml"))) as run:
-        run.perform("pretrain", lambda job, run: {"made": 1})
+        run.run_stage("pretrain", lambda job, run: {"made": 1})
     words = ("score", "job.toml", "--sft.level", "block", "--run.seed", "7", "--rl.steps", "3")
     said = [
         "run/config.json: this run folder belongs to another job",

@@ -72,7 +72,7 @@ def test_score_agrees_with_the_trainers_forward_pass(run: Path) -> None:
 def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
     steps = rows(run / "arms" / "pear", "rl")
     # The first weights have no probe yet: it is made of their answers.
-    gaps = [row["probe_gap_max"] for row in steps[1:]]
+    gaps = [row["logprob_parity_max"] for row in steps[1:]]
     assert max(gaps) <= 1e-4
     assert any(row["grad_norm"] > 0 for row in steps), "nothing was learned, so nothing compared"
 
@@ -87,8 +87,8 @@ def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> 
     scored = [r for f in (run / "scored").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
     examples = pq.read_table(run / "sample").to_pylist()
     assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
-    assert all(len(r["response_ids"]) == len(r["behaviour_logprobs"]) > 0 for r in scored)
-    assert {(r["source"], Path(r["behaviour_model"]).name) for r in scored} == {
+    assert all(len(r["response_ids"]) == len(r["behavior_logprobs"]) > 0 for r in scored)
+    assert {(r["source"], Path(r["behavior_model"]).name) for r in scored} == {
         ("tutor", "tutor"), ("coder", "coder"),
     }  # fmt: skip
 

@@ -46,7 +46,7 @@ def say(capsys, *words: object) -> tuple[int, str]:
 
 
 def of(student: Path, teacher: Path) -> list[object]:
-    return ["--plan", "--model.path", student, "--behaviour.teacher.path", teacher]
+    return ["--plan", "--model.path", student, "--behavior.teacher.path", teacher]
 
 
 def test_many_nodes_fit_the_machines_of_the_cluster_files(model, capsys) -> None:
@@ -54,7 +54,7 @@ def test_many_nodes_fit_the_machines_of_the_cluster_files(model, capsys) -> None
     code, told = say(capsys, *words, "--placement.gpu_gib", 79)
     assert code == 0
     assert "model.path: 8.19 billion parameters" in told
-    assert "behaviour.teacher.path: 32.76 billion parameters" in told
+    assert "behavior.teacher.path: 32.76 billion parameters" in told
     lines = [line.split()[:2] for line in told.splitlines()]
     stages = [
         words[0]
@@ -70,7 +70,7 @@ def test_what_cannot_fit_is_refused(model, capsys) -> None:
     code, told = say(capsys, *words, "--placement.gpu_gib", 39)
     assert code == 2
     assert "placement.gpu_gib: read 39, but engines of teacher of stage sample needs" in told
-    assert "generator.tensor_parallel" in told
+    assert "generator.tensor_parallel_size" in told
     code, told = say(capsys, *words, "--placement.gpu_gib", 79, "--learner.num_workers", 1)
     assert code == 2
     assert "but ranks of stage sft needs" in told

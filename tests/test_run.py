@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pear_ray.config import BadInput, Job
-from pear_ray.run import FREE_KEYS, Run, flatten, open_run, refuse_another_job, write_json
+from pear_ray.config import ConfigError, Job
+from pear_ray.run import KEYS_SAFE_TO_CHANGE, RunDir, check_same_job, flatten, open_run, write_json
 
 DOCUMENT = {
     "run": {"dir": "run", "wait_seconds": 60},
@@ -85,15 +85,15 @@ class Stage:
         return {"times": self.times}
 
 
-def perform(name, stage):
+def run_stage(name, stage):
     with open_run(job()) as run:
-        run.perform(name, stage)
+        run.run_stage(name, stage)
         return run.is_done(name)
 
 
 def test_a_finished_stage_is_not_repeated():
     stage = Stage()
-    assert perform("sft", stage) and perform("sft", stage)
+    assert run_stage("sft", stage) and run_stage("sft", stage)
     assert stage.times == 1
     entry = read("manifest.json")["stages"]["sft"]
     assert entry["state"] == "done" and entry["facts"] == {"times": 1}
@@ -134,17 +134,17 @@ def test_what_was_made_from_other_things_is_dropped_and_that_is_noted():
 
 
 def test_what_was_refused_leaves_nothing():
-    with pytest.raises(BadInput, match="too many"):
-        grow({"corpus": "a"}, BadInput("too many"))
+    with pytest.raises(ConfigError, match="too many"):
+        grow({"corpus": "a"}, ConfigError("too many"))
     assert not list(Path("run").glob("scored*"))
 
 
 def test_a_stage_whose_output_is_gone_is_repeated_and_that_is_noted():
     stage = Stage()
-    perform("sft", stage)
+    run_stage("sft", stage)
     (Path("run/sft/export") / "model.safetensors").unlink()
     Path("run/sft/export").rmdir()
-    assert perform("sft", stage) and stage.times == 2
+    assert run_stage("sft", stage) and stage.times == 2
     (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
     assert (event["stage"], event["kind"]) == ("sft", "repeated")
     assert "sft/export" in event["text"]
@@ -157,10 +157,10 @@ def test_a_stage_that_raises_stays_undone_and_is_resumed():
             raise RuntimeError("the network is gone")
 
     with pytest.raises(RuntimeError, match="the network is gone"):
-        perform("sft", breaks)
+        run_stage("sft", breaks)
     assert read("manifest.json")["stages"]["sft"]["state"] == "running"
     assert not Path("run/sft/export").exists()
-    assert perform("sft", Stage())
+    assert run_stage("sft", Stage())
     assert {p.name for p in Path("run/sft").iterdir()} == {"export"}
     assert {p.name for p in Path("run/sft/export").iterdir()} == {"model.safetensors"}
     (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
@@ -177,10 +177,10 @@ def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
 
     for _ in range(2):
         with pytest.raises(RuntimeError):
-            perform("sft", breaks)
+            run_stage("sft", breaks)
     os.utime("run/metrics.jsonl", (0, 0))
     os.utime("run/events.jsonl", (0, 0))
-    assert perform("sft", Stage())
+    assert run_stage("sft", Stage())
     entry = read("manifest.json")["stages"]["sft"]
     assert entry["seconds_before"] == pytest.approx(40, abs=1)
     assert entry["seconds"] < 5
@@ -188,25 +188,25 @@ def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
 
 def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job():
     def refuses(job, run):
-        raise BadInput("corpus: no rows")
+        raise ConfigError("corpus: no rows")
 
-    with pytest.raises(BadInput), open_run(job()) as run:
-        run.perform("score", refuses)
+    with pytest.raises(ConfigError), open_run(job()) as run:
+        run.run_stage("score", refuses)
     with open_run(job(sft={"epochs": 3})) as run:
         assert not run.is_done("score")
-        run.perform("score", Stage("scored"))
+        run.run_stage("score", Stage("scored"))
     assert read("config.json")["sft"]["epochs"] == 3
 
 
 def test_stages_know_each_others_facts():
-    perform("sft", Stage())
+    run_stage("sft", Stage())
     with open_run(job()) as run:
         assert run.facts("sft") == {"times": 1}
         assert not run.is_done("rl")
 
 
 def test_manifest_names_versions_and_command():
-    perform("sft", Stage())
+    run_stage("sft", Stage())
     manifest = read("manifest.json")
     assert {"python", "ray", "torch", "deepspeed", "transformers"} <= manifest["versions"].keys()
     assert manifest["command"].startswith("pear-ray")
@@ -293,7 +293,7 @@ def test_the_folder_is_free_again_after_an_error(start):
     ],
 )
 def test_what_changes_no_number_changes_no_job(sections):
-    perform("sft", Stage())
+    run_stage("sft", Stage())
     with open_run(job(**sections)) as run:
         assert run.is_done("sft")
     assert Job(**read("config.json")) == job(**sections)
@@ -304,25 +304,25 @@ def test_what_changes_no_number_changes_no_job(sections):
     [
         ({"sft": {"level": "block"}}, "sft.level: there 'token', here 'block'"),
         ({"model": {"path": "./other"}}, "model.path: there './model', here './other'"),
-        ({"behaviour": {"tutor": {"path": "./t"}}}, "behaviour.tutor.path: there None, here"),
+        ({"behavior": {"tutor": {"path": "./t"}}}, "behavior.tutor.path: there None, here"),
         ({"arms": [{"name": "a"}]}, r"arms: there \[\], here \[\{'name': 'a'"),
         ({"run": {"dir": "run", "seed": 1}}, "run.seed: there 0, here 1"),
     ],
 )
 def test_another_job_is_refused_with_the_differing_key(sections, said):
-    perform("sft", Stage())
+    run_stage("sft", Stage())
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    with pytest.raises(BadInput, match=said) as refusal, open_run(job(**sections)):
+    with pytest.raises(ConfigError, match=said) as refusal, open_run(job(**sections)):
         pass
     (section,) = sections
     assert all(line.strip().startswith(section) for line in str(refusal.value).splitlines()[1:])
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before
-    assert perform("sft", Stage())
+    assert run_stage("sft", Stage())
 
 
 def test_a_key_that_is_new_stands_for_its_default():
-    perform("sft", Stage())
+    run_stage("sft", Stage())
     path = Path("run/config.json")
     document = json.loads(path.read_text())
     del document["sft"]["sources"]
@@ -330,16 +330,16 @@ def test_a_key_that_is_new_stands_for_its_default():
     with open_run(job()) as run:
         assert run.is_done("sft")
     path.write_text(json.dumps(document))
-    with pytest.raises(BadInput, match=r"sft.sources: there \[\], here \['tutor'\]"):
-        refuse_another_job(job(sft={"sources": ["tutor"]}), path)
+    with pytest.raises(ConfigError, match=r"sft.sources: there \[\], here \['tutor'\]"):
+        check_same_job(job(sft={"sources": ["tutor"]}), path)
     path.write_text(json.dumps(document | {"of_old": 1}))
-    with pytest.raises(BadInput, match="of_old: there 1, here None"):
-        refuse_another_job(job(), path)
+    with pytest.raises(ConfigError, match="of_old: there 1, here None"):
+        check_same_job(job(), path)
 
 
 def test_free_keys_are_keys_of_a_job():
     keys = dict(flatten(json.loads(job().model_dump_json())))
-    for free in FREE_KEYS:
+    for free in KEYS_SAFE_TO_CHANGE:
         assert any(key == free or key.startswith(f"{free}.") for key in keys), free
 
 
@@ -350,5 +350,5 @@ def test_flatten_reaches_every_leaf():
 
 def test_same_job_is_never_refused():
     write_json(Path("config.json"), json.loads(job().model_dump_json()))
-    refuse_another_job(job(), Path("config.json"))
-    assert Run(job()).folder == Path("run").absolute()
+    check_same_job(job(), Path("config.json"))
+    assert RunDir(job()).folder == Path("run").absolute()

@@ -40,7 +40,7 @@ def test_every_part_counts_and_so_does_their_order():
 
 
 def test_range_and_spread():
-    """In [0, 2^31), which every generator takes; no half of it is favoured."""
+    """In [0, 2^31), which every generator takes; no half of it is favored."""
     seeds = [seed_of("spread", number) for number in range(4000)]
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert 1800 < sum(seed < 2**30 for seed in seeds) < 2200

@@ -11,7 +11,7 @@ from pear_ray.config.arms import (
 )
 from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
-from pear_ray.config.errors import BadInput, describe
+from pear_ray.config.errors import ConfigError, format_validation_error
 from pear_ray.config.job import (
     Evaluation,
     Generator,
@@ -21,23 +21,23 @@ from pear_ray.config.job import (
     Placement,
     Pretrain,
     Ranking,
+    Rewards,
     Rl,
     Run,
     TaskSpec,
     Tracking,
-    Verifier,
     Weights,
 )
 from pear_ray.config.job_file import read_job
 from pear_ray.config.secrets import refuse_secrets
-from pear_ray.config.sft import Learner, Lora, Optimiser, Sft
+from pear_ray.config.sft import Learner, Lora, Optimizer, Sft
 
 __all__ = [
     "LAST_STAGES",
     "TRAINING_STAGES",
     "Arm",
-    "BadInput",
     "Columns",
+    "ConfigError",
     "Cooperate",
     "Corpus",
     "CorpusSample",
@@ -48,19 +48,19 @@ __all__ = [
     "Lora",
     "Model",
     "ModelSource",
-    "Optimiser",
+    "Optimizer",
     "Placement",
     "Pretrain",
     "Ranking",
+    "Rewards",
     "Rl",
     "Run",
     "Sft",
     "Study",
     "TaskSpec",
     "Tracking",
-    "Verifier",
     "Weights",
-    "describe",
+    "format_validation_error",
     "is_after_rl",
     "last_stage_with",
     "read_job",

@@ -45,9 +45,9 @@ class Study(Section):
     may grow: the same run folder takes more seeds, and more of the arms."""
     arms: tuple[str, ...] = ()
     """Arms that take part; none named: all."""
-    at_once: int = Field(1, gt=0)
+    max_parallel: int = Field(1, gt=0)
     """Runs of an arm with a seed that work side by side, where the cluster has room for them."""
-    against: str | None = None
+    baseline: str | None = None
     """The arm with which the others are compared; without it the first."""
     hypothesis: str = ""
     """What is expected, in words. It is written down before anything runs, and the report shows

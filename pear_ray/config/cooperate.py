@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pear_ray.config.base import Section
-from pear_ray.config.errors import describe
+from pear_ray.config.errors import format_validation_error
 from pear_ray.config.rl import Rl
-from pear_ray.config.sft import Learner, Lora, Optimiser, Sft
+from pear_ray.config.sft import Learner, Lora, Optimizer, Sft
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,15 +26,15 @@ OWN_KEYS = {
     "trapo": ("prefix_groups", "prefix_shares", "prefix_returns"),
 }
 
-# Keys of [sft] that say how long and with which optimiser it trains.
-OF_STAGE_SFT = ("epochs", *Optimiser.model_fields)
+# Keys of [sft] that say how long and with which optimizer it trains.
+OF_STAGE_SFT = ("epochs", *Optimizer.model_fields)
 
 
 class Cooperate(Section):
-    """Rollouts are as [rl] says and traces as [sft] says; steps and optimiser are [rl]'s."""
+    """Rollouts are as [rl] says and traces as [sft] says; steps and optimizer are [rl]'s."""
 
     method: Literal["sum", "alternate", "bridge", "trapo"] = "sum"
-    """One loss of both signals; an optimiser step on rollouts and then one on traces; BRIDGE; or
+    """One loss of both signals; an optimizer step on rollouts and then one on traces; BRIDGE; or
     TRAPO, where the policy goes on from the beginnings of traces."""
     rl_share: Share = 0.5
     """sum and bridge: share of the rollouts in the loss, lambda; 1 is `rl`, 0 is `sft`."""
@@ -117,7 +117,7 @@ class Cooperate(Section):
         for key in OF_STAGE_SFT:
             if key in self.sft:
                 raise ValueError(
-                    f"sft.{key}: read {self.sft[key]!r}; steps and optimiser are those of [rl],"
+                    f"sft.{key}: read {self.sft[key]!r}; steps and optimizer are those of [rl],"
                     " expected none"
                 )
         if self.lora.dropout:
@@ -143,11 +143,11 @@ class Cooperate(Section):
         try:
             traces = self.sft_of(sft)
         except ValidationError as error:
-            raise ValueError(describe("cooperate.sft", error, Sft)) from error
+            raise ValueError(format_validation_error("cooperate.sft", error, Sft)) from error
         if traces.objective == "kl":
             raise ValueError(
                 'cooperate.sft.objective: read "kl"; rollouts have no likeliest tokens of a'
-                " behaviour policy, expected another objective"
+                " behavior policy, expected another objective"
             )
         if traces.normalize == "per_batch" or traces.control == "mean_weight":
             raise ValueError(

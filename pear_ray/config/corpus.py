@@ -10,10 +10,10 @@ from pear_ray.config.base import Section
 
 
 class CorpusSample(Section):
-    """Makes the corpus by sampling the behaviour policies, keeping the log-probs."""
+    """Makes the corpus by sampling the behavior policies, keeping the log-probs."""
 
     num_examples: dict[str, Annotated[int, Field(gt=0)]] = Field(min_length=1)
-    """How many right answers to keep from each source of [behaviour]."""
+    """How many right answers to keep from each source of [behavior]."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     max_attempts_per_example: int = Field(20, gt=0)
@@ -39,7 +39,7 @@ class Columns(Section):
     """Whether the answer is right."""
     response_ids: str = "response_ids"
     """Token ids of the response as its author sampled them."""
-    behaviour_logprobs: str = "behaviour_logprobs"
+    behavior_logprobs: str = "behavior_logprobs"
     """Log-prob of each response token, as its author reported it."""
 
     @model_validator(mode="after")
@@ -57,18 +57,18 @@ class Corpus(Section):
     """Names of the corpus' columns."""
     source: str | None = None
     """Source of the rows that name none."""
-    reference: str | None = None
-    """Entry of [behaviour] whose model scores rows of sources that have none of their own. Such
+    fallback_scorer: str | None = None
+    """Entry of [behavior] whose model scores rows of sources that have none of their own. Such
     rows are marked; without a reference they are rejected."""
     sample: CorpusSample | None = None
-    """Sample the corpus from the policies of [behaviour] instead of reading one."""
+    """Sample the corpus from the policies of [behavior] instead of reading one."""
     scored_path: str | None = None
     """Folder of ScoredExample rows; without it, the `scored` folder of the run."""
     heldout_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the prompts held out by hash where the corpus has no `split` column."""
     max_rejected_fraction: float = Field(0.0, ge=0, le=1)
     """Stage `score` stops, with nothing written, when a larger share of the rows is unusable."""
-    too_long: Literal["reject", "truncate"] = "reject"
+    on_overlength: Literal["reject", "truncate"] = "reject"
     """What becomes of rows of more than generator.max_model_len tokens; "truncate" cuts the end of
     the response."""
     recorded_logprobs: Literal["probe", "ignore"] = "probe"
@@ -77,7 +77,7 @@ class Corpus(Section):
     probe_rows: int = Field(256, gt=0)
     """Rows of each source that are scored in every way there is: by the engine, by the trainer's
     forward pass, and as recorded."""
-    max_probe_gap: float = Field(0.1, gt=0)
+    max_logprob_gap: float = Field(0.1, gt=0)
     """Stage `score` stops when two of these differ by more nats per token on average."""
     top_logprobs: int = Field(0, ge=0)
     """Likeliest tokens whose log-probs are kept at each place besides the token's own, for

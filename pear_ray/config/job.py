@@ -15,7 +15,7 @@ from pear_ray.config.arms import Arm, Study, last_stage_with
 from pear_ray.config.base import Section
 from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Corpus
-from pear_ray.config.errors import describe
+from pear_ray.config.errors import format_validation_error
 from pear_ray.config.rl import Generator, Rl, Weights
 from pear_ray.config.sft import Learner, Sft
 
@@ -37,7 +37,7 @@ class Pretrain(Section):
     solved_fraction: float = Field(1.0, ge=0, le=1)
     """Share of the demonstrations that reach the right answer; the others are legal play."""
     steps: int = Field(600, gt=0)
-    """Optimiser steps."""
+    """Optimizer steps."""
     examples_per_step: int = Field(128, gt=0)
     """Demonstrations in one step."""
     learning_rate: float = Field(3e-3, gt=0)
@@ -45,7 +45,7 @@ class Pretrain(Section):
     seed: int = 0
     """Seed of the initial weights and of the demonstrations."""
     start_from: str | None = None
-    """Begin with the weights of another model of the job: "base", or a source of [behaviour]."""
+    """Begin with the weights of another model of the job: "base", or a source of [behavior]."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
     hidden_size: int = Field(128, gt=0)
@@ -58,7 +58,7 @@ class Pretrain(Section):
     """Attention heads, as many key-value heads; the head size is 64."""
     tie_word_embeddings: bool = False
     """Whether the output head is the input embedding."""
-    deadline_seconds: float = Field(3600.0, gt=0)
+    timeout_seconds: float = Field(3600.0, gt=0)
     """Longest wait for this model, and for the one it starts from."""
 
 
@@ -154,12 +154,12 @@ class TaskSpec(Section):
     """The family's own options; `label` tells two tasks of one family apart."""
 
 
-class Verifier(Section):
+class Rewards(Section):
     """Processes that judge answers."""
 
     processes: int = Field(2, gt=0)
     """How many there are: so many answers are judged at once."""
-    seconds_per_verdict: float = Field(10.0, ge=0.1, le=3600)
+    timeout_seconds: float = Field(10.0, ge=0.1, le=3600)
     """Longest judging of one answer; cut off, it earns nothing."""
     memory_mib: int = Field(2048, ge=256)
     """Memory that judging an answer may take beyond what the process has already."""
@@ -177,7 +177,7 @@ class Job(Section):
     """Problems for `sample`, `rl` and `evaluate`."""
     corpus: Corpus = Corpus()
     """The offline traces."""
-    behaviour: dict[str, ModelSource] = Field({})
+    behavior: dict[str, ModelSource] = Field({})
     """The model that wrote the rows of each `source`."""
     sft: Sft = Sft()
     """Stage `sft`."""
@@ -191,7 +191,7 @@ class Job(Section):
     """The DeepSpeed ranks."""
     weights: Weights = Weights()
     """Weight hand-over."""
-    verifier: Verifier = Verifier()
+    rewards: Rewards = Rewards()
     """Processes that judge answers."""
     evaluation: Evaluation = Evaluation()
     """Stage `evaluate`."""
@@ -214,22 +214,22 @@ class Job(Section):
                 f" {self.learner.sequence_parallel}) cannot hold"
                 f" one sequence of generator.max_model_len {self.generator.max_model_len} tokens"
             )
-        for field in ("source", "reference"):
+        for field in ("source", "fallback_scorer"):
             named = getattr(self.corpus, field)
-            # The job of an arm has no behaviour models: its corpus is scored already.
-            if named is not None and self.behaviour and named not in self.behaviour:
+            # The job of an arm has no behavior models: its corpus is scored already.
+            if named is not None and self.behavior and named not in self.behavior:
                 raise ValueError(
-                    f"corpus.{field}: read {named!r}, expected one of [behaviour]:"
-                    f" {sorted(self.behaviour)}"
+                    f"corpus.{field}: read {named!r}, expected one of [behavior]:"
+                    f" {sorted(self.behavior)}"
                 )
         if self.corpus.sample is not None:
             for source in self.corpus.sample.num_examples:
-                if source not in self.behaviour:
+                if source not in self.behavior:
                     raise ValueError(
                         f"corpus.sample.num_examples names source {source!r}, expected one of"
-                        f" [behaviour]: {sorted(self.behaviour)}"
+                        f" [behavior]: {sorted(self.behavior)}"
                     )
-        made = {"base": self.model, **self.behaviour}
+        made = {"base": self.model, **self.behavior}
         for source, origin in made.items():
             start = origin.pretrain.start_from if origin.pretrain else None
             parent = made[start].pretrain if start in made else None
@@ -244,9 +244,9 @@ class Job(Section):
         if unknown := sorted(set(self.study.arms) - set(names)):
             raise ValueError(f"study.arms: read {unknown}; expected names among {names}")
         named = [arm.name for arm in self.study_arms]
-        if self.study.against not in (None, *named):
+        if self.study.baseline not in (None, *named):
             raise ValueError(
-                f"study.against: read {self.study.against!r}; expected an arm: {named}"
+                f"study.baseline: read {self.study.baseline!r}; expected an arm: {named}"
             )
         for arm in self.arms:
             changes: dict[str, tuple[Section, dict[str, Any]]] = {
@@ -260,7 +260,9 @@ class Job(Section):
                     type(section)(**{**section.model_dump(), **changed})
                 except ValidationError as error:
                     where = f"arms.{arm.name}.{key}"
-                    raise ValueError(describe(where, error, type(section))) from error
+                    raise ValueError(
+                        format_validation_error(where, error, type(section))
+                    ) from error
         return self
 
     @model_validator(mode="after")
@@ -272,21 +274,23 @@ class Job(Section):
                 try:
                     self.of_arm(arm)
                 except ValidationError as error:
-                    raise ValueError(describe(f"arms.{arm.name}", error, Job)) from error
+                    raise ValueError(
+                        format_validation_error(f"arms.{arm.name}", error, Job)
+                    ) from error
         return self
 
     @model_validator(mode="after")
     def _rl_fits_the_machines(self) -> Job:
-        cache, longest = self.rl.overlong_cache_tokens, self.generator.max_new_tokens
+        cache, longest = self.rl.overlong_buffer_tokens, self.generator.max_new_tokens
         if cache > longest:
             raise ValueError(
-                f"rl.overlong_cache_tokens: read {cache}; expected at most"
+                f"rl.overlong_buffer_tokens: read {cache}; expected at most"
                 f" generator.max_new_tokens, {longest}"
             )
-        num_answers = self.rl.problems_per_step * self.rl.group_size
+        num_answers = self.rl.prompts_per_step * self.rl.group_size
         if num_answers < self.learner.num_workers // self.learner.sequence_parallel:
             raise ValueError(
-                f"rl.problems_per_step {self.rl.problems_per_step} of {self.rl.group_size} answers"
+                f"rl.prompts_per_step {self.rl.prompts_per_step} of {self.rl.group_size} answers"
                 f" are fewer than learner.num_workers {self.learner.num_workers} can share"
             )
         return self
@@ -301,7 +305,7 @@ class Job(Section):
         if distilled and self.corpus.scored_path is None and not self.corpus.top_logprobs:
             raise ValueError(
                 f'{distilled[0]}.objective: read "kl", which needs likeliest tokens of'
-                " the behaviour policy, and corpus.top_logprobs 0; expected at least 1"
+                " the behavior policy, and corpus.top_logprobs 0; expected at least 1"
             )
         return self
 
@@ -321,8 +325,8 @@ class Job(Section):
         return Path(self.run.dir)
 
     def model_path(self, source: str | None = None) -> str:
-        """Folder or hub name of the model to be trained, or of the behaviour model of `source`."""
-        origin = self.model if source is None else self.behaviour[source]
+        """Folder or hub name of the model to be trained, or of the behavior model of `source`."""
+        origin = self.model if source is None else self.behavior[source]
         if origin.path is not None:
             return origin.path
         return str((self.folder / "pretrain" / (source or "base")).absolute())
@@ -352,7 +356,7 @@ class Job(Section):
         document["run"]["dir"] = str(self.homes(self.folder)[name])
         document["run"]["seed"] = self.run.seed if seed is None else seed
         document["model"] = {"path": self.model_path(), "dtype": self.model.dtype}
-        document["behaviour"] = {}
+        document["behavior"] = {}
         document["corpus"] |= {"sample": None, "path": None}
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
         document["sft"] |= arm.sft or {}

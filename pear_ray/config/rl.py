@@ -8,15 +8,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pear_ray.config.base import Section
-from pear_ray.config.sft import Optimiser, Schedule
+from pear_ray.config.sft import Optimizer, Schedule
 
 CLIP_RATIO = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 3.0)}
 
 
-class Rl(Optimiser):
+class Rl(Optimizer):
     steps: int = Field(200, gt=0)
-    """Optimiser steps; each learns from one batch of fresh rollouts."""
-    problems_per_step: int = Field(128, gt=0)
+    """Optimizer steps; each learns from one batch of fresh rollouts."""
+    prompts_per_step: int = Field(128, gt=0)
     """Problems in one step."""
     group_size: int = Field(8, gt=1)
     """Answers to each problem."""
@@ -25,37 +25,37 @@ class Rl(Optimiser):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """How the rewards of a group become advantages; loss "nft" has its own."""
     loss: Literal["ppo", "gspo", "cispo", "nft"] = "ppo"
-    """What is minimised for each token."""
+    """What is minimized for each token."""
     clip_ratio: tuple[float, float] | None = None
     """The ratio to the sampling policy is clipped to [1 - low, 1 + high]. Without it the usual
     bounds of the loss: 0.2 and 0.28 for ppo, 3e-4 and 4e-4 for gspo, 1 and 3 for cispo."""
-    correction: Literal["ratio", "truncated"] = "ratio"
+    importance_sampling: Literal["ratio", "truncated"] = "ratio"
     """What is done where the sampling engine's log-probs are not the learner's: they are the
     denominator of the ratio, or each token's loss is multiplied by their ratio, up to
-    `truncate_ratio` (truncated importance sampling)."""
-    truncate_ratio: float | None = Field(None, gt=0)
-    """Largest weight of a token under `correction = "truncated"`; without it 2."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    `is_cap` (truncated importance sampling)."""
+    is_cap: float | None = Field(None, gt=0)
+    """Largest weight of a token under `importance_sampling = "truncated"`; without it 2."""
+    loss_agg: Literal["token", "sequence", "constant"] = "token"
     """Mean over tokens, over sequences of their tokens' means, or the sum over tokens divided by
     sequences times generator.max_new_tokens."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the policy that RL starts from, which engines of its own
     serve where this is above 0."""
-    replace_without_signal: bool = False
+    dynamic_sampling: bool = False
     """Dynamic sampling: a group whose answers all earn the same is replaced by another problem."""
     overlong: Literal["keep", "mask"] = "keep"
     """Whether answers that were cut at max_new_tokens are learned from; masked ones only count
     towards their group's mean."""
-    overlong_cache_tokens: int = Field(0, ge=0)
+    overlong_buffer_tokens: int = Field(0, ge=0)
     """The last so many tokens before max_new_tokens lower the reward, by up to 1; 0: none do."""
     max_staleness: int = Field(0, ge=0)
     """Learner steps by which sampling may run ahead of learning; 0 is on-policy."""
-    steps_per_evaluation: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0)
     """Steps between evaluations on held-out problems, with the settings of [evaluation]; 0: none
     on the way. The best checkpoint by pass@1 is exported as well."""
-    stop_without_progress: int = Field(0, ge=0)
+    early_stopping_patience: int = Field(0, ge=0)
     """Evaluations in a row without a better pass@1 after which the run ends; 0: it does not."""
-    stop_at_pass_rate: float | None = Field(None, gt=0, le=1)
+    target_pass_rate: float | None = Field(None, gt=0, le=1)
     """Evaluated pass@1 at which the run ends."""
     record: bool = False
     """Keep every step's rollouts, as Parquet below RUN/rl/rollouts."""
@@ -73,8 +73,8 @@ class Rl(Optimiser):
 
     @property
     def largest_weight(self) -> float:
-        """`truncate_ratio`, or what stands for it."""
-        return self.truncate_ratio or 2.0
+        """`is_cap`, or what stands for it."""
+        return self.is_cap or 2.0
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Rl:
@@ -87,26 +87,26 @@ class Rl(Optimiser):
                     f"clip_ratio: read {list(self.clip_ratio)}; expected low from 0 to 1 and high"
                     " of at least 0"
                 )
-        if self.loss == "nft" and self.overlong_cache_tokens:
+        if self.loss == "nft" and self.overlong_buffer_tokens:
             raise ValueError(
-                f'overlong_cache_tokens: read {self.overlong_cache_tokens}; loss "nft" wants'
+                f'overlong_buffer_tokens: read {self.overlong_buffer_tokens}; loss "nft" wants'
                 " rewards of 0 and 1, expected 0"
             )
-        if self.truncate_ratio is not None and self.correction != "truncated":
+        if self.is_cap is not None and self.importance_sampling != "truncated":
             raise ValueError(
-                f"truncate_ratio: read {self.truncate_ratio} with correction {self.correction!r};"
+                f"is_cap: read {self.is_cap} with importance_sampling {self.importance_sampling!r};"
                 ' expected "truncated"'
             )
-        for key in ("record", "steps_per_evaluation"):
+        for key in ("record", "eval_every"):
             if self.replay is not None and getattr(self, key):
                 raise ValueError(
                     f"{key}: read {getattr(self, key)}, and replay {self.replay!r}, which starts"
                     " no engine; expected one of them"
                 )
-        for key in ("stop_without_progress", "stop_at_pass_rate"):
-            if getattr(self, key) and not self.steps_per_evaluation:
+        for key in ("early_stopping_patience", "target_pass_rate"):
+            if getattr(self, key) and not self.eval_every:
                 raise ValueError(
-                    f"{key}: read {getattr(self, key)}, and steps_per_evaluation 0; expected"
+                    f"{key}: read {getattr(self, key)}, and eval_every 0; expected"
                     " evaluations that it can look at"
                 )
         return self
@@ -115,11 +115,11 @@ class Rl(Optimiser):
 class Generator(Section):
     """vLLM engines, for sampling, scoring and evaluation alike."""
 
-    replicas: int = Field(1, gt=0)
+    num_engines: int = Field(1, gt=0)
     """Engines at most: `score`, `rl` and `cooperate` start more of them as work waits."""
-    min_replicas: int | None = Field(None, gt=0)
-    """Engines that they start with and keep. Without it `replicas`."""
-    tensor_parallel: int = Field(1, gt=0)
+    min_engines: int | None = Field(None, gt=0)
+    """Engines that they start with and keep. Without it `num_engines`."""
+    tensor_parallel_size: int = Field(1, gt=0)
     """GPUs (or CPU processes) that share one engine."""
     num_cpus: float = Field(1.0, ge=0)
     """CPUs an engine reserves in Ray."""
@@ -131,34 +131,34 @@ class Generator(Section):
     """Longest answer, in tokens."""
     max_model_len: int = Field(gt=0)
     """Longest prompt and answer together, in tokens."""
-    max_concurrent: int = Field(256, gt=0)
+    max_num_seqs: int = Field(256, gt=0)
     """Requests an engine works on at once."""
-    tokens_per_batch: int | None = Field(None, gt=0)
+    max_num_batched_tokens: int | None = Field(None, gt=0)
     """Tokens an engine reads in one forward pass; longer prompts are read in chunks. Without it
     8192 on GPUs and 2048 on CPUs."""
-    memory_fraction: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: int = Field(1, gt=0)
     """Memory for the key-value cache of an engine that runs on CPUs."""
     metrics: bool = True
     """What vLLM says of itself (requests, tokens, cache) at Ray's Prometheus endpoint."""
-    deadline_seconds: float = Field(600.0, gt=0)
+    timeout_seconds: float = Field(600.0, gt=0)
     """Longest wait for an engine to start, or to finish one batch of work."""
 
     @property
     def batch_tokens(self) -> int:
-        """`tokens_per_batch`, or what stands for it."""
-        return self.tokens_per_batch or (8192 if self.num_gpus > 0 else 2048)
+        """`max_num_batched_tokens`, or what stands for it."""
+        return self.max_num_batched_tokens or (8192 if self.num_gpus > 0 else 2048)
 
     @property
-    def fewest_replicas(self) -> int:
-        """`min_replicas`, or what stands for it."""
-        return self.min_replicas or self.replicas
+    def fewest_engines(self) -> int:
+        """`min_engines`, or what stands for it."""
+        return self.min_engines or self.num_engines
 
     @property
     def num_actor_gpus(self) -> float:
-        """GPUs of the actor itself: under tensor parallelism vLLM's own Ray workers hold them."""
-        return self.num_gpus if self.tensor_parallel == 1 else 0.0
+        """GPUs of the actor itself: under tensor parallelizm vLLM's own Ray workers hold them."""
+        return self.num_gpus if self.tensor_parallel_size == 1 else 0.0
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> Generator:
@@ -167,14 +167,14 @@ class Generator(Section):
                 f"max_new_tokens {self.max_new_tokens} leaves no room for a prompt in"
                 f" max_model_len {self.max_model_len}"
             )
-        if self.batch_tokens < self.max_concurrent:
+        if self.batch_tokens < self.max_num_seqs:
             raise ValueError(
-                f"tokens_per_batch {self.batch_tokens} is less than max_concurrent"
-                f" {self.max_concurrent}: each request has a token in each batch"
+                f"max_num_batched_tokens {self.batch_tokens} is less than max_num_seqs"
+                f" {self.max_num_seqs}: each request has a token in each batch"
             )
-        if self.fewest_replicas > self.replicas:
+        if self.fewest_engines > self.num_engines:
             raise ValueError(
-                f"min_replicas {self.min_replicas} is more than replicas {self.replicas}"
+                f"min_engines {self.min_engines} is more than num_engines {self.num_engines}"
             )
         return self
 
@@ -184,10 +184,10 @@ class Weights(Section):
 
     bucket_mib: int = Field(512, gt=0)
     """Size of one object in the store; a rank's share of the model is cut into such buckets."""
-    deadline_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, gt=0)
     """Longest wait for a version."""
     full_every: int = Field(8, gt=0)
     """Of so many versions one travels whole, the others as what changed, where that is less than
     half; 1: all travel whole."""
-    max_probe_gap: float = Field(0.1, gt=0)
+    max_logprob_gap: float = Field(0.1, gt=0)
     """Stage `rl` stops when generator and learner disagree by more nats on the probe."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pear_ray.config.errors import BadInput
+from pear_ray.config.errors import ConfigError
 
 # The last word of a key that names a secret. A checkpoint may be called "token", as an arm is.
 NAMES = re.compile(
@@ -29,11 +29,11 @@ def refuse_secrets(where: str, document: Any) -> None:
     """Stop where a job says what looks like a secret, without saying it again.
 
     Raises:
-        BadInput: it does; names the field.
+        ConfigError: it does; names the field.
     """
     for field, value in leaves(document):
         if value and (NAMES.search(field) or SHAPES.search(value)):
-            raise BadInput(
+            raise ConfigError(
                 f"{where}: {field}: read what looks like a secret (not shown); expected none in a"
                 " job, which is kept and shown: put it into the environment of the nodes"
             )

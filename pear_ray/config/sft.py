@@ -1,4 +1,4 @@
-"""What a job may say of training: the optimiser, stage `sft`, and the ranks that learn."""
+"""What a job may say of training: the optimizer, stage `sft`, and the ranks that learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 CLIP_LOG_RATIO = {None: (-0.08, 0.3), "short_answers": (-0.5, 0.5)}
 
 
-class Optimiser(Section):
+class Optimizer(Section):
     """AdamW and its learning rate, alike in every stage that trains."""
 
     learning_rate: float = Field(gt=0)
@@ -35,9 +35,9 @@ class Optimiser(Section):
     """Gradient norm above which the gradient is scaled down."""
 
 
-class Sft(Optimiser):
+class Sft(Optimizer):
     objective: Literal["nll", "kl", "dft", "iw", "sed", "trsft"] = "nll"
-    """The base objective, weighted or not: negative log-likelihood, distillation from the behaviour
+    """The base objective, weighted or not: negative log-likelihood, distillation from the behavior
     policy's likeliest tokens (needs corpus.top_logprobs), DFT, iw-SFT, SED-SFT or TrSFT."""
     level: Literal["none", "token", "block", "sequence"] = "token"
     """PEAR's importance weights; "none" is plain SFT."""
@@ -56,7 +56,7 @@ class Sft(Optimiser):
     """Bounds of each token's log-weight, in nats."""
     normalize: Literal["none", "per_sequence", "per_batch"] = "none"
     """Whether weights are scaled to mean 1, within each sequence or over each step's tokens."""
-    control: Literal["none", "mean_weight", "shuffled", "centred"] = "none"
+    control: Literal["none", "mean_weight", "shuffled", "centered"] = "none"
     """What a comparison needs beside PEAR: every token the mean weight; the same weights dealt at
     random; each trace's mean log-ratio taken away."""
     sources: tuple[str, ...] = ()
@@ -83,11 +83,11 @@ class Sft(Optimiser):
     epochs: int = Field(1, gt=0)
     """Passes over the corpus."""
     examples_per_step: int = Field(64, gt=0)
-    """Sequences in one optimiser step, over all ranks."""
+    """Sequences in one optimizer step, over all ranks."""
     rows_per_window: int = Field(16384, gt=0)
     """Rows that are mixed in memory; row groups come in random order too."""
-    steps_per_heldout: int = Field(50, gt=0)
-    """Optimiser steps between two measurements of the held-out loss."""
+    eval_every: int = Field(50, gt=0)
+    """Optimizer steps between two measurements of the held-out loss."""
     heldout_rows: int = Field(512, gt=0)
     """Held-out rows that are measured, at most."""
     learning_rate: float = Field(1e-5, gt=0)
@@ -138,7 +138,7 @@ class Learner(Section):
     """DeepSpeed ranks under Ray Train."""
 
     num_workers: int = Field(2, gt=0)
-    """Ranks over which parameters, gradients and optimiser states are partitioned."""
+    """Ranks over which parameters, gradients and optimizer states are partitioned."""
     min_workers: int | None = Field(None, gt=0)
     """Go on with fewer ranks, down to this number, while nodes are missing."""
     cpus_per_worker: float = Field(1.0, ge=0)
@@ -154,19 +154,19 @@ class Learner(Section):
     """Memory for logits and their softmax. Where a micro-batch's need more, they are made chunk by
     chunk, in the forward and again in the backward pass."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """What is partitioned over ranks: nothing, optimiser states, gradients too, parameters too."""
+    """What is partitioned over ranks: nothing, optimizer states, gradients too, parameters too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What a GPU leaves to the memory of its machine: optimiser states, or parameters too."""
+    """What a GPU leaves to the memory of its machine: optimizer states, or parameters too."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights themselves."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, for less memory."""
-    deadline_seconds: float = Field(600.0, gt=0)
+    timeout_seconds: float = Field(600.0, gt=0)
     """Longest wait for room to start, for another rank, for rollouts or for a checkpoint."""
     max_failures: int = Field(2, ge=0)
     """How often Ray Train restarts the ranks after one of them died."""
-    steps_per_checkpoint: int = Field(50, gt=0)
-    """Optimiser steps between two checkpoints from which a broken run goes on."""
+    save_every: int = Field(50, gt=0)
+    """Optimizer steps between two checkpoints from which a broken run goes on."""
 
     @property
     def tokens_per_pack(self) -> int:

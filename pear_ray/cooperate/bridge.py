@@ -13,7 +13,7 @@ The bracket is the cooperative gain. All three see the values from before the st
 choices, where nothing is public: AdamW with clipping for each of the two learners (policy and
 adapters are clipped together, the shadow's weights alone); J_rl of the shadow has the same clipped
 ratio, of pi_{theta^ + w} to the policy that sampled; w has ten times the learning rate of theta; a
-refreshed shadow keeps the running means of its optimiser.
+refreshed shadow keeps the running means of its optimizer.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 
 from pear_ray.config import Job
 from pear_ray.config import Learner as Settings
-from pear_ray.cooperate.methods import Sum, Told
-from pear_ray.cooperate.metrics import numbers_of_both
+from pear_ray.cooperate.methods import SumStep, Told
+from pear_ray.cooperate.metrics import both_signals_metrics
 from pear_ray.cooperate.settings import settings_of
-from pear_ray.losses.mixed import Mixed
+from pear_ray.losses.mixed import LambdaMix
 from pear_ray.records import TrainingSequence
 from pear_ray.rl.build import sequences_of
-from pear_ray.rl.rollouts import Rollouts
+from pear_ray.rl.rollouts import RolloutBatch
 from pear_ray.weights.adapters import with_scaling
 
 if TYPE_CHECKING:
-    from pear_ray.cooperate.bridge_learner import JointLearner
+    from pear_ray.train.bridge_learner import WeightsAndLoraLearner
     from pear_ray.train.learner import Learner
 
 # What the adapters learn faster than the weights, unless the job says how fast they learn.
 TIMES_FASTER = 10
 
 
-class WithAdapters(Sum):
+class AdapterStep(SumStep):
     """BRIDGE without its meta-objective: adapters learn what the weights learn, and there is no
     shadow."""
 
@@ -56,7 +56,7 @@ class WithAdapters(Sum):
         return with_scaling(self.learner.partitions(), lora.alpha / lora.rank)
 
 
-class Bridge(WithAdapters):
+class BridgeStep(AdapterStep):
     """All three updates."""
 
     def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
@@ -64,15 +64,15 @@ class Bridge(WithAdapters):
         shadow = joint_learner(job, start, job.learner.model_copy(update=offload), 0.0)
         return {**super()._learners_of(job, start), "shadow": shadow}
 
-    def step(self, step: int, rollouts: Rollouts) -> Told:
+    def step(self, step: int, rollouts: RolloutBatch) -> Told:
         policy: Any = self._learners["policy"]
         shadow: Any = self._learners["shadow"]
         every = self._settings.refresh_steps
         if every and step and step % every == 0:
             shadow.copy(policy, of_adapters=False)
-        answers = sequences_of(self._job, rollouts.lesson.groups)
+        answers = sequences_of(self._job, rollouts.batch.groups)
         packs, share = self._mixture(step, answers, rollouts)
-        facts = policy.backward(packs, Mixed(self._rl, self._sft, share))
+        facts = policy.backward(packs, LambdaMix(self._rl, self._sft, share))
         # Without traces the two are to differ in nothing, not in the order of a sum either.
         alone = shadow.share(self._with_signal(answers), counted=answers) if share < 1 else packs
         of_shadow = shadow.backward(alone, self._rl)
@@ -80,7 +80,7 @@ class Bridge(WithAdapters):
         without = shadow.update(of_shadow, alone[0].num_trainable_tokens_global)
         result = policy.update(facts, packs[0].num_trainable_tokens_global)
         shadow.copy(policy, of_adapters=True)
-        numbers = numbers_of_both(result, packs[0]) | {
+        numbers = both_signals_metrics(result, packs[0]) | {
             "rl_share": share,
             "shadow_loss": without.loss,
             "shadow_grad_norm": without.grad_norm,
@@ -97,11 +97,11 @@ class Bridge(WithAdapters):
         return [answer for answer in answers if answer.coefficients.any()] or answers[:1]
 
 
-def joint_learner(job: Job, start: str, settings: Settings, rate: float) -> JointLearner:
+def joint_learner(job: Job, start: str, settings: Settings, rate: float) -> WeightsAndLoraLearner:
     """Weights and adapters, the latter with a learning rate of their own."""
-    from pear_ray.cooperate.bridge_learner import JointLearner
+    from pear_ray.train.bridge_learner import WeightsAndLoraLearner
 
-    return JointLearner(
+    return WeightsAndLoraLearner(
         start,
         job.model.dtype,
         settings,

@@ -11,27 +11,27 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from pear_ray.data.scored_dataset import NUM_READERS, RowGroup, Wanted, counts, read_group
+from pear_ray.data.scored_dataset import NUM_READERS, RowFilter, RowGroup, counts, read_group
 
 # Row groups that stay in memory once a row of them was read.
 NUM_KEPT = 4
 # `Wanted` looks at split, correct and source.
 INDEXED = ("prompt_ids", "split", "correct", "source")
-READ = (*INDEXED, "response_ids", "behaviour_logprobs", "trainable")
+READ = (*INDEXED, "response_ids", "behavior_logprobs", "trainable")
 
 
 @dataclass(frozen=True)
-class CorpusTrace:
+class Demonstration:
     """A row of the scored corpus without its prompt: one log-prob for each token of the response,
     in nats, and whether it is the assistant's (None: all are)."""
 
     response_ids: tuple[int, ...]
-    behaviour_logprobs: tuple[float, ...]
+    behavior_logprobs: tuple[float, ...]
     trainable: tuple[bool, ...] | None
     source: str
 
 
-class Traces:
+class DemonstrationIndex:
     """For a prompt the trace to show: of the training rows of `groups` with exactly these prompt
     ids the first, in the order of the groups and of their rows, so that it is always the same.
 
@@ -42,7 +42,7 @@ class Traces:
     def __init__(
         self,
         groups: Sequence[RowGroup],
-        wanted: Wanted,
+        wanted: RowFilter,
         fingerprint: Callable[[np.ndarray], int] = lambda ids: xxhash.xxh3_64_intdigest(ids.data),
     ) -> None:
         self._fingerprint = fingerprint
@@ -62,7 +62,7 @@ class Traces:
         self._ends = np.cumsum([len(of_group) for of_group in found])
         self._read = lru_cache(NUM_KEPT)(partial(read, columns=READ))
 
-    def find(self, prompt_ids: tuple[int, ...]) -> CorpusTrace | None:
+    def find(self, prompt_ids: tuple[int, ...]) -> Demonstration | None:
         """The trace of this prompt; None where there is none."""
         sought = np.asarray(prompt_ids, np.int32)
         fingerprint = np.uint64(self._fingerprint(sought))
@@ -86,13 +86,13 @@ class Traces:
         return np.array([self._fingerprint(ids[start:end]) for start, end in pieces], np.uint64)
 
 
-def trace_at(table: pa.Table, row: int) -> CorpusTrace:
+def trace_at(table: pa.Table, row: int) -> Demonstration:
     """A row of a table as a trace."""
     response, logprobs, trainable, source = (
         table.column(name)[row].as_py()
-        for name in ("response_ids", "behaviour_logprobs", "trainable", "source")
+        for name in ("response_ids", "behavior_logprobs", "trainable", "source")
     )
-    return CorpusTrace(
+    return Demonstration(
         tuple(response),
         tuple(logprobs),
         None if trainable is None else tuple(trainable),

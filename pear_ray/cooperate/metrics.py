@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pear_ray.train.learner import StepResult
 
 
-def numbers_of_both(result: StepResult, batch: TrainingBatch) -> dict[str, float]:
+def both_signals_metrics(result: StepResult, batch: TrainingBatch) -> dict[str, float]:
     """Numbers of a step whose objective was one of `algorithms.cooperation`; `batch` is any
     micro-batch of it."""
     num_ours = batch.num_trainable_tokens_global - batch.num_trace_tokens_global

@@ -11,15 +11,15 @@ from operator import itemgetter
 import numpy as np
 
 from pear_ray.config import Cooperate, Job
-from pear_ray.cooperate.demonstrations import CorpusTrace, Traces
+from pear_ray.cooperate.demonstrations import Demonstration, DemonstrationIndex
 from pear_ray.data.tokenizer import answer_text
-from pear_ray.engines.generator import Request
-from pear_ray.records import Completion, Problem, Verdict
-from pear_ray.rl.scheduler import Asked, Course
+from pear_ray.engines.generator import SampleRequest
+from pear_ray.records import Completion, Grade, Problem
+from pear_ray.rl.scheduler import PendingGroup, RolloutScheduler
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class SampleChunk:
     """Answers that are sampled together: those from number `first` on to the problem at
     `position`."""
 
@@ -37,7 +37,7 @@ class MicroGroup:
     prefix_return: float
 
 
-class GuidedCourse(Course):
+class PrefixScheduler(RolloutScheduler):
     """The answers to a problem are sampled in the micro-groups of [cooperate], one after another.
     Those that lead and have no beginning are asked for together, and so are all answers to a
     problem without a trace: where nothing is ever shown, requests are those of `Course`.
@@ -50,21 +50,21 @@ class GuidedCourse(Course):
     """
 
     def __init__(
-        self, traces: Traces, job: Job, path: str, first_step: int, first_problem: int
+        self, traces: DemonstrationIndex, job: Job, path: str, first_step: int, first_problem: int
     ) -> None:
         super().__init__(job, path, first_step, first_problem)
         assert job.cooperate is not None
         self._traces, self._has_reference = traces, job.rl.kl_coefficient > 0
         self._micro_groups = micro_groups_of(job.cooperate)
         # Traces of problems that have answers to come, by position.
-        self._shown: dict[int, CorpusTrace] = {}
+        self._shown: dict[int, Demonstration] = {}
         # Parts without verdicts, with what was asked; those among them that no engine answers; and
         # parts that have yet to be asked.
-        self._under_way: dict[Hashable, Request] = {}
+        self._under_way: dict[Hashable, SampleRequest] = {}
         self._given: list[tuple[Hashable, list[tuple[Problem, str]]]] = []
-        self._waiting: list[tuple[Part, Request]] = []
+        self._waiting: list[tuple[SampleChunk, SampleRequest]] = []
 
-    def due(self, version: int) -> Sequence[tuple[Hashable, Request]]:
+    def next_requests(self, version: int) -> Sequence[tuple[Hashable, SampleRequest]]:
         """As for `Course`: on-policy, the next micro-groups of all problems are asked together,
         once none is under way."""
         if self._settings.max_staleness == 0 and self._under_way:
@@ -79,17 +79,17 @@ class GuidedCourse(Course):
         self._under_way.update(work)
         return work
 
-    def given(self) -> list[tuple[Hashable, list[tuple[Problem, str]]]]:
+    def take_prefilled(self) -> list[tuple[Hashable, list[tuple[Problem, str]]]]:
         given, self._given = self._given, []
         return given
 
     def prompt_ids(self, key: Hashable) -> tuple[int, ...]:
         return self._under_way[key].prompt_ids
 
-    def answered(
+    def add_completions(
         self, key: Hashable, completions: tuple[Completion, ...]
     ) -> list[tuple[Problem, str]]:
-        assert isinstance(key, Part)
+        assert isinstance(key, SampleChunk)
         asked, request = self._asked[key.position], self._under_way[key]
         num_shown = len(request.prompt_ids) - len(asked.request.prompt_ids)
         if num_shown:
@@ -98,12 +98,12 @@ class GuidedCourse(Course):
         asked.completions += completions
         return [(asked.problem, completion.text) for completion in completions]
 
-    def judged(self, key: Hashable, verdicts: Sequence[Verdict]) -> None:
-        assert isinstance(key, Part)
+    def add_rewards(self, key: Hashable, grades: Sequence[Grade]) -> None:
+        assert isinstance(key, SampleChunk)
         del self._under_way[key]
         asked = self._asked[key.position]
-        asked.verdicts += tuple(verdicts)
-        if len(asked.verdicts) < self._settings.group_size:
+        asked.grades += tuple(grades)
+        if len(asked.grades) < self._settings.group_size:
             self._go_on(key.position)
         else:
             self._shown.pop(key.position, None)
@@ -112,7 +112,7 @@ class GuidedCourse(Course):
     def _go_on(self, position: int) -> None:
         """Make the next part of a problem, which waits for an engine or is given."""
         asked, trace = self._asked[position], self._shown.get(position)
-        part = Part(position, len(asked.completions))
+        part = SampleChunk(position, len(asked.completions))
         if trace is None:
             self._waiting.append((part, asked.request))
             return
@@ -130,28 +130,28 @@ class GuidedCourse(Course):
         else:
             self._give(part, request)
 
-    def _num_shown(self, asked: Asked, trace: CorpusTrace, group: MicroGroup) -> int:
+    def _num_shown(self, asked: PendingGroup, trace: Demonstration, group: MicroGroup) -> int:
         """Tokens of the trace that the next answers begin with."""
-        rewards = [verdict.reward for verdict in asked.verdicts]
+        rewards = [grade.reward for grade in asked.grades]
         if np.mean(rewards or [0.0]) >= group.prefix_return:
             return 0
         room = min(self._max_new_tokens, self._max_model_len - len(asked.request.prompt_ids))
         return beginning(len(trace.response_ids), group.share, room)
 
-    def _give(self, part: Part, request: Request) -> None:
+    def _give(self, part: SampleChunk, request: SampleRequest) -> None:
         """Take answers to which the policy has nothing to add."""
         self._under_way[part] = request
         nothing = Completion((), (), "", "stop", (), () if self._has_reference else None)
-        self._given.append((part, self.answered(part, (nothing,) * request.num_samples)))
+        self._given.append((part, self.add_completions(part, (nothing,) * request.num_samples)))
 
-    def _begun(self, trace: CorpusTrace, num_shown: int, completion: Completion) -> Completion:
+    def _begun(self, trace: Demonstration, num_shown: int, completion: Completion) -> Completion:
         """An answer with its beginning."""
         shown = trace.response_ids[:num_shown]
         return replace(
             completion,
             text=answer_text(self._tokenizer, shown + completion.token_ids),
             trace_ids=shown,
-            trace_logprobs=trace.behaviour_logprobs[:num_shown],
+            trace_logprobs=trace.behavior_logprobs[:num_shown],
         )
 
 
@@ -166,13 +166,15 @@ def micro_groups_of(settings: Cooperate) -> dict[int, MicroGroup]:
     return found
 
 
-def first_answer_of(trace: CorpusTrace) -> CorpusTrace:
+def first_answer_of(trace: Demonstration) -> Demonstration:
     """The trace up to the first token that is not trainable: what follows is not the assistant's to
     write. Nothing where that is the first."""
     if trace.trainable is None or all(trace.trainable):
         return trace
     end = trace.trainable.index(False)
-    return CorpusTrace(trace.response_ids[:end], trace.behaviour_logprobs[:end], None, trace.source)
+    return Demonstration(
+        trace.response_ids[:end], trace.behavior_logprobs[:end], None, trace.source
+    )
 
 
 def beginning(num_tokens: int, share: float, room: int) -> int:

@@ -14,7 +14,7 @@ import ray
 GRACE_SECONDS = 60.0
 
 
-class Closed(RuntimeError):
+class QueueClosed(RuntimeError):
     """The other side has gone; the message says why."""
 
 
@@ -31,7 +31,7 @@ class QueueState:
 
 
 @ray.remote(num_cpus=0)
-class StepQueue:
+class BatchQueue:
     """What learners learn from, by step: rollouts, or rows of a corpus. It stays until a checkpoint
     has made it unnecessary, so that learners which restart get the same again. With `max_ahead`,
     whoever fills the queue waits while it is that many steps ahead of the learners."""
@@ -46,7 +46,7 @@ class StepQueue:
         self._closed: str | None = None
         self._change = asyncio.Condition()
 
-    async def first_wanted(self, deadline_seconds: float) -> int:
+    async def first_wanted(self, timeout_seconds: float) -> int:
         """The first step that a learner asks for.
 
         Raises:
@@ -54,13 +54,13 @@ class StepQueue:
         """
         async with self._change:
             await self._wait(
-                lambda: self._newest_taken is not None, deadline_seconds, "no learner asked"
+                lambda: self._newest_taken is not None, timeout_seconds, "no learner asked"
             )
             assert self._newest_taken is not None
             return self._newest_taken
 
     async def put(
-        self, step: int, reference: list[Any], deadline_seconds: float = GRACE_SECONDS
+        self, step: int, reference: list[Any], timeout_seconds: float = GRACE_SECONDS
     ) -> None:
         """Offer what a step learns from, as a reference in a list of one.
 
@@ -73,11 +73,11 @@ class StepQueue:
             return self._max_ahead is None or step <= (self._newest_taken or 0) + self._max_ahead
 
         async with self._change:
-            await self._wait(near, deadline_seconds, f"step {step}: learners did not come near")
+            await self._wait(near, timeout_seconds, f"step {step}: learners did not come near")
             self._ready[step] = reference
             self._change.notify_all()
 
-    async def take(self, step: int, deadline_seconds: float) -> Any:
+    async def take(self, step: int, timeout_seconds: float) -> Any:
         """The reference to what a step learns from.
 
         Raises:
@@ -91,7 +91,7 @@ class StepQueue:
             self._num_waiting += 1
             try:
                 await self._wait(
-                    lambda: step in self._ready, deadline_seconds, f"data of step {step}: not ready"
+                    lambda: step in self._ready, timeout_seconds, f"data of step {step}: not ready"
                 )
             finally:
                 self._num_waiting -= 1
@@ -102,17 +102,17 @@ class StepQueue:
         is_awaited = self._num_waiting > 0
         return QueueState(self._name, self._first_needed, self._newest_taken, is_awaited)
 
-    async def _wait(self, ready: Callable[[], bool], deadline_seconds: float, what: str) -> None:
+    async def _wait(self, ready: Callable[[], bool], timeout_seconds: float, what: str) -> None:
         """Until something is ready; also what was ready before the queue was closed counts."""
         try:
             await asyncio.wait_for(
                 self._change.wait_for(lambda: ready() or self._closed is not None),
-                deadline_seconds,
+                timeout_seconds,
             )
         except TimeoutError:
-            raise TimeoutError(f"{what} within {deadline_seconds:.0f} s") from None
+            raise TimeoutError(f"{what} within {timeout_seconds:.0f} s") from None
         if not ready():
-            raise Closed(str(self._closed))
+            raise QueueClosed(str(self._closed))
 
     async def forget_before(self, step: int) -> None:
         """Drop what no learner will ask for again."""
@@ -127,8 +127,8 @@ class StepQueue:
             self._change.notify_all()
 
 
-def take(queue: Any, step: int, deadline_seconds: float) -> Any:
-    """What a step learns from, itself, from a `StepQueue`."""
-    taken = queue.take.remote(step, deadline_seconds)
-    (reference,) = ray.get(taken, timeout=deadline_seconds + GRACE_SECONDS)
-    return ray.get(reference, timeout=deadline_seconds)
+def take(queue: Any, step: int, timeout_seconds: float) -> Any:
+    """What a step learns from, itself, from a `BatchQueue`."""
+    taken = queue.take.remote(step, timeout_seconds)
+    (reference,) = ray.get(taken, timeout=timeout_seconds + GRACE_SECONDS)
+    return ray.get(reference, timeout=timeout_seconds)

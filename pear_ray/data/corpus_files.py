@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from ray.data.datasource import FileBasedDatasource
 
-from pear_ray.config import BadInput, Columns
+from pear_ray.config import Columns, ConfigError
 
 LINES = tuple(
     kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
@@ -78,7 +78,7 @@ def find(path: str) -> Files:
     """What a path, a folder or a pattern names.
 
     Raises:
-        BadInput: nothing is there, it cannot be reached, or it is not of a kind that can be read.
+        ConfigError: nothing is there, or it cannot be reached, or of no known kind.
     """
     try:
         system, name = filesystem_of(path)
@@ -89,7 +89,7 @@ def find(path: str) -> Files:
         else:
             found = system.find(name, detail=True)
     except (OSError, ValueError) as error:
-        raise BadInput(f"corpus.path: {path} cannot be reached: {error}") from error
+        raise ConfigError(f"corpus.path: {path} cannot be reached: {error}") from error
     files = {file: info for file, info in sorted(found.items()) if info["type"] == "file"}
     # As Ray Data does, leave out what other programs put beside data.
     root = re.split(r"[*\[]", name)[0]
@@ -100,12 +100,12 @@ def find(path: str) -> Files:
         # A folder of Parquet may hold JSON that describes it.
         lines = tuple(file for file in lines if not file.endswith(".json"))
     if parquet and lines:
-        raise BadInput(
+        raise ConfigError(
             f"corpus.path: {path} holds {parquet[0]} and {lines[0]}; expected files of one kind"
             " (a pattern can choose)"
         )
     if not parquet and not lines:
-        raise BadInput(f"corpus.path: {path} holds no file that can be read; {KINDS}")
+        raise ConfigError(f"corpus.path: {path} holds no file that can be read; {KINDS}")
     chosen = parquet or lines
     facts = [(file, files[file].get("size"), str(files[file].get("mtime"))) for file in chosen]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -129,7 +129,7 @@ def read(files: Files, columns: Columns) -> ray.data.Dataset:
     in `text` and `place`.
 
     Raises:
-        BadInput: a file cannot be read, or no column holds conversations.
+        ConfigError: a file cannot be read, or no column holds conversations.
     """
     paths = list(files.paths)
     if not files.are_parquet:
@@ -142,7 +142,7 @@ def read(files: Files, columns: Columns) -> ray.data.Dataset:
     )
     missing = [name for name in conversation if name not in there]
     if missing:
-        raise BadInput(
+        raise ConfigError(
             f"corpus.path: {paths[0]} has columns {sorted(there)}; expected also {missing} (or"
             " other names in [corpus.columns])"
         )
@@ -155,10 +155,10 @@ def parquet_columns(system: AbstractFileSystem, path: str) -> list[str]:
     """Top-level columns of a Parquet file.
 
     Raises:
-        BadInput: it is none.
+        ConfigError: it is none.
     """
     try:
         with system.open(path) as file:
             return pq.read_schema(file).names
     except (OSError, pa.ArrowInvalid) as error:
-        raise BadInput(f"corpus.path: {path} cannot be read as Parquet: {error}") from error
+        raise ConfigError(f"corpus.path: {path} cannot be read as Parquet: {error}") from error

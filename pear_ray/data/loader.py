@@ -1,6 +1,6 @@
-"""From a scored corpus to one table of rows for each optimiser step.
+"""From a scored corpus to one table of rows for each optimizer step.
 
-Ray Data reads ahead while learners learn. Rows are dealt in windows: blocks of neighbours in random
+Ray Data reads ahead while learners learn. Rows are dealt in windows: blocks of neighbors in random
 order, so many together that their rows are well mixed, and the rows of a window in random order. A
 block begins after so many rows and not where a row group does, for these are cut elsewhere whenever
 a corpus is scored anew. So the order depends on rows and seed alone, and a position in it is a
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from pear_ray.data.scored_dataset import RowGroup, Wanted, read_group
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, read_group
 from pear_ray.seeds import seed_of
 
 # Windows that are read at the same time.
@@ -91,7 +91,7 @@ def windows(
             held, number = [], number + 1
 
 
-def read_window(batch: dict[str, Any], wanted: Wanted, seed: int) -> pa.Table:
+def read_window(batch: dict[str, Any], wanted: RowFilter, seed: int) -> pa.Table:
     """The rows of one window, mixed."""
     (window,) = batch["window"]
     groups: dict[tuple[str, int], pa.Table] = {}
@@ -110,7 +110,7 @@ def read_window(batch: dict[str, Any], wanted: Wanted, seed: int) -> pa.Table:
 
 def steps(
     groups: Sequence[RowGroup],
-    wanted: Wanted,
+    wanted: RowFilter,
     *,
     num_epochs: int,
     rows_per_step: int,
@@ -118,7 +118,7 @@ def steps(
     seed: int,
     first_step: int,
 ) -> Iterator[pa.Table]:
-    """The rows of each optimiser step from `first_step` on. Steps go on over the end of an epoch;
+    """The rows of each optimizer step from `first_step` on. Steps go on over the end of an epoch;
     only the last one of all may be smaller."""
     position = first_step * rows_per_step
     items = [

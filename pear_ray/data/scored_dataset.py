@@ -14,22 +14,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.records import SCORED_SCHEMA, TrainingSequence
 
 NUM_READERS = 8
 OPTIONAL = {"recorded_gap", "trainable", "truncated", "logprobs_from", "top_ids", "top_logprobs"}
-LISTS = ("prompt_ids", "response_ids", "behaviour_logprobs")
+LISTS = ("prompt_ids", "response_ids", "behavior_logprobs")
 TEACHER = ("top_ids", "top_logprobs")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowFilter:
     """What a row must fit, and which rows are meant.
 
     `digests` are those of tokenizer and template, `max_tokens` of the longest sequence,
     `negatives` says whether traces that are known to be wrong are wanted too, `top_logprobs`
-    whether the behaviour policy's likeliest tokens are, `sources` whose rows are (none named: all).
+    whether the behavior policy's likeliest tokens are, `sources` whose rows are (none named: all).
     """
 
     digests: tuple[str, str]
@@ -63,13 +63,13 @@ class RowGroup:
     sources: tuple[str, ...]
 
 
-def wanted_of(job: Job) -> Wanted:
+def row_filter(job: Job) -> RowFilter:
     """What rows must be like to be trained on."""
     # Those who read rows for the learners need no tokenizer, and start sooner without.
     from pear_ray.data.tokenizer import digests, load_tokenizer, num_embeddings
 
     path = job.model_path()
-    return Wanted(
+    return RowFilter(
         digests=digests(load_tokenizer(path)),
         vocab_size=num_embeddings(path),
         max_tokens=job.learner.tokens_per_pack,
@@ -79,31 +79,33 @@ def wanted_of(job: Job) -> Wanted:
     )
 
 
-def survey(folder: Path, wanted: Wanted) -> list[RowGroup]:
+def scan(folder: Path, wanted: RowFilter) -> list[RowGroup]:
     """Look through all rows, in the order of files.
 
     Raises:
-        BadInput: file, field, what was read and what was expected, of the first mistake.
+        ConfigError: file, field, what was read and what was expected, of the first mistake.
     """
     files = sorted(folder.glob("*.parquet"))
     if not files:
-        raise BadInput(f"{folder}: holds no .parquet file; expected what stage `score` writes")
+        raise ConfigError(f"{folder}: holds no .parquet file; expected what stage `score` writes")
     counted = (likeliest_per_token(file) for file in files if wanted.top_logprobs)
     num_top = next((number for number in counted if number), 0)
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        found = pool.map(lambda file: list(look_through(file, wanted, num_top)), files)
+        found = pool.map(lambda file: list(scan_file(file, wanted, num_top)), files)
         groups = [group for groups in found for group in groups]
     authors = sorted({source for group in groups for source in group.sources})
     if unknown := sorted(set(wanted.sources) - set(authors)):
-        raise BadInput(f"sft.sources: read {unknown}; expected among {authors}, those of {folder}")
+        raise ConfigError(
+            f"sft.sources: read {unknown}; expected among {authors}, those of {folder}"
+        )
     return groups
 
 
 def refuse_too_few(job: Job, groups: list[RowGroup]) -> None:
-    """Raises BadInput where a step's rows are more than there are."""
+    """Raises ConfigError where a step's rows are more than there are."""
     num_rows = sum(group.num_train for group in groups)
     if num_rows < job.sft.examples_per_step:
-        raise BadInput(
+        raise ConfigError(
             f"sft.examples_per_step: read {job.sft.examples_per_step}; {job.scored_folder}"
             f" holds {num_rows} training rows; expected at most as many"
         )
@@ -120,24 +122,24 @@ def likeliest_per_token(path: Path) -> int:
     return int(num_top[0] // num_response[0]) if num_response.any() else 0
 
 
-def look_through(path: Path, wanted: Wanted, num_top: int) -> Iterator[RowGroup]:
+def scan_file(path: Path, wanted: RowFilter, num_top: int) -> Iterator[RowGroup]:
     """The row groups of one file, after checking them."""
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path}: {error}; expected a Parquet file of stage `score`") from error
+        raise ConfigError(f"{path}: {error}; expected a Parquet file of stage `score`") from error
     for field in SCORED_SCHEMA:
         if field.name in file.schema_arrow.names:
             read = file.schema_arrow.field(field.name).type
             if not (read.equals(field.type) or pa.types.is_null(read)):
-                raise BadInput(f"{path}: {field.name}: read type {read}; expected {field.type}")
+                raise ConfigError(f"{path}: {field.name}: read type {read}; expected {field.type}")
         elif field.name not in OPTIONAL or (wanted.top_logprobs and field.name in TEACHER):
-            raise BadInput(f"{path}: {field.name}: no such column; expected it of stage `score`")
+            raise ConfigError(f"{path}: {field.name}: no such column; expected it of stage `score`")
     for number in range(file.num_row_groups):
         try:
             table = conform(file.read_row_group(number))
         except (pa.ArrowInvalid, OSError) as error:
-            raise BadInput(f"{path}: {error}; expected pages that can be read") from error
+            raise ConfigError(f"{path}: {error}; expected pages that can be read") from error
         check(path, table, wanted, num_top)
         num_train, num_heldout = (int(wanted.mask(table, s).sum()) for s in ("train", "heldout"))
         sources = tuple(sorted(set(table.column("source").to_pylist())))
@@ -155,14 +157,14 @@ def conform(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=SCORED_SCHEMA)
 
 
-def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
+def check(path: Path, table: pa.Table, wanted: RowFilter, num_top: int) -> None:
     """Refuse rows that cannot be trained on."""
 
     def refuse(field: str, bad: np.ndarray, read: np.ndarray, expected: str) -> None:
         if bad.any():
             row = int(bad.argmax())
             name = table.column("example_id")[row].as_py()
-            raise BadInput(f"{path}: {name!r}: {field}: read {read[row]}; expected {expected}")
+            raise ConfigError(f"{path}: {name!r}: {field}: read {read[row]}; expected {expected}")
 
     for field, ours in zip(("tokenizer_digest", "template_digest"), wanted.digests, strict=True):
         theirs = np.array(table.column(field).to_pylist(), dtype=object)
@@ -179,7 +181,7 @@ def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
     limit = f"at most {wanted.max_tokens}, the learner.tokens_per_micro_batch of all who share one"
     refuse("response_ids", lengths > wanted.max_tokens, lengths, limit)
     per_token = "one number for each of the response's tokens"
-    refuse("behaviour_logprobs", num_logprobs != num_response, num_logprobs, per_token)
+    refuse("behavior_logprobs", num_logprobs != num_response, num_logprobs, per_token)
     num_trainable = counts(table.column("trainable"))
     given = ~pc.is_null(table.column("trainable")).to_numpy()
     refuse("trainable", given & (num_trainable != num_response), num_trainable, per_token)
@@ -196,7 +198,7 @@ def check(path: Path, table: pa.Table, wanted: Wanted, num_top: int) -> None:
         refuse(field, np.isnan(low), low, "an id in each place")
         refuse(field, low < 0, low, "ids of at least 0")
         refuse(field, high >= wanted.vocab_size, high, f"ids below {wanted.vocab_size}")
-    for field in ("behaviour_logprobs", *(TEACHER[1:] if wanted.top_logprobs else ())):
+    for field in ("behavior_logprobs", *(TEACHER[1:] if wanted.top_logprobs else ())):
         low, high = extremes(table.column(field))
         odd = np.where(np.isfinite(low), high, low)
         refuse(field, ~np.isfinite(odd), odd, "finite numbers")
@@ -223,7 +225,7 @@ def extremes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_group(
-    group: RowGroup, wanted: Wanted, split: str, columns: Sequence[str] | None = None
+    group: RowGroup, wanted: RowFilter, split: str, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """The wanted rows of a split. Where `columns` are named, which must hold those that `wanted`
     looks at, all others are null."""
@@ -236,7 +238,7 @@ def sequences_of(
     table: pa.Table, negative_coefficient: float, with_teacher: bool = False
 ) -> list[TrainingSequence]:
     """Rows as training sequences; traces that are known to be wrong get minus the coefficient.
-    The behaviour policy's likeliest tokens come along only `with_teacher`."""
+    The behavior policy's likeliest tokens come along only `with_teacher`."""
     teacher = TEACHER if with_teacher else ()
     names = (*LISTS, "correct", "source", "trainable", *teacher)
     columns = [values_of(table, name) for name in names]
@@ -262,7 +264,7 @@ def values_of(table: pa.Table, name: str) -> list[Any]:
 
 
 def first_rows(
-    groups: Sequence[RowGroup], wanted: Wanted, split: str, most: int
+    groups: Sequence[RowGroup], wanted: RowFilter, split: str, most: int
 ) -> pa.Table | None:
     """The first rows of a split, at most so many; None where there are none."""
     tables: list[pa.Table] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from pear_ray.config import BadInput
+from pear_ray.config import ConfigError
 from pear_ray.records import Message, Problem
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
     """The tokenizer of a folder or hub name, which `field` of the job gives.
 
     Raises:
-        BadInput: there is none, or it has no chat template or no end-of-sequence token.
+        ConfigError: there is none, or it has no chat template or no end-of-sequence token.
     """
     # Its import takes long enough for engines, asked for before, to start beside it.
     from transformers import AutoTokenizer
@@ -29,13 +29,15 @@ def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise BadInput(
+        raise ConfigError(
             f"{field}: {path}: no tokenizer can be loaded; expected one: {error}"
         ) from error
     if tokenizer.chat_template is None:
-        raise BadInput(f"{field}: {path}: the tokenizer has no chat template; expected one")
+        raise ConfigError(f"{field}: {path}: the tokenizer has no chat template; expected one")
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"{field}: {path}: the tokenizer has no end-of-sequence token; expected one")
+        raise ConfigError(
+            f"{field}: {path}: the tokenizer has no end-of-sequence token; expected one"
+        )
     return tokenizer
 
 
@@ -52,13 +54,13 @@ def prompts_that_fit(
     """Token ids of each problem's prompt, with the tokenizer in `path`.
 
     Raises:
-        BadInput: a prompt leaves no room for an answer.
+        ConfigError: a prompt leaves no room for an answer.
     """
     tokenizer = load_tokenizer(path)
     prompts = prompts_ids(tokenizer, [problem.messages for problem in problems])
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) >= max_model_len:
-            raise BadInput(
+            raise ConfigError(
                 f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
                 f" expected fewer than generator.max_model_len {max_model_len}"
             )

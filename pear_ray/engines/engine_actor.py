@@ -20,9 +20,9 @@ import numpy as np
 import ray
 from torch import Tensor
 
-from pear_ray.engines.generator import Request, Trace
-from pear_ray.weights.adapters import AdapterReplica
-from pear_ray.weights.fetch import Replica
+from pear_ray.engines.generator import SampleRequest, ScoreRequest
+from pear_ray.weights.adapters import AdapterCache
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.types import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # While an engine is at work, what finishes within so many seconds is told together.
 GATHER_SECONDS = 0.03
 
-Work = tuple[str, Request | Trace]
+Work = tuple[str, SampleRequest | ScoreRequest]
 
 
 class Engine(Protocol):
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def is_idle(self) -> bool:
         """Whether everything that was added is finished."""
 
-    def add(self, key: str, work: Request | Trace) -> None:
+    def add(self, key: str, work: SampleRequest | ScoreRequest) -> None:
         """Take up work."""
 
     def step(self) -> list[tuple[str, Any]]:
@@ -59,7 +59,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class WeightUpdateResult:
     """A version that an engine serves: seconds in which it was fetched and then prepared, while
     generation went on, seconds of the pause, and the probe's log-probs under it, trace after
     trace."""
@@ -72,7 +72,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Report:
+class PollResult:
     """What finished, by key, and the seconds that the engine has had nothing to do so far."""
 
     finished: list[tuple[str, Any]]
@@ -80,20 +80,20 @@ class Report:
 
 
 @ray.remote(num_cpus=0)
-class Server:
+class EngineActor:
     """`make` builds the engine, in the thread that will use it: vLLM on CPUs keeps its number of
-    threads by thread. An engine that hangs for `deadline_seconds`, or fails, ends the process."""
+    threads by thread. An engine that hangs for `timeout_seconds`, or fails, ends the process."""
 
     def __init__(
         self,
         make: Callable[[], Engine],
-        make_replica: Callable[[], Replica | AdapterReplica],
-        deadline_seconds: float,
+        make_replica: Callable[[], WeightCache | AdapterCache],
+        timeout_seconds: float,
     ) -> None:
         # Weights are fetched in a thread of their own: nothing that is asynchronous waits for it.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._replica = make_replica()
-        self._deadline_seconds = deadline_seconds
+        self._deadline_seconds = timeout_seconds
         self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         # Work for weights that have yet to come.
         self._held: deque[Work] = deque()
@@ -117,27 +117,30 @@ class Server:
         """Take up all of it between the same two steps of the engine."""
         self._inbox.put(lambda engine: self._take_up(engine, work))
 
-    async def finished(self, wait_seconds: float) -> Report:
+    async def finished(self, wait_seconds: float) -> PollResult:
         """What finished since the last call; waits for the first, but not longer."""
         try:
             await asyncio.wait_for(self._news.wait(), wait_seconds)
         except TimeoutError:
-            return Report([], self._idle_seconds)
+            return PollResult([], self._idle_seconds)
         if not self._is_idle:
             await asyncio.sleep(GATHER_SECONDS)
         self._news.clear()
         found, self._finished = self._finished, []
-        return Report(found, self._idle_seconds)
+        return PollResult(found, self._idle_seconds)
 
     async def update(
-        self, versions: Sequence[WeightVersion], probe: Sequence[Trace], deadline_seconds: float
-    ) -> Loaded:
+        self,
+        versions: Sequence[WeightVersion],
+        probe: Sequence[ScoreRequest],
+        timeout_seconds: float,
+    ) -> WeightUpdateResult:
         """Serve the last of `versions`, each of which may be a change to the one before.
         Generation goes on while it is fetched and prepared, and pauses for the change alone;
         answers that are under way go on under the new weights."""
         started = time.perf_counter()
         newest = versions[-1].version
-        tensors = await asyncio.to_thread(self._fetch, versions, deadline_seconds)
+        tensors = await asyncio.to_thread(self._fetch, versions, timeout_seconds)
         fetched = time.perf_counter()
         try:
             preparing = asyncio.to_thread(self._engine.prepare, tensors)
@@ -148,16 +151,16 @@ class Server:
             )
         except Exception:  # the engine's: half of its weights may be new
             self._die("weights could not be loaded")
-        return Loaded(newest, fetched - started, prepared - fetched, pause, scores)
+        return WeightUpdateResult(newest, fetched - started, prepared - fetched, pause, scores)
 
     def _fetch(
-        self, versions: Sequence[WeightVersion], deadline_seconds: float
+        self, versions: Sequence[WeightVersion], timeout_seconds: float
     ) -> dict[str, Tensor]:
         """Parameters of the last version, by way of the first where it is a change to that."""
         *earlier, newest = versions
         if earlier and newest.base_version not in (None, self._replica.version):
-            self._replica.fetch(earlier[0], deadline_seconds)
-        return self._replica.fetch(newest, deadline_seconds)
+            self._replica.fetch(earlier[0], timeout_seconds)
+        return self._replica.fetch(newest, timeout_seconds)
 
     async def load_folder(self, path: str, version: int) -> None:
         """Serve the weights of a Hugging Face folder."""
@@ -227,13 +230,13 @@ class Server:
             else:
                 self._add(engine, key, item)
 
-    def _add(self, engine: Engine, key: str, item: Request | Trace) -> None:
+    def _add(self, engine: Engine, key: str, item: SampleRequest | ScoreRequest) -> None:
         try:
             engine.add(key, item)
         except Exception as error:  # the engine's: it refuses this piece of work alone
             self._tell([(key, error)], engine.is_idle)
 
-    def _ask(self, engine: Engine, probe: Sequence[Trace]) -> tuple[np.ndarray, ...]:
+    def _ask(self, engine: Engine, probe: Sequence[ScoreRequest]) -> tuple[np.ndarray, ...]:
         """The probe's log-probs, before any other work is taken up: what an engine works on
         together must not depend on when a message came."""
         keys = [f"probe-{number}" for number in range(len(probe))]

@@ -6,25 +6,25 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pear_ray.engines.generator import Request, Trace
+from pear_ray.engines.generator import SampleRequest, ScoreRequest
 
 
 @dataclass
-class Ticket:
+class InFlight:
     """Work on its way: the caller's key, and how many engines have taken it up."""
 
     key: Hashable
-    work: Request | Trace
+    work: SampleRequest | ScoreRequest
     num_attempts: int = 0
 
     @property
     def num_sequences(self) -> int:
         """Sequences that it keeps an engine busy with."""
-        return self.work.num_samples if isinstance(self.work, Request) else 1
+        return self.work.num_samples if isinstance(self.work, SampleRequest) else 1
 
 
 @dataclass(eq=False)
-class Member:
+class EngineHandle:
     """One engine, as its owner sees it."""
 
     name: str
@@ -42,14 +42,14 @@ class Member:
     """Whether it is loading weights."""
     asked: int = -1
     """Newest version that it was asked to serve."""
-    open: dict[str, Ticket] = field(default_factory=dict)
+    open: dict[str, InFlight] = field(default_factory=dict)
     num_sequences: int = 0
     """Sequences that it has not finished."""
     idle_seconds: float = 0.0
     """Time in which it has had nothing to do."""
 
 
-class Servers(Protocol):
+class EngineFactory(Protocol):
     """Where engines come from: actors with the methods of `Server`."""
 
     def start(self, path: str) -> Any:

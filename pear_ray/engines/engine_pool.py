@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from pear_ray.config import Generator as Settings
-from pear_ray.engines.engine_actor import Loaded
-from pear_ray.engines.engine_handle import Member, Servers, Ticket
-from pear_ray.engines.generator import Request, Trace, same_architecture
+from pear_ray.engines.engine_actor import WeightUpdateResult
+from pear_ray.engines.engine_handle import EngineFactory, EngineHandle, InFlight
+from pear_ray.engines.generator import SampleRequest, ScoreRequest, same_architecture
 from pear_ray.ray_cluster import draining_nodes
 from pear_ray.weights.types import WeightVersion
 
@@ -38,8 +38,8 @@ MAX_DEATHS = 5
 MAX_FAILED_LOADS = 5
 
 
-class Fleet(AbstractContextManager["Fleet"]):
-    """Engines between `settings.fewest_replicas` and `settings.replicas`, ended with the block.
+class EnginePool(AbstractContextManager["EnginePool"]):
+    """Engines between `settings.fewest_engines` and `settings.num_engines`, ended with the block.
 
     They start together with the model in `path`, beside whatever the caller does next.
     `tell(kind, text)` hears of deaths and of engines that come and go.
@@ -47,28 +47,28 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def __init__(
         self,
-        servers: Servers,
+        servers: EngineFactory,
         path: str,
         settings: Settings,
         tell: Callable[[str, str], None],
     ) -> None:
         self._servers, self._path, self._settings, self._tell = servers, path, settings, tell
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, EngineHandle] = {}
         # Calls that have not ended, and who hears of their end.
-        self._calls: dict[Any, tuple[Member, Callable[[Member, Any], None]]] = {}
+        self._calls: dict[Any, tuple[EngineHandle, Callable[[EngineHandle, Any], None]]] = {}
         self._finished: list[tuple[Hashable, Any]] = []
-        self._backlog: deque[Ticket] = deque()
+        self._backlog: deque[InFlight] = deque()
         self._versions: tuple[WeightVersion, ...] = ()
-        self._probe: tuple[Trace, ...] = ()
-        self._load_seconds = settings.deadline_seconds
+        self._probe: tuple[ScoreRequest, ...] = ()
+        self._load_seconds = settings.timeout_seconds
         self._has_stood = False
         self._num_started = self._num_deaths = self._num_submitted = self._num_loaded = 0
         self._busy_until = self._looked = time.monotonic()
         # Of all engines together, since the beginning.
         self.idle_seconds = 0.0
-        self.loaded: list[tuple[str, Loaded]] = []
+        self.loaded: list[tuple[str, WeightUpdateResult]] = []
         self.failed_loads: list[tuple[str, Exception]] = []
-        for _ in range(settings.fewest_replicas):
+        for _ in range(settings.fewest_engines):
             self._start()
 
     def __exit__(self, *error: object) -> None:
@@ -92,9 +92,9 @@ class Fleet(AbstractContextManager["Fleet"]):
         """Engines that stand or start."""
         return len(self._members)
 
-    def submit(self, work: Sequence[tuple[Hashable, Request | Trace]]) -> None:
+    def submit(self, work: Sequence[tuple[Hashable, SampleRequest | ScoreRequest]]) -> None:
         """Have everything done, each piece once, and told under its key by `finished`."""
-        self._backlog.extend(Ticket(key, item) for key, item in work)
+        self._backlog.extend(InFlight(key, item) for key, item in work)
         self._deal()
 
     def finished(self) -> list[tuple[Hashable, Any]]:
@@ -126,7 +126,7 @@ class Fleet(AbstractContextManager["Fleet"]):
                 # What it had to say may be lost with its node.
                 self._replace(member, str(error))
         for member in self._overdue():
-            self._replace(member, "it did not answer in time (generator.deadline_seconds)")
+            self._replace(member, "it did not answer in time (generator.timeout_seconds)")
         for member in self._leaving():
             text = f"engine {member.name} goes before its node is taken back,"
             self._tell("preempted", f"{text} {len(member.open)} pieces of work go to others")
@@ -137,14 +137,14 @@ class Fleet(AbstractContextManager["Fleet"]):
     def serve(
         self,
         versions: tuple[WeightVersion, ...],
-        probe: Sequence[Trace],
-        deadline_seconds: float,
+        probe: Sequence[ScoreRequest],
+        timeout_seconds: float,
     ) -> None:
         """Have every engine serve the last of `versions` as soon as it can, and score the probe
         under it; `loaded` and `failed_loads` tell what came of it. `finished` raises RuntimeError
         when an engine fails to load again and again."""
         self._versions, self._probe = versions, tuple(probe)
-        self._load_seconds = deadline_seconds
+        self._load_seconds = timeout_seconds
         for member in self._members.values():
             self._update(member)
 
@@ -155,7 +155,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         Raises:
             TimeoutError: an engine did not load it in time.
         """
-        self.settle()
+        self.wait_ready()
         is_alike, self._path = same_architecture(self._path, path), path
         if not is_alike:
             for member in list(self._members.values()):
@@ -165,7 +165,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._num_loaded += 1
         members = list(self._members.values())
         calls = [member.actor.load_folder.remote(path, self._num_loaded) for member in members]
-        end = time.monotonic() + self._settings.deadline_seconds
+        end = time.monotonic() + self._settings.timeout_seconds
         for member, call in zip(members, calls, strict=True):
             member.asked = -1
             try:
@@ -174,40 +174,40 @@ class Fleet(AbstractContextManager["Fleet"]):
                 # Its successor starts with this model.
                 self._replace(member, str(error))
 
-    def adapt(self, is_awaited: bool) -> None:
+    def autoscale(self, is_awaited: bool) -> None:
         """Start one more engine where somebody waits for answers and all engines have more to do
         than they can do at once; end one where there has been nothing to do for a while."""
         settings, num_engines, now = self._settings, len(self._members), time.monotonic()
         all_stand = all(member.stands for member in self._members.values())
-        is_full = self.num_sequences > num_engines * settings.max_concurrent
+        is_full = self.num_sequences > num_engines * settings.max_num_seqs
         if self.num_sequences:
             self._busy_until = now
-        if is_awaited and is_full and all_stand and num_engines < settings.replicas:
+        if is_awaited and is_full and all_stand and num_engines < settings.num_engines:
             self._tell("grown", f"engine {self._start().name} starts: work waits")
-        elif now > self._busy_until + IDLE_SECONDS and num_engines > settings.fewest_replicas:
+        elif now > self._busy_until + IDLE_SECONDS and num_engines > settings.fewest_engines:
             member = list(self._members.values())[-1]
             self._end(member)
             self._busy_until = now
             self._tell("shrunk", f"engine {member.name} ends: it had nothing to do")
 
-    def settle(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until the first engines stand.
 
         Raises:
             TimeoutError: they do not in time.
         """
-        end = time.monotonic() + self._settings.deadline_seconds
+        end = time.monotonic() + self._settings.timeout_seconds
         while not all(member.stands for member in self._members.values()):
             left = end - time.monotonic()
             if left <= 0:
                 raise TimeoutError(
-                    f"waited {self._settings.deadline_seconds:.0f} s (generator.deadline_seconds)"
+                    f"waited {self._settings.timeout_seconds:.0f} s (generator.timeout_seconds)"
                     " for engines to start"
                 )
             ray.wait(self.calls, timeout=left, fetch_local=False)
             self._advance()
 
-    def ask(self, work: Sequence[Request | Trace]) -> list[Any]:
+    def generate(self, work: Sequence[SampleRequest | ScoreRequest]) -> list[Any]:
         """Have everything done and wait for it; results in the order of the work.
 
         Raises:
@@ -216,39 +216,39 @@ class Fleet(AbstractContextManager["Fleet"]):
         results = dict(self.stream(work))
         return [results[number] for number in range(len(work))]
 
-    def stream(self, work: Sequence[Request | Trace]) -> Iterator[tuple[int, Any]]:
+    def stream(self, work: Sequence[SampleRequest | ScoreRequest]) -> Iterator[tuple[int, Any]]:
         """Have everything done: the place in the work and the result of each piece, as it comes.
 
         Raises:
-            TimeoutError: nothing finished for `settings.deadline_seconds`.
+            TimeoutError: nothing finished for `settings.timeout_seconds`.
         """
-        self.settle()
+        self.wait_ready()
         # Not to be taken for what an earlier question left under way.
         question = object()
         missing: dict[Hashable, int] = {(question, number): number for number in range(len(work))}
         self.submit(list(zip(missing, work, strict=True)))
-        end = time.monotonic() + self._settings.deadline_seconds
+        end = time.monotonic() + self._settings.timeout_seconds
         while missing:
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"waited {self._settings.deadline_seconds:.0f} s (generator.deadline_seconds)"
+                    f"waited {self._settings.timeout_seconds:.0f} s (generator.timeout_seconds)"
                     f" for one of {len(missing)} answers"
                 )
             ray.wait(self.calls, timeout=1.0, fetch_local=False)
             for key, result in self.finished():
-                end = time.monotonic() + self._settings.deadline_seconds
+                end = time.monotonic() + self._settings.timeout_seconds
                 if key in missing:
                     yield missing.pop(key), result
 
-    def _start(self) -> Member:
+    def _start(self) -> EngineHandle:
         actor = self._servers.start(self._path)
-        member = Member(str(self._num_started), actor)
+        member = EngineHandle(str(self._num_started), actor)
         self._num_started += 1
         self._members[member.name] = member
         self._calls[actor.ready.remote()] = member, self._hear_start
         return member
 
-    def _hear_start(self, member: Member, call: Any) -> None:
+    def _hear_start(self, member: EngineHandle, call: Any) -> None:
         try:
             member.node = ray.get(call)
         except ray.exceptions.RayTaskError as error:
@@ -262,11 +262,11 @@ class Fleet(AbstractContextManager["Fleet"]):
         if self._versions:
             self._update(member)
 
-    def _poll(self, member: Member) -> None:
+    def _poll(self, member: EngineHandle) -> None:
         member.polled = time.monotonic()
         self._calls[member.actor.finished.remote(POLL_SECONDS)] = member, self._hear_finished
 
-    def _hear_finished(self, member: Member, call: Any) -> None:
+    def _hear_finished(self, member: EngineHandle, call: Any) -> None:
         report = ray.get(call)
         self.idle_seconds += report.idle_seconds - member.idle_seconds
         member.idle_seconds = report.idle_seconds
@@ -277,18 +277,18 @@ class Fleet(AbstractContextManager["Fleet"]):
             self._num_deaths, member.has_finished = 0, True
         self._poll(member)
 
-    def _leaving(self) -> list[Member]:
+    def _leaving(self) -> list[EngineHandle]:
         """Engines whose nodes are going to be taken back, asked for now and then."""
         if time.monotonic() < self._looked + SECONDS_PER_LOOK:
             return []
         self._looked, draining = time.monotonic(), draining_nodes()
         return [member for member in self._members.values() if member.node in draining]
 
-    def _overdue(self) -> list[Member]:
-        latest = time.monotonic() - POLL_SECONDS - self._settings.deadline_seconds - GRACE_SECONDS
+    def _overdue(self) -> list[EngineHandle]:
+        latest = time.monotonic() - POLL_SECONDS - self._settings.timeout_seconds - GRACE_SECONDS
         return [m for m in self._members.values() if m.stands and m.polled < latest]
 
-    def _update(self, member: Member) -> None:
+    def _update(self, member: EngineHandle) -> None:
         """Ask an engine for the newest version, unless it is loading or was asked already."""
         newest = self._versions[-1].version
         if not member.stands or member.loading or member.asked >= newest:
@@ -297,7 +297,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._calls[call] = member, self._hear_load
         member.loading, member.asked = True, newest
 
-    def _hear_load(self, member: Member, call: Any) -> None:
+    def _hear_load(self, member: EngineHandle, call: Any) -> None:
         member.loading = False
         try:
             self.loaded.append((member.name, ray.get(call)))
@@ -315,12 +315,12 @@ class Fleet(AbstractContextManager["Fleet"]):
         member.num_failed_loads = 0
         self._update(member)
 
-    def _end(self, member: Member) -> None:
+    def _end(self, member: EngineHandle) -> None:
         del self._members[member.name]
         self._servers.end(member.actor)
         self._backlog.extendleft(reversed(member.open.values()))
 
-    def _replace(self, member: Member, why: str) -> None:
+    def _replace(self, member: EngineHandle, why: str) -> None:
         """Start another engine in the place of a dead one; its work goes to whoever is free.
 
         Raises:
@@ -345,7 +345,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         if not able:
             return
         heapq.heapify(able)
-        given: dict[str, list[tuple[str, Request | Trace]]] = {}
+        given: dict[str, list[tuple[str, SampleRequest | ScoreRequest]]] = {}
         while self._backlog:
             ticket = self._backlog.popleft()
             _, number, member = able[0]

@@ -27,7 +27,7 @@ WEIGHT_TRANSFER = "ray_object_store"
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """One prompt to answer `num_samples` times, under weights of `min_version` or newer. The seed
     decides the answers, whichever engine serves the request and whatever else it serves: answer i
     is that of `seed` + i alone. `max_new_tokens` may be less than the engine's."""
@@ -41,7 +41,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Trace:
+class ScoreRequest:
     """A given answer, whose response tokens are to be scored under the newest weights."""
 
     prompt_ids: tuple[int, ...]
@@ -62,7 +62,7 @@ def settle_process(path: str, settings: Settings, on_cpu: bool) -> None:
         # oneDNN keeps code for each number of tokens it has met: a thousand, unless told.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         torch.set_num_threads(settings.threads)
-        if settings.tensor_parallel > 1:
+        if settings.tensor_parallel_size > 1:
             # Bound to cores, each process of an engine would need a memory node of its own.
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ["OMP_NUM_THREADS"] = str(settings.threads)
@@ -70,7 +70,7 @@ def settle_process(path: str, settings: Settings, on_cpu: bool) -> None:
 
 
 class Generator:
-    """One engine in the calling process (with tensor parallelism, also in its workers). One that
+    """One engine in the calling process (with tensor parallelizm, also in its workers). One that
     `only_scores` reads batches of even size, on CPUs too; `num_top` is the most that `score_top`
     will be asked for. One that `follows` a learner is made for new weights while it works."""
 
@@ -95,7 +95,7 @@ class Generator:
         gc.freeze()
         gc.enable()
 
-        executor = "uni" if settings.tensor_parallel == 1 else "mp" if on_cpu else "ray"
+        executor = "uni" if settings.tensor_parallel_size == 1 else "mp" if on_cpu else "ray"
         self._settings = settings
         self._llm = LLM(
             model=path,
@@ -103,16 +103,16 @@ class Generator:
             seed=seed,
             # To score a row, vLLM must generate a token behind it.
             max_model_len=settings.max_model_len + 1,
-            max_num_seqs=settings.max_concurrent,
+            max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.batch_tokens,
             # On CPUs a request with a seed must not be cut: vLLM cannot set its generator back.
             enable_chunked_prefill=only_scores
             or not on_cpu
             or settings.batch_tokens <= settings.max_model_len,
-            tensor_parallel_size=settings.tensor_parallel,
+            tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,
-            gpu_memory_utilization=settings.memory_fraction,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
             enable_prefix_caching=False,
             # With it a step is under way while weights change, and its tokens get the wrong number.
             async_scheduling=None if only_scores else False,
@@ -132,7 +132,7 @@ class Generator:
         self._has_spare = wants_spare and all(self._llm.collective_rpc(has_spare))
         self._coming: Mapping[str, Tensor] = {}
         self._is_dense = self._llm.llm_engine.vllm_config.use_v2_model_runner
-        self._open: dict[str, Request | Trace] = {}
+        self._open: dict[str, SampleRequest | ScoreRequest] = {}
         self._name(0)
 
     @property
@@ -140,10 +140,10 @@ class Generator:
         """Whether everything that was added is finished."""
         return not self._open
 
-    def add(self, key: str, work: Request | Trace) -> None:
+    def add(self, key: str, work: SampleRequest | ScoreRequest) -> None:
         """Take up a prompt or a trace beside those in work; `step` tells of its end."""
         parameters: Any
-        if isinstance(work, Request):
+        if isinstance(work, SampleRequest):
             ids, parameters = work.prompt_ids, self._sampling(work)
         else:
             ids = (*work.prompt_ids, *work.response_ids)
@@ -162,7 +162,7 @@ class Generator:
             if not output.finished:
                 continue
             work = self._open.pop(output.request_id)
-            if isinstance(work, Request):
+            if isinstance(work, SampleRequest):
                 answers = tuple(self._completion(answer) for answer in output.outputs)
                 finished.append((output.request_id, answers))
             elif self._is_dense:
@@ -180,7 +180,7 @@ class Generator:
         """
         rows = list(rows)
         if self._is_dense:
-            traces = [Trace(tuple(prompt), tuple(response)) for prompt, response in rows]
+            traces = [ScoreRequest(tuple(prompt), tuple(response)) for prompt, response in rows]
             outputs = self._prefill(rows, [dense_request(trace) for trace in traces])
             return [dense_logprobs(out, trace) for out, trace in zip(outputs, traces, strict=True)]
         outputs = self._prefill(rows, flat_request(0))
@@ -238,7 +238,7 @@ class Generator:
         self._llm.llm_engine.set_weight_version(str(version))
         self.version = version
 
-    def _sampling(self, request: Request) -> Any:
+    def _sampling(self, request: SampleRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -276,7 +276,7 @@ class Generator:
 # Asked of vLLM's only worker, which is in this process: not by way of the engine's steps.
 def has_spare(worker: Any) -> bool:
     """Whether a second model takes weights."""
-    return worker.weight_transfer_engine.spare is not None
+    return worker.weight_transfer_engine.standby is not None
 
 
 def fill_spare(worker: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -334,7 +334,7 @@ def flat_logprobs(
     return logprobs[:, 0], ids.reshape(shape)[-len(response_ids) :, 1:], logprobs[:, 1:]
 
 
-def dense_request(trace: Trace) -> Any:
+def dense_request(trace: ScoreRequest) -> Any:
     """Asks vLLM's newer model runner for one array with the response tokens' log-probs alone."""
     from vllm import SamplingParams
 
@@ -347,7 +347,7 @@ def dense_request(trace: Trace) -> Any:
     )
 
 
-def dense_logprobs(output: Any, trace: Trace) -> np.ndarray:
+def dense_logprobs(output: Any, trace: ScoreRequest) -> np.ndarray:
     """The answer to it, after checking that there is one value for each token."""
     scores, num_tokens = output.prompt_token_id_logprobs, len(trace.response_ids)
     if scores is None or tuple(scores.shape) != (num_tokens, 1):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge
 
-from pear_ray.metrics import MEASURES
+from pear_ray.metrics import METRIC_HELP
 
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -24,7 +24,7 @@ class EngineStatistics:
     """Takes the place of vLLM's logger of statistics: the latest state, and sums over steps."""
 
     def __init__(self) -> None:
-        texts = MEASURES["engine"]
+        texts = METRIC_HELP["engine"]
         self._counters = {
             name: Counter(f"pear_ray_engine_{name}", text)
             for name, text in texts.items()

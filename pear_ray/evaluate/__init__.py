@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 
 from pear_ray.config import TRAINING_STAGES, Job, start_of
 from pear_ray.data.tokenizer import prompts_that_fit
-from pear_ray.engines.engine_factory import fleet_of
+from pear_ray.engines.engine_factory import engine_pool
 from pear_ray.evaluate.attempts import Store, attempt, requests
 from pear_ray.evaluate.likelihood import heldout_nll, heldout_rows, kl_from
 from pear_ray.evaluate.scorecard import card, scorecard
 from pear_ray.ray_cluster import connect
 from pear_ray.records import Problem
-from pear_ray.rewards.pool import Verifiers
-from pear_ray.run import Run, write_json
+from pear_ray.rewards.pool import RewardPool
+from pear_ray.run import RunDir, write_json
 from pear_ray.score.shards import name_of
 from pear_ray.tasks import heldout_problems
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 LIKELIHOOD = "likelihood.json"
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Evaluate the model the run starts from and every export of it and of its arms."""
     checkpoints = checkpoints_of(job, run.folder)
     problems = heldout_problems(job.tasks, job.evaluation.num_problems, job.run.seed)
@@ -86,7 +86,7 @@ def written(path: str) -> list[int]:
 
 def sample_all(
     job: Job,
-    run: Run,
+    run: RunDir,
     checkpoints: dict[str, str],
     problems: Sequence[Problem],
     homes: dict[str, Path],
@@ -103,22 +103,22 @@ def sample_all(
     heldout = heldout_rows(job.scored_folder)
     first = next(iter(missing.values()))
     with (
-        fleet_of(job, first, partial(run.event, "evaluate")) as fleet,
-        Verifiers(job.tasks, job.verifier) as verifiers,
+        engine_pool(job, first, partial(run.event, "evaluate")) as pool,
+        RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         for number, (label, path) in enumerate(missing.items()):
             if number:
-                fleet.load_folder(path)
+                pool.load_folder(path)
             store = Store(homes[label])
             prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
             work = list(requests(job, prompts, problems, store.done()))
             log.info("evaluate: %s: %d requests for answers", label, len(work))
-            attempt(label, work, problems, fleet, verifiers, store)
-            found: dict[str, Any] = {"heldout_nll": heldout_nll(fleet, heldout)}
+            attempt(label, work, problems, pool, reward_pool, store)
+            found: dict[str, Any] = {"heldout_nll": heldout_nll(pool, heldout)}
             start = start_of(label, checkpoints)
             if start is not None and job.evaluation.temperature == 1.0:
                 theirs = Store(homes[start]).table(problems)
-                found["kl_from_start"] = kl_from(fleet, prompts, theirs, job.run.seed)
+                found["kl_from_start"] = kl_from(pool, prompts, theirs, job.run.seed)
             write_json(homes[label] / LIKELIHOOD, found)
 
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.config import Job
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Request
-from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Problem, Verdict
-from pear_ray.rewards.pool import Verifiers
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import SampleRequest
+from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Grade, Problem
+from pear_ray.rewards.pool import RewardPool
 from pear_ray.seeds import seed_of
 
 # Answers asked for together: few enough for engines to share the work evenly.
@@ -81,7 +81,7 @@ def requests(
     prompts: Sequence[tuple[int, ...]],
     problems: Sequence[Problem],
     done: set[tuple[str, int]],
-) -> Iterator[tuple[Key, Request]]:
+) -> Iterator[tuple[Key, SampleRequest]]:
     """What is to be asked of a checkpoint whose stored attempts are `done`. `prompts` are the
     problems' token ids."""
     settings = job.evaluation
@@ -91,15 +91,15 @@ def requests(
                 continue
             num_samples = min(SAMPLES_PER_REQUEST, settings.samples_per_problem - first)
             seed = seed_of(job.run.seed, "evaluate", problem.problem_id, first)
-            yield (number, first), Request(prompt, num_samples, seed, settings.temperature)
+            yield (number, first), SampleRequest(prompt, num_samples, seed, settings.temperature)
 
 
 def attempt(
     label: str,
-    work: Sequence[tuple[Key, Request]],
+    work: Sequence[tuple[Key, SampleRequest]],
     problems: Sequence[Problem],
-    fleet: Fleet,
-    verifiers: Verifiers,
+    pool: EnginePool,
+    reward_pool: RewardPool,
     store: Store,
 ) -> None:
     """Have all of it answered, judged and stored as attempts of the checkpoint `label`.
@@ -110,14 +110,14 @@ def attempt(
     answers: dict[Hashable, tuple[Completion, ...]] = {}
 
     def keep(timeout_seconds: float) -> None:
-        for place, verdicts in verifiers.finished(timeout_seconds):
+        for place, grades in reward_pool.finished(timeout_seconds):
             number, first = keys[place]
-            store.add(rows_of(label, problems[number], first, answers.pop(place), verdicts))
+            store.add(rows_of(label, problems[number], first, answers.pop(place), grades))
 
     keys: dict[Hashable, Key] = {place: key for place, (key, _) in enumerate(work)}
-    for place, answered in fleet.stream([request for _, request in work]):
+    for place, answered in pool.stream([request for _, request in work]):
         answers[place], (number, _) = answered, keys[place]
-        verifiers.submit(place, [(problems[number], answer.text) for answer in answered])
+        reward_pool.submit(place, [(problems[number], answer.text) for answer in answered])
         keep(0.0)
     while answers:
         keep(LOOK_SECONDS)
@@ -129,7 +129,7 @@ def rows_of(
     problem: Problem,
     first: int,
     answers: Sequence[Completion],
-    verdicts: Sequence[Verdict],
+    grades: Sequence[Grade],
 ) -> list[Attempt]:
     """One row for each answer, numbered from `first`."""
     return [
@@ -139,15 +139,15 @@ def rows_of(
             task=problem.task,
             sample=sample,
             text=answer.text,
-            correct=verdict.correct,
-            reward=verdict.reward,
+            correct=grade.correct,
+            reward=grade.reward,
             num_tokens=len(answer.token_ids),
             finish_reason=answer.finish_reason,
             mean_logprob=float(np.mean(answer.logprobs)),
-            note=verdict.note,
-            parts=verdict.parts,
+            note=grade.note,
+            parts=grade.parts,
             response_ids=None if sample else tuple(answer.token_ids),
             logprobs=None if sample else tuple(answer.logprobs),
         )
-        for sample, (answer, verdict) in enumerate(zip(answers, verdicts, strict=True), first)
+        for sample, (answer, grade) in enumerate(zip(answers, grades, strict=True), first)
     ]

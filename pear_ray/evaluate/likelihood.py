@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Trace
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import ScoreRequest
 from pear_ray.statistics import mean_with_interval
 
 
@@ -28,17 +28,19 @@ def heldout_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def heldout_nll(fleet: Fleet, rows: list[dict[str, Any]]) -> float | None:
+def heldout_nll(pool: EnginePool, rows: list[dict[str, Any]]) -> float | None:
     """Mean loss over the assistant's tokens of the held-out rows, in nats."""
     if not rows:
         return None
-    scores = fleet.ask([Trace(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in rows])
+    scores = pool.generate(
+        [ScoreRequest(tuple(r["prompt_ids"]), tuple(r["response_ids"])) for r in rows]
+    )
     chosen = [score[row.get("trainable") or ...] for score, row in zip(scores, rows, strict=True)]
     return float(-np.concatenate(chosen).mean())
 
 
 def kl_from(
-    fleet: Fleet, prompts: Sequence[tuple[int, ...]], attempts: pa.Table, seed: int
+    pool: EnginePool, prompts: Sequence[tuple[int, ...]], attempts: pa.Table, seed: int
 ) -> dict[str, float]:
     """KL(start || end) over whole answers to held-out prompts, in nats, with its 95 % interval over
     problems. The start wrote the `attempts`, each problem's first with its token ids and log-probs;
@@ -49,9 +51,9 @@ def kl_from(
     """
     first = attempts.filter(pc.equal(attempts.column("sample"), 0)).to_pylist()
     traces = [
-        Trace(prompt, tuple(row["response_ids"]))
+        ScoreRequest(prompt, tuple(row["response_ids"]))
         for prompt, row in zip(prompts, first, strict=True)
     ]
-    ends = fleet.ask(traces)
+    ends = pool.generate(traces)
     gaps = [np.sum(row["logprobs"]) - end.sum() for row, end in zip(first, ends, strict=True)]
     return mean_with_interval(np.array(gaps), seed)

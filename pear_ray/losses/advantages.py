@@ -40,19 +40,19 @@ MIN_STD = 1e-6
 
 
 def _grpo(rewards_G: Tensor) -> Tensor:
-    centred_G = _centred(rewards_G)
-    variance = centred_G.square().sum() / (centred_G.numel() - 1)
-    return centred_G / (variance.sqrt() + MIN_STD)
+    centered_G = _centered(rewards_G)
+    variance = centered_G.square().sum() / (centered_G.numel() - 1)
+    return centered_G / (variance.sqrt() + MIN_STD)
 
 
-def _centred(rewards_G: Tensor) -> Tensor:
+def _centered(rewards_G: Tensor) -> Tensor:
     # Measured from the first reward, equal rewards are exactly 0; their mean may be a rounding off.
     shifted_G = rewards_G - rewards_G[0]
     return shifted_G - shifted_G.mean()
 
 
 def _rloo(rewards_G: Tensor) -> Tensor:
-    return _centred(rewards_G) * (rewards_G.numel() / (rewards_G.numel() - 1))
+    return _centered(rewards_G) * (rewards_G.numel() / (rewards_G.numel() - 1))
 
 
 def _nft(rewards_G: Tensor) -> Tensor:
@@ -66,4 +66,4 @@ def _nft(rewards_G: Tensor) -> Tensor:
     return signed_G if 0 < mean < 1 else torch.zeros_like(rewards_G)
 
 
-KINDS = {"grpo": _grpo, "dr_grpo": _centred, "rloo": _rloo, "nft": _nft}
+KINDS = {"grpo": _grpo, "dr_grpo": _centered, "rloo": _rloo, "nft": _nft}

@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Tokens:
+class LossInputs:
     """The n trainable tokens of one micro-batch, with what the model in training says of them.
 
     `logprobs`, `entropies`, `sampled_logprobs`, `coefficients` and `top_masses` are float32 [n],
     of which only `logprobs` has a gradient; `sequence_ids` int64 [n]; `origins` one string for
     each sequence. `num_tokens_global` counts the trainable tokens of the whole step and
     `num_sequences_global` its sequences that have one which is not a trace's. For distillation
-    `teacher_logprobs` and `logprobs_of_teacher` float32 [n, k] are the behaviour policy's log-probs
+    `teacher_logprobs` and `logprobs_of_teacher` float32 [n, k] are the behavior policy's log-probs
     of its k likeliest tokens, and the model's own of the same tokens, with gradient. For a KL
     penalty `reference_logprobs` float32 [n] are the reference policy's of the same tokens as
     `logprobs`. Where a step learns from rollouts and traces, `from_trace` bool [n] says which are a
@@ -48,7 +48,7 @@ class Tokens:
         """Sequences in the micro-batch, those without trainable tokens included."""
         return len(self.origins)
 
-    def of_rollouts(self) -> Tokens:
+    def of_rollouts(self) -> LossInputs:
         """Those that are not a trace's, in a step of their own."""
         if self.from_trace is None:
             return replace(self, num_tokens_global=self.num_rollout_tokens_global)
@@ -56,7 +56,7 @@ class Tokens:
             ~self.from_trace, self.num_rollout_tokens_global, self.num_sequences_global
         )
 
-    def of_traces(self) -> Tokens:
+    def of_traces(self) -> LossInputs:
         """Those that are a trace's, in a step of their own."""
         chosen = self.from_trace
         if chosen is None:
@@ -68,7 +68,7 @@ class Tokens:
         """Trainable tokens of the whole step that are not a trace's."""
         return self.num_tokens_global - self.num_trace_tokens_global
 
-    def _where(self, chosen: Tensor, num_tokens: int, num_sequences: int) -> Tokens:
+    def _where(self, chosen: Tensor, num_tokens: int, num_sequences: int) -> LossInputs:
         arrays: dict[str, Any] = {
             field.name: value[chosen]
             for field in fields(self)
@@ -101,7 +101,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Sums:
+class LossOutputs:
     """A loss with gradient, and additive facts (tensors of any shape, without gradient)."""
 
     loss: Tensor
@@ -116,7 +116,7 @@ class Objective(Protocol):
     def top_k(self) -> int:
         """How many likeliest tokens `tokens.top_masses` must count; 0 where it is not looked at."""
 
-    def __call__(self, tokens: Tokens) -> Sums:
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
         """The loss, summed, and what there is to say of it."""
 
     def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:

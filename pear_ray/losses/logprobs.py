@@ -67,7 +67,7 @@ class _Read(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_places = len(hidden)
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
-        normalisers, entropies = hidden.new_empty((2, num_places), dtype=torch.float32)
+        normalizers, entropies = hidden.new_empty((2, num_places), dtype=torch.float32)
         top_masses = hidden.new_zeros(num_places, dtype=torch.float32)
         logits_room, probs_room = (_room(hidden, weight, tokens_per_chunk) for _ in range(2))
         for part in chunks(num_places, tokens_per_chunk):
@@ -75,8 +75,8 @@ class _Read(torch.autograd.Function):
             probs = probs_room[: len(log_softmax)]
             largest = log_softmax.amax(-1)
             sums = torch.sub(log_softmax, largest[:, None], out=probs).exp_().sum(-1)
-            normalisers[part] = sums.log() + largest
-            log_softmax -= normalisers[part, None]
+            normalizers[part] = sums.log() + largest
+            log_softmax -= normalizers[part, None]
             logprobs[part] = log_softmax.gather(-1, ids[part])
             torch.exp(log_softmax, out=probs)
             entropies[part] = -log_softmax.mul_(probs).sum(-1)
@@ -87,14 +87,14 @@ class _Read(torch.autograd.Function):
         # DeepSpeed fills and empties `weight.data` around each pass: the parameter itself is kept,
         # as a saved tensor would be the empty one.
         ctx.weight, ctx.tokens_per_chunk = weight, tokens_per_chunk
-        ctx.save_for_backward(hidden, ids, normalisers)
+        ctx.save_for_backward(hidden, ids, normalizers)
         ctx.mark_non_differentiable(entropies, top_masses)
         return logprobs, entropies, top_masses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, ids, normalisers = ctx.saved_tensors
+        hidden, ids, normalizers = ctx.saved_tensors
         weight, grad_logprobs = ctx.weight, grads[0]
         grad_hidden = torch.empty_like(hidden)
         # A sum over chunks, in float32 whatever the weights are in; a frozen head needs none.
@@ -104,7 +104,7 @@ class _Read(torch.autograd.Function):
         room = _room(hidden, weight, ctx.tokens_per_chunk) if kept is None else kept
         for part in chunks(len(hidden), ctx.tokens_per_chunk):
             if kept is None:
-                probs = _logits(hidden[part], weight, room).sub_(normalisers[part, None]).exp_()
+                probs = _logits(hidden[part], weight, room).sub_(normalizers[part, None]).exp_()
             else:
                 probs = room
             grad = grad_logprobs[part]

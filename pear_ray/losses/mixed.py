@@ -1,4 +1,4 @@
-"""What is minimised where one step learns from rollouts and from offline traces.
+"""What is minimized where one step learns from rollouts and from offline traces.
 
 An objective for each kind of tokens sees its own kind alone, in a step of its own; what is
 different here is how their sums become one loss.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import Sums, Tokens
+from pear_ray.losses.inputs import LossInputs, LossOutputs
 from pear_ray.losses.policy import PolicyGradient
 from pear_ray.losses.sft import Supervised
 from pear_ray.losses.token_losses import TokenLoss
@@ -23,7 +23,7 @@ OF_TRACES = "trace_"
 
 
 @dataclass(frozen=True)
-class EveryTokenAlike:
+class JointTokenMean:
     """(sum over rollout tokens + sum over trace tokens) / their number: TRAPO's one loss for
     answers that an expert began and the policy went on with (arXiv 2512.17636). That the two sums
     count alike for each token is this project's reading. Without traces it is the objective of
@@ -40,16 +40,16 @@ class EveryTokenAlike:
     def top_k(self) -> int:
         return self.traces.top_k
 
-    def __call__(self, tokens: Tokens) -> Sums:
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
         ours, theirs = self.rollouts(tokens.of_rollouts()), self.traces(tokens.of_traces())
         facts = {OF_TRACES + name: fact for name, fact in theirs.facts.items()}
         facts |= ours.facts | {
             "rollout_loss": ours.loss.detach(),
             OF_TRACES + "loss": theirs.loss.detach(),
         }
-        return Sums(self.joined(ours.loss, theirs.loss, tokens), facts)
+        return LossOutputs(self.joined(ours.loss, theirs.loss, tokens), facts)
 
-    def joined(self, rollouts: Tensor, traces: Tensor, tokens: Tokens) -> Tensor:
+    def joined(self, rollouts: Tensor, traces: Tensor, tokens: LossInputs) -> Tensor:
         """One sum, which the learner divides by the number of all tokens."""
         return rollouts + traces
 
@@ -59,13 +59,13 @@ class EveryTokenAlike:
 
 
 @dataclass(frozen=True)
-class Mixed(EveryTokenAlike):
+class LambdaMix(JointTokenMean):
     """rl_share mean over rollout tokens + (1 - rl_share) mean over trace tokens: the naive sum, and
     the student's part of BRIDGE (arXiv 2509.06948), where rl_share is lambda."""
 
     rl_share: float
 
-    def joined(self, rollouts: Tensor, traces: Tensor, tokens: Tokens) -> Tensor:
+    def joined(self, rollouts: Tensor, traces: Tensor, tokens: LossInputs) -> Tensor:
         # Exactly 1 for the one where there is nothing of the other.
         num_tokens = tokens.num_tokens_global
         of_rollouts = num_tokens * self.rl_share / max(1, tokens.num_rollout_tokens_global)
@@ -74,7 +74,7 @@ class Mixed(EveryTokenAlike):
 
 
 @dataclass(frozen=True)
-class MostUncertain(TokenLoss):
+class HighEntropyOnly(TokenLoss):
     """Another loss on the `share` of each trace's tokens at which the model's entropy is highest,
     rounded up, and 0 on the others: MIFO's high-entropy tokens (arXiv 2510.04454). That the share
     is taken of each trace, and that tokens left out still count in the mean, is this project's
@@ -87,10 +87,10 @@ class MostUncertain(TokenLoss):
     def top_k(self) -> int:  # type: ignore[override]
         return self.loss.top_k
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         return self.loss(tokens) * self.chosen(tokens)
 
-    def chosen(self, tokens: Tokens) -> Tensor:
+    def chosen(self, tokens: LossInputs) -> Tensor:
         """Which tokens are learned, bool [n]; of equal ones the earlier."""
         ids = tokens.sequence_ids
         by_entropy = torch.argsort(tokens.entropies, descending=True, stable=True)

@@ -19,7 +19,7 @@ def pack(
     crossover_tokens: float = math.inf,
     counted: Sequence[TrainingSequence] | None = None,
 ) -> list[list[TrainingBatch]]:
-    """The micro-batches of every rank for ONE optimiser step.
+    """The micro-batches of every rank for ONE optimizer step.
 
     All ranks get equally many: under ZeRO-3 a rank that runs one more forward pass than the
     others waits for ever. Where sequences do not suffice, a micro-batch repeats the shortest
@@ -59,7 +59,7 @@ def pack(
     bins = even_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
     filler = nothing_to_learn(sequences[int(lengths.argmin())])
     batches = [
-        # Attention takes sequences of one length together where they are neighbours.
+        # Attention takes sequences of one length together where they are neighbors.
         batch_of(
             [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler],
             counts,

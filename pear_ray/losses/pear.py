@@ -23,7 +23,7 @@ from torch import Tensor
 
 def pear_weights(
     target_logprobs: Tensor,
-    behaviour_logprobs: Tensor,
+    behavior_logprobs: Tensor,
     sequence_ids: Tensor,
     *,
     level: str,
@@ -36,7 +36,7 @@ def pear_weights(
 
     Args:
         target_logprobs: float [tokens], nats, under the model in training.
-        behaviour_logprobs: float [tokens], nats, under the policy that wrote the tokens.
+        behavior_logprobs: float [tokens], nats, under the policy that wrote the tokens.
         sequence_ids: int [tokens]; the tokens of one response are contiguous and share an id
             that the next response does not have.
         level: "token", "block" or "sequence".
@@ -53,10 +53,10 @@ def pear_weights(
     """
     if level not in LOG_WEIGHTS:
         raise ValueError(f"level: read {level!r}; expected one of {sorted(LOG_WEIGHTS)}")
-    if not target_logprobs.shape == behaviour_logprobs.shape == sequence_ids.shape:
+    if not target_logprobs.shape == behavior_logprobs.shape == sequence_ids.shape:
         raise ValueError(
             f"expected three tensors of one shape, read {tuple(target_logprobs.shape)},"
-            f" {tuple(behaviour_logprobs.shape)} and {tuple(sequence_ids.shape)}"
+            f" {tuple(behavior_logprobs.shape)} and {tuple(sequence_ids.shape)}"
         )
     if target_logprobs.ndim != 1:
         raise ValueError(f"expected 1-D tensors, read {target_logprobs.ndim} dimensions")
@@ -66,16 +66,16 @@ def pear_weights(
         )
     if target_logprobs.numel() == 0:
         return torch.empty_like(target_logprobs)
-    delta = (target_logprobs.detach().double() - behaviour_logprobs.detach().double()).clamp(
+    delta = (target_logprobs.detach().double() - behavior_logprobs.detach().double()).clamp(
         *clip_log_ratio
     )
-    segments = Segments.of(delta, sequence_ids)
+    segments = SequenceSegments.of(delta, sequence_ids)
     log_weights = LOG_WEIGHTS[level](segments, math.log(discount), block_size)
     return log_weights.clamp(*clip_log_weight).exp().to(target_logprobs.dtype)
 
 
 @dataclass(frozen=True)
-class Segments:
+class SequenceSegments:
     """Prefix sums of delta over a pack, and where each token's response begins and ends.
 
     All fields are [tokens]: `prefix` float64 inclusive sums over the whole pack, `delta` float64,
@@ -89,7 +89,7 @@ class Segments:
     index: Tensor
 
     @classmethod
-    def of(cls, delta: Tensor, sequence_ids: Tensor) -> Segments:
+    def of(cls, delta: Tensor, sequence_ids: Tensor) -> SequenceSegments:
         num_tokens = delta.numel()
         index = torch.arange(num_tokens, device=delta.device)
         edge = sequence_ids[1:] != sequence_ids[:-1]
@@ -105,19 +105,19 @@ class Segments:
         return self.prefix[self.last] - self.prefix[position]
 
 
-def _token(segments: Segments, log_discount: float, block_size: int) -> Tensor:
+def _token(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
     remaining = (segments.last - segments.index).double()
     return remaining * log_discount + segments.after(segments.index)
 
 
-def _block(segments: Segments, log_discount: float, block_size: int) -> Tensor:
+def _block(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
     block = (segments.index - segments.first) // block_size
     block_end = torch.minimum(segments.first + (block + 1) * block_size - 1, segments.last)
     remaining = (segments.last - block_end).double()
     return remaining * log_discount + segments.after(block_end)
 
 
-def _sequence(segments: Segments, log_discount: float, block_size: int) -> Tensor:
+def _sequence(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
     return segments.after(segments.first) + segments.delta[segments.first]
 
 

@@ -1,4 +1,4 @@
-"""What RL minimises: a loss for each token (`policy_losses`), a correction for tokens that another
+"""What RL minimizes: a loss for each token (`policy_losses`), a correction for tokens that another
 engine sampled, perhaps a KL penalty, and the average that is meant.
 
     loss = average over the step's tokens of  weight_t loss_t + coefficient KL_t
@@ -17,49 +17,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import Sums, Tokens
+from pear_ray.losses.inputs import LossInputs, LossOutputs
 from pear_ray.losses.policy_losses import MAX_LOG_RATIO, PolicyLoss, ratios_of
 
 
 @dataclass(frozen=True)
-class AsRatio:
+class RatioInLoss:
     """The old policy is the one that sampled, by the log-probs of the engine that did: what the two
     engines differ by is part of the loss's ratio, and within its clips is corrected by it."""
 
-    def log_ratios(self, tokens: Tokens) -> Tensor:
+    def log_ratios(self, tokens: LossInputs) -> Tensor:
         """The loss's log-ratio of each token, [n], with gradient."""
         return tokens.logprobs - tokens.sampled_logprobs
 
-    def weights(self, tokens: Tokens) -> Tensor:
+    def weights(self, tokens: LossInputs) -> Tensor:
         """What each token's loss is multiplied by, [n], without gradient."""
         return torch.ones_like(tokens.sampled_logprobs)
 
-    def facts(self, tokens: Tokens) -> dict[str, Tensor]:
+    def facts(self, tokens: LossInputs) -> dict[str, Tensor]:
         """Additive statistics of the correction."""
         return {}
 
 
 @dataclass(frozen=True)
-class Truncated:
+class TruncatedIS:
     """Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
     Off-Policy RL Training", 2025): each token's loss times sg[min(pi / pi_sampled, cap)].
 
-    The old policy is the model itself as it enters the step: a batch is used for one optimiser
+    The old policy is the model itself as it enters the step: a batch is used for one optimizer
     step, so the loss's ratio is 1 wherever it is read and only its gradient is left. Clips of the
     loss hold nothing here; the cap bounds what a token that is off-policy may weigh.
     """
 
     cap: float
 
-    def log_ratios(self, tokens: Tokens) -> Tensor:
+    def log_ratios(self, tokens: LossInputs) -> Tensor:
         """The loss's log-ratio of each token, [n]: 0, with the gradient of the log-prob."""
         return tokens.logprobs - tokens.logprobs.detach()
 
-    def weights(self, tokens: Tokens) -> Tensor:
+    def weights(self, tokens: LossInputs) -> Tensor:
         """What each token's loss is multiplied by, [n], without gradient."""
         return ratios_of(tokens.logprobs.detach() - tokens.sampled_logprobs).clamp(max=self.cap)
 
-    def facts(self, tokens: Tokens) -> dict[str, Tensor]:
+    def facts(self, tokens: LossInputs) -> dict[str, Tensor]:
         """`weight` and `weight_squared`, of which (sum w)^2 / sum w^2 / T is the effective sample
         size, and `truncated`, the tokens at the cap."""
         weights = self.weights(tokens).double()
@@ -75,7 +75,7 @@ class Truncated:
 class TokenMean:
     """1/T sum_t: every token of the step counts alike (DAPO, arXiv 2503.14476 section 3.3)."""
 
-    def factors(self, tokens: Tokens) -> Tensor:
+    def factors(self, tokens: LossInputs) -> Tensor:
         """What each token's loss is multiplied by before the learner divides by T, [n]."""
         return torch.ones_like(tokens.sampled_logprobs)
 
@@ -85,7 +85,7 @@ class SequenceMean:
     """1/N sum_s 1/|s| sum_{t in s}: every one of the N sequences counts alike, whatever its length
     (GRPO, arXiv 2402.03300 eq. 3)."""
 
-    def factors(self, tokens: Tokens) -> Tensor:
+    def factors(self, tokens: LossInputs) -> Tensor:
         """T / (N |s|) for each token of s, [n]."""
         lengths = tokens.lengths()[tokens.sequence_ids]
         return tokens.num_tokens_global / (tokens.num_sequences_global * lengths)
@@ -99,7 +99,7 @@ class ConstantLength:
 
     length: int
 
-    def factors(self, tokens: Tokens) -> Tensor:
+    def factors(self, tokens: LossInputs) -> Tensor:
         """T / (N length) for each token, [n]."""
         factor = tokens.num_tokens_global / (tokens.num_sequences_global * self.length)
         return torch.full_like(tokens.sampled_logprobs, factor)
@@ -116,7 +116,7 @@ class KlToReference:
 
     coefficient: float
 
-    def divergences(self, tokens: Tokens) -> Tensor:
+    def divergences(self, tokens: LossInputs) -> Tensor:
         """e^d - d - 1 of each token in nats, float32 [n], with gradient.
 
         Raises:
@@ -143,12 +143,12 @@ class PolicyGradient:
     """
 
     loss: PolicyLoss
-    correction: AsRatio | Truncated
+    correction: RatioInLoss | TruncatedIS
     aggregation: TokenMean | SequenceMean | ConstantLength
     penalty: KlToReference | None = None
     top_k = 0
 
-    def __call__(self, tokens: Tokens) -> Sums:
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
         terms = self.loss(self.correction.log_ratios(tokens), tokens)
         losses = self.correction.weights(tokens) * terms.losses
         facts = sampling_facts(tokens) | self.correction.facts(tokens)
@@ -157,14 +157,14 @@ class PolicyGradient:
             divergences = self.penalty.divergences(tokens)
             losses = losses + self.penalty.coefficient * divergences
             facts["reference_kl"] = divergences.detach().double().sum()
-        return Sums((self.aggregation.factors(tokens) * losses).sum(), facts)
+        return LossOutputs((self.aggregation.factors(tokens) * losses).sum(), facts)
 
     def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
         """The step's gradient is taken as it is."""
         return 1.0
 
 
-def sampling_facts(tokens: Tokens) -> dict[str, Tensor]:
+def sampling_facts(tokens: LossInputs) -> dict[str, Tensor]:
     """How the model in training stands to the policy that sampled, additive, in float64."""
     gaps = (tokens.logprobs.detach() - tokens.sampled_logprobs).double()
     gaps = gaps.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -1,4 +1,4 @@
-"""What RL minimises for one token, before any correction or average.
+"""What RL minimizes for one token, before any correction or average.
 
 Each loss maps the log-ratios of a micro-batch's trainable tokens, float32 [n] with gradient, to one
 loss for each. The ratio is that of the model in training to the policy that the loss calls old;
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 
 
 class Terms(NamedTuple):
@@ -41,11 +41,11 @@ class PpoClip:
     clip_low: float
     clip_high: float
 
-    def ratios(self, log_ratios: Tensor, tokens: Tokens) -> Tensor:
+    def ratios(self, log_ratios: Tensor, tokens: LossInputs) -> Tensor:
         """R of each token, [n], with gradient."""
         return ratios_of(log_ratios)
 
-    def __call__(self, log_ratios: Tensor, tokens: Tokens) -> Terms:
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> Terms:
         ratios = self.ratios(log_ratios, tokens)
         bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain = ratios * tokens.coefficients
@@ -63,7 +63,7 @@ class Gspo(PpoClip):
     all of them: averaged by `SequenceMean` it is the paper's mean over sequences.
     """
 
-    def ratios(self, log_ratios: Tensor, tokens: Tokens) -> Tensor:
+    def ratios(self, log_ratios: Tensor, tokens: LossInputs) -> Tensor:
         return ratios_of(tokens.means_by_sequence(log_ratios))[tokens.sequence_ids]
 
 
@@ -73,7 +73,7 @@ class Cispo(PpoClip):
     section 3.1): where PPO's clip takes the gradient of a token away, here it bounds its weight.
     The paper bounds the ratio from above only: clip_low = 1."""
 
-    def __call__(self, log_ratios: Tensor, tokens: Tokens) -> Terms:
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> Terms:
         ratios = self.ratios(log_ratios, tokens).detach()
         bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         clipped = (bounded != ratios) & (tokens.coefficients != 0)
@@ -98,7 +98,7 @@ class Nft:
 
     floor: float = 1.0
 
-    def __call__(self, log_ratios: Tensor, tokens: Tokens) -> Terms:
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> Terms:
         signal = tokens.coefficients != 0
         rates = torch.where(signal, tokens.coefficients.abs(), 0.5)
         weights = ((1 - rates) / rates).sqrt() * signal

@@ -1,4 +1,4 @@
-"""What SFT minimises. Each objective maps one micro-batch to SUMS over its tokens; the
+"""What SFT minimizes. Each objective maps one micro-batch to SUMS over its tokens; the
 learner divides once by the global token count, so no split of the batch changes the gradient.
 """
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import Sums, Tokens
+from pear_ray.losses.inputs import LossInputs, LossOutputs
 from pear_ray.losses.token_losses import Nll, TokenLoss, Unlikelihood
-from pear_ray.losses.weighting import AsTheyAre, Normalisation, Pear
+from pear_ray.losses.weighting import NoNormalization, Normalization, Pear
 from pear_ray.statistics import NUM_BINS, NUM_POSITIONS
 
 
@@ -27,14 +27,16 @@ class Supervised:
 
     loss: TokenLoss = field(default_factory=Nll)
 
-    def __call__(self, tokens: Tokens) -> Sums:
-        return Sums((tokens.coefficients.abs() * self.losses(tokens)).sum(), supervised(tokens))
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
+        return LossOutputs(
+            (tokens.coefficients.abs() * self.losses(tokens)).sum(), supervised(tokens)
+        )
 
     @property
     def top_k(self) -> int:
         return self.loss.top_k
 
-    def losses(self, tokens: Tokens) -> Tensor:
+    def losses(self, tokens: LossInputs) -> Tensor:
         """Loss of each token, [n], before weights and coefficients."""
         wrong = tokens.coefficients < 0
         return torch.where(wrong, Unlikelihood()(tokens), self.loss(tokens))
@@ -50,19 +52,19 @@ class Weighted(Supervised):
     (arXiv 2602.01058, section 3.2)."""
 
     weigh: Pear = field(kw_only=True)
-    normalisation: Normalisation = field(default_factory=AsTheyAre)
+    normalization: Normalization = field(default_factory=NoNormalization)
     sources: tuple[str, ...] = ()
 
-    def __call__(self, tokens: Tokens) -> Sums:
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
         weights = self.weigh(tokens)
-        applied = self.normalisation.applied(weights, tokens)
+        applied = self.normalization.applied(weights, tokens)
         loss = (applied * tokens.coefficients.abs() * self.losses(tokens)).sum()
-        return Sums(loss, supervised(tokens) | self.facts(weights, tokens))
+        return LossOutputs(loss, supervised(tokens) | self.facts(weights, tokens))
 
     def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        return self.normalisation.factor(float(facts["weight"]) / num_tokens)
+        return self.normalization.factor(float(facts["weight"]) / num_tokens)
 
-    def facts(self, weights: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+    def facts(self, weights: Tensor, tokens: LossInputs) -> dict[str, Tensor]:
         """Additive statistics of the weights; `statistics.weight_summary` reads them."""
         ratios = self.weigh.ratios(tokens).double()
         low, high = self.weigh.clip_log_ratio
@@ -95,8 +97,8 @@ class Weighted(Supervised):
         return facts
 
 
-def supervised(tokens: Tokens) -> dict[str, Tensor]:
-    """Facts of every SFT: the log-likelihood of the traces to be learned, whatever is minimised,
+def supervised(tokens: LossInputs) -> dict[str, Tensor]:
+    """Facts of every SFT: the log-likelihood of the traces to be learned, whatever is minimized,
     and the entropy at all places."""
     right = tokens.coefficients > 0
     return {
@@ -108,15 +110,15 @@ def supervised(tokens: Tokens) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TopMasses:
-    """Minimises nothing: how the probability of the `top_k` likeliest tokens is spread."""
+    """Minimizes nothing: how the probability of the `top_k` likeliest tokens is spread."""
 
     top_k: int
     num_bins: int = 1000
 
-    def __call__(self, tokens: Tokens) -> Sums:
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
         assert tokens.top_masses is not None
         bins = (tokens.top_masses * self.num_bins).long().clamp(0, self.num_bins - 1)
-        return Sums(tokens.logprobs.sum() * 0, {"histogram": histogram(bins, self.num_bins)})
+        return LossOutputs(tokens.logprobs.sum() * 0, {"histogram": histogram(bins, self.num_bins)})
 
     def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
         """There is no gradient."""

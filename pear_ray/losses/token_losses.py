@@ -1,4 +1,4 @@
-"""What SFT minimises for one token, before any weight: the base objectives.
+"""What SFT minimizes for one token, before any weight: the base objectives.
 
 Each maps the trainable tokens of a micro-batch to one loss per token, float32 [n], in nats or in
 units of them. p is the probability that the model in training gives the token of the data.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 
 
 class TokenLoss(ABC):
@@ -21,7 +21,7 @@ class TokenLoss(ABC):
     top_k = 0
 
     @abstractmethod
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         """Loss of each token, [n]."""
 
 
@@ -29,7 +29,7 @@ class TokenLoss(ABC):
 class Nll(TokenLoss):
     """-log p."""
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         return -tokens.logprobs
 
 
@@ -37,7 +37,7 @@ class Nll(TokenLoss):
 class Dft(TokenLoss):
     """-sg[p] log p: the gradient of p itself (Dynamic Fine-Tuning, arXiv 2508.05629)."""
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         return -tokens.logprobs.detach().exp() * tokens.logprobs
 
 
@@ -48,7 +48,7 @@ class TrSft(TokenLoss):
 
     alpha: float = 0.1
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         trust = (tokens.logprobs.detach().exp() / self.alpha).clamp(max=1.0)
         return -trust * tokens.logprobs
 
@@ -63,7 +63,7 @@ class SedSft(TokenLoss):
     top_k: int = 10
     top_mass: float = 0.95
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         assert tokens.top_masses is not None
         undecided = tokens.top_masses < self.top_mass
         return -tokens.logprobs + self.strength * undecided * (tokens.logprobs.exp() - 0.5) ** 2
@@ -76,13 +76,13 @@ class IwSft(TokenLoss):
     (iw-SFT, arXiv 2507.12856, and the bounds of its authors' trainer).
 
     The authors' reference is the frozen start model. Here it is whatever scored the corpus: the
-    behaviour policy, or the start model where the job scored it under that one.
+    behavior policy, or the start model where the job scored it under that one.
     """
 
     temperature: float = 1.0
     bounds: tuple[float, float] = (0.0, 16.0)
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
         means = tokens.means_by_sequence(ratios)
         weights = (self.temperature * means).exp().clamp(*self.bounds)
@@ -91,7 +91,7 @@ class IwSft(TokenLoss):
 
 @dataclass(frozen=True)
 class Kl(TokenLoss):
-    """KL(pi_beta || pi_theta) over the behaviour policy's stored likeliest tokens and one bucket
+    """KL(pi_beta || pi_theta) over the behavior policy's stored likeliest tokens and one bucket
     for all others: with k stored tokens S and remainders r = 1 - sum_S pi,
 
         sum_S pi_beta (log pi_beta - log pi_theta) + r_beta (log r_beta - log r_theta)
@@ -103,7 +103,7 @@ class Kl(TokenLoss):
 
     vocab_size: int
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         theirs, ours = tokens.teacher_logprobs, tokens.logprobs_of_teacher
         assert theirs is not None and ours is not None
         # Nothing times minus infinity would be NaN.
@@ -122,7 +122,7 @@ class Unlikelihood(TokenLoss):
 
     cap: float = 5.0
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: LossInputs) -> Tensor:
         return -log_complement(tokens.logprobs).clamp(min=-self.cap)
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.rank import predictors
-from pear_ray.rank.candidates import Candidate, Field, read
+from pear_ray.rank.candidates import Candidate, CandidateSet, read
 from pear_ray.rank.messages import advice, cautions
 from pear_ray.rank.moves import moves
-from pear_ray.run import Run, flatten, write_json
+from pear_ray.run import RunDir, flatten, write_json
 from pear_ray.statistics import bootstrap_interval, mean_with_interval
 
 log = logging.getLogger(__name__)
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Write ranking.json, ranking.csv and moves.json into RUN/rank."""
     found = ranking(job, read(job))
     with run.new_folder("rank") as folder:
@@ -46,15 +46,15 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         table.writerows(flat)
 
 
-def ranking(job: Job, field: Field) -> dict[str, Any]:
+def ranking(job: Job, field: CandidateSet) -> dict[str, Any]:
     """The whole document.
 
     Raises:
-        BadInput: rank.k is larger than the number of samples.
+        ConfigError: rank.k is larger than the number of samples.
     """
     k, seed = job.rank.k or max(job.evaluation.ks), job.run.seed
     if k > field.num_samples:
-        raise BadInput(
+        raise ConfigError(
             f"rank.k: read {k}; expected at most {field.num_samples} samples per problem"
         )
     beaten = dominated(field, seed)
@@ -88,7 +88,7 @@ def ranking(job: Job, field: Field) -> dict[str, Any]:
     return document | {"advice": advice(document), "cautions": cautions(document)}
 
 
-def dominated(field: Field, seed: int) -> dict[str, str]:
+def dominated(field: CandidateSet, seed: int) -> dict[str, str]:
     """Candidates that RL need not start from, and who is better: in pass@1 by more than the choice
     of problems explains, and in held-out loss where the two can be compared."""
     found: dict[str, str] = {}
@@ -103,7 +103,7 @@ def dominated(field: Field, seed: int) -> dict[str, str]:
     return found
 
 
-def promises(job: Job, field: Field, candidate: Candidate, k: int) -> dict[str, Any]:
+def promises(job: Job, field: CandidateSet, candidate: Candidate, k: int) -> dict[str, Any]:
     """The predictors of one candidate."""
     num_samples, group_size = field.num_samples, job.rl.group_size
     is_known = num_samples >= group_size
@@ -125,13 +125,13 @@ def promises(job: Job, field: Field, candidate: Candidate, k: int) -> dict[str, 
             predictors.share_without_signal(num_samples, counts, group_size) if is_known else None
         ),
         "entropy": card["entropy"],
-        "truncated_share": card["truncated_share"],
+        "clipped_ratio": card["clipped_ratio"],
         "after_rl": candidate.after_rl,
     }
 
 
 def leads(
-    field: Field, order: list[Candidate], beaten: dict[str, str], k: int, seed: int
+    field: CandidateSet, order: list[Candidate], beaten: dict[str, str], k: int, seed: int
 ) -> dict[str, Any]:
     """The first one's lead in pass@k over each other that was not dropped, the nearest first,
     paired over problems."""
@@ -140,7 +140,7 @@ def leads(
     return {label: mean_with_interval(lead, seed) for label, lead in ahead.items()}
 
 
-def track_record(field: Field, k: int, seed: int) -> dict[str, Any]:
+def track_record(field: CandidateSet, k: int, seed: int) -> dict[str, Any]:
     """How each predictor fared on the candidates whose result after RL is known."""
     known = [c for c in field.candidates if c.after_rl is not None]
     record: dict[str, Any] = {"num_known": len(known), "predictors": {}}
@@ -167,7 +167,7 @@ def track_record(field: Field, k: int, seed: int) -> dict[str, Any]:
     return record
 
 
-def foretell(field: Field, document: dict[str, Any]) -> None:
+def foretell(field: CandidateSet, document: dict[str, Any]) -> None:
     """Add what the line from pass@k to known results says of each candidate."""
     rows = document["candidates"]
     known = [row for row in rows if row["after_rl"] is not None]

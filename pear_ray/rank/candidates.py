@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput, Job, is_after_rl, read_job, start_of
+from pear_ray.config import ConfigError, Job, is_after_rl, read_job, start_of
 from pear_ray.statistics import mean_pass_at_k, overtraining
 
 # What must be alike for counts of right answers to be compared.
@@ -37,7 +37,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Field:
+class CandidateSet:
     """All candidates, evaluated on the same problems in the same way."""
 
     problem_ids: tuple[str, ...]
@@ -54,11 +54,11 @@ class Field:
         return mean_pass_at_k(self.num_samples, candidate.num_correct, k)
 
 
-def read(job: Job) -> Field:
+def read(job: Job) -> CandidateSet:
     """The candidates of the job's own run and of those in `rank.runs`.
 
     Raises:
-        BadInput: nothing was evaluated, attempts are missing, or evaluations cannot be compared.
+        ConfigError: nothing was evaluated, attempts are missing, or evaluations cannot be compared.
     """
     folders = {"": job.folder} | {f"{folder}:": Path(folder) for folder in job.rank.runs}
     cards = {folder: scorecard(folder) for folder in folders.values()}
@@ -68,7 +68,7 @@ def read(job: Job) -> Field:
     for prefix, folder in folders.items():
         counts, theirs = attempts(folder, cards[folder])
         if problem_ids and theirs != problem_ids:
-            raise BadInput(
+            raise ConfigError(
                 f"{folder}/evaluate/attempts.parquet: {len(set(theirs) & set(problem_ids))} of"
                 f" {len(theirs)} problems are those of {job.folder}; expected the same problems"
                 " (tasks, evaluation.num_problems, run.seed)"
@@ -78,39 +78,41 @@ def read(job: Job) -> Field:
     named = {candidate.label for candidate in candidates}
     for field in ("after_rl", "trained_on"):
         if unknown := sorted(getattr(job.rank, field).keys() - named):
-            raise BadInput(f"rank.{field}: read {unknown}; expected names among {sorted(named)}")
+            raise ConfigError(f"rank.{field}: read {unknown}; expected names among {sorted(named)}")
     if len(candidates) < 2:
-        raise BadInput(
+        raise ConfigError(
             f"{job.folder}/evaluate/scorecard.json: read {len(candidates)} checkpoints that RL"
             f" could start from, {sorted(named)}; expected at least two (evaluation.checkpoints,"
             " rank.runs)"
         )
     sampler = {key: cards[job.folder].get(key) for key in SAMPLER}
-    return Field(problem_ids, sampler, tuple(candidates))
+    return CandidateSet(problem_ids, sampler, tuple(candidates))
 
 
 def scorecard(folder: Path) -> dict[str, Any]:
     """What stage `evaluate` found in a run folder.
 
     Raises:
-        BadInput: it has not run there, or its file is torn.
+        ConfigError: it has not run there, or its file is torn.
     """
     path = folder / "evaluate" / "scorecard.json"
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read; expected what stage `evaluate` writes") from error
+        raise ConfigError(
+            f"{path}: cannot be read; expected what stage `evaluate` writes"
+        ) from error
     except ValueError as error:
-        raise BadInput(f"{path}: is not JSON: {error}") from error
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
 
 
 def refuse_other_samplers(cards: dict[Path, dict[str, Any]]) -> None:
-    """Raises BadInput where two evaluations did not sample alike."""
+    """Raises ConfigError where two evaluations did not sample alike."""
     (own, first), *others = cards.items()
     for folder, card in others:
         for key in SAMPLER:
             if card.get(key) != first.get(key):
-                raise BadInput(
+                raise ConfigError(
                     f"{folder}/evaluate/scorecard.json: {key}: read {card.get(key)}; expected"
                     f" {first.get(key)}, as in {own}"
                 )
@@ -120,11 +122,11 @@ def attempts(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndarray],
     """Right answers by checkpoint, int64 [problems], and the problems, in order.
 
     Raises:
-        BadInput: an answer is missing, or one is there twice.
+        ConfigError: an answer is missing, or one is there twice.
     """
     path = folder / "evaluate" / "attempts.parquet"
     if not path.exists():
-        raise BadInput(f"{path}: missing; expected what stage `evaluate` writes")
+        raise ConfigError(f"{path}: missing; expected what stage `evaluate` writes")
     table = pq.read_table(path, columns=["checkpoint", "problem_id", "correct"])
     grouped = table.group_by(["checkpoint", "problem_id"]).aggregate(
         [("correct", "sum"), ("correct", "count")]
@@ -138,7 +140,7 @@ def attempts(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndarray],
     for label in card["checkpoints"]:
         sampled = [found.get(label, {}).get(name, (0, 0))[1] for name in problem_ids]
         if not sampled or set(sampled) != {num_samples}:
-            raise BadInput(
+            raise ConfigError(
                 f"{path}: checkpoint {label!r}: read {sum(sampled)} answers; expected {num_samples}"
                 f" to each of {len(problem_ids)} problems"
             )

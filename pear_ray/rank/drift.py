@@ -13,7 +13,7 @@ from torch import Tensor
 DIRECTIONS, PASSES = 8, 8
 
 
-class Move(NamedTuple):
+class ParameterStep(NamedTuple):
     """Squared Frobenius norms of a tensor before a step and of the step."""
 
     before: float
@@ -25,11 +25,11 @@ class Move(NamedTuple):
         return math.sqrt(self.step / self.before) if self.before else None
 
 
-class Turn(NamedTuple):
+class StepPair(NamedTuple):
     """Two steps after each other, and their inner product."""
 
-    first: Move
-    second: Move
+    first: ParameterStep
+    second: ParameterStep
     product: float
 
     @property
@@ -39,21 +39,21 @@ class Turn(NamedTuple):
         return self.product / norms if norms else None
 
 
-def turn(start: Tensor, first_step: Tensor, second_step: Tensor) -> Turn:
+def turn(start: Tensor, first_step: Tensor, second_step: Tensor) -> StepPair:
     """From `start`, float32, by one step and then another."""
-    first = Move(squared(start), squared(first_step))
-    second = Move(squared(start + first_step), squared(second_step))
-    return Turn(first, second, float((first_step * second_step).sum(dtype=torch.float64)))
+    first = ParameterStep(squared(start), squared(first_step))
+    second = ParameterStep(squared(start + first_step), squared(second_step))
+    return StepPair(first, second, float((first_step * second_step).sum(dtype=torch.float64)))
 
 
-def total(turns: Iterable[Turn]) -> Turn:
+def total(turns: Iterable[StepPair]) -> StepPair:
     """That of all tensors as one vector."""
     turns = list(turns)
     first, second = (
-        Move(sum(m.before for m in moves), sum(m.step for m in moves))
+        ParameterStep(sum(m.before for m in moves), sum(m.step for m in moves))
         for moves in ([t.first for t in turns], [t.second for t in turns])
     )
-    return Turn(first, second, sum(t.product for t in turns))
+    return StepPair(first, second, sum(t.product for t in turns))
 
 
 def stable_rank(step: Tensor) -> float | None:

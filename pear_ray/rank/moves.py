@@ -39,7 +39,7 @@ def of_arm(models: list[dict[str, Any]]) -> dict[str, Any]:
     lacks, or has in another shape, are not compared (a tied head is stored by some and left out by
     others)."""
     names = [name for name in models[0] if all(name in files for files in models)]
-    turns: dict[str, drift.Turn] = {}
+    turns: dict[str, drift.StepPair] = {}
     ranks: dict[str, tuple[float | None, float | None]] = {}
     for name in names:
         start, middle, *after = (files[name].get_tensor(name).float() for files in models)
@@ -62,7 +62,7 @@ def of_arm(models: list[dict[str, Any]]) -> dict[str, Any]:
     return {**whole, "matrices": matrices}
 
 
-def in_numbers(turn: drift.Turn, has_rl: bool) -> dict[str, float | None]:
+def in_numbers(turn: drift.StepPair, has_rl: bool) -> dict[str, float | None]:
     """The two moves and the angle between them."""
     return {
         "sft_move": turn.first.relative,

@@ -20,7 +20,7 @@ import jinja2
 from pear_ray.config import TRAINING_STAGES, Job
 from pear_ray.report.diagnostics import agreement, happened, scores, spent, weights
 from pear_ray.report.format import as_markdown, clock, interval, number
-from pear_ray.report.load import Measured, read
+from pear_ray.report.load import RunData, read
 from pear_ray.report.ranking import choice
 from pear_ray.report.results import (
     NOISE,
@@ -35,10 +35,10 @@ from pear_ray.report.results import (
 )
 from pear_ray.report.section import Cell, Section, Table
 from pear_ray.report.study import study, study_caution, study_verdict
-from pear_ray.run import Run
+from pear_ray.run import RunDir
 
 WIDTH = 100
-SECTIONS: tuple[Callable[[Measured], Section | str], ...] = (
+SECTIONS: tuple[Callable[[RunData], Section | str], ...] = (
     results,
     differences,
     choice,
@@ -53,7 +53,7 @@ SECTIONS: tuple[Callable[[Measured], Section | str], ...] = (
 """In the order of the page. One that has nothing to show says what is missing."""
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Write index.html, report.md and report.csv into RUN/report."""
     measured = read(run.folder)
     first = (study,) if measured.study else ()
@@ -67,7 +67,7 @@ def run(job: Job, run: Run) -> dict[str, Any]:
     return {"page": str(run.folder / "report" / "index.html")}
 
 
-def page(measured: Measured, sections: list[Section], absent: list[str]) -> str:
+def page(measured: RunData, sections: list[Section], absent: list[str]) -> str:
     """The page: it holds all that it shows, and asks nothing of the network."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -75,7 +75,7 @@ def page(measured: Measured, sections: list[Section], absent: list[str]) -> str:
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
     return template.render(
         name=measured.own.name,
-        verdict=verdict(measured),
+        grade=grade(measured),
         caution=caution(measured),
         absent=absent,
         sections=sections,
@@ -86,7 +86,7 @@ def page(measured: Measured, sections: list[Section], absent: list[str]) -> str:
     )
 
 
-def verdict(measured: Measured) -> str:
+def grade(measured: RunData) -> str:
     """The result in a sentence that says no more than the numbers."""
     if measured.study:
         return study_verdict(measured)
@@ -123,7 +123,7 @@ def verdict(measured: Measured) -> str:
     )
 
 
-def caution(measured: Measured) -> str:
+def caution(measured: RunData) -> str:
     """What one seed cannot show."""
     if measured.study:
         return study_caution(measured)
@@ -135,12 +135,12 @@ def caution(measured: Measured) -> str:
     )
 
 
-def markdown(measured: Measured, absent: list[str]) -> str:
+def markdown(measured: RunData, absent: list[str]) -> str:
     """The tables for a terminal or a pull request, the table of arms first."""
     tables = list(study(measured).tables) if measured.study else []
     if measured.cards and not tables:
         tables = [arms_by_k(measured)]
-    told = [textwrap.fill(text, WIDTH) for text in (verdict(measured), caution(measured))]
+    told = [textwrap.fill(text, WIDTH) for text in (grade(measured), caution(measured))]
     if absent:
         told.append(textwrap.fill(f"Not in this run: {'; '.join(absent)}.", WIDTH))
     against = differences(measured) if not measured.study else ""
@@ -154,7 +154,7 @@ def markdown(measured: Measured, absent: list[str]) -> str:
     )
 
 
-def arms_by_k(measured: Measured) -> Table:
+def arms_by_k(measured: RunData) -> Table:
     """The table of arms, narrow enough for a terminal."""
     rows: list[tuple[Cell, ...]] = []
     for k in measured.ks:
@@ -166,7 +166,7 @@ def arms_by_k(measured: Measured) -> Table:
     )
 
 
-def spreadsheet(measured: Measured) -> str:
+def spreadsheet(measured: RunData) -> str:
     """One row per checkpoint, evaluated or only trained; a cell is empty where nothing is known."""
     of_arms = {f"{a.prefix}{s}": (a, s) for a in measured.arms for s in TRAINING_STAGES if a.of(s)}
     rows = []

@@ -8,7 +8,7 @@ import numpy as np
 
 from pear_ray.report.figures import Line, by_step, draw, gathered
 from pear_ray.report.format import NONE, clock, ends, largest, mean, number, share
-from pear_ray.report.load import Home, Measured, as_floats
+from pear_ray.report.load import ArmData, RunData, as_floats
 from pear_ray.report.section import Cell, Panel, Section, Table, known
 
 WANTED_GAP = 1e-4
@@ -16,7 +16,7 @@ WANTED_GAP = 1e-4
 MAX_EVENTS = 200
 
 
-def weights(measured: Measured) -> Section | str:
+def weights(measured: RunData) -> Section | str:
     """What the importance weights did."""
     weighted = [arm for arm in measured.arms if arm.weighted]
     if not weighted:
@@ -37,14 +37,14 @@ def weights(measured: Measured) -> Section | str:
     )
 
 
-def first_weights(arm: Home) -> dict[str, np.ndarray]:
+def first_weights(arm: ArmData) -> dict[str, np.ndarray]:
     """First-token weight of every source, by step."""
     rows = [row["first_weight_by_source"] for row in arm.weighted]
     sources = sorted({source for row in rows for source in row})
     return {source: as_floats(row.get(source) for row in rows) for source in sources}
 
 
-def first_weight_table(weighted: list[Home]) -> Table:
+def first_weight_table(weighted: list[ArmData]) -> Table:
     """Arm by source."""
     rows: list[tuple[Cell, ...]] = []
     for arm in weighted:
@@ -55,7 +55,7 @@ def first_weight_table(weighted: list[Home]) -> Table:
     return Table(header, tuple(rows), "Weight of the first token, by source")
 
 
-def weight_table(weighted: list[Home]) -> Table:
+def weight_table(weighted: list[ArmData]) -> Table:
     """Means over all steps, one row per arm."""
     columns = {
         "mean_weight": "mean weight",
@@ -73,7 +73,7 @@ def weight_table(weighted: list[Home]) -> Table:
     return Table(("arm", *columns.values()), tuple(rows), "Means over all steps; shares of tokens")
 
 
-def weight_panels(arm: Home) -> list[Panel | None]:
+def weight_panels(arm: ArmData) -> list[Panel | None]:
     """Weights of one arm: by source, at the bounds, their spread, and along the answer."""
     rows = arm.weighted
     steps = as_floats(row["step"] for row in rows)
@@ -116,12 +116,12 @@ def along_answer(rows: list[dict[str, Any]]) -> Line:
     return Line((np.arange(num_parts) + 0.5) / num_parts, np.array([mean(c) for c in table.T]))
 
 
-def scores(measured: Measured) -> Section | str:
-    """The behaviour policies' log-probs."""
+def scores(measured: RunData) -> Section | str:
+    """The behavior policies' log-probs."""
     facts = measured.own.manifest.get("stages", {}).get("score", {}).get("facts")
     if not facts:
         return "scores of the corpus (stage score has not run in this folder)"
-    origins = ("from_behaviour", "from_recorded", "from_reference")
+    origins = ("from_behavior", "from_recorded", "from_reference")
     by_source = tuple(
         (
             source,
@@ -156,7 +156,7 @@ def scores(measured: Measured) -> Section | str:
                 by_source,
             ),
             Table(
-                ("behaviour model", "probe rows", "bias, nats", "spread, nats",
+                ("behavior model", "probe rows", "bias, nats", "spread, nats",
                  "mean gap, nats", "largest gap, nats"),
                 by_model,
             ),
@@ -164,7 +164,7 @@ def scores(measured: Measured) -> Section | str:
     )  # fmt: skip
 
 
-def agreement(measured: Measured) -> Section | str:
+def agreement(measured: RunData) -> Section | str:
     """Generator against learner."""
     arms = [arm for arm in measured.arms if arm.last]
     if not arms:
@@ -181,13 +181,13 @@ def agreement(measured: Measured) -> Section | str:
     )
     rows: list[tuple[Cell, ...]] = []
     for arm in arms:
-        gaps = arm.values(arm.last_stage, "probe_gap_max")
-        names = ("mismatch_mean", "ratio_mean", "clipped_share", "effective_sample_size")
+        gaps = arm.values(arm.last_stage, "logprob_parity_max")
+        names = ("mismatch_mean", "ratio_mean", "clip_frac", "effective_sample_size")
         means = [number(mean(arm.values(arm.last_stage, name))) for name in names]
         above = f"{np.count_nonzero(gaps > WANTED_GAP)} of {len(gaps)}"
         stale = number(largest(arm.values(arm.last_stage, "staleness_max")), digits=0)
         rows.append((arm.name, number(largest(gaps)), above, *means, stale))
-    lines = {arm.name: by_step(arm.last, "probe_gap_max", np.max) for arm in arms}
+    lines = {arm.name: by_step(arm.last, "logprob_parity_max", np.max) for arm in arms}
     return Section(
         "Do generators and learners hold the same weights?",
         "At every step a fixed set of answers, the probe, is scored by both sides under the same"
@@ -199,7 +199,7 @@ def agreement(measured: Measured) -> Section | str:
     )
 
 
-def spent(measured: Measured) -> Section | str:
+def spent(measured: RunData) -> Section | str:
     """Where the time went."""
     rows: list[tuple[Cell, ...]] = []
     for home in measured.homes:
@@ -226,9 +226,9 @@ def spent(measured: Measured) -> Section | str:
     )
 
 
-def step_tables(arms: list[Home]) -> list[Table]:
+def step_tables(arms: list[ArmData]) -> list[Table]:
     """Mean seconds of one RL step, by what they went to on either side."""
-    learners = {"wait_seconds": "wait for rollouts", "learn_seconds": "learn"}
+    learners = {"wait_seconds": "wait for rollouts", "train_seconds": "learn"}
     learners |= {"publish_seconds": "publish weights"}
     generators = {"pause_seconds": "take over weights", "generator_idle_seconds": "idle"}
     tables = []
@@ -244,7 +244,7 @@ def step_tables(arms: list[Home]) -> list[Table]:
     return tables
 
 
-def happened(measured: Measured) -> Section | str:
+def happened(measured: RunData) -> Section | str:
     """What was out of the ordinary."""
     found = [(home.name, event) for home in measured.homes for event in home.events]
     if not found:

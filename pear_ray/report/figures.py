@@ -24,9 +24,9 @@ MAX_NAME = 40
 MAX_LINES_INSIDE = 4
 """With more, the legend would hide them and stands below."""
 INK = "#102030"
-"""Stands for the text colour of the page until the SVG is written."""
+"""Stands for the text color of the page until the SVG is written."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Colours that colour-blind people can tell apart (Okabe and Ito)."""
+"""Colors that color-blind people can tell apart (Okabe and Ito)."""
 DASHES = ("-", "--", "-.", ":")
 INKED = (
     "text.color",
@@ -68,7 +68,7 @@ def by_step(rows: Sequence[Mapping[str, Any]], key: str, pick: Callable = np.mea
 
 
 def gathered(x: np.ndarray, y: np.ndarray, pick: Callable = np.mean) -> Line:
-    """The known points, or as many groups of neighbours as a figure can show."""
+    """The known points, or as many groups of neighbors as a figure can show."""
     known = np.isfinite(y)
     x, y = x[known], y[known]
     if len(y) <= MAX_POINTS:
@@ -154,7 +154,7 @@ def trace(axes: Any, line: Line, style: dict[str, Any], apart: bool, log: bool) 
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over `width` neighbours, fewer at the ends."""
+    """Mean over `width` neighbors, fewer at the ends."""
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import TRAINING_STAGES, BadInput, Cooperate, last_stage_with, start_of
+from pear_ray.config import TRAINING_STAGES, ConfigError, Cooperate, last_stage_with, start_of
 from pear_ray.run import flatten
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Home:
+class ArmData:
     """One run folder: the run's own, or that of an arm.
 
     `prefix` begins the labels of its checkpoints, `last_stage` is the one that it ends with,
@@ -62,12 +62,12 @@ class Home:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunData:
     """Everything that was read: the run's own folder, its arms, the job, evaluation, ranking,
     moves of parameters, study, and every checkpoint's first answer to each problem."""
 
-    own: Home
-    arms: tuple[Home, ...]
+    own: ArmData
+    arms: tuple[ArmData, ...]
     job: dict[str, Any]
     scorecard: dict[str, Any]
     ranking: dict[str, Any]
@@ -76,7 +76,7 @@ class Measured:
     answers: Rows
 
     @property
-    def homes(self) -> list[Home]:
+    def homes(self) -> list[ArmData]:
         """Every folder, the run's own first."""
         return [self.own, *(arm for arm in self.arms if arm is not self.own)]
 
@@ -90,7 +90,7 @@ class Measured:
         """Every k of the pass@k that were computed."""
         return sorted({int(k) for card in self.cards.values() for k in card["pass_at_k"]})
 
-    def before_rl(self, home: Home) -> str:
+    def before_rl(self, home: ArmData) -> str:
         """Label of the checkpoint that the last stage began with."""
         trained = [f"{home.prefix}sft"] if home.of("sft") else []
         return start_of(home.after_rl, [*self.cards, *trained]) or "base"
@@ -115,11 +115,11 @@ def as_floats(values: Iterable[Any]) -> np.ndarray:
     return np.array([np.nan if value is None else float(value) for value in values], np.float64)
 
 
-def read(folder: Path) -> Measured:
+def read(folder: Path) -> RunData:
     """Everything in the run folder that a report can show.
 
     Raises:
-        BadInput: there is nothing to show, or a file is not what its stage writes.
+        ConfigError: there is nothing to show, or a file is not what its stage writes.
     """
     job = read_json(folder / "config.json")
     alone = {"cooperate": job.get("cooperate") and {}}
@@ -140,14 +140,14 @@ def read(folder: Path) -> Measured:
     )
     own = homes[0]
     if not arms and not labels and not own.of("score"):
-        raise BadInput(
+        raise ConfigError(
             f"{folder}: holds nothing to report; expected rows of score, sft, rl or cooperate in"
             " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
         )
     ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
     study = read_json(folder / "study" / "study.json")
     answers = read_first_answers(folder / "evaluate" / "attempts.parquet")
-    return Measured(own, arms, job, scorecard, ranking, moves, study, answers)
+    return RunData(own, arms, job, scorecard, ranking, moves, study, answers)
 
 
 def in_words(arm: dict[str, Any], job: dict[str, Any]) -> str:
@@ -161,21 +161,21 @@ def in_words(arm: dict[str, Any], job: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def read_home(folder: Path, name: str, prefix: str, said: dict[str, Any], settings: str) -> Home:
+def read_home(folder: Path, name: str, prefix: str, said: dict[str, Any], settings: str) -> ArmData:
     """One run folder, of the arm or the job that this is said of."""
     rows: dict[str, Rows] = {}
     for row in read_lines(folder / "metrics.jsonl"):
         rows.setdefault(row["stage"], []).append(row)
     manifest, events = read_json(folder / "manifest.json"), read_lines(folder / "events.jsonl")
     last_stage = last_stage_with(said.get("cooperate"))
-    return Home(name, prefix, last_stage, settings, manifest, rows, events)
+    return ArmData(name, prefix, last_stage, settings, manifest, rows, events)
 
 
 def read_first_answers(path: Path) -> Rows:
     """One answer of each checkpoint to each problem.
 
     Raises:
-        BadInput: the file is not what stage `evaluate` writes.
+        ConfigError: the file is not what stage `evaluate` writes.
     """
     if not path.exists():
         return []
@@ -183,7 +183,7 @@ def read_first_answers(path: Path) -> Rows:
     try:
         table = pq.read_table(path, columns=columns, filters=[("sample", "==", 0)])
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise BadInput(f"{path}: {error}; expected what stage `evaluate` writes") from error
+        raise ConfigError(f"{path}: {error}; expected what stage `evaluate` writes") from error
     return table.to_pylist()
 
 
@@ -191,12 +191,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file.
 
     Raises:
-        BadInput: it is none.
+        ConfigError: it is none.
     """
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise BadInput(f"{path}: {error}; expected the JSON that a stage writes") from error
+        raise ConfigError(f"{path}: {error}; expected the JSON that a stage writes") from error
 
 
 def read_lines(path: Path) -> Rows:

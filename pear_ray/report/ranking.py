@@ -11,11 +11,11 @@ import numpy as np
 from pear_ray.config import is_after_rl
 from pear_ray.report.figures import Line, draw
 from pear_ray.report.format import NONE, interval, number, share
-from pear_ray.report.load import Measured, as_floats
+from pear_ray.report.load import RunData, as_floats
 from pear_ray.report.section import Cell, Panel, Section, Table, known
 
 
-def choice(measured: Measured) -> Section | str:
+def choice(measured: RunData) -> Section | str:
     """The ranking of what RL could start from."""
     found = measured.ranking
     if not found:
@@ -72,7 +72,7 @@ def record_table(found: dict[str, Any]) -> Table:
     return Table(header, tuple(rows), caption)
 
 
-def move_table(measured: Measured) -> Table:
+def move_table(measured: RunData) -> Table:
     """How far SFT and RL moved the parameters, all as one vector."""
     keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
     rows: list[tuple[Cell, ...]] = []
@@ -93,7 +93,7 @@ def move_table(measured: Measured) -> Table:
     return Table(header, tuple(rows), caption)
 
 
-def curves(measured: Measured) -> Iterable[Panel | None]:
+def curves(measured: RunData) -> Iterable[Panel | None]:
     """pass@k by k, doubling, of the checkpoints before and of those after RL; of several seeds the
     mean, and how far they reach."""
     by_arm: dict[str, list[list[dict[str, float]]]] = {}

@@ -9,7 +9,7 @@ import numpy as np
 from pear_ray.config import is_after_rl
 from pear_ray.report.figures import Line, by_step, draw
 from pear_ray.report.format import NONE, from_to, interval, number, share
-from pear_ray.report.load import Measured, Rows, as_floats
+from pear_ray.report.load import Rows, RunData, as_floats
 from pear_ray.report.section import Cell, Panel, Section, Table, known
 from pear_ray.report.study import WHEN
 
@@ -23,7 +23,7 @@ MOST_BESIDE_EACH_OTHER, PROBLEMS_SHOWN, LONGEST_SHOWN = 8, 3, 600
 """Checkpoints, problems, and characters of an answer."""
 
 
-def results(measured: Measured) -> Section | str:
+def results(measured: RunData) -> Section | str:
     """The table of arms."""
     card = measured.scorecard
     if not card:
@@ -50,7 +50,7 @@ def results(measured: Measured) -> Section | str:
     )
 
 
-def checkpoint_pairs(measured: Measured) -> list[tuple[str, str, str, str]]:
+def checkpoint_pairs(measured: RunData) -> list[tuple[str, str, str, str]]:
     """Name, settings, and the labels of the checkpoints before and after RL."""
     own = {label for arm in measured.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
     others = [(label, NONE, label, "") for label in measured.cards if label not in own]
@@ -60,7 +60,7 @@ def checkpoint_pairs(measured: Measured) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def change(measured: Measured, before: str, after: str, k: int) -> str:
+def change(measured: RunData, before: str, after: str, k: int) -> str:
     """What RL changed, with its interval where the evaluation has paired the two."""
     paired = measured.difference(after, before, k)
     if paired:
@@ -69,7 +69,7 @@ def change(measured: Measured, before: str, after: str, k: int) -> str:
     return number(last["value"] - first["value"], signed=True) if first and last else NONE
 
 
-def before_and_after(measured: Measured, k: int) -> Panel | None:
+def before_and_after(measured: RunData, k: int) -> Panel | None:
     """pass@k of every arm at both ends of RL; in a study, means over seeds."""
     if measured.study:
         arms = measured.study["arms"].items()
@@ -97,7 +97,7 @@ def before_and_after(measured: Measured, k: int) -> Panel | None:
     )
 
 
-def differences(measured: Measured) -> Section | str:
+def differences(measured: RunData) -> Section | str:
     """Arms against each other on the same problems; a study compares them over seeds instead."""
     if measured.study:
         return "arms of one seed against each other (the study compares them over seeds)"
@@ -125,7 +125,7 @@ def differences(measured: Measured) -> Section | str:
     )
 
 
-def learning(measured: Measured) -> Section | str:
+def learning(measured: RunData) -> Section | str:
     """SFT and the stage after it, step by step."""
     if not any(arm.of("sft") or arm.last for arm in measured.arms):
         return "learning curves (no rows of sft, rl or cooperate in metrics.jsonl)"
@@ -142,7 +142,7 @@ def learning(measured: Measured) -> Section | str:
 
     return Section(
         "Learning",
-        "Thin: every step; thick: mean over neighbouring steps; of several seeds their mean, and a"
+        "Thin: every step; thick: mean over neighboring steps; of several seeds their mean, and a"
         " band from the lowest to the highest. The SFT loss of a weighted arm is"
         " weighted and cannot be compared with that of a plain one; the negative log-likelihood"
         " (nll) can. The pass rate is that of the training problems of each step. RL is stage rl or"
@@ -157,7 +157,7 @@ def learning(measured: Measured) -> Section | str:
                 curve(last, "pass_rate", "RL: pass rate", "share of answers"),
                 curve(last, "entropy", "RL: entropy", "nats per token"),
                 curve(last, "response_tokens_mean", "RL: answer length", "tokens"),
-                curve(last, "groups_without_signal_share", "RL: groups without signal", "share"),
+                curve(last, "frac_reward_zero_std", "RL: groups without signal", "share"),
                 curve(last, "grad_norm", "RL: gradient norm", "norm before clipping"),
                 curve(last, "trace_nll", "RL: negative log-likelihood of traces", "nats per token"),
                 curve(last, "cooperative_gain", "RL: gain over the shadow", "RL's objective"),
@@ -176,7 +176,7 @@ def over_seeds(seeds: list[Rows], key: str) -> Line:
     return Line(lines[0].x[:length], table.mean(0), table.min(0), table.max(0))
 
 
-def training_table(measured: Measured) -> Table:
+def training_table(measured: RunData) -> Table:
     """Where training began and ended, one row per arm."""
     header = ("arm", "SFT steps", "SFT nll, nats", "RL steps", "RL pass rate", "tokens per answer")
     rows = [
@@ -193,7 +193,7 @@ def training_table(measured: Measured) -> Table:
     return Table(header, tuple(rows))
 
 
-def answers(measured: Measured) -> Section | str:
+def answers(measured: RunData) -> Section | str:
     """What answers look like."""
     cards = measured.cards
     if not cards:
@@ -204,7 +204,7 @@ def answers(measured: Measured) -> Section | str:
         (
             label,
             number(card.get("response_tokens_mean")),
-            share(card.get("truncated_share")),
+            share(card.get("clipped_ratio")),
             number(card.get("mean_logprob")),
             number(card.get("heldout_nll")),
             *(share(card.get("parts", {}).get(part)) for part in parts),
@@ -224,7 +224,7 @@ def answers(measured: Measured) -> Section | str:
     )
 
 
-def side_by_side(measured: Measured) -> list[Table]:
+def side_by_side(measured: RunData) -> list[Table]:
     """What checkpoints wrote to the same problems: to those on which their verdicts differ most."""
     labels = list(measured.cards)[:MOST_BESIDE_EACH_OTHER]
     by_problem: dict[str, dict[str, dict[str, Any]]] = {}

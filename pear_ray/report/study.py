@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from pear_ray.report.format import interval, number
-from pear_ray.report.load import Measured
+from pear_ray.report.load import RunData
 from pear_ray.report.section import Cell, Section, Table
 
 WHEN = ("before RL", "after RL")
 
 
-def study(measured: Measured) -> Section:
+def study(measured: RunData) -> Section:
     """The table of arms, means over seeds, and their differences seed by seed."""
     found = measured.study
     plan = found["plan"]
     text = (
         f"Means over {len(found['seeds'])} seeds; in brackets Student's 95 % interval over seeds."
-        f" Primary measure, fixed beforehand: {plan['primary']}, against {found['against']}."
+        f" Primary measure, fixed beforehand: {plan['primary']}, against {found['baseline']}."
     )
     if plan["hypothesis"]:
         text += f" Expected beforehand: {plan['hypothesis']}"
@@ -49,19 +49,19 @@ def difference_table(found: dict[str, Any]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for row in found["differences"]:
         seeds = ", ".join(number(value, signed=True) for value in row["by_seed"])
-        pair = f"{row['arm']} - {row['against']}"
+        pair = f"{row['arm']} - {row['baseline']}"
         rows.append((pair, f"{row['of']} {row['when']}", interval(row, signed=True), seeds))
     header = ("pair", "of", "difference [95 %]", "seed by seed")
     return Table(header, tuple(rows), "Differences, paired over seeds")
 
 
-def study_verdict(measured: Measured) -> str:
+def study_verdict(measured: RunData) -> str:
     """The primary result in a sentence."""
     told = []
     for row in measured.study["primary"]:
         crosses = "includes" if row["low"] <= 0 <= row["high"] else "excludes"
         told.append(
-            f"{row['arm']} - {row['against']} {interval(row, signed=True)} (interval {crosses} 0)"
+            f"{row['arm']} - {row['baseline']} {interval(row, signed=True)} (interval {crosses} 0)"
         )
     num_seeds = len(measured.study["seeds"])
     return (
@@ -69,7 +69,7 @@ def study_verdict(measured: Measured) -> str:
     )
 
 
-def study_caution(measured: Measured) -> str:
+def study_caution(measured: RunData) -> str:
     """What the intervals cover."""
     return (
         f"Intervals are Student's over {len(measured.study['seeds'])} seeds and are not corrected"

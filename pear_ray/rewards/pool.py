@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from pear_ray.config import Rewards as Settings
 from pear_ray.config import TaskSpec
-from pear_ray.config import Verifier as Settings
-from pear_ray.records import Problem, Verdict
-from pear_ray.rewards.worker import SECONDS_PER_CALL, VerifierActor, late, no_verdict
+from pear_ray.records import Grade, Problem
+from pear_ray.rewards.worker import SECONDS_PER_CALL, RewardWorker, failed_grade, late
 
 MAX_ANSWERS_PER_CALL = 1024
 # One call is judged while the next one travels.
@@ -34,7 +34,7 @@ class _Order:
 
     key: Hashable
     answers: Sequence[tuple[Problem, str]]
-    verdicts: list[Verdict | None]
+    grades: list[Grade | None]
     num_missing: int
 
 
@@ -73,16 +73,16 @@ class _Process:
         return sum(len(call.items) for _, call in self.calls)
 
 
-class Verifiers(AbstractContextManager["Verifiers"]):
+class RewardPool(AbstractContextManager["RewardPool"]):
     """`settings.processes` processes with all tasks of a job, ended with the block.
 
     Answers wait here until a process has room, and then go there many at once: the more of them
     wait, the more in one call. An answer that is late is cut off in its process, or, where that
     does not listen, with it. A process that is late or dies is replaced, and what it had not
     finished is judged again: the answers of the call it was working on one by one, so that only
-    the one to blame goes without a verdict (`no_verdict`, with the reason in the note).
+    the one to blame goes without a verdict (`failed_grade`, with the reason in the note).
 
-        with Verifiers(job.tasks, job.verifier) as verifiers:
+        with Verifiers(job.tasks, job.rewards) as verifiers:
             verifiers.submit("group-17", [(problem, text) for text in texts])
             ...
             for key, verdicts in verifiers.finished(timeout_seconds=0.0):
@@ -119,7 +119,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         self._accept(key, answers)
         self._hand_out()
 
-    def finished(self, timeout_seconds: float) -> list[tuple[Hashable, list[Verdict]]]:
+    def finished(self, timeout_seconds: float) -> list[tuple[Hashable, list[Grade]]]:
         """Keys whose answers have all been judged, each once, with the verdicts in the order of
         the answers. What is ready comes at once; where nothing is, what comes first within
         `timeout_seconds`. Empty where nothing came, or nothing waits."""
@@ -131,7 +131,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         self._done.clear()
         return ready
 
-    def judge(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """A verdict for each (problem, answer), in order. Waits for them: every answer has its
         time, and every process its time to start."""
         order = self._accept(None, answers)
@@ -171,7 +171,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         answers = [order.answers[place] for order, place in call.items]
         if not process.calls:
             process.began = time.monotonic()
-        process.calls.append((process.actor.judge.remote(answers), call))
+        process.calls.append((process.actor.grade.remote(answers), call))
 
     def _next_items(self) -> list[_Item]:
         share = -(-len(self._fresh) // len(self._processes))
@@ -195,7 +195,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         if process.starting is not None:
             limit = START_SECONDS
         elif process.calls:
-            limit = self._settings.seconds_per_verdict + SECONDS_PER_CALL + GRACE_SECONDS
+            limit = self._settings.timeout_seconds + SECONDS_PER_CALL + GRACE_SECONDS
         else:
             return float("inf")
         return process.began + limit - time.monotonic()
@@ -207,7 +207,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         while process.calls and process.calls[0][0] in ready:
             reference, call = process.calls[0]
             try:
-                verdicts = ray.get(reference, timeout=GRACE_SECONDS)
+                grades = ray.get(reference, timeout=GRACE_SECONDS)
             except RayTaskError as error:
                 process.calls.popleft()
                 self._fail(call, error.cause)
@@ -215,7 +215,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
                 return self._replace_dead(process)
             else:
                 process.calls.popleft()
-                self._settle(call, verdicts)
+                self._settle(call, grades)
             process.began = time.monotonic()
         return process if self._seconds_left(process) > 0 else self._replace_late(process)
 
@@ -237,7 +237,7 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         self._num_failed_starts += 1
         if self._num_failed_starts >= MAX_FAILED_STARTS:
             raise RuntimeError(
-                f"verifier: processes failed to start {self._num_failed_starts} times: {reason}"
+                f"rewards: processes failed to start {self._num_failed_starts} times: {reason}"
             ) from reason
         return self._replace(process, process.alone)
 
@@ -269,24 +269,24 @@ class Verifiers(AbstractContextManager["Verifiers"]):
         if len(call.items) > 1:
             self._again.extend(_Call([item]) for item in call.items)
         else:
-            self._settle(call, [no_verdict(reason)])
+            self._settle(call, [failed_grade(reason)])
 
-    def _settle(self, call: _Call, verdicts: Sequence[Verdict]) -> None:
+    def _settle(self, call: _Call, grades: Sequence[Grade]) -> None:
         """Note the verdicts on the first answers of a call; the others wait again."""
-        for (order, place), verdict in zip(call.items, verdicts, strict=False):
-            order.verdicts[place] = verdict
+        for (order, place), grade in zip(call.items, grades, strict=False):
+            order.grades[place] = grade
             order.num_missing -= 1
             if not order.num_missing:
                 self._done.append(order)
-        self._num_waiting -= len(verdicts)
-        self._fresh.extendleft(reversed(call.items[len(verdicts) :]))
+        self._num_waiting -= len(grades)
+        self._fresh.extendleft(reversed(call.items[len(grades) :]))
 
     def _start(self, alone: _Call | None = None) -> _Process:
-        actor = VerifierActor.options(scheduling_strategy="SPREAD").remote(  # type: ignore[attr-defined]
+        actor = RewardWorker.options(scheduling_strategy="SPREAD").remote(  # type: ignore[attr-defined]
             self._specs, self._settings
         )
         return _Process(actor, actor.ready.remote(), alone, time.monotonic())
 
 
-def _verdicts_of(order: _Order) -> list[Verdict]:
-    return [verdict for verdict in order.verdicts if verdict is not None]
+def _verdicts_of(order: _Order) -> list[Grade]:
+    return [grade for grade in order.grades if grade is not None]

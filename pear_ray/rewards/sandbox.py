@@ -30,7 +30,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def take_network() -> bool:
+def deny_network() -> bool:
     """From now on this thread cannot make a socket but a Unix one: PermissionError. Returns whether
     that is so; where the system cannot do it, a warning says why."""
     try:

@@ -21,11 +21,11 @@ from typing import Any
 
 import ray
 
+from pear_ray.config import Rewards as Settings
 from pear_ray.config import TaskSpec
-from pear_ray.config import Verifier as Settings
-from pear_ray.records import Problem, Verdict
-from pear_ray.rewards.sandbox import take_network
-from pear_ray.tasks import make_judges
+from pear_ray.records import Grade, Problem
+from pear_ray.rewards.sandbox import deny_network
+from pear_ray.tasks import make_graders
 
 # A call ends early, so that one which is late for longer hangs in an answer.
 SECONDS_PER_CALL = 1.0
@@ -33,53 +33,53 @@ SECONDS_PER_CALL = 1.0
 SECONDS_TO_NEXT_ALARM = 1.0
 
 
-class Late(BaseException):
+class GradeTimeout(BaseException):
     """The alarm rang. No Exception: judges catch those."""
 
 
 @ray.remote(num_cpus=0)
-class VerifierActor:
+class RewardWorker:
     """All tasks of a job, judging one answer after another."""
 
     def __init__(self, specs: Sequence[TaskSpec], settings: Settings) -> None:
-        self._tasks = {task.name: task for task in make_judges(specs)}
+        self._tasks = {task.name: task for task in make_graders(specs)}
         self._settings, self._is_prepared = settings, False
         signal.signal(signal.SIGALRM, _ring)
 
     def ready(self) -> bool:
         return True
 
-    def judge(self, answers: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    def grade(self, answers: Sequence[tuple[Problem, str]]) -> list[Grade]:
         """Verdicts on the first answers, as many as a second is enough for, and at least one."""
         self._prepare()
-        verdicts: list[Verdict] = []
+        grades: list[Grade] = []
         began = time.monotonic()
         with memory_limit(self._settings.memory_mib):
             for problem, text in answers:
-                verdicts.append(self._verdict(problem, text))
+                grades.append(self._verdict(problem, text))
                 if time.monotonic() - began > SECONDS_PER_CALL:
                     break
-        return verdicts
+        return grades
 
     def _prepare(self) -> None:
         """Once tasks have read what they need, this thread, which judges, loses the network."""
         if not (self._is_prepared or self._settings.network):
-            take_network()
+            deny_network()
         self._is_prepared = True
 
-    def _verdict(self, problem: Problem, text: str) -> Verdict:
-        seconds = self._settings.seconds_per_verdict
+    def _verdict(self, problem: Problem, text: str) -> Grade:
+        seconds = self._settings.timeout_seconds
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds, SECONDS_TO_NEXT_ALARM)
-            return checked(self._tasks[problem.task].verdict(problem, text))
-        except Late:
-            return no_verdict(late(self._settings))
+            return checked(self._tasks[problem.task].grade(problem, text))
+        except GradeTimeout:
+            return failed_grade(late(self._settings))
         except MemoryError:
-            return no_verdict(
-                MemoryError(f"more than verifier.memory_mib = {self._settings.memory_mib} MiB")
+            return failed_grade(
+                MemoryError(f"more than rewards.memory_mib = {self._settings.memory_mib} MiB")
             )
         except BaseException as error:  # of a user's task: any, SystemExit too
-            return no_verdict(error)
+            return failed_grade(error)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -99,31 +99,29 @@ def memory_limit(mib: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def checked(verdict: Any) -> Verdict:
+def checked(grade: Any) -> Grade:
     """A verdict that can be learned from.
 
     Raises:
         TypeError: it is none.
         ValueError: its reward is no finite number.
     """
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"verdict: read {type(verdict).__name__}, expected a Verdict")
-    if not math.isfinite(verdict.reward):
-        raise ValueError(f"reward: read {verdict.reward}, expected a finite number")
-    return verdict
+    if not isinstance(grade, Grade):
+        raise TypeError(f"verdict: read {type(grade).__name__}, expected a Verdict")
+    if not math.isfinite(grade.reward):
+        raise ValueError(f"reward: read {grade.reward}, expected a finite number")
+    return grade
 
 
-def no_verdict(error: BaseException) -> Verdict:
+def failed_grade(error: BaseException) -> Grade:
     """What an answer gets that could not be judged: nothing, and the reason."""
-    return Verdict(0.0, False, {}, f"no verdict: {type(error).__name__}: {error}")
+    return Grade(0.0, False, {}, f"no verdict: {type(error).__name__}: {error}")
 
 
 def late(settings: Settings) -> TimeoutError:
     """The reason why an answer was not judged to the end."""
-    return TimeoutError(
-        f"more than verifier.seconds_per_verdict = {settings.seconds_per_verdict:g} s"
-    )
+    return TimeoutError(f"more than rewards.timeout_seconds = {settings.timeout_seconds:g} s")
 
 
 def _ring(number: int, frame: Any) -> None:
-    raise Late
+    raise GradeTimeout

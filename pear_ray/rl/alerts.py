@@ -3,7 +3,7 @@
 A rule maps the rows of a run so far, oldest first, to a sentence, or to None where there is nothing
 to say. Rows are those of the stage in metrics.jsonl, each with its `step`; a rule passes over rows
 that lack its metric. It keeps nothing itself: a run that begins again gives it the rows it has
-kept. Warnings speak of the newest row alone; rules for the end (`NotImproved`, `Reached`) keep
+kept. Warnings speak of the newest row alone; rules for the end (`Patience`, `Reached`) keep
 saying what they have once said.
 """
 
@@ -64,19 +64,19 @@ class FallingEntropy:
 @dataclass(frozen=True)
 class LittleSignal:
     """More than `max_share` of a step's groups of `group_size` answers have equal rewards, so that
-    nothing is learned from them. Reads `groups_without_signal_share` and `pass_rate`."""
+    nothing is learned from them. Reads `frac_reward_zero_std` and `pass_rate`."""
 
     group_size: int
     max_share: float = 0.5
 
     def __call__(self, rows: Sequence[Row]) -> str | None:
         newest = rows[-1:]
-        if not newest or not newest[0].get("groups_without_signal_share", 0) > self.max_share:
+        if not newest or not newest[0].get("frac_reward_zero_std", 0) > self.max_share:
             return None
         row, size = newest[0], self.group_size
         rate, border = row["pass_rate"], threshold_pass_rate(size)
         return (
-            f"step {row['step']}: {row['groups_without_signal_share']:.0%} of the groups carry no"
+            f"step {row['step']}: {row['frac_reward_zero_std']:.0%} of the groups carry no"
             f" signal, more than {self.max_share:.0%}; at a pass rate of {rate:.3f} the rewards of"
             f" a group of {size} have a variance of {reward_variance(rate, size):.3f}, and below"
             f" {border:.3f} or above {1 - border:.3f} most groups have none: other problems or"
@@ -85,7 +85,7 @@ class LittleSignal:
 
 
 @dataclass(frozen=True)
-class NotImproved:
+class Patience:
     """In the last `num_evaluations` rows that have `metric`, none is better than the best before
     them. `best` is `max` where more is better and `min` where less is. A value that is not a number
     is no improvement."""
@@ -112,8 +112,8 @@ class NotImproved:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """A row's `metric` is `value` or better; `best` as in `NotImproved`."""
+class TargetReached:
+    """A row's `metric` is `value` or better; `best` as in `Patience`."""
 
     metric: str
     value: float

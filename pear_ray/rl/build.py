@@ -1,4 +1,4 @@
-"""From a job's words to what RL minimises."""
+"""From a job's words to what RL minimizes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from pear_ray.config import Job
 from pear_ray.losses.policy import (
-    AsRatio,
     ConstantLength,
     KlToReference,
     PolicyGradient,
+    RatioInLoss,
     SequenceMean,
     TokenMean,
-    Truncated,
+    TruncatedIS,
 )
 from pear_ray.losses.policy_losses import Cispo, Gspo, Nft, PolicyLoss, PpoClip
 from pear_ray.records import Completion, RolloutGroup, TrainingSequence
-from pear_ray.rl.alerts import FallingEntropy, LittleSignal, LowEntropy, NotImproved, Reached
+from pear_ray.rl.alerts import FallingEntropy, LittleSignal, LowEntropy, Patience, TargetReached
 from pear_ray.rl.overlong import every_token, trainable_unless_truncated
 
 
@@ -39,8 +39,8 @@ def objective_of(job: Job) -> PolicyGradient:
     }
     return PolicyGradient(
         losses[rl.loss](),
-        AsRatio() if rl.correction == "ratio" else Truncated(rl.largest_weight),
-        aggregations[rl.aggregation](),
+        RatioInLoss() if rl.importance_sampling == "ratio" else TruncatedIS(rl.largest_weight),
+        aggregations[rl.loss_agg](),
         KlToReference(rl.kl_coefficient) if rl.kl_coefficient else None,
     )
 
@@ -102,11 +102,11 @@ def warnings_of(job: Job) -> list[LowEntropy | FallingEntropy | LittleSignal]:
     return [LowEntropy(), FallingEntropy(), LittleSignal(job.rl.group_size)]
 
 
-def ends_of(job: Job) -> list[NotImproved | Reached]:
+def ends_of(job: Job) -> list[Patience | TargetReached]:
     """What ends a run before its last step."""
-    ends: list[NotImproved | Reached] = []
-    if job.rl.stop_without_progress:
-        ends.append(NotImproved("pass_at_1", job.rl.stop_without_progress))
-    if job.rl.stop_at_pass_rate is not None:
-        ends.append(Reached("pass_at_1", job.rl.stop_at_pass_rate))
+    ends: list[Patience | TargetReached] = []
+    if job.rl.early_stopping_patience:
+        ends.append(Patience("pass_at_1", job.rl.early_stopping_patience))
+    if job.rl.target_pass_rate is not None:
+        ends.append(TargetReached("pass_at_1", job.rl.target_pass_rate))
     return ends

@@ -8,8 +8,8 @@ import numpy as np
 
 from pear_ray.config import Job
 from pear_ray.data.tokenizer import prompts_that_fit
-from pear_ray.engines.generator import Request
-from pear_ray.records import Completion, Problem, Verdict
+from pear_ray.engines.generator import SampleRequest
+from pear_ray.records import Completion, Grade, Problem
 from pear_ray.seeds import seed_of
 from pear_ray.statistics import bootstrap_interval
 from pear_ray.tasks import heldout_problems
@@ -19,13 +19,13 @@ Key = tuple[str, int, int]
 
 
 class Evaluation:
-    """pass@1 of every `rl.steps_per_evaluation`-th weight version, on the same problems with the
+    """pass@1 of every `rl.eval_every`-th weight version, on the same problems with the
     same seeds each time. While it runs engines get no newer weights and no other work, so each
     value is that of one version, and on-policy runs repeat to the bit."""
 
     def __init__(self, job: Job, path: str) -> None:
         self._settings, self._seed = job.evaluation, job.run.seed
-        self._every = job.rl.steps_per_evaluation
+        self._every = job.rl.eval_every
         self._problems = (
             heldout_problems(job.tasks, job.evaluation.num_problems, job.run.seed)
             if self._every
@@ -61,17 +61,17 @@ class Evaluation:
                 return tuple(versions[: number + 1])
         return tuple(versions)
 
-    def due(self, version: int) -> list[tuple[Key, Request]]:
+    def next_requests(self, version: int) -> list[tuple[Key, SampleRequest]]:
         """What to ask if the engines are about to serve `version`."""
         if not self._is_due(version):
             return []
         self._begun.add(version)
         self._version, self._correct = version, {}
-        work: list[tuple[Key, Request]] = []
+        work: list[tuple[Key, SampleRequest]] = []
         for number, problem in enumerate(self._problems):
             key = ("evaluation", version, number)
             self._open[key] = number
-            request = Request(
+            request = SampleRequest(
                 self._prompts[number],
                 self._settings.samples_per_problem,
                 seed_of(self._seed, "evaluate", problem.problem_id),
@@ -81,7 +81,9 @@ class Evaluation:
             work.append((key, request))
         return work
 
-    def answered(self, key: Hashable, answers: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
+    def add_completions(
+        self, key: Hashable, answers: tuple[Completion, ...]
+    ) -> list[tuple[Problem, str]]:
         """Note answers; returns what is to be judged, nothing of what was given up."""
         if key not in self._open:
             return []
@@ -89,12 +91,12 @@ class Evaluation:
         problem = self._problems[self._open[key]]
         return [(problem, answer.text) for answer in answers]
 
-    def judged(self, key: Hashable, verdicts: Sequence[Verdict]) -> None:
+    def add_rewards(self, key: Hashable, grades: Sequence[Grade]) -> None:
         """Note the verdicts on them."""
-        if key not in self._open or not verdicts:
+        if key not in self._open or not grades:
             return
         number = self._open.pop(key)
-        self._correct[number] = float(np.mean([verdict.correct for verdict in verdicts]))
+        self._correct[number] = float(np.mean([grade.correct for grade in grades]))
         if not self._open:
             self._finished[self._version] = self._numbers()
             self._answers = {}
@@ -116,6 +118,6 @@ class Evaluation:
             "pass_at_1": float(values.mean()),
             "pass_at_1_low": low,
             "pass_at_1_high": high,
-            "evaluated_tokens_mean": float(np.mean([len(a.token_ids) for a in answers])),
-            "evaluated_truncated_share": float(np.mean(cut)),
+            "eval_tokens_mean": float(np.mean([len(a.token_ids) for a in answers])),
+            "eval_clipped_ratio": float(np.mean(cut)),
         }

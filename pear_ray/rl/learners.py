@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from pear_ray.config import Job
-from pear_ray.data.batch_queue import Closed
+from pear_ray.data.batch_queue import QueueClosed
 from pear_ray.metrics import Tracker
 from pear_ray.records import TrainingBatch
-from pear_ray.rl.monitor import LogBook
-from pear_ray.rl.publisher import Desk, Probes
-from pear_ray.rl.rollouts import Rollouts
-from pear_ray.train.ray_train import Departures, Kept, begin, keep, newest, rank_and_count
+from pear_ray.rl.monitor import RunMonitor
+from pear_ray.rl.publisher import ParityCheck, WeightPublisher
+from pear_ray.rl.rollouts import RolloutBatch
+from pear_ray.train.ray_train import (
+    CheckpointRef,
+    PreemptionWatcher,
+    latest_checkpoint,
+    rank_and_count,
+    save_checkpoint,
+    setup_worker,
+)
 from pear_ray.weights.adapters import adapter_partitions
 
 if TYPE_CHECKING:
@@ -34,15 +41,15 @@ log = logging.getLogger(__name__)
 MEANS = {
     "entropy": "entropy",
     "ratio_mean": "ratio",
-    "clipped_share": "clipped",
+    "clip_frac": "clipped",
     "mismatch_mean": "mismatch",
     "mismatch_kl": "mismatch_kl",
-    "truncated_weight_share": "truncated",
+    "is_clip_frac": "truncated",
     "reference_kl": "reference_kl",
 }
 
 
-class Method(ABC):
+class TrainStep(ABC):
     """What a stage does with the rollouts of a step. `learners` by the names under which a
     checkpoint holds them, of which engines serve the first, and that one is exported."""
 
@@ -51,7 +58,9 @@ class Method(ABC):
         self.learner = next(iter(learners.values()))
 
     @abstractmethod
-    def step(self, step: int, rollouts: Rollouts) -> tuple[dict[str, float], list[TrainingBatch]]:
+    def step(
+        self, step: int, rollouts: RolloutBatch
+    ) -> tuple[dict[str, float], list[TrainingBatch]]:
         """Learn from the rollouts; returns numbers for a line of metrics.jsonl, and this rank's
         micro-batches."""
 
@@ -60,36 +69,38 @@ class Method(ABC):
         own, lora = self.learner.partitions(), self._job.learner.lora
         return own if lora is None else adapter_partitions(own, lora.alpha / lora.rank)
 
-    def restore(self, kept: Kept, scratch: Path) -> None:
+    def restore(self, kept: CheckpointRef, scratch: Path) -> None:
         """Go on from a checkpoint."""
         kept.restore(self._learners, scratch)
 
     def keep(self, next_step: int, next_problem: int) -> int:
         """Write a checkpoint; returns the step from which a broken run goes on at the earliest."""
-        seconds = self._job.learner.deadline_seconds
-        return keep(self._learners, next_step, seconds, next_problem=next_problem)
+        seconds = self._job.learner.timeout_seconds
+        return save_checkpoint(self._learners, next_step, seconds, next_problem=next_problem)
 
 
-def learn(make: Callable[[Job, dict[str, Any]], Method], config: dict[str, Any]) -> dict[str, Any]:
+def learn(
+    make: Callable[[Job, dict[str, Any]], TrainStep], config: dict[str, Any]
+) -> dict[str, Any]:
     """Step after step: take rollouts, learn from them, publish what came of it."""
     job, folder, stage = Job(**config["job"]), Path(config["folder"]), config["stage"]
-    begin(job, stage)
+    setup_worker(job, stage)
     rank, _ = rank_and_count()
     method = make(job, config)
     start = next_problem = 0
-    if (kept := newest()) is not None:
+    if (kept := latest_checkpoint()) is not None:
         method.restore(kept, folder / stage)
         start, next_problem = kept.notes["next_step"], kept.notes["next_problem"]
     tracker = Tracker(folder, stage, job.tracking).rewind(start) if rank == 0 else None
-    desk = Desk(job, config["board"], config["queue"], method.partitions)
-    probes, log_book = Probes(job, method.learner), LogBook(job, folder, stage, start)
-    departures, end = Departures(), None
+    desk = WeightPublisher(job, config["board"], config["queue"], method.partitions)
+    probes, log_book = ParityCheck(job, method.learner), RunMonitor(job, folder, stage, start)
+    departures, end = PreemptionWatcher(), None
     desk.publish(start, next_problem)
     for step in range(start, job.rl.steps):
         began = time.perf_counter()
         try:
             rollouts = desk.take(step)
-        except Closed as error:
+        except QueueClosed as error:
             # No other attempt would fare better: the stage says what became of the rollouts.
             return {"rollouts_ended": str(error)}
         taken = time.perf_counter()
@@ -97,16 +108,16 @@ def learn(make: Callable[[Job, dict[str, Any]], Method], config: dict[str, Any])
         gap = probes.check(step, rollouts)
         numbers, packs = method.step(step, rollouts)
         learned = time.perf_counter()
-        next_problem = rollouts.lesson.next_problem
+        next_problem = rollouts.batch.next_problem
         num_bytes = desk.publish(step + 1, next_problem)
         published = time.perf_counter()
         row = {
             **rollouts.numbers,
             **numbers,
             **evaluation_numbers(rollouts),
-            "probe_gap_max": gap,
+            "logprob_parity_max": gap,
             "wait_seconds": taken - began,
-            "learn_seconds": learned - taken,
+            "train_seconds": learned - taken,
             "publish_seconds": published - learned,
             "published_mib_per_rank": num_bytes / 2**20,
             "step_seconds": published - began,
@@ -120,10 +131,10 @@ def learn(make: Callable[[Job, dict[str, Any]], Method], config: dict[str, Any])
         if end:
             log.info("%s: ends early: %s", stage, end, extra={"step": step})
             break
-        is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and step + 1 < job.rl.steps
+        is_due = (step + 1) % job.learner.save_every == 0 and step + 1 < job.rl.steps
         if departures.any_new() or is_due:
             safe_step = method.keep(step + 1, next_problem)
-            seconds = job.learner.deadline_seconds
+            seconds = job.learner.timeout_seconds
             ray.get(desk.queue.forget_before.remote(safe_step), timeout=seconds)
     method.learner.export(folder / stage / "export", config["start"])
     if tracker:
@@ -145,7 +156,7 @@ def in_figures(job: Job, packs: Sequence[TrainingBatch], num_bytes: int) -> str:
     )
 
 
-def refuse_stale(job: Job, step: int, rollouts: Rollouts) -> None:
+def refuse_stale(job: Job, step: int, rollouts: RolloutBatch) -> None:
     """Raises RuntimeError where a token is older than rl.max_staleness allows."""
     lag = rollouts.numbers["staleness_max"]
     if lag > job.rl.max_staleness:
@@ -155,7 +166,7 @@ def refuse_stale(job: Job, step: int, rollouts: Rollouts) -> None:
         )
 
 
-def evaluation_numbers(rollouts: Rollouts) -> dict[str, float]:
+def evaluation_numbers(rollouts: RolloutBatch) -> dict[str, float]:
     """What was evaluated since the last step, the newest version of it."""
     if not rollouts.evaluations:
         return {}

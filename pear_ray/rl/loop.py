@@ -23,44 +23,46 @@ from typing import Any
 
 import ray
 
-from pear_ray.data.batch_queue import GRACE_SECONDS, StepQueue
+from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue
 from pear_ray.ray_cluster import connect, here
 from pear_ray.rl.replay import replay
-from pear_ray.rl.rollouts import LOOK_SECONDS, roll_out
-from pear_ray.rl.stage import Stage
+from pear_ray.rl.rollouts import LOOK_SECONDS, run_rollouts
+from pear_ray.rl.stage import RolloutStage
 from pear_ray.train.ray_train import train
-from pear_ray.train.supported import refuse_unsuitable
-from pear_ray.weights.registry import Board
+from pear_ray.train.supported import check_supported
+from pear_ray.weights.registry import PolicyVersions
 
 # Board and queue are started again where they die, and calls to them are repeated.
-LASTING = {"max_restarts": -1, "max_task_retries": -1}
+RESTARTABLE = {"max_restarts": -1, "max_task_retries": -1}
 
 
 def run(
-    stage: Stage, learn: Callable[[dict[str, Any]], Any], more: Mapping[str, Any] | None = None
+    stage: RolloutStage,
+    learn: Callable[[dict[str, Any]], Any],
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Start both sides, and end the one when the other ends. Ranks run `learn(config)`, of which
     `more` is a part."""
     job, folder = stage.job, stage.run.folder
-    refuse_unsuitable(job, stage.start)
+    check_supported(job, stage.start)
     connect()
-    options = LASTING | {"scheduling_strategy": here()}
-    board = Board.options(**options).remote()  # type: ignore[attr-defined]
-    queue = StepQueue.options(**options).remote()  # type: ignore[attr-defined]
+    options = RESTARTABLE | {"scheduling_strategy": here()}
+    versions_actor = PolicyVersions.options(**options).remote()  # type: ignore[attr-defined]
+    queue = BatchQueue.options(**options).remote()  # type: ignore[attr-defined]
     config = {
         "job": job.model_dump(),
         "folder": str(folder),
         "stage": stage.name,
         "start": stage.start,
-        "board": board,
+        "board": versions_actor,
         "queue": queue,
         **(more or {}),
     }
     ended = Event()
-    bring = roll_out if job.rl.replay is None else replay
+    bring = run_rollouts if job.rl.replay is None else replay
     with ThreadPoolExecutor(1) as executor:
         rollouts: Future[None] = executor.submit(
-            bring_or_say_why, bring, stage, board, queue, ended
+            bring_or_say_why, bring, stage, versions_actor, queue, ended
         )
         try:
             storage = folder / stage.name / f"{folder.name}-{stage.name}"
@@ -68,16 +70,20 @@ def run(
         finally:
             ended.set()
             with suppress(ray.exceptions.RayError):
-                ray.get(board.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
+                ray.get(
+                    versions_actor.close.remote("the learners have ended"), timeout=GRACE_SECONDS
+                )
     if "rollouts_ended" in facts:
         rollouts.result()
     return facts
 
 
-def bring_or_say_why(bring: Any, stage: Stage, board: Any, queue: Any, ended: Event) -> None:
+def bring_or_say_why(
+    bring: Any, stage: RolloutStage, versions_actor: Any, queue: Any, ended: Event
+) -> None:
     """Bring rollouts; where that fails, learners that wait for them hear why."""
     try:
-        bring(stage, board, queue, ended)
+        bring(stage, versions_actor, queue, ended)
     except BaseException as error:
         # Again and again: a queue that dies has forgotten it.
         while not ended.is_set():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pear_ray.config import Job
 from pear_ray.rl.build import ends_of, warnings_of
 from pear_ray.rl.publisher import from_first_rank
-from pear_ray.rl.rollouts import Rollouts
+from pear_ray.rl.rollouts import RolloutBatch
 from pear_ray.train.ray_train import rank_and_count
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 STEPS_OF_SILENCE = 20
 
 
-class LogBook:
+class RunMonitor:
     """The rows of a run so far: what is to be said of them, and which weights were best."""
 
     def __init__(self, job: Job, folder: Path, stage: str, first_step: int) -> None:
-        self._every, self._home = job.rl.steps_per_evaluation, folder / stage
+        self._every, self._home = job.rl.eval_every, folder / stage
         self._num_steps = job.rl.steps
         self._warnings, self._ends = warnings_of(job), ends_of(job)
         self._last_said: dict[type, int] = {}
@@ -48,7 +48,7 @@ class LogBook:
                     log.warning("%s: %s", self._home.name, text, extra={"step": step})
         return next((text for rule in self._ends if (text := rule(self._rows))), None)
 
-    def keep_best(self, learner: Learner, version: int, rollouts: Rollouts, start: str) -> None:
+    def keep_best(self, learner: Learner, version: int, rollouts: RolloutBatch, start: str) -> None:
         """Export weights that are going to be evaluated, and of those that were keep the best by
         pass@1, as RUN/STAGE/best."""
         candidates = self._home / "evaluated"

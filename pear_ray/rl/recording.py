@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.data.tokenizer import load_tokenizer
-from pear_ray.records import Completion, RolloutGroup, TrainingSequence, Verdict
-from pear_ray.rl.scheduler import Lesson
+from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
+from pear_ray.rl.scheduler import StepBatch
 
 FLOATS = pa.list_(pa.float32())
 # An answer has a group, and a trace that is learned beside the answers has none: its `problem_id`
@@ -51,12 +51,12 @@ class Recorder:
         self._folder, self._keeps_all = folder, job.rl.record
         self._tokenizer = load_tokenizer(path)
 
-    def keep(self, lesson: Lesson) -> None:
+    def keep(self, batch: StepBatch) -> None:
         """Write a step's."""
-        prompt = self._tokenizer.decode(lesson.groups[0].prompt_ids)
-        write_sample(self._folder / "samples", lesson, prompt)
+        prompt = self._tokenizer.decode(batch.groups[0].prompt_ids)
+        write_sample(self._folder / "samples", batch, prompt)
         if self._keeps_all:
-            write(self._folder / "rollouts", lesson)
+            write(self._folder / "rollouts", batch)
 
 
 def file_of(folder: Path, step: int) -> Path:
@@ -64,26 +64,26 @@ def file_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.parquet"
 
 
-def write_sample(folder: Path, lesson: Lesson, prompt: str) -> None:
+def write_sample(folder: Path, batch: StepBatch, prompt: str) -> None:
     """The answers to the first problem of a step as text, with what they earned."""
-    group = lesson.groups[0]
-    lines = [f"step {lesson.step}, problem {group.problem_id}", "", prompt, ""]
-    for number, (answer, verdict, advantage) in enumerate(
-        zip(group.completions, group.verdicts, group.advantages, strict=True)
+    group = batch.groups[0]
+    lines = [f"step {batch.step}, problem {group.problem_id}", "", prompt, ""]
+    for number, (answer, grade, advantage) in enumerate(
+        zip(group.completions, group.grades, group.advantages, strict=True)
     ):
         lines += [
-            f"--- answer {number}: reward {verdict.reward:g}, advantage {advantage:+.2f},"
+            f"--- answer {number}: reward {grade.reward:g}, advantage {advantage:+.2f},"
             f" {len(answer.token_ids)} tokens, {answer.finish_reason}"
             + (f", after {len(answer.trace_ids)} tokens of a trace" if answer.trace_ids else "")
-            + (f", {verdict.note}" if verdict.note else ""),
+            + (f", {grade.note}" if grade.note else ""),
             answer.text,
             "",
         ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"step-{lesson.step:06d}.txt").write_text("\n".join(lines))
+    (folder / f"step-{batch.step:06d}.txt").write_text("\n".join(lines))
 
 
-def write(folder: Path, lesson: Lesson) -> None:
+def write(folder: Path, batch: StepBatch) -> None:
     """Record all rollouts of a step, one row for each answer and each trace beside them."""
     rows: list[dict[str, Any]] = [
         {
@@ -96,17 +96,17 @@ def write(folder: Path, lesson: Lesson) -> None:
             "finish_reason": answer.finish_reason,
             "version_spans": answer.version_spans,
             "reference_logprobs": answer.reference_logprobs,
-            "reward": verdict.reward,
-            "correct": verdict.correct,
-            "parts": json.dumps(verdict.parts),
-            "note": verdict.note,
+            "reward": grade.reward,
+            "correct": grade.correct,
+            "parts": json.dumps(grade.parts),
+            "note": grade.note,
             "advantage": advantage,
             "trace_ids": answer.trace_ids,
             "trace_logprobs": answer.trace_logprobs,
         }
-        for number, group in enumerate(lesson.groups)
-        for answer, verdict, advantage in zip(
-            group.completions, group.verdicts, group.advantages, strict=True
+        for number, group in enumerate(batch.groups)
+        for answer, grade, advantage in zip(
+            group.completions, group.grades, group.advantages, strict=True
         )
     ]
     rows += [
@@ -116,34 +116,34 @@ def write(folder: Path, lesson: Lesson) -> None:
             "logprobs": trace.sampled_logprobs,
             "trainable": trace.trainable,
         }
-        for trace in lesson.traces
+        for trace in batch.traces
     ]
-    facts = {key: getattr(lesson, key) for key in FACTS}
-    schema = SCHEMA.with_metadata({"lesson": json.dumps(facts)})
+    facts = {key: getattr(batch, key) for key in FACTS}
+    schema = SCHEMA.with_metadata({"batch": json.dumps(facts)})
     folder.mkdir(parents=True, exist_ok=True)
-    aside = file_of(folder, lesson.step).with_suffix(".partial")
+    aside = file_of(folder, batch.step).with_suffix(".partial")
     pq.write_table(pa.Table.from_pylist(rows, schema), aside)
-    aside.replace(file_of(folder, lesson.step))
+    aside.replace(file_of(folder, batch.step))
 
 
-def read(folder: Path, step: int) -> Lesson:
+def read(folder: Path, step: int) -> StepBatch:
     """The rollouts of a step, as they were recorded.
 
     Raises:
-        BadInput: they are not there, or cannot be read.
+        ConfigError: they are not there, or cannot be read.
     """
     path = file_of(folder, step)
     try:
         table = pq.read_table(path, schema=None)
-        facts = json.loads(table.schema.metadata[b"lesson"])
+        facts = json.loads(table.schema.metadata[b"batch"])
         rows = table.to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise BadInput(
+        raise ConfigError(
             f"rl.replay: {path} cannot be read as recorded rollouts of step {step}: {error}"
         ) from error
     answers = [row for row in rows if row["group"] is not None]
     groups = [list(members) for _, members in groupby(answers, key=itemgetter("group"))]
-    return Lesson(
+    return StepBatch(
         step=step,
         groups=tuple(group_of(members) for members in groups),
         traces=tuple(trace_of(row) for row in rows if row["group"] is None),
@@ -174,8 +174,8 @@ def group_of(rows: list[dict[str, Any]]) -> RolloutGroup:
             )
             for row in rows
         ),
-        verdicts=tuple(
-            Verdict(row["reward"], row["correct"], json.loads(row["parts"]), row["note"])
+        grades=tuple(
+            Grade(row["reward"], row["correct"], json.loads(row["parts"]), row["note"])
             for row in rows
         ),
         advantages=tuple(row["advantage"] for row in rows),

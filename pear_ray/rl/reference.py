@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Trace
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import ScoreRequest
 from pear_ray.records import Completion
 
 Answers = tuple[Completion, ...]
@@ -27,7 +27,7 @@ class NoReference(AbstractContextManager["NoReference"]):
     def __exit__(self, *error: object) -> None:
         return None
 
-    def settle(self) -> None:
+    def wait_ready(self) -> None:
         """There is nothing to wait for."""
 
     def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
@@ -43,8 +43,8 @@ class NoReference(AbstractContextManager["NoReference"]):
 class Reference(AbstractContextManager["Reference"]):
     """Adds its log-probs to answers, by engines that always serve the same model."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, pool: EnginePool) -> None:
+        self._fleet = pool
         self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
         self._places: dict[Hashable, tuple[Hashable, int]] = {}
 
@@ -56,9 +56,9 @@ class Reference(AbstractContextManager["Reference"]):
         """References to calls, at whose end `finished` may have something new to say."""
         return self._fleet.calls
 
-    def settle(self) -> None:
+    def wait_ready(self) -> None:
         """Wait until its engines stand."""
-        self._fleet.settle()
+        self._fleet.wait_ready()
 
     def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
         """Have the answers to a prompt scored."""
@@ -66,7 +66,7 @@ class Reference(AbstractContextManager["Reference"]):
         for number, answer in enumerate(answers):
             place = (key, number)
             self._places[place] = place
-            self._fleet.submit([(place, Trace(prompt_ids, answer.token_ids))])
+            self._fleet.submit([(place, ScoreRequest(prompt_ids, answer.token_ids))])
 
     def finished(self) -> list[tuple[Hashable, Answers]]:
         """Answers that have all been scored, with `reference_logprobs`."""

@@ -21,17 +21,17 @@ import numpy as np
 import ray
 
 from pear_ray.data.batch_queue import GRACE_SECONDS, QueueState
-from pear_ray.engines.engine_factory import fleet_of
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Trace
+from pear_ray.engines.engine_factory import engine_pool
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import ScoreRequest
 from pear_ray.records import RolloutGroup, TrainingSequence
-from pear_ray.rewards.pool import Verifiers
+from pear_ray.rewards.pool import RewardPool
 from pear_ray.rl.evaluation import Evaluation
 from pear_ray.rl.recording import Recorder
 from pear_ray.rl.reference import NoReference, Reference
-from pear_ray.rl.scheduler import Lesson, lesson_numbers
-from pear_ray.rl.stage import Stage
-from pear_ray.weights.registry import Announced
+from pear_ray.rl.scheduler import StepBatch, batch_metrics
+from pear_ray.rl.stage import RolloutStage
+from pear_ray.weights.registry import PublishedVersions
 from pear_ray.weights.types import WeightVersion
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,11 @@ NUM_PROBES = 8
 # Longest time between two looks at queue and board, in seconds.
 LOOK_SECONDS = 1.0
 # Python's thresholds, of which the first is 700 unless told: new objects before a search.
-SELDOM = (50_000, 20, 20)
+GC_THRESHOLDS = (50_000, 20, 20)
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class RolloutBatch:
     """Everything that generators hand over for one learner step.
 
     `probe` are fixed answers; `probed` holds, for each load of weights since the last step, the
@@ -53,32 +53,32 @@ class Rollouts:
     version. `numbers` are the sampling side's metrics.
     """
 
-    lesson: Lesson
+    batch: StepBatch
     probe: tuple[TrainingSequence, ...]
     probed: tuple[tuple[int, tuple[np.ndarray, ...]], ...]
     evaluations: dict[int, dict[str, float]]
     numbers: dict[str, float]
 
 
-class Watch:
+class VersionWatcher:
     """The newest weights, without waiting for them."""
 
-    def __init__(self, board: Any, mark: str) -> None:
-        self._board, self._mark = board, mark
-        self.call = board.newest.remote(mark, LOOK_SECONDS)
+    def __init__(self, versions_actor: Any, cursor: str) -> None:
+        self._board, self._mark = versions_actor, cursor
+        self.call = versions_actor.newest.remote(cursor, LOOK_SECONDS)
 
-    def news(self) -> Announced | None:
+    def news(self) -> PublishedVersions | None:
         """What was announced since the last call, if anything was."""
         if not is_ready(self.call):
             return None
-        announced: Announced | None = ray.get(self.call)
+        announced: PublishedVersions | None = ray.get(self.call)
         if announced is not None:
-            self._mark = announced.mark
+            self._mark = announced.cursor
         self.call = self._board.newest.remote(self._mark, LOOK_SECONDS)
         return announced
 
 
-class Handover:
+class BatchSender:
     """Rollouts on their way to the learners. It keeps a reference to each step's until no learner
     can ask for it again, and puts them there anew when the queue has died."""
 
@@ -89,9 +89,9 @@ class Handover:
         self._asked = time.monotonic()
         self.call = queue.state.remote()
 
-    def put(self, rollouts: Rollouts) -> None:
+    def put(self, rollouts: RolloutBatch) -> None:
         """Hand over one step's."""
-        step = rollouts.lesson.step
+        step = rollouts.batch.step
         self._kept[step] = ray.put(rollouts)
         self._queue.put.remote(step, [self._kept[step]])
 
@@ -115,11 +115,11 @@ class Handover:
         return -1 if taken is None else taken
 
 
-class Probe:
+class ParityProbe:
     """Fixed answers, which every engine scores after every load of weights."""
 
-    def __init__(self, fleet: Fleet, deadline_seconds: float) -> None:
-        self._fleet, self._deadline_seconds = fleet, deadline_seconds
+    def __init__(self, pool: EnginePool, timeout_seconds: float) -> None:
+        self._fleet, self._deadline_seconds = pool, timeout_seconds
         self._sequences: tuple[TrainingSequence, ...] = ()
         self._idle_before = 0.0
         self._since = time.monotonic()
@@ -129,12 +129,12 @@ class Probe:
         traces = [trace_of(sequence) for sequence in self._sequences]
         self._fleet.serve(versions, traces, self._deadline_seconds)
 
-    def rollouts(self, lesson: Lesson, evaluations: dict[int, dict[str, float]]) -> Rollouts:
+    def rollouts(self, batch: StepBatch, evaluations: dict[int, dict[str, float]]) -> RolloutBatch:
         """A lesson with what was measured since the last one. One answer to each of the first
         problems is the probe of the whole run."""
         loads, self._fleet.loaded = self._fleet.loaded, []
         now, idle = time.monotonic(), self._fleet.idle_seconds
-        numbers = lesson_numbers(lesson) | {
+        numbers = batch_metrics(batch) | {
             "pause_seconds": max((load.pause_seconds for _, load in loads), default=0.0),
             "fetch_seconds": max(
                 (load.fetch_seconds + load.prepare_seconds for _, load in loads), default=0.0
@@ -146,40 +146,40 @@ class Probe:
         self._idle_before, self._since = idle, now
         probed = tuple((load.version, load.probe) for _, load in loads if load.probe)
         if not self._sequences:
-            self._sequences = tuple(map(first_answer, lesson.groups[:NUM_PROBES]))
-        return Rollouts(lesson, self._sequences, probed, evaluations, numbers)
+            self._sequences = tuple(map(first_answer, batch.groups[:NUM_PROBES]))
+        return RolloutBatch(batch, self._sequences, probed, evaluations, numbers)
 
-    def look_after(self, board: Any, tell: Callable[[str, str], None]) -> bool:
+    def look_after(self, versions_actor: Any, tell: Callable[[str, str], None]) -> bool:
         """Ask for whole weights where an engine could not load what there was; returns whether one
         could not."""
         failed, self._fleet.failed_loads = self._fleet.failed_loads, []
         for name, error in failed:
             tell("load_failed", f"engine {name} could not load weights: {error}")
-            board.want_full.remote()
+            versions_actor.request_full.remote()
         return bool(failed)
 
 
-def roll_out(stage: Stage, board: Any, queue: Any, ended: Event) -> None:
+def run_rollouts(stage: RolloutStage, versions_actor: Any, queue: Any, ended: Event) -> None:
     """Answer problem after problem until the learners have ended."""
     job, start, tell = stage.job, stage.start, partial(stage.run.event, stage.name)
-    referee = Reference(fleet_of(job, start, tell)) if job.rl.kl_coefficient else NoReference()
+    referee = Reference(engine_pool(job, start, tell)) if job.rl.kl_coefficient else NoReference()
     with (
         referee as reference,
-        fleet_of(job, start, tell, stage.replica) as fleet,
-        Verifiers(job.tasks, job.verifier) as verifiers,
+        engine_pool(job, start, tell, stage.replica) as pool,
+        RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
-        fleet.settle()
-        reference.settle()
-        answer(stage, fleet, reference, verifiers, board, queue, ended)
+        pool.wait_ready()
+        reference.wait_ready()
+        answer(stage, pool, reference, reward_pool, versions_actor, queue, ended)
 
 
 @contextmanager
-def garbage_seldom_sought() -> Iterator[None]:
+def infrequent_gc() -> Iterator[None]:
     """A step's answers are many small objects that live until they are handed over, in no cycle:
     to search them as often as Python does unasked is a fifth of the loop's time."""
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(*SELDOM)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         yield
     finally:
@@ -187,76 +187,80 @@ def garbage_seldom_sought() -> Iterator[None]:
         gc.unfreeze()
 
 
-@garbage_seldom_sought()
+@infrequent_gc()
 def answer(
-    stage: Stage,
-    fleet: Fleet,
+    stage: RolloutStage,
+    pool: EnginePool,
     reference: Reference | NoReference,
-    verifiers: Verifiers,
-    board: Any,
+    reward_pool: RewardPool,
+    versions_actor: Any,
     queue: Any,
     ended: Event,
 ) -> None:
     """Engines, verifiers and learners brought together. Nothing here waits but for whatever comes
     next; how far it may run ahead of the learners, `Course` says."""
     job, start = stage.job, stage.start
-    news: Announced | None = first_announced(board, job.learner.deadline_seconds, ended)
+    news: PublishedVersions | None = first_announced(
+        versions_actor, job.learner.timeout_seconds, ended
+    )
     if news is None:
         return
-    course = stage.course(job, start, news.versions[-1].version, news.next_problem)
+    scheduler = stage.scheduler(job, start, news.versions[-1].version, news.next_problem)
     evaluation, recorder = Evaluation(job, start), Recorder(job, stage.folder, start)
-    watch, handover = Watch(board, news.mark), Handover(queue)
-    probe = Probe(fleet, job.weights.deadline_seconds)
+    watch, handover = VersionWatcher(versions_actor, news.cursor), BatchSender(queue)
+    probe = ParityProbe(pool, job.weights.timeout_seconds)
     version = -1
     while not ended.is_set():
         # First, for what is due may depend on verdicts.
-        for key, verdicts in verifiers.finished(0.0):
-            (evaluation if evaluation.has(key) else course).judged(key, verdicts)
-        while (lesson := course.lesson()) is not None:
-            rollouts = probe.rollouts(lesson, evaluation.finished())
-            recorder.keep(lesson)
+        for key, grades in reward_pool.finished(0.0):
+            (evaluation if evaluation.has(key) else scheduler).add_rewards(key, grades)
+        while (batch := scheduler.pop_batch()) is not None:
+            rollouts = probe.rollouts(batch, evaluation.finished())
+            recorder.keep(batch)
             handover.put(rollouts)
-            log.info(in_words(stage, rollouts), extra={"step": lesson.step})
+            log.info(in_words(stage, rollouts), extra={"step": batch.step})
         news = watch.news() or news
         if news is not None and not evaluation.is_running:
             versions = evaluation.up_to(news.versions)
             probe.serve(versions)
             news = None if versions == news.versions else news
             version = max(version, versions[-1].version)
-            fleet.submit(evaluation.due(version))
+            pool.submit(evaluation.next_requests(version))
         if not evaluation.is_running:
-            fleet.submit(course.due(version))
-        for key, pairs in course.given():
-            verifiers.submit(key, pairs)
-        for key, answers in fleet.finished():
+            pool.submit(scheduler.next_requests(version))
+        for key, pairs in scheduler.take_prefilled():
+            reward_pool.submit(key, pairs)
+        for key, answers in pool.finished():
             if evaluation.has(key):
-                verifiers.submit(key, evaluation.answered(key, answers))
+                reward_pool.submit(key, evaluation.add_completions(key, answers))
             else:
-                reference.submit(key, course.prompt_ids(key), answers)
+                reference.submit(key, scheduler.prompt_ids(key), answers)
         for key, answers in reference.finished():
-            verifiers.submit(key, course.answered(key, answers))
-        if probe.look_after(board, partial(stage.run.event, stage.name)):
+            reward_pool.submit(key, scheduler.add_completions(key, answers))
+        if probe.look_after(versions_actor, partial(stage.run.event, stage.name)):
             # Engines wait for weights that can be loaded, of another version perhaps.
             evaluation.abandon()
-        fleet.adapt(handover.look_after())
-        calls = [*fleet.calls, *reference.calls, *verifiers.calls, watch.call]
+        pool.autoscale(handover.look_after())
+        calls = [*pool.calls, *reference.calls, *reward_pool.calls, watch.call]
         ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
 
 
-def first_announced(board: Any, deadline_seconds: float, ended: Event) -> Announced | None:
+def first_announced(
+    versions_actor: Any, timeout_seconds: float, ended: Event
+) -> PublishedVersions | None:
     """What the learners start from; None where they end before they say so.
 
     Raises:
         TimeoutError: they say nothing in time.
     """
-    end = time.monotonic() + deadline_seconds
+    end = time.monotonic() + timeout_seconds
     while not ended.is_set():
-        call = board.newest.remote(None, LOOK_SECONDS)
+        call = versions_actor.newest.remote(None, LOOK_SECONDS)
         if (announced := ray.get(call, timeout=LOOK_SECONDS + GRACE_SECONDS)) is not None:
             return announced
         if time.monotonic() > end:
             raise TimeoutError(
-                f"waited {deadline_seconds:.0f} s (learner.deadline_seconds) for the learners'"
+                f"waited {timeout_seconds:.0f} s (learner.timeout_seconds) for the learners'"
                 " first weights"
             )
     return None
@@ -274,13 +278,13 @@ def first_answer(group: RolloutGroup) -> TrainingSequence:
     )
 
 
-def trace_of(sequence: TrainingSequence) -> Trace:
+def trace_of(sequence: TrainingSequence) -> ScoreRequest:
     """The same, for an engine."""
     ids, trainable = sequence.token_ids, sequence.trainable
-    return Trace(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
+    return ScoreRequest(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
 
 
-def in_words(stage: Stage, rollouts: Rollouts) -> str:
+def in_words(stage: RolloutStage, rollouts: RolloutBatch) -> str:
     """One step's rollouts on a line that fits a terminal."""
     numbers = rollouts.numbers
     evaluated = "".join(
@@ -288,7 +292,7 @@ def in_words(stage: Stage, rollouts: Rollouts) -> str:
         for version, found in rollouts.evaluations.items()
     )
     return (
-        f"{stage.name}: step {rollouts.lesson.step + 1} of {stage.job.rl.steps}: pass rate"
+        f"{stage.name}: step {rollouts.batch.step + 1} of {stage.job.rl.steps}: pass rate"
         f" {numbers['pass_rate']:.3f}, {numbers['response_tokens_mean']:.1f} tokens an answer,"
         f" {numbers['rollout_seconds']:.1f} s{evaluated}"
     )

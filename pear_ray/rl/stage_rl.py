@@ -10,19 +10,19 @@ from pear_ray.config import Job
 from pear_ray.records import TrainingBatch
 from pear_ray.rl import loop
 from pear_ray.rl.build import objective_of, sequences_of
-from pear_ray.rl.learners import Method, learn, numbers_of
-from pear_ray.rl.rollouts import Rollouts
-from pear_ray.rl.stage import stage_of
-from pear_ray.run import Run
+from pear_ray.rl.learners import TrainStep, learn, numbers_of
+from pear_ray.rl.rollouts import RolloutBatch
+from pear_ray.rl.stage import rollout_stage
+from pear_ray.run import RunDir
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Both sides, until the last step."""
-    return loop.run(stage_of(job, run, "rl"), partial(learn, FromRollouts))
+    return loop.run(rollout_stage(job, run, "rl"), partial(learn, PolicyGradientStep))
 
 
-class FromRollouts(Method):
-    """One optimiser step on the rollouts of each step."""
+class PolicyGradientStep(TrainStep):
+    """One optimizer step on the rollouts of each step."""
 
     def __init__(self, job: Job, config: dict[str, Any]) -> None:
         from pear_ray.train.learner import Learner
@@ -33,6 +33,8 @@ class FromRollouts(Method):
         super().__init__(job, {"policy": learner})
         self._objective = objective_of(job)
 
-    def step(self, step: int, rollouts: Rollouts) -> tuple[dict[str, float], list[TrainingBatch]]:
-        packs = self.learner.share(sequences_of(self._job, rollouts.lesson.groups))
+    def step(
+        self, step: int, rollouts: RolloutBatch
+    ) -> tuple[dict[str, float], list[TrainingBatch]]:
+        packs = self.learner.share(sequences_of(self._job, rollouts.batch.groups))
         return numbers_of(self.learner.step(packs, self._objective)), packs

@@ -1,6 +1,6 @@
 """Log-probability of every response token under the policy that wrote it.
 
-Ray Data reads the corpus, tokenises it once and sorts it by name into parts. vLLM actors score
+Ray Data reads the corpus, tokenizes it once and sorts it by name into parts. vLLM actors score
 part after part, each under the model of its author; rows that bring log-probs are scored only
 where a probe asks for it. What they found is put together with the tokens, file by file. Unusable
 rows go to rejected.jsonl with the reason. A probe then compares engine, trainer and record.
@@ -24,25 +24,25 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.data import corpus_files
 from pear_ray.data.tokenizer import num_embeddings
 from pear_ray.engines.generator import same_architecture
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
-from pear_ray.run import Run, installed_versions, write_json
+from pear_ray.run import RunDir, installed_versions, write_json
 from pear_ray.score.calibration import calibrate
 from pear_ray.score.checks import (
-    check_one_tokenizer,
+    check_same_tokenizer,
     refuse_disagreement,
     refuse_too_many,
     refuse_unconfirmed,
 )
-from pear_ray.score.merge import Assemble, Figures
+from pear_ray.score.merge import MergeLogprobs, ScoreStats
 from pear_ray.score.progress import Progress
 from pear_ray.score.scorer import Scorer
-from pear_ray.score.shards import Part, Selection, logprobs_file, write_sorted
-from pear_ray.score.tokenize import Rules, Tokenise
+from pear_ray.score.shards import ScoringPlan, Shard, logprobs_file, write_sorted
+from pear_ray.score.tokenize import Tokenize, TokenizeConfig
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ BYTES_PER_BLOCK = 16 * 2**20
 MAX_TASKS = 4096
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Score the corpus into RUN/scored."""
-    prints = check_one_tokenizer(job)
+    prints = check_same_tokenizer(job)
     path = job.corpus.path or str(run.folder / "sample")
     files = corpus_files.find(path)
     made_from = {
@@ -76,18 +76,23 @@ def run(job: Job, run: Run) -> dict[str, Any]:
 
 
 def make(
-    job: Job, run: Run, files: corpus_files.Files, path: str, folder: Path, prints: tuple[str, str]
+    job: Job,
+    run: RunDir,
+    files: corpus_files.Files,
+    path: str,
+    folder: Path,
+    prints: tuple[str, str],
 ) -> dict[str, Any]:
     """Everything from the corpus to `folder`/scored, or what of it is missing there."""
-    tokenised = tokenise(job, files, folder)
-    num_rows = sum(file["num_rows"] for file in tokenised)
+    tokenized = tokenize(job, files, folder)
+    num_rows = sum(file["num_rows"] for file in tokenized)
     if num_rows == 0:
-        raise BadInput(f"corpus.path: {path} holds no rows; expected at least one")
-    num_rejected = sum(file["num_rejected"] for file in tokenised)
-    refuse_too_many(job, path, num_rejected, num_rows, rejected_rows(folder, tokenised))
-    selection = select(job, folder, tokenised)
-    score(job, run, folder, tokenised, selection)
-    figures = assemble(job, folder, tokenised, selection, prints)
+        raise ConfigError(f"corpus.path: {path} holds no rows; expected at least one")
+    num_rejected = sum(file["num_rejected"] for file in tokenized)
+    refuse_too_many(job, path, num_rejected, num_rows, rejected_rows(folder, tokenized))
+    selection = select(job, folder, tokenized)
+    score(job, run, folder, tokenized, selection)
+    figures = assemble(job, folder, tokenized, selection, prints)
     refuse_too_many(job, path, figures.num_rejected, num_rows, rejected_lines(folder))
     refuse_unconfirmed(job, figures)
     calibration = compare_with_trainer(job, folder)
@@ -108,33 +113,33 @@ def prepare_ray_data(job: Job) -> None:
     context.target_max_block_size = BYTES_PER_BLOCK
     # Once a second it would stop an engine, for as long as the kernel takes to count its pages.
     context.memory_usage_poll_interval_s = None
-    context.wait_for_min_actors_s = int(job.generator.deadline_seconds)
+    context.wait_for_min_actors_s = int(job.generator.timeout_seconds)
     # Its plans fill the log of a job. Its progress bars are in a terminal and on the dashboard.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def tokenise(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str, Any]]:
+def tokenize(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str, Any]]:
     """Write the corpus as tokens below `folder`, unless that is done; returns what
     `write_sorted` says of each file, in the order of their rows."""
-    done = folder / "tokenised.json"
+    done = folder / "tokenized.json"
     if done.exists():
         return json.loads(done.read_text())
-    shutil.rmtree(folder / "tokenised", ignore_errors=True)
-    (folder / "tokenised").mkdir()
-    paths = [job.model_path(), *(job.model_path(source) for source in job.behaviour)]
+    shutil.rmtree(folder / "tokenized", ignore_errors=True)
+    (folder / "tokenized").mkdir()
+    paths = [job.model_path(), *(job.model_path(source) for source in job.behavior)]
     settings = job.corpus
-    rules = Rules(
+    rules = TokenizeConfig(
         columns=settings.columns,
-        sources=frozenset(job.behaviour),
+        sources=frozenset(job.behavior),
         source=settings.source,
-        reference=settings.reference,
+        fallback_scorer=settings.fallback_scorer,
         heldout_fraction=settings.heldout_fraction,
         max_model_len=job.generator.max_model_len,
-        truncates=settings.too_long == "truncate",
+        truncates=settings.on_overlength == "truncate",
         keeps_recorded=settings.recorded_logprobs == "probe",
         num_embeddings=min(num_embeddings(path) for path in paths),
     )
-    to_ids = Tokenise(job.model_path(), rules)
+    to_ids = Tokenize(job.model_path(), rules)
     try:
         written = (
             corpus_files.read(files, settings.columns)
@@ -146,7 +151,7 @@ def tokenise(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str
             .sort("example_id")
             .map_batches(
                 write_sorted,
-                fn_args=(folder / "tokenised", settings.rows_per_part),
+                fn_args=(folder / "tokenized", settings.rows_per_part),
                 batch_size=None,
                 batch_format="pyarrow",
             )
@@ -156,23 +161,23 @@ def tokenise(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str
         if isinstance(error.cause, OSError | ValueError):
             # What follows the first line is Ray's advice on retries.
             first, *_ = str(error.cause).splitlines()
-            raise BadInput(f"corpus.path: cannot be read: {first}") from error
+            raise ConfigError(f"corpus.path: cannot be read: {first}") from error
         raise
-    tokenised = [json.loads(row["facts"]) for row in written]
-    tokenised.sort(key=lambda file: file["first_id"])
-    write_json(done, tokenised)
-    return tokenised
+    tokenized = [json.loads(row["facts"]) for row in written]
+    tokenized.sort(key=lambda file: file["first_id"])
+    write_json(done, tokenized)
+    return tokenized
 
 
-def select(job: Job, folder: Path, tokenised: list[dict[str, Any]]) -> Selection:
+def select(job: Job, folder: Path, tokenized: list[dict[str, Any]]) -> ScoringPlan:
     """The probe's share of each scorer's rows, and prompts both trained on and held out."""
     totals: dict[str, int] = {}
-    for part in parts_of(tokenised):
+    for part in parts_of(tokenized):
         totals[part.scorer] = totals.get(part.scorer, 0) + part.num_rows
     probes = {scorer: min(1.0, job.corpus.probe_rows / total) for scorer, total in totals.items()}
-    if not any(file["splits_are_given"] for file in tokenised):
-        return Selection(probes, frozenset())
-    names = [folder / "tokenised" / f"{file['file']}.parquet" for file in tokenised]
+    if not any(file["splits_are_given"] for file in tokenized):
+        return ScoringPlan(probes, frozenset())
+    names = [folder / "tokenized" / f"{file['file']}.parquet" for file in tokenized]
 
     def contents(split: str, among: np.ndarray | None) -> np.ndarray:
         found = [np.empty(0, np.int64)]
@@ -183,22 +188,22 @@ def select(job: Job, folder: Path, tokenised: list[dict[str, Any]]) -> Selection
         return np.unique(np.concatenate(found))
 
     overlapping = contents("train", among=contents("heldout", among=None))
-    return Selection(probes, frozenset(overlapping.tolist()))
+    return ScoringPlan(probes, frozenset(overlapping.tolist()))
 
 
 def score(
-    job: Job, run: Run, folder: Path, tokenised: list[dict[str, Any]], selection: Selection
+    job: Job, run: RunDir, folder: Path, tokenized: list[dict[str, Any]], selection: ScoringPlan
 ) -> None:
     """Score every part that has no log-probs yet, one set of engines after the other."""
     (folder / "logprobs").mkdir(exist_ok=True)
-    parts = parts_of(tokenised)
+    parts = parts_of(tokenized)
     missing = [part for part in parts if not logprobs_file(folder, *part.key).exists()]
     if len(missing) < len(parts):
         text = f"{len(parts) - len(missing)} of {len(parts)} parts were scored before"
         run.event("score", "resumed", text)
         log.info("score: %s", text)
     with closing(Tracker(run.folder, "score", job.tracking).rewind(0)) as tracker:
-        rejected = sum(file["num_rejected"] for file in tokenised)
+        rejected = sum(file["num_rejected"] for file in tokenized)
         progress = Progress(run, tracker, missing, rejected)
         for models in sharing_engines(job):
             mine = [part for part in missing if part.scorer in models]
@@ -210,7 +215,7 @@ def sharing_engines(job: Job) -> list[dict[str, str]]:
     """Model of each source, apart by architecture: an engine that serves one model of several
     loads the others' weights sooner than another engine starts."""
     shared: list[dict[str, str]] = []
-    for source in sorted(job.behaviour):
+    for source in sorted(job.behavior):
         path = job.model_path(source)
         for models in shared:
             if same_architecture(next(iter(models.values())), path):
@@ -222,7 +227,7 @@ def sharing_engines(job: Job) -> list[dict[str, str]]:
 
 
 def scored(
-    job: Job, folder: Path, models: dict[str, str], selection: Selection, parts: list[Part]
+    job: Job, folder: Path, models: dict[str, str], selection: ScoringPlan, parts: list[Shard]
 ) -> ray.data.Dataset:
     """What engines of these models do with these parts, as they do it."""
     in_order = sorted(parts, key=lambda part: part.scorer)
@@ -236,8 +241,8 @@ def scored(
             job.corpus.top_logprobs,
         ),
         compute=ray.data.ActorPoolStrategy(
-            min_size=settings.fewest_replicas,
-            max_size=settings.replicas,
+            min_size=settings.fewest_engines,
+            max_size=settings.num_engines,
             # Else an engine is called from another thread than it was made in, and an engine on
             # CPUs keeps its number of threads by thread.
             enable_true_multi_threading=True,
@@ -252,33 +257,33 @@ def scored(
 def assemble(
     job: Job,
     folder: Path,
-    tokenised: list[dict[str, Any]],
-    selection: Selection,
+    tokenized: list[dict[str, Any]],
+    selection: ScoringPlan,
     prints: tuple[str, str],
-) -> Figures:
+) -> ScoreStats:
     """Put tokens and log-probs together, file by file."""
     for name in ("scored", "rejected", "probe"):
         (folder / name).mkdir(exist_ok=True)
     facts_of_scorer = {
         source: {
-            "behaviour_model": job.model_path(source),
+            "behavior_model": job.model_path(source),
             "tokenizer_digest": prints[0],
             "template_digest": prints[1],
         }
-        for source in job.behaviour
+        for source in job.behavior
     }
-    files = [{"number": n, "file": file["file"]} for n, file in enumerate(tokenised)]
+    files = [{"number": n, "file": file["file"]} for n, file in enumerate(tokenized)]
     done = ray.data.from_items(files, override_num_blocks=min(len(files), MAX_TASKS)).map(
-        Assemble(folder, selection, facts_of_scorer)
+        MergeLogprobs(folder, selection, facts_of_scorer)
     )
-    figures = Figures()
+    figures = ScoreStats()
     for row in done.iter_rows():
         figures.merge(json.loads(row["facts"]))
     return figures
 
 
 def compare_with_trainer(job: Job, folder: Path) -> dict[str, Any]:
-    """How the trainer's forward pass and the engine differ on the probe, by behaviour model."""
+    """How the trainer's forward pass and the engine differ on the probe, by behavior model."""
     settings = job.generator
     resources = {"num_cpus": settings.num_cpus, "num_gpus": -(-settings.num_gpus // 1)}
     calls = {
@@ -289,17 +294,17 @@ def compare_with_trainer(job: Job, folder: Path) -> dict[str, Any]:
             job.learner.tokens_per_pack,
             settings.threads,
         )
-        for source in job.behaviour
+        for source in job.behavior
     }
-    deadline = settings.deadline_seconds
+    deadline = settings.timeout_seconds
     return {source: ray.get(call, timeout=deadline) for source, call in calls.items()}
 
 
-def rejected_rows(folder: Path, tokenised: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows that tokenising rejected."""
-    for file in tokenised:
+def rejected_rows(folder: Path, tokenized: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows that tokenizing rejected."""
+    for file in tokenized:
         if file["num_rejected"]:
-            path = folder / "tokenised" / f"{file['file']}.parquet"
+            path = folder / "tokenized" / f"{file['file']}.parquet"
             columns = ["example_id", "reason"]
             found = pq.read_table(path, columns=columns, filters=[("reason", "!=", "")])
             yield from found.to_pylist()
@@ -312,9 +317,9 @@ def rejected_lines(folder: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, lines)
 
 
-def parts_of(tokenised: list[dict[str, Any]]) -> list[Part]:
+def parts_of(tokenized: list[dict[str, Any]]) -> list[Shard]:
     """All parts, in the order of their rows."""
-    return [Part(**part) for file in tokenised for part in file["parts"]]
+    return [Shard(**part) for file in tokenized for part in file["parts"]]
 
 
 def in_words(numbers: dict[str, Any]) -> str:

@@ -24,13 +24,13 @@ def calibrate(
     from pear_ray.train.trainer_logprobs import trainer_logprobs
 
     table = pq.ParquetDataset(sorted(map(str, folder.glob("*.parquet")))).read()
-    rows = table.filter(pc.equal(table.column("behaviour_model"), model)).to_pylist()
+    rows = table.filter(pc.equal(table.column("behavior_model"), model)).to_pylist()
     if not rows:
         return {"rows": 0, "tokens": 0}
     asked = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     found = trainer_logprobs(model, dtype, asked, tokens_per_pack, num_threads)
     differences = [
-        (ours - np.asarray(row["behaviour_logprobs"]))[row["trainable"] or ...]
+        (ours - np.asarray(row["behavior_logprobs"]))[row["trainable"] or ...]
         for ours, row in zip(found, rows, strict=True)
     ]
     gaps = np.concatenate(differences).astype(np.float64)

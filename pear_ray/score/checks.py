@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.data.tokenizer import digests, load_tokenizer
-from pear_ray.score.merge import Figures
+from pear_ray.score.merge import ScoreStats
 
 
-def check_one_tokenizer(job: Job) -> tuple[str, str]:
+def check_same_tokenizer(job: Job) -> tuple[str, str]:
     """The digests of vocabulary and chat template.
 
     Raises:
-        BadInput: those of a behaviour policy are others than the student's: a token ratio compares
+        ConfigError: a behavior policy has another than the student: a token ratio compares
             two probabilities of the SAME token.
     """
     ours = digests(load_tokenizer(job.model_path()))
-    for source in job.behaviour:
-        theirs = digests(load_tokenizer(job.model_path(source), f"behaviour.{source}.path"))
+    for source in job.behavior:
+        theirs = digests(load_tokenizer(job.model_path(source), f"behavior.{source}.path"))
         if theirs != ours:
             what = "vocabulary" if theirs[0] != ours[0] else "chat template"
-            raise BadInput(
-                f"behaviour.{source}: {job.model_path(source)} has another {what} than"
+            raise ConfigError(
+                f"behavior.{source}: {job.model_path(source)} has another {what} than"
                 f" {job.model_path()}; expected the same, since PEAR divides the probabilities of"
                 " one token, at one place of one text, under both models"
             )
@@ -37,24 +37,24 @@ def refuse_too_many(
     allowed = job.corpus.max_rejected_fraction
     if num_rejected > allowed * num_rows:
         first = next(rejected)
-        raise BadInput(
+        raise ConfigError(
             f"{path}: row {first['example_id']!r}: {first['reason']}\n"
             f"{num_rejected} of {num_rows} rows are unusable; expected at most a share of"
             f" corpus.max_rejected_fraction = {allowed}"
         )
 
 
-def refuse_unconfirmed(job: Job, figures: Figures) -> None:
+def refuse_unconfirmed(job: Job, figures: ScoreStats) -> None:
     """Stop where the log-probs that a corpus brings are not those of the model that is said to
     have written it."""
-    limit = job.corpus.max_probe_gap
+    limit = job.corpus.max_logprob_gap
     for source, numbers in figures.by_source().items():
         gap = numbers["recorded_gap_mean"]
         if gap is not None and not gap <= limit:
-            raise BadInput(
-                f"{job.corpus.columns.behaviour_logprobs}: on a probe, those of source {source!r}"
+            raise ConfigError(
+                f"{job.corpus.columns.behavior_logprobs}: on a probe, those of source {source!r}"
                 f" differ by {gap:.3g} nats per token from those of {job.model_path(source)};"
-                f" expected at most corpus.max_probe_gap = {limit} (or"
+                f" expected at most corpus.max_logprob_gap = {limit} (or"
                 ' corpus.recorded_logprobs = "ignore", to compute them anew)'
             )
 
@@ -62,12 +62,12 @@ def refuse_unconfirmed(job: Job, figures: Figures) -> None:
 def refuse_disagreement(job: Job, calibration: dict[str, Any]) -> None:
     """Stop where the engine and the trainer's forward pass do not say the same of a probe: the
     ratios would be made of that difference."""
-    limit = job.corpus.max_probe_gap
+    limit = job.corpus.max_logprob_gap
     for source, numbers in calibration.items():
         gap = numbers.get("mean_gap", 0.0)
         if not gap <= limit:
-            raise BadInput(
-                f"behaviour.{source}: {job.model_path(source)}: engine and trainer's forward pass"
+            raise ConfigError(
+                f"behavior.{source}: {job.model_path(source)}: engine and trainer's forward pass"
                 f" differ by {gap:.3g} nats per token on {numbers['rows']} rows; expected at most"
-                f" corpus.max_probe_gap = {limit}"
+                f" corpus.max_logprob_gap = {limit}"
             )

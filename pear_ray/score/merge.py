@@ -1,4 +1,4 @@
-"""Tokenised rows and their log-probs, put together file by file into what `sft` reads."""
+"""Tokenized rows and their log-probs, put together file by file into what `sft` reads."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pear_ray.records import SCORED_SCHEMA
-from pear_ray.score.shards import Selection, arrays, logprobs_file
+from pear_ray.score.shards import ScoringPlan, arrays, logprobs_file
 
 
-class Assemble:
+class MergeLogprobs:
     """Maps {file, number} to {facts}, JSON of what `Figures` counts. `facts_of_scorer` gives, by
     scorer, the columns that are the same in all its rows."""
 
     def __init__(
         self,
         folder: Path,
-        selection: Selection,
+        selection: ScoringPlan,
         facts_of_scorer: Mapping[str, Mapping[str, str]],
     ) -> None:
         self._folder = folder
@@ -33,8 +33,8 @@ class Assemble:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
         """Write scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet."""
-        number, figures = f"{item['number']:06d}", Figures()
-        tokenised = pq.ParquetFile(self._folder / "tokenised" / f"{item['file']}.parquet")
+        number, figures = f"{item['number']:06d}", ScoreStats()
+        tokenized = pq.ParquetFile(self._folder / "tokenized" / f"{item['file']}.parquet")
         with (
             pq.ParquetWriter(
                 self._folder / "scored" / f"part-{number}.parquet", SCORED_SCHEMA
@@ -42,8 +42,8 @@ class Assemble:
             pq.ParquetWriter(self._folder / "probe" / f"{number}.parquet", SCORED_SCHEMA) as probe,
             (self._folder / "rejected" / f"{number}.jsonl").open("w") as rejected,
         ):
-            for group in range(tokenised.num_row_groups):
-                table = tokenised.read_row_group(group)
+            for group in range(tokenized.num_row_groups):
+                table = tokenized.read_row_group(group)
                 answers, reasons = self._answers(item["file"], group, table)
                 names = table.column("example_id").to_pylist()
                 for name, reason in zip(names, reasons, strict=True):
@@ -76,20 +76,20 @@ class Assemble:
             if reasons[i]:
                 continue
             ours, theirs = computed.get(i), recorded[i]
-            if ours is not None and not np.isfinite(ours["behaviour_logprobs"]).all():
+            if ours is not None and not np.isfinite(ours["behavior_logprobs"]).all():
                 reasons[i] = (
-                    f"behaviour_logprobs: the model of {scorers[i]!r} gave a NaN or infinity;"
+                    f"behavior_logprobs: the model of {scorers[i]!r} gave a NaN or infinity;"
                     " expected finite log-probs"
                 )
             elif ours is not None:
-                origin = "behaviour" if sources[i] == scorers[i] else "reference"
+                origin = "behavior" if sources[i] == scorers[i] else "reference"
                 gaps = None
                 if theirs is not None:
                     own = ... if trainable[i] is None else trainable[i]
-                    gaps = np.abs(theirs - ours["behaviour_logprobs"])[own]
+                    gaps = np.abs(theirs - ours["behavior_logprobs"])[own]
                 answers[i] = ours | {"logprobs_from": origin, "gaps": gaps}
             elif theirs is not None:
-                answers[i] = {"behaviour_logprobs": theirs, "logprobs_from": "recorded"}
+                answers[i] = {"behavior_logprobs": theirs, "logprobs_from": "recorded"}
             else:
                 raise RuntimeError(f"{file}: row {i} of part {group} was never scored")
         return answers, reasons
@@ -102,11 +102,11 @@ class Assemble:
             "recorded_gap": [None if gap is None else float(gap.max()) for gap in gaps],
             **{
                 name: [answer.get(name) for answer in answers]
-                for name in ("behaviour_logprobs", "logprobs_from", "top_ids", "top_logprobs")
+                for name in ("behavior_logprobs", "logprobs_from", "top_ids", "top_logprobs")
             },
             **{
                 name: [facts[name] for facts in constant]
-                for name in ("behaviour_model", "tokenizer_digest", "template_digest")
+                for name in ("behavior_model", "tokenizer_digest", "template_digest")
             },
         }
         columns = [
@@ -118,7 +118,7 @@ class Assemble:
         return pa.table(columns, schema=SCORED_SCHEMA)
 
 
-class Figures:
+class ScoreStats:
     """What became of rows: how many were rejected; and of each source rows, response tokens, rows
     by the origin of their log-probs, rows cut short, and differences to recorded log-probs."""
 
@@ -131,7 +131,7 @@ class Figures:
         """Count these rows; `gaps` are the absolute differences of each, where there are any."""
         names = ("source", "logprobs_from", "truncated")
         facts = zip(*(rows.column(name).to_pylist() for name in names), strict=True)
-        lengths = pc.list_value_length(rows.column("behaviour_logprobs")).to_pylist()
+        lengths = pc.list_value_length(rows.column("behavior_logprobs")).to_pylist()
         for (source, origin, truncated), length, gap in zip(facts, lengths, gaps, strict=True):
             sums = self._sums[source]
             sums.update({"rows": 1, "response_tokens": length, "truncated": int(truncated)})
@@ -177,6 +177,6 @@ def read_logprobs(path: Path) -> dict[int, dict[str, Any]]:
         strict=True,
     )
     return {
-        row: {"behaviour_logprobs": logprobs, "top_ids": ids, "top_logprobs": top}
+        row: {"behavior_logprobs": logprobs, "top_ids": ids, "top_logprobs": top}
         for row, (logprobs, ids, top) in zip(table.column("row").to_pylist(), columns, strict=True)
     }

@@ -8,8 +8,8 @@ import time
 import ray.data
 
 from pear_ray.metrics import Tracker
-from pear_ray.run import Run
-from pear_ray.score.shards import Part
+from pear_ray.run import RunDir
+from pear_ray.score.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,9 @@ SECONDS_PER_REPORT = 10.0
 class Progress:
     """Says how far scoring is: rates since the first part was done, and the time left."""
 
-    def __init__(self, run: Run, tracker: Tracker, parts: list[Part], num_rejected: int) -> None:
+    def __init__(
+        self, run: RunDir, tracker: Tracker, parts: list[Shard], num_rejected: int
+    ) -> None:
         self._run, self._tracker, self._num_rejected = run, tracker, num_rejected
         self._num_parts = len(parts)
         self._tokens_left = sum(part.num_tokens for part in parts)

@@ -1,4 +1,4 @@
-"""An actor that scores part after part of a tokenised corpus."""
+"""An actor that scores part after part of a tokenized corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ray
 
 from pear_ray.config import Generator as Settings
 from pear_ray.engines.generator import Generator
-from pear_ray.score.shards import Selection, arrays, logprobs_file, write_logprobs
+from pear_ray.score.shards import ScoringPlan, arrays, logprobs_file, write_logprobs
 
 COLUMNS = (
     "example_id", "scorer", "split", "content", "prompt_ids", "response_ids", "trainable",
@@ -35,7 +35,7 @@ class Scorer:
         self,
         folder: Path,
         models: dict[str, str],
-        selection: Selection,
+        selection: ScoringPlan,
         dtype: str,
         settings: Settings,
         seed: int,
@@ -44,7 +44,7 @@ class Scorer:
         self._folder = folder
         self._models = models
         self._selection = selection
-        self._deadline_seconds = settings.deadline_seconds
+        self._deadline_seconds = settings.timeout_seconds
         self._num_top = num_top
         self._num_served = 0
         self._served = next(iter(models.values()))
@@ -81,7 +81,7 @@ class Scorer:
 
     def _rows(self, part: dict[str, Any]) -> pa.Table:
         """The part's rows that want a score, with their place in the row group as `row`."""
-        file = pq.ParquetFile(self._folder / "tokenised" / f"{part['file']}.parquet")
+        file = pq.ParquetFile(self._folder / "tokenized" / f"{part['file']}.parquet")
         table = file.read_row_group(part["row_group"], columns=list(COLUMNS))
         scorers = np.array(table.column("scorer").to_pylist(), dtype=object)
         chosen = np.flatnonzero(self._selection.scored(table) & (scorers == part["scorer"]))

@@ -1,8 +1,8 @@
-"""The tokenised corpus on its way to scored rows, in parts that are scored and stored whole.
+"""The tokenized corpus on its way to scored rows, in parts that are scored and stored whole.
 
 Below one folder, while the stage works:
 
-    tokenised/NAME.parquet            rows in the order of example_id, one part per row group
+    tokenized/NAME.parquet            rows in the order of example_id, one part per row group
     logprobs/NAME-GROUP-SCORER.parquet    what the model of one scorer says of them
     scored/part-NUMBER.parquet  rejected/  probe/    both put together, file by file
 
@@ -38,8 +38,8 @@ LOGPROBS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Part:
-    """The rows of one scorer in one row group of one tokenised file.
+class Shard:
+    """The rows of one scorer in one row group of one tokenized file.
 
     Part("3f0c", row_group=2, scorer="tutor", num_rows=391, num_tokens=80122)
     """
@@ -57,7 +57,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Selection:
+class ScoringPlan:
     """Which rows are scored: all of `probes`' share of each scorer, and those of the others that
     bring no log-probs; none in training whose prompt (`overlapping`) is held out elsewhere."""
 
@@ -100,7 +100,7 @@ class Selection:
 
 
 def write_sorted(block: pa.Table, folder: Path, rows_per_part: int) -> pa.Table:
-    """Write the rows of a block, no id of which is in another block, as a tokenised file.
+    """Write the rows of a block, no id of which is in another block, as a tokenized file.
 
     Of rows with one name the first usable one is kept, in the order of their content.
 
@@ -147,7 +147,7 @@ def without_repeats(block: pa.Table) -> pa.Table:
     return block.set_column(place, "reason", pa.array(reasons, pa.string()))
 
 
-def parts_of(rows: pa.Table, file: str, row_group: int) -> Iterator[Part]:
+def parts_of(rows: pa.Table, file: str, row_group: int) -> Iterator[Shard]:
     """The parts of one row group."""
     usable = rows.filter(pc.equal(rows.column("reason"), ""))
     lengths = pc.add(
@@ -157,7 +157,7 @@ def parts_of(rows: pa.Table, file: str, row_group: int) -> Iterator[Part]:
     counted = pa.table({"scorer": usable.column("scorer"), "tokens": lengths})
     totals = counted.group_by("scorer").aggregate([([], "count_all"), ("tokens", "sum")])
     for row in totals.sort_by("scorer").to_pylist():
-        yield Part(file, row_group, row["scorer"], row["count_all"], row["tokens_sum"])
+        yield Shard(file, row_group, row["scorer"], row["count_all"], row["tokens_sum"])
 
 
 def logprobs_file(folder: Path, file: str, row_group: int, scorer: str) -> Path:

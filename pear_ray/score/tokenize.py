@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pear_ray.config import Columns
 from pear_ray.data.tokenizer import Conversation, conversation_ids, load_tokenizer
-from pear_ray.records import TOKENISED_SCHEMA, Message
+from pear_ray.records import TOKENIZED_SCHEMA, Message
 from pear_ray.seeds import seed_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,14 +23,14 @@ LOWEST = -3.4028234e38
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a row must be: names of its columns, [behaviour]'s sources, stand-ins for a source that
+class TokenizeConfig:
+    """What a row must be: names of its columns, [behavior]'s sources, stand-ins for a source that
     is not named or has no model, and the longest row in tokens."""
 
     columns: Columns
     sources: frozenset[str]
     source: str | None
-    reference: str | None
+    fallback_scorer: str | None
     heldout_fraction: float
     max_model_len: int
     truncates: bool
@@ -38,10 +38,10 @@ class Rules:
     num_embeddings: int
 
 
-class Tokenise:
-    """Maps tables of corpus rows to tables of `TokenisedExample`."""
+class Tokenize:
+    """Maps tables of corpus rows to tables of `TokenizedExample`."""
 
-    def __init__(self, path: str, rules: Rules) -> None:
+    def __init__(self, path: str, rules: TokenizeConfig) -> None:
         self._tokenizer = load_tokenizer(path)
         self._rules = rules
 
@@ -57,7 +57,7 @@ class Tokenise:
         )
 
     def _rows(self, rows: Iterable[tuple[Any, str]]) -> pa.Table:
-        return pa.Table.from_pylist([self._row(*row) for row in rows], TOKENISED_SCHEMA)
+        return pa.Table.from_pylist([self._row(*row) for row in rows], TOKENIZED_SCHEMA)
 
     def _row(self, row: Any, place: str) -> dict[str, Any]:
         kept: dict[str, Any] = {"digest": digest(row), "reason": "", "truncated": False}
@@ -65,7 +65,7 @@ class Tokenise:
         try:
             if isinstance(row, ValueError):
                 raise row
-            named = Named(row, self._rules.columns)
+            named = RowReader(row, self._rules.columns)
             kept["example_id"] = named.example_id() or kept["example_id"]
             messages = named.messages()
             kept |= self._facts(named, messages)
@@ -78,16 +78,16 @@ class Tokenise:
             kept |= {"prompt_ids": [], "response_ids": [], "reason": str(error)[:LONGEST_REASON]}
         return kept
 
-    def _facts(self, named: Named, messages: list[Message]) -> dict[str, Any]:
+    def _facts(self, named: RowReader, messages: list[Message]) -> dict[str, Any]:
         """Author, scorer, split and rightness of a row."""
         rules = self._rules
         source = named.text("source") or rules.source
-        scorer = source if source in rules.sources else rules.reference
+        scorer = source if source in rules.sources else rules.fallback_scorer
         if source is None or scorer is None:
             raise ValueError(
-                f"{rules.columns.source}: read {source!r}; expected one of [behaviour]:"
+                f"{rules.columns.source}: read {source!r}; expected one of [behavior]:"
                 f" {sorted(rules.sources)} (or set corpus.source for rows that name none,"
-                " corpus.reference for sources without a model)"
+                " corpus.fallback_scorer for sources without a model)"
             )
         first_answer = [message["role"] for message in messages].index("assistant")
         content = int(digest(messages[:first_answer]), 16)
@@ -107,7 +107,7 @@ class Tokenise:
             "content": content - 2**63,
         }
 
-    def _tokens(self, named: Named, messages: list[Message]) -> dict[str, Any]:
+    def _tokens(self, named: RowReader, messages: list[Message]) -> dict[str, Any]:
         """Ids of a row, checked against what its author recorded."""
         rules = self._rules
         found = conversation_ids(self._tokenizer, messages)
@@ -144,7 +144,7 @@ class Tokenise:
         if not self._rules.truncates:
             raise ValueError(
                 f"messages: {num_all} tokens; expected at most generator.max_model_len {limit}"
-                ' (or corpus.too_long = "truncate")'
+                ' (or corpus.on_overlength = "truncate")'
             )
         if num_prompt >= limit:
             raise ValueError(
@@ -153,10 +153,10 @@ class Tokenise:
             )
         return limit - num_prompt
 
-    def _recorded(self, named: Named, trainable: list[bool]) -> list[float] | None:
+    def _recorded(self, named: RowReader, trainable: list[bool]) -> list[float] | None:
         """The author's log-probs, 0 for tokens that are not the author's, if there and wanted."""
-        name = self._rules.columns.behaviour_logprobs
-        recorded = named.numbers("behaviour_logprobs", float)
+        name = self._rules.columns.behavior_logprobs
+        recorded = named.numbers("behavior_logprobs", float)
         if recorded is None or not self._rules.keeps_recorded:
             return None
         if len(recorded) != len(trainable):
@@ -172,7 +172,7 @@ class Tokenise:
         return [float(value) for value in recorded]
 
 
-class Named:
+class RowReader:
     """One row of a corpus, by the names which [corpus.columns] gives its columns.
 
     Raises:

@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from pear_ray.config import Job
-from pear_ray.data.batch_queue import GRACE_SECONDS, StepQueue, take
+from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take
 from pear_ray.data.loader import steps
-from pear_ray.data.scored_dataset import RowGroup, refuse_too_few, sequences_of, survey, wanted_of
+from pear_ray.data.scored_dataset import RowGroup, refuse_too_few, row_filter, scan, sequences_of
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect, here
 from pear_ray.records import TrainingBatch
-from pear_ray.run import Run
+from pear_ray.run import RunDir
 from pear_ray.sft.build import objective_of
 from pear_ray.sft.heldout import HeldOut
 from pear_ray.sft.metrics import numbers_of, speak
 from pear_ray.train.ray_train import (
-    Departures,
-    begin,
-    best,
-    keep,
-    newest,
+    PreemptionWatcher,
+    best_checkpoint,
+    latest_checkpoint,
     rank_and_count,
+    save_checkpoint,
+    setup_worker,
     train,
 )
-from pear_ray.train.supported import refuse_unsuitable
+from pear_ray.train.supported import check_supported
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -47,15 +47,15 @@ STEPS_READ_AHEAD = 4
 LEARNER_SECONDS = 24 * 3600.0
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
+def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Look through the corpus, then train while rows are read ahead."""
-    groups = survey(job.scored_folder, wanted_of(job))
+    groups = scan(job.scored_folder, row_filter(job))
     num_rows = sum(group.num_train for group in groups)
     num_heldout = sum(group.num_heldout for group in groups)
     refuse_too_few(job, groups)
-    refuse_unsuitable(job, job.model_path())
+    check_supported(job, job.model_path())
     connect()
-    queue = StepQueue.options(  # type: ignore[attr-defined]
+    queue = BatchQueue.options(  # type: ignore[attr-defined]
         scheduling_strategy=here()
     ).remote(STEPS_READ_AHEAD)
     config = {
@@ -91,7 +91,7 @@ def feed(job: Job, groups: list[RowGroup], queue: Any) -> None:
         first_step = ray.get(queue.first_wanted.remote(LEARNER_SECONDS))
         tables = steps(
             groups,
-            wanted_of(job),
+            row_filter(job),
             num_epochs=job.sft.epochs,
             rows_per_step=job.sft.examples_per_step,
             rows_per_window=job.sft.rows_per_window,
@@ -111,8 +111,8 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     from pear_ray.train.learner import Learner
 
     job, folder = Job(**config["job"]), Path(config["folder"])
-    begin(job, "sft")
-    settings, deadline = job.sft, job.learner.deadline_seconds
+    setup_worker(job, "sft")
+    settings, deadline = job.sft, job.learner.timeout_seconds
     rank, _ = rank_and_count()
     num_rows = settings.epochs * sum(group.num_train for group in config["groups"])
     num_steps = -(-num_rows // settings.examples_per_step)
@@ -122,11 +122,11 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
     objective = objective_of(job, config["groups"], learner)
     heldout = HeldOut.of(job, config["groups"], learner)
     start = 0
-    if (kept := newest()) is not None:
+    if (kept := latest_checkpoint()) is not None:
         kept.restore({"policy": learner}, folder / "sft")
         start, heldout = kept.notes["next_step"], heldout.after(kept.notes)
     tracker = Tracker(folder, "sft", job.tracking).rewind(start) if rank == 0 else None
-    departures = Departures()
+    departures = PreemptionWatcher()
 
     def batches_of(step: int) -> list[TrainingBatch]:
         rows = take(config["queue"], step, deadline)
@@ -141,14 +141,16 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
                 coming = ahead.submit(batches_of, step + 1)
             result = learner.step(batches, objective)
             is_last = step + 1 == num_steps
-            is_due = (step + 1) % job.learner.steps_per_checkpoint == 0 and not is_last
-            if is_due or is_last or (step + 1) % settings.steps_per_heldout == 0:
+            is_due = (step + 1) % job.learner.save_every == 0 and not is_last
+            if is_due or is_last or (step + 1) % settings.eval_every == 0:
                 heldout = heldout.measured(learner)
             if tracker:
                 tracker.log(step, **numbers_of(job, result), **heldout.numbers)
                 speak(step, num_steps, numbers_of(job, result), heldout)
             if departures.any_new() or is_due:
-                safe_step = keep({"policy": learner}, step + 1, deadline, **heldout.numbers)
+                safe_step = save_checkpoint(
+                    {"policy": learner}, step + 1, deadline, **heldout.numbers
+                )
                 ray.get(config["queue"].forget_before.remote(safe_step), timeout=deadline)
     learner.export(folder / "sft" / "export", job.model_path())
     export_best(learner, folder / "sft", job, heldout)
@@ -159,7 +161,7 @@ def learn(config: dict[str, Any]) -> dict[str, Any]:
 
 def export_best(learner: Learner, folder: Path, job: Job, last: HeldOut) -> None:
     """Write `best` where a checkpoint has a lower held-out loss than the last state."""
-    kept = best(job.learner.deadline_seconds)
+    kept = best_checkpoint(job.learner.timeout_seconds)
     # A last loss that is not a number is no better.
     if kept is not None and not kept.notes["heldout_loss"] >= last.loss:
         kept.restore({"policy": learner}, folder)

@@ -1,4 +1,4 @@
-"""From the job's words to the objective that is minimised."""
+"""From the job's words to the objective that is minimized."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pear_ray.config import Job
-from pear_ray.data.scored_dataset import RowGroup, first_rows, sequences_of, wanted_of
+from pear_ray.data.scored_dataset import RowGroup, first_rows, row_filter, sequences_of
 from pear_ray.data.tokenizer import num_embeddings
 from pear_ray.losses.sft import Supervised, TopMasses, Weighted
 from pear_ray.losses.token_losses import Dft, IwSft, Kl, Nll, SedSft, TokenLoss, TrSft
 from pear_ray.losses.weighting import (
-    AsTheyAre,
-    Centred,
-    OnlyTheMean,
+    Centered,
+    MeanWeightOnly,
+    NoNormalization,
     Pear,
     PerBatch,
     PerSequence,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # As many sequences as SED-SFT's authors take to choose their bound.
 ROWS_FOR_SED = 100
 
-NORMALISATIONS = {"none": AsTheyAre, "per_sequence": PerSequence, "per_batch": PerBatch}
+NORMALIZATIONS = {"none": NoNormalization, "per_sequence": PerSequence, "per_batch": PerBatch}
 
 
 def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
@@ -61,13 +61,13 @@ def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supe
         "none": lambda: Pear(*pear),
         "mean_weight": lambda: Pear(*pear),
         "shuffled": lambda: Shuffled(*pear, seed=job.run.seed),
-        "centred": lambda: Centred(*pear),
+        "centered": lambda: Centered(*pear),
     }
     only_mean = settings.control == "mean_weight"
     return Weighted(
         loss,
         weigh=weighers[settings.control](),
-        normalisation=OnlyTheMean() if only_mean else NORMALISATIONS[settings.normalize](),
+        normalization=MeanWeightOnly() if only_mean else NORMALIZATIONS[settings.normalize](),
         sources=settings.sources
         or tuple(sorted({name for group in groups for name in group.sources})),
     )
@@ -76,7 +76,7 @@ def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supe
 def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner) -> float:
     """SED-SFT's bound: the mass of the likeliest tokens above which the wanted share of places
     lies, under the model before training (arXiv 2602.07464, from 100 sequences of the corpus)."""
-    table = first_rows(groups, wanted_of(job), "train", ROWS_FOR_SED)
+    table = first_rows(groups, row_filter(job), "train", ROWS_FOR_SED)
     assert table is not None
     facts = learner.measure(learner.share(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
     counts = facts["histogram"]

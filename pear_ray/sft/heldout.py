@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pear_ray.config import Job
-from pear_ray.data.scored_dataset import RowGroup, first_rows, sequences_of, wanted_of
+from pear_ray.data.scored_dataset import RowGroup, first_rows, row_filter, sequences_of
 from pear_ray.losses.sft import Supervised
 from pear_ray.records import TrainingBatch
 from pear_ray.statistics import overtraining
@@ -29,7 +29,7 @@ class HeldOut:
     @classmethod
     def of(cls, job: Job, groups: Sequence[RowGroup], learner: Learner) -> HeldOut:
         """The first held-out rows, as many as the job measures."""
-        table = first_rows(groups, wanted_of(job), "heldout", job.sft.heldout_rows)
+        table = first_rows(groups, row_filter(job), "heldout", job.sft.heldout_rows)
         return cls(() if table is None else tuple(learner.share(sequences_of(table, 1.0))))
 
     def measured(self, learner: Learner) -> HeldOut:

@@ -57,7 +57,7 @@ def advice_on(numbers: dict[str, Any]) -> str | None:
         return (
             f"{floor:.0%} of the tokens have the smallest weight there is: only the ends of traces"
             ' are learned. The corpus is far from this model; try sft.level = "block", a narrower'
-            " sft.clip_log_ratio, or a behaviour policy nearer to the model"
+            " sft.clip_log_ratio, or a behavior policy nearer to the model"
         )
     if share < LEAST_EFFECTIVE_SHARE:
         return (
@@ -67,6 +67,6 @@ def advice_on(numbers: dict[str, Any]) -> str | None:
     if lower > MOST_AT_A_CLIP:
         return (
             f"{lower:.0%} of the log-ratios are at the lower clip: weights count tokens rather than"
-            " weigh them. Try a wider sft.clip_log_ratio, or check behaviour_logprobs in the report"
+            " weigh them. Try a wider sft.clip_log_ratio, or check behavior_logprobs in the report"
         )
     return None

@@ -16,10 +16,10 @@ from typing import Any
 import ray
 
 from pear_ray import pipeline
-from pear_ray.config import Arm, BadInput, Job
-from pear_ray.logs import begin_logs
+from pear_ray.config import Arm, ConfigError, Job
+from pear_ray.logs import configure_logging
 from pear_ray.ray_cluster import connect
-from pear_ray.run import Run, open_run, write_json
+from pear_ray.run import RunDir, open_run, write_json
 from pear_ray.study.comparison import comparison, spreadsheet
 
 log = logging.getLogger(__name__)
@@ -30,27 +30,29 @@ MAX_RETRIES = 3
 LOOK_SECONDS = 10.0
 
 
-def run(job: Job, run: Run) -> dict[str, Any]:
-    """Everything in order; the cells of the study side by side as far as `study.at_once` allows.
+def run(job: Job, run: RunDir) -> dict[str, Any]:
+    """Run everything in order; the cells of the study side by side up to `study.max_parallel`.
 
     Raises:
-        BadInput: there is nothing to compare.
+        ConfigError: there is nothing to compare.
     """
     if len(job.study_arms) < 2:
-        raise BadInput(f"arms: read {len(job.study_arms)}; expected at least two arms to compare")
+        raise ConfigError(
+            f"arms: read {len(job.study_arms)}; expected at least two arms to compare"
+        )
     if len(job.study.seeds) < 2:
-        raise BadInput(f"study.seeds: read {list(job.study.seeds)}; expected at least two seeds")
+        raise ConfigError(f"study.seeds: read {list(job.study.seeds)}; expected at least two seeds")
     plan = noted_plan(job, run.folder / "study" / "plan.json")
     pipeline.prepare(job, run)
     run_cells(job)
     if run.is_done("evaluate") and not is_evaluated(job, run.folder):
         run.forget("evaluate")
-    run.perform("evaluate", pipeline.stage("evaluate"))
-    run.perform("rank", pipeline.stage("rank"))
+    run.run_stage("evaluate", pipeline.stage("evaluate"))
+    run.run_stage("rank", pipeline.stage("rank"))
     found = comparison(job, run.folder) | {"plan": plan}
     (run.folder / "study" / "study.csv").write_text(spreadsheet(found))
     write_json(run.folder / "study" / "study.json", found)
-    run.perform("report", pipeline.stage("report"))
+    run.run_stage("report", pipeline.stage("report"))
     return {"primary": found["primary"]}
 
 
@@ -59,7 +61,7 @@ def plan_of(job: Job) -> dict[str, Any]:
     return {
         "hypothesis": job.study.hypothesis,
         "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
-        "against": job.study.against or job.study_arms[0].name,
+        "baseline": job.study.baseline or job.study_arms[0].name,
         "arms": {arm.name: settings_of(arm) for arm in job.study_arms},
         "seeds": list(job.study.seeds),
     }
@@ -106,7 +108,7 @@ def run_cells(job: Job) -> None:
     waiting = deque((arm, seed) for seed in job.study.seeds for arm in job.study_arms)
     working: dict[Any, str] = {}
     while waiting or working:
-        while waiting and len(working) < job.study.at_once:
+        while waiting and len(working) < job.study.max_parallel:
             arm, seed = waiting.popleft()
             own = job.of_arm(arm, seed)
             working[cell.remote(own.model_dump(), arm.stages)] = f"{arm.name}@{seed}"
@@ -121,7 +123,7 @@ def run_cells(job: Job) -> None:
 def cell(document: dict[str, Any], stages: tuple[str, ...]) -> None:
     """One arm with one seed, in a process of its own somewhere on the cluster."""
     job = Job(**document)
-    begin_logs(job.tracking.logs)
+    configure_logging(job.tracking.logs)
     with open_run(job) as own:
         for stage in stages:
-            own.perform(stage, pipeline.stage(stage))
+            own.run_stage(stage, pipeline.stage(stage))

@@ -23,7 +23,7 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
     cards = json.loads((folder / "evaluate" / "scorecard.json").read_text())["checkpoints"]
     seeds, of_study = job.study.seeds, {arm.name: arm for arm in job.study_arms}
     names = list(of_study)
-    against, first_k = job.study.against or names[0], min(job.evaluation.ks)
+    baseline, first_k = job.study.baseline or names[0], min(job.evaluation.ks)
 
     def scores(name: str, when: str, k: int) -> np.ndarray:
         after = [f"{name}@{seed}/{of_study[name].last_stage}" for seed in seeds]
@@ -41,13 +41,13 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
     differences = [
         {
             "arm": name,
-            "against": against,
+            "baseline": baseline,
             "when": when,
             "of": f"pass@{k}",
-            **of_seeds(scores(name, when, k) - scores(against, when, k)),
+            **of_seeds(scores(name, when, k) - scores(baseline, when, k)),
         }
         for name in names
-        if name != against
+        if name != baseline
         for when in WHEN
         for k in job.evaluation.ks
     ]
@@ -57,7 +57,7 @@ def comparison(job: Job, folder: Path) -> dict[str, Any]:
     primary = [row for row in differences if (row["when"], row["of"]) == (AFTER, f"pass@{first_k}")]
     return {
         "seeds": list(seeds),
-        "against": against,
+        "baseline": baseline,
         "arms": arms,
         "differences": differences,
         "primary": primary,

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 
 SIGNS = "+-*/"
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
@@ -147,7 +147,7 @@ class Countdown:
             ]
             yield self._problem(*key, "train"), self._answer(rng, *key, style, aimed)
 
-    def verdict(self, problem: Problem, text: str) -> Verdict:
+    def grade(self, problem: Problem, text: str) -> Grade:
         """Reward 1 where one of the last `attempts` chains, each after a `no` or a `:`, solves the
         problem, else 0, and what is wrong with the last of them."""
         numbers, target = _read_reference(problem)
@@ -159,7 +159,7 @@ class Countdown:
         fault = "" if "" in faults else faults[-1]
         style = read_style(text)
         parts = {f"style_{name}": float(name == style) for name in READABLE_STYLES}
-        return Verdict(reward=float(not fault), correct=not fault, parts=parts, note=fault)
+        return Grade(reward=float(not fault), correct=not fault, parts=parts, note=fault)
 
     def vocabulary(self) -> list[str]:
         """Every word that a prompt or an answer can contain, each once."""

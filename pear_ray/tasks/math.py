@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 from pear_ray.seeds import seed_of
 from pear_ray.tasks.rows import check_files, read_rows
 
@@ -104,7 +104,7 @@ class Math:
         """Every problem of the split once, in an order fixed by the seed.
 
         Raises:
-            BadInput: a file cannot be read, or a row is not as it should be.
+            ConfigError: a file cannot be read, or a row is not as it should be.
         """
         if split not in ("train", "heldout"):
             raise ValueError(f"split: read {split!r}, expected 'train' or 'heldout'")
@@ -113,7 +113,7 @@ class Math:
         for row in order:
             yield self._problem(row)
 
-    def verdict(self, problem: Problem, text: str) -> Verdict:
+    def grade(self, problem: Problem, text: str) -> Grade:
         """Reward 1 where the extracted answer has the value of the reference, by math-verify.
 
         `parts`: boxed_correct, last_number_correct, answered (there is an answer where the
@@ -131,7 +131,7 @@ class Math:
             "extractors_disagree": float(bool(faults["boxed"]) != bool(faults["last_number"])),
         }
         note = "" if correct else "; ".join(f"{name}: {faults[name]}" for name in decide)
-        return Verdict(float(correct), correct, parts, note)
+        return Grade(float(correct), correct, parts, note)
 
     def _problem(self, row: Row) -> Problem:
         question = f"{row.problem}\n\n{self._instruction}" if self._instruction else row.problem

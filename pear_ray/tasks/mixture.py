@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import count, islice
 from math import lcm
 
-from pear_ray.config import BadInput, TaskSpec
+from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.records import Problem
 from pear_ray.seeds import seed_of
 from pear_ray.tasks.registry import make_tasks
@@ -23,7 +23,7 @@ def endless_problems(
     that a resumed run needs.
 
     Raises:
-        BadInput: as `make_tasks`.
+        ConfigError: as `make_tasks`.
         ValueError: a task has no problem of the split.
     """
     tasks, weights = make_tasks(specs), [spec.weight for spec in specs]
@@ -40,12 +40,12 @@ def heldout_problems(specs: Sequence[TaskSpec], num_each: int, seed: int) -> lis
     """Held-out problems, as many of each task: those that every evaluation with this seed asks.
 
     Raises:
-        BadInput: there are not so many.
+        ConfigError: there are not so many.
     """
     stream = mixed_problems(make_tasks(specs), "heldout", seed_of(seed, "evaluate"))
     problems = list(islice(stream, num_each * len(specs)))
     if len(problems) < num_each * len(specs):
-        raise BadInput(
+        raise ConfigError(
             f"evaluation.num_problems: read {num_each}; the tasks hold out only"
             f" {len(problems) // len(specs)} each; expected at most as many"
         )

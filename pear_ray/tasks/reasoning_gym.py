@@ -8,7 +8,7 @@ from ast import literal_eval
 from collections.abc import Iterator
 from typing import Any
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 from pear_ray.seeds import seed_of
 
 
@@ -76,18 +76,18 @@ class ReasoningGym:
                 split=split,
             )
 
-    def verdict(self, problem: Problem, text: str) -> Verdict:
+    def grade(self, problem: Problem, text: str) -> Grade:
         """reasoning-gym's own score of what stands in the last <answer> tags."""
         answer = self._gym.utils.extract_answer(text)
         if answer is None:
-            return Verdict(0.0, False, {"answered": 0.0}, "no <answer> tags")
+            return Grade(0.0, False, {"answered": 0.0}, "no <answer> tags")
         try:
             score = float(self._judge.score_answer(answer, literal_eval(problem.reference)))
         except Exception as error:  # of a hundred judges: any
             note = f"the judge failed: {type(error).__name__}: {error}"
-            return Verdict(0.0, False, {"answered": 1.0}, note)
+            return Grade(0.0, False, {"answered": 1.0}, note)
         note = "" if score > 0 else "the judge gave 0"
-        return Verdict(score, score == 1.0, {"answered": 1.0}, note)
+        return Grade(score, score == 1.0, {"answered": 1.0}, note)
 
     def _generated(self, seed: int, size: int) -> Any:
         return self._gym.create_dataset(self._dataset, seed=seed, size=size, **self._parameters)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from pear_ray.config import BadInput, TaskSpec
+from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.tasks.task import FromFiles, Task
 
 GROUP = "pear_ray.tasks"
@@ -22,20 +22,20 @@ def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
     """The tasks of a job, in its order, ready to give problems.
 
     Raises:
-        BadInput: a name that nothing stands behind; a class that is no task; an option which the
+        ConfigError: a name that nothing stands behind; a class that is no task; an option which the
             class does not know; a file which is not there; two tasks of one name, so that nobody
             could tell which of them judges a problem.
     """
-    tasks = make_judges(specs)
+    tasks = make_graders(specs)
     for number, (spec, task) in enumerate(zip(specs, tasks, strict=True)):
         if isinstance(task, FromFiles):
             try:
                 task.check_files()
             except ValueError as error:
-                raise BadInput(f"tasks.{number}.options: {error}") from error
+                raise ConfigError(f"tasks.{number}.options: {error}") from error
         same = [before for before in range(number) if tasks[before].name == task.name]
         if same:
-            raise BadInput(
+            raise ConfigError(
                 f"tasks.{number}: read {spec.name!r}, whose problems are called {task.name!r}, as"
                 f" those of tasks.{same[0]} are; expected a `label` among its options that tells"
                 " the two apart"
@@ -43,11 +43,11 @@ def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
     return tasks
 
 
-def make_judges(specs: Sequence[TaskSpec]) -> list[Task]:
+def make_graders(specs: Sequence[TaskSpec]) -> list[Task]:
     """The tasks of a job where only their verdicts are wanted: files of problems may be absent.
 
     Raises:
-        BadInput: as `make_tasks`, files and equal names aside.
+        ConfigError: as `make_tasks`, files and equal names aside.
     """
     return [_make(f"tasks.{number}", spec) for number, spec in enumerate(specs)]
 
@@ -57,16 +57,16 @@ def _make(where: str, spec: TaskSpec) -> Task:
     try:
         task: Task = family(**spec.options)
     except ImportError as error:
-        raise BadInput(
+        raise ConfigError(
             f"{where}.name: read {spec.name!r}, which needs a package that cannot be imported:"
             f" {error}; expected it to be installed (pear-ray[tasks] brings those of this"
             " project's own tasks)"
         ) from error
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}.options: read {spec.options}; {error}") from error
+        raise ConfigError(f"{where}.options: read {spec.options}; {error}") from error
     name = getattr(task, "name", None)
     if not isinstance(name, str) or not name:
-        raise BadInput(
+        raise ConfigError(
             f"{where}.name: read {spec.name!r}, which makes a task whose `name` is {name!r};"
             " expected a text, the `task` of its problems"
         )
@@ -78,20 +78,20 @@ def family_of(where: str, name: str) -> Callable[..., Any]:
     package's; `where` begins the messages.
 
     Raises:
-        BadInput: there is none, there are two, it cannot be loaded, or it is no task.
+        ConfigError: there is none, there are two, it cannot be loaded, or it is no task.
     """
     found = EntryPoint(name, _value_of(where, name), GROUP)
     try:
         family = found.load()
     except Exception as error:  # of a user's module: any
-        raise BadInput(
+        raise ConfigError(
             f"{where}.name: read {name!r}, and {found.value} cannot be loaded:"
             f" {type(error).__name__}: {error}; expected a class that can be imported"
         ) from error
     absent = [m for m in ("problems", "verdict") if not callable(getattr(family, m, None))]
     if not isinstance(family, type) or absent:
         what = f"without {' and '.join(absent)}" if absent else "not a class"
-        raise BadInput(
+        raise ConfigError(
             f"{where}.name: read {name!r}, and {found.value} is {what}; expected a class with"
             " problems(split, seed) and verdict(problem, text)"
         )
@@ -110,12 +110,12 @@ def _value_of(where: str, name: str) -> str:
     if len(values) == 1:
         return values[0]
     if values:
-        raise BadInput(
+        raise ConfigError(
             f"{where}.name: read {name!r}, which {len(values)} installed packages offer:"
             f" {', '.join(values)}; expected one of these in its place"
         )
     known = sorted({*FAMILIES, *(entry.name for entry in installed)})
-    raise BadInput(
+    raise ConfigError(
         f"{where}.name: read {name!r}; expected one of {', '.join(map(repr, known))}, or"
         " 'package.module:Class'"
     )

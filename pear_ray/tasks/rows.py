@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import BadInput
+from pear_ray.config import ConfigError
 
 LINES = tuple(
     kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
@@ -23,17 +23,17 @@ def check_files(path: str) -> list[Path]:
     all that counts; files whose names begin with a dot or an underscore do not.
 
     Raises:
-        BadInput: nothing is there that can be read.
+        ConfigError: nothing is there that can be read.
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise BadInput(f"path: read {path!r}, which is not there; expected a file or folder")
+        raise ConfigError(f"path: read {path!r}, which is not there; expected a file or folder")
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
     hidden = {file for file in files if _is_hidden(file, root)}
     parquet = [file for file in files if file.name.endswith(".parquet") and file not in hidden]
     lines = [file for file in files if file.name.endswith(LINES) and file not in hidden]
     if not parquet and not lines:
-        raise BadInput(
+        raise ConfigError(
             f"path: read {path!r}, which holds no file of a kind that can be read; expected"
             f" .parquet or one of {', '.join(LINES)}"
         )
@@ -44,14 +44,14 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, list[Any
     """(place, values of the columns) of every row; the place says file and line or row, from 1.
 
     Raises:
-        BadInput: a file cannot be read, or a row has not all of the columns.
+        ConfigError: a file cannot be read, or a row has not all of the columns.
     """
     for file in check_files(path):
         read = _parquet_rows if file.name.endswith(".parquet") else _json_rows
         try:
             yield from read(file, columns)
         except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-            raise BadInput(f"{file}: cannot be read: {error}") from error
+            raise ConfigError(f"{file}: cannot be read: {error}") from error
 
 
 def _is_hidden(file: Path, root: Path) -> bool:
@@ -63,7 +63,7 @@ def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, lis
         there = parquet.schema_arrow.names
         missing = [name for name in columns if name not in there]
         if missing:
-            raise BadInput(f"{file}: has columns {sorted(there)}; expected also {missing}")
+            raise ConfigError(f"{file}: has columns {sorted(there)}; expected also {missing}")
         number = 0
         for batch in parquet.iter_batches(columns=list(columns)):
             for row in batch.to_pylist():
@@ -79,10 +79,10 @@ def _json_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[A
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise BadInput(f"{file}:{number}: is not JSON: {error}") from error
+                raise ConfigError(f"{file}:{number}: is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise BadInput(f"{file}:{number}: read {type(row).__name__}, expected an object")
+                raise ConfigError(f"{file}:{number}: read {type(row).__name__}, expected an object")
             missing = [name for name in columns if name not in row]
             if missing:
-                raise BadInput(f"{file}:{number}: has {sorted(row)}; expected also {missing}")
+                raise ConfigError(f"{file}:{number}: has {sorted(row)}; expected also {missing}")
             yield f"{file}:{number}", [row[name] for name in columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 
 
 class Task(Protocol):
@@ -22,7 +22,7 @@ class Task(Protocol):
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Distinct problems of `split` ("train" or "heldout"), in an order fixed by `seed`."""
 
-    def verdict(self, problem: Problem, text: str) -> Verdict:
+    def grade(self, problem: Problem, text: str) -> Grade:
         """Judge an answer. Never raises, whatever the text."""
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from pear_ray.config import Learner as Settings
-from pear_ray.config import Optimiser
-from pear_ray.losses.inputs import Objective, Tokens
+from pear_ray.config import Optimizer
+from pear_ray.losses.inputs import LossInputs, Objective
 from pear_ray.losses.packing import pack
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.seeds import seed_of
@@ -30,7 +30,7 @@ from pear_ray.train.ulysses import SequenceGroup
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did: loss per trainable token of the global batch, the gradient's
+    """What one optimizer step did: loss per trainable token of the global batch, the gradient's
     norm before clipping, and the objective's facts summed over micro-batches and ranks."""
 
     loss: float
@@ -41,24 +41,24 @@ class StepResult:
 
 
 class Learner:
-    """Parameters, gradients and optimiser states of one rank; every method is collective."""
+    """Parameters, gradients and optimizer states of one rank; every method is collective."""
 
     def __init__(
         self,
         path: str,
         dtype: str,
         settings: Settings,
-        optimiser: Optimiser,
+        optimizer: Optimizer,
         num_steps: int,
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
         self._settings, self._dtype, self._seed = settings, dtype, seed
-        config = zero.deepspeed_config(dtype, settings, optimiser)
+        config = zero.deepspeed_config(dtype, settings, optimizer)
         # Alive while the model loads, it lets transformers partition each parameter at once.
         self._partitioned_loading = HfDeepSpeedConfig(config)
         policy = load_policy(path, dtype, settings.logits_mib)
-        trained = self._trained(policy, optimiser)
+        trained = self._trained(policy, optimizer)
         if settings.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
@@ -67,19 +67,19 @@ class Learner:
             model_parameters=trained,
             config=config,
             lr_scheduler=lambda adam: get_scheduler(
-                optimiser.schedule,
+                optimizer.schedule,
                 adam,
-                num_warmup_steps=round(optimiser.warmup_fraction * num_steps),
+                num_warmup_steps=round(optimizer.warmup_fraction * num_steps),
                 num_training_steps=num_steps,
             ),
         )
         self._device = self._engine.device
         size = settings.sequence_parallel
-        self._group = SequenceGroup.of(size, settings.deadline_seconds) if size > 1 else None
+        self._group = SequenceGroup.of(size, settings.timeout_seconds) if size > 1 else None
         self._crossover_tokens = crossover_tokens(policy.language_model)
 
-    def _trained(self, policy: PackedPolicy, optimiser: Optimiser) -> list[Any]:
-        """What the optimiser is given, parameters or groups of them, after adapters were put in."""
+    def _trained(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
+        """What the optimizer is given, parameters or groups of them, after adapters were put in."""
         if self._settings.lora is not None:
             add_adapters(policy.language_model, self._settings.lora)
         return [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -102,7 +102,7 @@ class Learner:
         return packed[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
-        """One optimiser step on this rank's micro-batches of the global batch."""
+        """One optimizer step on this rank's micro-batches of the global batch."""
         facts = self.backward(batches, objective)
         num_tokens = batches[0].num_trainable_tokens_global
         return self.update(facts, num_tokens, objective.factor(facts, num_tokens))
@@ -110,7 +110,7 @@ class Learner:
     def backward(
         self, batches: Sequence[TrainingBatch], objective: Objective
     ) -> dict[str, np.ndarray]:
-        """Gradients of one optimiser step, for `update`. Returns the objective's facts and `loss`,
+        """Gradients of one optimizer step, for `update`. Returns the objective's facts and `loss`,
         summed over micro-batches and ranks.
 
         Sums of the losses are divided by the GLOBAL number of trainable tokens, and multiplied by
@@ -131,7 +131,7 @@ class Learner:
     def update(
         self, facts: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0
     ) -> StepResult:
-        """The optimiser's step with the gradients of `backward`, which said these facts of so many
+        """The optimizer's step with the gradients of `backward`, which said these facts of so many
         tokens, times `factor`."""
         learning_rate = self._engine.get_lr()[0]
         if factor != 1.0:
@@ -173,7 +173,7 @@ class Learner:
         return zero.partitions(self._engine.module.language_model)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint: weights, optimiser and schedule."""
+        """Write this rank's part of a checkpoint: weights, optimizer and schedule."""
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
@@ -201,7 +201,7 @@ class Learner:
     ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
         return merged_parameters(model)
 
-    def _forward(self, batch: TrainingBatch, top_k: int) -> Tokens:
+    def _forward(self, batch: TrainingBatch, top_k: int) -> LossInputs:
         # What is padded for the ranks of a group is not trainable: nothing of it is chosen below.
         shared = batch if self._group is None else self._group.padded(batch)
         logprobs, entropies, top_masses = self._read(policy_inputs(shared, self._device), top_k)
@@ -210,7 +210,7 @@ class Learner:
             return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
         theirs_T, reference_T = batch.teacher_logprobs_T, batch.reference_logprobs_T
-        return Tokens(
+        return LossInputs(
             logprobs=logprobs[:, 0],
             entropies=entropies,
             sampled_logprobs=chosen(batch.sampled_logprobs_T),

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pear_ray.config import BadInput, Pretrain
+from pear_ray.config import ConfigError, Pretrain
 from pear_ray.losses.logprobs import predicted_logprobs
 from pear_ray.records import TrainingBatch
 from pear_ray.train import attention
@@ -107,7 +107,7 @@ def load_policy(
     """The model of a Hugging Face folder or hub name, from safetensors only.
 
     Raises:
-        BadInput: its logits are not simply the product with its output head, or it is not all
+        ConfigError: its logits are not simply the product with its output head, or it is not all
             attention.
     """
     model = AutoModelForCausalLM.from_pretrained(
@@ -120,9 +120,11 @@ def load_policy(
     )
     refuse_other_than_plain(path, model.config.get_text_config())
     if model._is_stateful:
-        raise BadInput(f"{path}: the model keeps a state from token to token; expected attention")
+        raise ConfigError(
+            f"{path}: the model keeps a state from token to token; expected attention"
+        )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise BadInput(f"{path}: the output head has a bias; expected one without")
+        raise ConfigError(f"{path}: the output head has a bias; expected one without")
     return PackedPolicy(model, logits_mib)
 
 

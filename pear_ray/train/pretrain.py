@@ -34,10 +34,10 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
         blank = folder.with_name(settings.start_from)
     tokenizer = load_tokenizer(str(blank))
     policy = load_policy(str(blank), "float32")
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    scheduler = get_scheduler("cosine", optimiser, settings.steps // 20, settings.steps)
+    scheduler = get_scheduler("cosine", optimizer, settings.steps // 20, settings.steps)
     demonstrations = task.demonstrations(settings.styles, settings.solved_fraction, settings.seed)
     losses = []
     for _ in range(settings.steps):
@@ -50,7 +50,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
         ((batch, *more),) = pack(
             sequences, 1, num_tokens // 2 + max(len(s.token_ids) for s in sequences)
         )
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = 0.0
         for part in (batch, *more):
             logprobs, *_ = policy(**policy_inputs(part, torch.device("cpu")))
@@ -58,7 +58,7 @@ def pretrain(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: 
             part_loss.backward()
             loss += part_loss.item()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         scheduler.step()
         losses.append(loss)
     write_folder(policy.language_model, policy.language_model.state_dict(), folder, str(blank))

@@ -29,7 +29,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pear_ray.config import Job
 from pear_ray.config import Learner as Settings
-from pear_ray.logs import PLACE, begin_logs
+from pear_ray.logs import LOG_CONTEXT, configure_logging
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -57,16 +57,16 @@ def train(
     beside the newest.
 
     Raises:
-        TimeoutError: the ranks did not start in `settings.deadline_seconds` and a little more, for
+        TimeoutError: the ranks did not start in `settings.timeout_seconds` and a little more, for
             want of resources.
     """
-    attempt_seconds = min(START_SECONDS, settings.deadline_seconds)
+    attempt_seconds = min(START_SECONDS, settings.timeout_seconds)
     # Attempts on the whole run: also a node that dies under a rank which is starting costs one.
-    num_attempts = int(settings.deadline_seconds / attempt_seconds) + settings.max_failures
+    num_attempts = int(settings.timeout_seconds / attempt_seconds) + settings.max_failures
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_seconds)
     worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     most, fewest = settings.num_workers, settings.min_workers
-    best = {"checkpoint_score_attribute": HELDOUT, "checkpoint_score_order": "min"}
+    best_checkpoint = {"checkpoint_score_attribute": HELDOUT, "checkpoint_score_order": "min"}
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
@@ -78,7 +78,7 @@ def train(
         ),
         torch_config=TorchConfig(
             backend="nccl" if settings.use_gpu else "gloo",
-            timeout_s=int(settings.deadline_seconds),
+            timeout_s=int(settings.timeout_seconds),
         ),
         run_config=RunConfig(
             name=folder.name,
@@ -87,7 +87,9 @@ def train(
                 max_failures=settings.max_failures,
                 controller_failure_limit=num_attempts - 1,
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, **(best_checkpoint if keep_best else {})
+            ),
         ),
     )
     try:
@@ -105,7 +107,7 @@ def no_room(settings: Settings, worker: dict[str, float], labels: dict[str, str]
         f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in worker
     )
     return (
-        f"waited more than {settings.deadline_seconds:.0f} s (learner.deadline_seconds) for"
+        f"waited more than {settings.timeout_seconds:.0f} s (learner.timeout_seconds) for"
         f" {settings.min_workers or settings.num_workers} ranks with {worker} each"
         f"{f' on nodes with labels {labels}' if labels else ''}; the cluster"
         f" has {there}"
@@ -119,7 +121,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckpointRef:
     """A checkpoint: the folder that holds it, below which every rank has its part, and what was
     noted beside it: `next_step`, `num_ranks`, and the metrics given to `keep`."""
 
@@ -153,18 +155,18 @@ class Kept:
             shutil.rmtree(universal)
 
 
-def newest() -> Kept | None:
+def latest_checkpoint() -> CheckpointRef | None:
     """The checkpoint that the run goes on from, if there is any."""
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else read_kept(Path(checkpoint.path))
 
 
-def best(deadline_seconds: float) -> Kept | None:
+def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
     """The checkpoint with the lowest held-out loss, if any was measured; the same on all ranks."""
     chosen: list[str | None] = [None]
     if rank_and_count()[0] == 0:
         reported = ray.train.get_all_reported_checkpoints(
-            CheckpointConsistencyMode.COMMITTED, deadline_seconds
+            CheckpointConsistencyMode.COMMITTED, timeout_seconds
         )
         measured = [found for found in reported if HELDOUT in found.metrics]
         if measured:
@@ -175,13 +177,13 @@ def best(deadline_seconds: float) -> Kept | None:
     return None if path is None else read_kept(Path(path))
 
 
-def read_kept(folder: Path) -> Kept:
+def read_kept(folder: Path) -> CheckpointRef:
     """What Ray Train knows as a checkpoint. A run's storage is a folder that all nodes see."""
-    return Kept(folder, json.loads((folder / "progress.json").read_text()))
+    return CheckpointRef(folder, json.loads((folder / "progress.json").read_text()))
 
 
-def keep(
-    learners: Mapping[str, Learner], next_step: int, deadline_seconds: float, **metrics: float
+def save_checkpoint(
+    learners: Mapping[str, Learner], next_step: int, timeout_seconds: float, **metrics: float
 ) -> int:
     """Write a checkpoint, of which each rank holds its part, each learner's below its name. It is
     copied to the run's storage while the next steps run.
@@ -192,7 +194,7 @@ def keep(
     """
     # What was reported is forgotten if a rank dies before Ray Train's controller has seen it.
     committed = ray.train.get_all_reported_checkpoints(
-        CheckpointConsistencyMode.COMMITTED, deadline_seconds
+        CheckpointConsistencyMode.COMMITTED, timeout_seconds
     )
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     for name, learner in learners.items():
@@ -207,7 +209,7 @@ def keep(
     return max((found.metrics["next_step"] for found in committed), default=0)
 
 
-class Departures:
+class PreemptionWatcher:
     """Nodes of the run that are going to be taken back, as Ray tells of it."""
 
     def __init__(self) -> None:
@@ -226,11 +228,11 @@ class Departures:
         return bool(new)
 
 
-def begin(job: Job, stage: str) -> None:
+def setup_worker(job: Job, stage: str) -> None:
     """Settle a rank's process: one compute thread per CPU, since ranks that share cores wait on
     each other, and log lines that reach the job's log."""
-    begin_logs(job.tracking.logs)
-    PLACE.stand(str(job.folder.absolute()), stage)
+    configure_logging(job.tracking.logs)
+    LOG_CONTEXT.set(str(job.folder.absolute()), stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 
 # What some architectures do to logits, and the value that does nothing.
 TRANSFORMED_LOGITS = {
@@ -21,11 +21,11 @@ ATTENTION = {"full_attention", "sliding_attention"}
 ROTATIONS_BY_LENGTH = {"dynamic", "longrope"}
 
 
-def refuse_unsuitable(job: Job, path: str) -> None:
+def check_supported(job: Job, path: str) -> None:
     """Look at a model's configuration, as the learner of this job will use it.
 
     Raises:
-        BadInput: the field, what was read and what was expected.
+        ConfigError: the field, what was read and what was expected.
     """
     from transformers import AutoConfig
 
@@ -54,7 +54,7 @@ def refuse_unsuitable(job: Job, path: str) -> None:
 
 def refuse_other_than_plain(path: str, config: Any) -> None:
     """Raises:
-    BadInput: logits that are not simply the product with the output head, or layers that are not
+    ConfigError: logits that are not simply the product with the output head, or layers that are not
         causal attention.
     """
     for name, harmless in TRANSFORMED_LOGITS.items():
@@ -67,4 +67,4 @@ def refuse_other_than_plain(path: str, config: Any) -> None:
 
 def refuse(path: str, field: str, read: Any, expected: str) -> None:
     """Say what is wrong with a model."""
-    raise BadInput(f"{path}: config.json: {field}: read {read}; expected {expected}")
+    raise ConfigError(f"{path}: config.json: {field}: read {read}; expected {expected}")

@@ -1,4 +1,4 @@
-"""Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509): the ranks of a group share every
+"""Sequence parallelizm as in DeepSpeed-Ulysses (arXiv 2309.14509): the ranks of a group share every
 pack. Each holds a stretch of its tokens; in attention it holds all tokens of some heads instead
 (`attention.py`). What the model says of each token, a few floats, is then told to the whole group,
 so that weights which sum over a response see all of it, wherever it was cut.
@@ -28,9 +28,9 @@ class SequenceGroup:
     size: int
 
     @classmethod
-    def of(cls, size: int, deadline_seconds: float) -> SequenceGroup:
+    def of(cls, size: int, timeout_seconds: float) -> SequenceGroup:
         """Neighbouring ranks, `size` in each group; a collective of all ranks."""
-        timeout = timedelta(seconds=deadline_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
         rank, groups = dist.get_rank(), []
         for first in range(0, dist.get_world_size(), size):
             groups.append(dist.new_group(list(range(first, first + size)), timeout))

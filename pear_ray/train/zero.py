@@ -18,10 +18,10 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from pear_ray.config import Learner as Settings
-from pear_ray.config import Optimiser
+from pear_ray.config import Optimizer
 
 
-def deepspeed_config(dtype: str, settings: Settings, optimiser: Optimiser) -> dict[str, Any]:
+def deepspeed_config(dtype: str, settings: Settings, optimizer: Optimizer) -> dict[str, Any]:
     """Everything partitioned that the stage partitions, however small a parameter is."""
     stage: dict[str, Any] = {
         "stage": settings.zero_stage,
@@ -35,15 +35,15 @@ def deepspeed_config(dtype: str, settings: Settings, optimiser: Optimiser) -> di
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimiser.max_grad_norm,
+        "gradient_clipping": optimizer.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": optimiser.learning_rate,
-                "betas": list(optimiser.betas),
-                "eps": optimiser.eps,
-                "weight_decay": optimiser.weight_decay,
+                "lr": optimizer.learning_rate,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,
             },
         },

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pear_ray.config import BadInput
+from pear_ray.config import ConfigError
 from pear_ray.train.lora import ADAPTER
 from pear_ray.train.safetensors_io import open_tensors
-from pear_ray.weights.fetch import Replica
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.types import WeightVersion
 
 SCALING = "lora_scaling"
@@ -25,7 +25,7 @@ def adapter_partitions(
     partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Of a rank's partitions those of adapters, and behind them `scaling` (alpha / rank), which
-    every rank sends: what a `Publisher` publishes for an `AdapterReplica`."""
+    every rank sends: what a `Publisher` publishes for an `AdapterCache`."""
     adapters = (part for part in partitions if part[0].endswith((A, B)))
     yield from with_scaling(adapters, scaling)
 
@@ -34,21 +34,21 @@ def with_scaling(
     partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """A rank's partitions and behind them `scaling`: what a `Publisher` publishes of weights and
-    adapters for a `JoinedReplica`."""
+    adapters for a `MergedCache`."""
     yield from partitions
     yield SCALING, (), torch.tensor([scaling], dtype=torch.float64)
 
 
-class JoinedReplica(Replica):
+class MergedCache(WeightCache):
     """Like `Replica`, of versions that hold weights and the adapters beside them."""
 
-    def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
+    def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """The parameters of a version by their names in the Hugging Face folder, adapters merged.
 
         Raises:
             TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
         """
-        found = dict(super().fetch(version, deadline_seconds))
+        found = dict(super().fetch(version, timeout_seconds))
         scaling = float(found.pop(SCALING))
         halves = {name: found.pop(name) for name in list(found) if name.endswith(HALVES)}
         for name in halves:
@@ -59,35 +59,35 @@ class JoinedReplica(Replica):
         return found
 
 
-class AdapterReplica:
+class AdapterCache:
     """Like `Replica`, of versions that hold adapters: all else comes from the Hugging Face folder
     or hub name that training started from.
 
     Raises:
-        BadInput: the folder holds no safetensors.
+        ConfigError: the folder holds no safetensors.
     """
 
     def __init__(self, path: str) -> None:
-        self._folder, self._adapters = local_folder(path), Replica()
+        self._folder, self._adapters = local_folder(path), WeightCache()
         self._files = open_tensors(self._folder)
         if not self._files:
-            raise BadInput(f"{path}: read no *.safetensors, expected those of the start model")
+            raise ConfigError(f"{path}: read no *.safetensors, expected those of the start model")
 
     @property
     def version(self) -> int | None:
         """As `Replica.version`."""
         return self._adapters.version
 
-    def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
+    def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """The parameters of a version by their names in the folder, in the adapters' dtype: merged
         where they are adapted, the folder's own where they are not. An engine fuses adapted weights
         with others, and loads all of them or none.
 
         Raises:
-            BadInput: the folder lacks a weight that is adapted, or has one of another shape.
+            ConfigError: the folder lacks a weight that is adapted, or has one of another shape.
             TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
         """
-        adapters = self._adapters.fetch(version, deadline_seconds)
+        adapters = self._adapters.fetch(version, timeout_seconds)
         label = f"weights version {version.version}"
         if SCALING not in adapters:
             raise ValueError(f"{label}: lacks {SCALING}, expected adapters and their scaling")
@@ -107,10 +107,10 @@ class AdapterReplica:
 
     def _base(self, name: str, shape: tuple[int, int]) -> Tensor:
         if name not in self._files:
-            raise BadInput(f"{self._folder}: read no {name}, which is adapted")
+            raise ConfigError(f"{self._folder}: read no {name}, which is adapted")
         weight = self._files[name].get_tensor(name)
         if weight.shape != shape:
-            raise BadInput(
+            raise ConfigError(
                 f"{self._folder}: {name}: read shape {tuple(weight.shape)}, expected {shape} as"
                 " its adapter has"
             )

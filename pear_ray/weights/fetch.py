@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pear_ray.weights.delta import apply
 from pear_ray.weights.publish import checksum
-from pear_ray.weights.types import Bucket, Entry, WeightVersion
+from pear_ray.weights.types import Bucket, ParamMeta, WeightVersion
 
 
 class BaseMissing(RuntimeError):
     """A version is told as changes to one that the replica does not hold; it needs a full one."""
 
 
-class Replica:
+class WeightCache:
     """One process's parameters, brought up to date version by version.
 
     Where buckets say that deltas may follow (`Bucket.may_be_base`) the replica keeps what it
@@ -30,9 +30,9 @@ class Replica:
 
     def __init__(self) -> None:
         self.version: int | None = None
-        self._flats: dict[Entry, np.ndarray] = {}
+        self._flats: dict[ParamMeta, np.ndarray] = {}
 
-    def fetch(self, version: WeightVersion, deadline_seconds: float) -> dict[str, Tensor]:
+    def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """The parameters of a version by name, whole. They are to be read, not written, and hold
         until the next call.
 
@@ -48,11 +48,11 @@ class Replica:
             ValueError: a rank's partition is missing, or bytes are not those that were published.
                 The same.
         """
-        objects = pull(version, deadline_seconds)
+        objects = pull(version, timeout_seconds)
         base, self.version = self.version, None
         held, self._flats = self._flats, {}
         require_all_ranks(version)
-        flats: dict[Entry, np.ndarray] = {}
+        flats: dict[ParamMeta, np.ndarray] = {}
         for number, (bucket, items) in enumerate(zip(version.buckets, objects, strict=True)):
             label = label_of(version, number)
             if bucket.base_version not in (None, base):
@@ -76,24 +76,24 @@ class Replica:
         return {entry.name: tensor(entry, flat) for entry, flat in flats.items()}
 
 
-def pull(version: WeightVersion, deadline_seconds: float) -> list[Any]:
+def pull(version: WeightVersion, timeout_seconds: float) -> list[Any]:
     """The buckets' objects, in order, in this node's part of the store.
 
     Raises:
         TimeoutError: they did not all come in time; names version, rank and bucket.
         LookupError: one has gone with the process that published it.
     """
-    end = time.monotonic() + deadline_seconds
+    end = time.monotonic() + timeout_seconds
     references = [bucket.reference[0] for bucket in version.buckets]
     # All travel at once; taken one by one they also would be waited for one by one.
-    ray.wait(references, num_returns=len(references), timeout=deadline_seconds)
+    ray.wait(references, num_returns=len(references), timeout=timeout_seconds)
     objects = []
     for number, reference in enumerate(references):
         label = label_of(version, number)
         try:
             objects.append(ray.get(reference, timeout=max(0.0, end - time.monotonic())))
         except ray.exceptions.GetTimeoutError as error:
-            raise TimeoutError(f"{label}: not fetched within {deadline_seconds:.0f} s") from error
+            raise TimeoutError(f"{label}: not fetched within {timeout_seconds:.0f} s") from error
         except ray.exceptions.ObjectLostError as error:
             raise LookupError(f"{label}: no longer in the store, its publisher has gone") from error
     return objects
@@ -107,7 +107,7 @@ def label_of(version: WeightVersion, number: int) -> str:
 
 def require_all_ranks(version: WeightVersion) -> None:
     """Every parameter must come once from every rank, alike in dtype, shape and size."""
-    ranks: dict[Entry, list[int]] = {}
+    ranks: dict[ParamMeta, list[int]] = {}
     for bucket in version.buckets:
         for entry in bucket.entries:
             ranks.setdefault(entry, []).append(bucket.rank)
@@ -120,7 +120,9 @@ def require_all_ranks(version: WeightVersion) -> None:
             )
 
 
-def room(bucket: Bucket, num_ranks: int, known: dict[Entry, np.ndarray]) -> dict[Entry, np.ndarray]:
+def room(
+    bucket: Bucket, num_ranks: int, known: dict[ParamMeta, np.ndarray]
+) -> dict[ParamMeta, np.ndarray]:
     """For each parameter of a bucket the bytes of all ranks, flat: known ones, or new and empty."""
     found = {}
     for entry in bucket.entries:
@@ -132,7 +134,7 @@ def room(bucket: Bucket, num_ranks: int, known: dict[Entry, np.ndarray]) -> dict
     return found
 
 
-def write(bucket: Bucket, items: list[Any], flats: dict[Entry, np.ndarray]) -> list[np.ndarray]:
+def write(bucket: Bucket, items: list[Any], flats: dict[ParamMeta, np.ndarray]) -> list[np.ndarray]:
     """Bring the rank's partitions up to date; returns them."""
     parts = []
     for entry, item in zip(bucket.entries, items, strict=True):
@@ -145,7 +147,7 @@ def write(bucket: Bucket, items: list[Any], flats: dict[Entry, np.ndarray]) -> l
     return parts
 
 
-def tensor(entry: Entry, flat: np.ndarray) -> Tensor:
+def tensor(entry: ParamMeta, flat: np.ndarray) -> Tensor:
     """The parameter in the bytes of all ranks. Partitions are padded to equal size; what is behind
     the last element is padding."""
     # Unlike from_numpy, DLPack takes memory that is read-only, as the store's is.

@@ -11,10 +11,10 @@ import xxhash
 from torch import Tensor
 
 from pear_ray.weights.delta import Delta, apply, difference
-from pear_ray.weights.types import Bucket, Entry, Share
+from pear_ray.weights.types import Bucket, ParamMeta, RankShard
 
 # A partition's description and its elements as unsigned integers of their size.
-Piece = tuple[Entry, np.ndarray]
+Piece = tuple[ParamMeta, np.ndarray]
 
 
 class Publisher:
@@ -41,7 +41,7 @@ class Publisher:
         partitions: Iterable[tuple[str, tuple[int, ...], Tensor]],
         version: int,
         full: bool = False,
-    ) -> Share:
+    ) -> RankShard:
         """Put this rank's partitions (name, full shape, flat tensor) into the store, the same ones
         in the same order in every version.
 
@@ -73,7 +73,7 @@ class Publisher:
             if self._full_every > 1:
                 self._remember(pieces, deltas)
         self._last = version
-        return Share(version, self._rank, tuple(buckets), num_bytes)
+        return RankShard(version, self._rank, tuple(buckets), num_bytes)
 
     def _groups(
         self, partitions: Iterable[tuple[str, tuple[int, ...], Tensor]]
@@ -87,7 +87,7 @@ class Publisher:
                 yield pieces
                 pieces, num_bytes = [], 0
             dtype = str(tensor.dtype).removeprefix("torch.")
-            entry = Entry(name, dtype, shape, flat.nbytes)
+            entry = ParamMeta(name, dtype, shape, flat.nbytes)
             pieces.append((entry, flat.view(f"u{tensor.element_size()}")))
             num_bytes += flat.nbytes
         if pieces:

@@ -11,37 +11,39 @@ from typing import Literal
 
 import ray
 
-from pear_ray.data.batch_queue import Closed
-from pear_ray.weights.types import Share, WeightVersion
+from pear_ray.data.batch_queue import QueueClosed
+from pear_ray.weights.types import RankShard, WeightVersion
 
 Wish = Literal["nothing", "again", "full"]
 
 
 @dataclass(frozen=True)
-class Announced:
+class PublishedVersions:
     """What the board knows: the newest version, before it the one that it is a change to, if it is
     one; and where the stream of problems stands behind the newest. `mark` differs after each
     announcement."""
 
     versions: tuple[WeightVersion, ...]
     next_problem: int
-    mark: str
+    cursor: str
 
 
 @ray.remote(num_cpus=0)
-class Board:
+class PolicyVersions:
     """Knows the newest weight versions. Started again after a death it knows nothing: learners ask
     it what it wishes while they wait, and say again what they have published."""
 
     def __init__(self) -> None:
-        self._announced: Announced | None = None
-        self._arriving: dict[int, Share] = {}
+        self._announced: PublishedVersions | None = None
+        self._arriving: dict[int, RankShard] = {}
         self._arriving_from: tuple[int, int, str] | None = None
         self._wants_full = False
         self._closed: str | None = None
         self._change = asyncio.Condition()
 
-    async def announce(self, share: Share, num_ranks: int, next_problem: int, attempt: str) -> None:
+    async def announce(
+        self, share: RankShard, num_ranks: int, next_problem: int, attempt: str
+    ) -> None:
         """One rank's share of a version, which counts once every rank of the same attempt (name of
         one start of the learners) has announced its own."""
         async with self._change:
@@ -55,11 +57,11 @@ class Board:
             self._arriving = {}
             known = () if self._announced is None else self._announced.versions
             base = [version for version in known if version.version == whole.base_version]
-            self._announced = Announced((*base, whole), next_problem, uuid.uuid4().hex)
+            self._announced = PublishedVersions((*base, whole), next_problem, uuid.uuid4().hex)
             self._wants_full &= whole.base_version is not None
             self._change.notify_all()
 
-    async def newest(self, mark: str | None, wait_seconds: float) -> Announced | None:
+    async def newest(self, cursor: str | None, wait_seconds: float) -> PublishedVersions | None:
         """What there is, once its mark is another; None if it stays as it is for so long.
 
         Raises:
@@ -67,7 +69,7 @@ class Board:
         """
 
         def ready() -> bool:
-            changed = self._announced is not None and self._announced.mark != mark
+            changed = self._announced is not None and self._announced.cursor != cursor
             return changed or self._closed is not None
 
         async with self._change:
@@ -76,14 +78,14 @@ class Board:
             except TimeoutError:
                 return None
             if self._closed is not None:
-                raise Closed(self._closed)
+                raise QueueClosed(self._closed)
             return self._announced
 
-    async def want_full(self) -> None:
+    async def request_full(self) -> None:
         """An engine cannot follow by changes: the next version shall be whole."""
         self._wants_full = True
 
-    async def wish(self, version: int) -> Wish:
+    async def requested_update(self, version: int) -> Wish:
         """What learners at `version` should publish or say again."""
         newest = -1 if self._announced is None else self._announced.versions[-1].version
         if self._wants_full:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParamMeta:
     """One parameter in a bucket: the rank's flat partition is `num_bytes` long, on every rank.
 
     Entry("model.norm.weight", "float32", shape=(128,), num_bytes=256)
@@ -34,13 +34,13 @@ class Bucket:
     reference: list[Any]
     rank: int
     checksum: int
-    entries: tuple[Entry, ...]
+    entries: tuple[ParamMeta, ...]
     base_version: int | None = None
     may_be_base: bool = False
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """What one rank published of a version; its objects hold `num_bytes` of weights."""
 
     version: int
@@ -56,14 +56,14 @@ class Share:
 
 @dataclass(frozen=True)
 class WeightVersion:
-    """All buckets of all ranks: version v is the policy after v optimiser steps."""
+    """All buckets of all ranks: version v is the policy after v optimizer steps."""
 
     version: int
     num_ranks: int
     buckets: tuple[Bucket, ...]
 
     @classmethod
-    def of(cls, shares: Sequence[Share]) -> WeightVersion:
+    def of(cls, shares: Sequence[RankShard]) -> WeightVersion:
         """What all ranks published of a version, in their order."""
         buckets = (bucket for share in shares for bucket in share.buckets)
         return cls(shares[0].version, len(shares), tuple(buckets))

@@ -51,18 +51,18 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     model: Any
-    spare: Any = None
+    standby: Any = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Make the spare model, before the live one is at work."""
         if init_info.with_spare and can_be_exchanged(self.model):
-            self.spare, self._named = spare_of(self.model, self.vllm_config)
+            self.standby, self._named = spare_of(self.model, self.vllm_config)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class does, without its device synchronisation, which a CPU refuses."""
+        """As the base class does, without its device synchronization, which a CPU refuses."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -74,7 +74,7 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def fill_spare(self, tensors: Mapping[str, Tensor]) -> None:
         """Load into the spare model; the live one may be at work in another thread."""
-        self.set_weight_update_target(self.spare, self.model_config)
+        self.set_weight_update_target(self.standby, self.model_config)
         try:
             with set_current_vllm_config(self.vllm_config):
                 self.start_weight_update()
@@ -87,7 +87,7 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Have vLLM's model runner use the spare model, which makes the live one the spare."""
         # What two modules hold cannot be exchanged instead: vLLM's operators keep methods that are
         # bound to their module, and would go on with its old weights without an error.
-        self.model, self.spare = self.spare, self.model
+        self.model, self.standby = self.standby, self.model
         runner.model = self._default_model = self.model
         named = self.vllm_config.compilation_config.static_forward_context
         for name in self._named:
@@ -113,21 +113,21 @@ def spare_of(model: nn.Module, config: VllmConfig) -> tuple[nn.Module, dict[str,
     try:
         device = next(model.parameters()).device
         with set_default_torch_dtype(config.model_config.dtype), device:
-            spare = initialize_model(config)
-            own_what_is_shared(spare, set(model.modules()))
-            record_metadata_for_reloading(spare)
-            process_weights_after_loading(spare, config.model_config, device)
+            standby = initialize_model(config)
+            own_what_is_shared(standby, set(model.modules()))
+            record_metadata_for_reloading(standby)
+            process_weights_after_loading(standby, config.model_config, device)
         named = compilation.static_forward_context
     finally:
         compilation.static_forward_context = of_live
     others = {n: layer for n, layer in named.items() if not is_deferred_attention_layer(layer)}
-    return spare.eval(), others
+    return standby.eval(), others
 
 
-def own_what_is_shared(spare: nn.Module, of_live: set[nn.Module]) -> None:
+def own_what_is_shared(standby: nn.Module, of_live: set[nn.Module]) -> None:
     """vLLM makes a rotary embedding once in a process: give the spare model one of its own."""
     copies: dict[int, Any] = {}
-    for parent in list(spare.modules()):
+    for parent in list(standby.modules()):
         for name, child in parent.named_children():
             if child in of_live:
                 setattr(parent, name, copy.deepcopy(child, copies))

@@ -30,20 +30,20 @@ import psutil
 import ray
 
 from pear_ray.config import Job, Pretrain
-from pear_ray.data.batch_queue import StepQueue, take
-from pear_ray.engines.engine_actor import Loaded, Report
-from pear_ray.engines.engine_pool import Fleet
-from pear_ray.engines.generator import Request
+from pear_ray.data.batch_queue import BatchQueue, take
+from pear_ray.engines.engine_actor import Report, WeightUpdateResult
+from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion
-from pear_ray.rewards.pool import Verifiers
+from pear_ray.rewards.pool import RewardPool
 from pear_ray.rl.reference import NoReference
 from pear_ray.rl.rollouts import answer
 from pear_ray.rl.stage import Stage
-from pear_ray.run import Run
+from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
 from pear_ray.train.model import write_new_model
-from pear_ray.weights.registry import Board
-from pear_ray.weights.types import Share
+from pear_ray.weights.registry import PolicyVersions
+from pear_ray.weights.types import RankShard
 
 LATENCY_SECONDS = 2.0
 TOKENS_PER_ANSWER = 16
@@ -83,17 +83,17 @@ class Host:
         self._finished[name], self._news[name] = [], asyncio.Event()
         return ray.get_runtime_context().get_node_id()
 
-    async def submit(self, name: str, work: list[tuple[str, Request]]) -> None:
+    async def submit(self, name: str, work: list[tuple[str, SampleRequest]]) -> None:
         asyncio.get_running_loop().call_later(self._latency_seconds, self._finish, name, work)
 
-    def _finish(self, name: str, work: list[tuple[str, Request]]) -> None:
+    def _finish(self, name: str, work: list[tuple[str, SampleRequest]]) -> None:
         version = self._version.get(name, 0)
         for key, request in work:
             written_by = max(version, request.min_version)
             self._finished[name].append((key, self._answers(written_by, request)))
         self._news[name].set()
 
-    def _answers(self, version: int, request: Request) -> tuple[Completion, ...]:
+    def _answers(self, version: int, request: SampleRequest) -> tuple[Completion, ...]:
         """Answers made beforehand, some for each version: an engine's work is not measured."""
         if version not in self._made:
             draw = random.Random(version)
@@ -111,12 +111,14 @@ class Host:
         found, self._finished[name] = self._finished[name], []
         return Report(found, 0.0)
 
-    async def update(self, name: str, versions: Any, probe: Any, seconds: float) -> Loaded:
+    async def update(
+        self, name: str, versions: Any, probe: Any, seconds: float
+    ) -> WeightUpdateResult:
         self._version[name] = versions[-1].version
-        return Loaded(versions[-1].version, 0.0, 0.0, 0.0, ())
+        return WeightUpdateResult(versions[-1].version, 0.0, 0.0, 0.0, ())
 
 
-class Method:
+class TrainStep:
     """A method of one pretended engine."""
 
     def __init__(self, method: Any, name: str) -> None:
@@ -131,7 +133,7 @@ class Pretended:
 
     def __init__(self, host: Any, name: str) -> None:
         for method in ("ready", "submit", "finished", "update"):
-            setattr(self, method, Method(getattr(host, method), name))
+            setattr(self, method, TrainStep(getattr(host, method), name))
 
 
 class PretendedServers:
@@ -158,12 +160,12 @@ def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "rl": {
             "steps": 10**6,
-            "problems_per_step": groups_per_second * SECONDS_PER_STEP,
+            "prompts_per_step": groups_per_second * SECONDS_PER_STEP,
             "group_size": GROUP_SIZE,
             # As many steps as are under way in the engines, and a few that wait.
             "max_staleness": int(LATENCY_SECONDS / SECONDS_PER_STEP) + 2,
         },
-        "generator": {"replicas": num_engines, "max_new_tokens": 32, "max_model_len": 64},
+        "generator": {"num_engines": num_engines, "max_new_tokens": 32, "max_model_len": 64},
         "learner": {"tokens_per_micro_batch": 64},
         "tasks": [{"name": "countdown"}],
     }
@@ -178,9 +180,9 @@ def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
 class Learners:
     """Pretended learners: a step whenever one is due."""
 
-    def __init__(self, board: Any, queue: Any) -> None:
-        self._board, self._queue, self._num_groups = board, queue, 0
-        ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
+    def __init__(self, versions_actor: Any, queue: Any) -> None:
+        self._board, self._queue, self._num_groups = versions_actor, queue, 0
+        ray.get(versions_actor.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
         threading.Thread(target=self._learn, daemon=True).start()
 
     def num_groups(self) -> int:
@@ -190,14 +192,14 @@ class Learners:
     def _learn(self) -> None:
         due, step = time.monotonic(), 0
         while True:
-            lesson = take(self._queue, step, 120.0).lesson
+            batch = take(self._queue, step, 120.0).pop_batch
             due = max(due + SECONDS_PER_STEP, time.monotonic() - 1)
             time.sleep(max(0.0, due - time.monotonic()))
             step += 1
-            share = Share(step, 0, (), 0)
-            ray.get(self._board.announce.remote(share, 1, lesson.next_problem, "only"))
+            share = RankShard(step, 0, (), 0)
+            ray.get(self._board.announce.remote(share, 1, batch.next_problem, "only"))
             ray.get(self._queue.forget_before.remote(step - 1))
-            self._num_groups += len(lesson.groups)
+            self._num_groups += len(batch.groups)
 
 
 @contextmanager
@@ -206,19 +208,19 @@ def running(
 ) -> Iterator[tuple[Any, Any, threading.Thread]]:
     """Board, queue and the thread of the loop, with engines that stand."""
     Path(job.run.dir).mkdir()
-    board, queue, ended = Board.remote(), StepQueue.remote(), threading.Event()  # type: ignore[attr-defined]
+    versions_actor, queue, ended = PolicyVersions.remote(), BatchQueue.remote(), threading.Event()  # type: ignore[attr-defined]
     servers = PretendedServers(num_hosts, latency_seconds)
     with (
-        Fleet(servers, "", job.generator, print) as fleet,
-        Verifiers(job.tasks, job.verifier) as verifiers,
+        EnginePool(servers, "", job.generator, print) as pool,
+        RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
-        fleet.settle()
-        rest = (fleet, NoReference(), verifiers, board, queue, ended)
+        pool.wait_ready()
+        rest = (pool, NoReference(), reward_pool, versions_actor, queue, ended)
         loop = threading.Thread(
-            target=answer, args=(Stage(job, Run(job), "rl", job.model.path), *rest), daemon=True
+            target=answer, args=(Stage(job, RunDir(job), "rl", job.model.path), *rest), daemon=True
         )
         loop.start()
-        yield board, queue, loop
+        yield versions_actor, queue, loop
         ended.set()
         loop.join(30)
 
@@ -232,7 +234,7 @@ def cpu_seconds() -> dict[str, float]:
             used = sum(process.cpu_times()[:2])
         except psutil.Error:
             continue
-        for name in ("Board", "StepQueue", "VerifierActor", "Learners", "Host"):
+        for name in ("Board", "BatchQueue", "RewardWorker", "Learners", "Host"):
             if title.startswith(name):
                 found[name] = found.get(name, 0.0) + used
     return found
@@ -249,9 +251,9 @@ def main() -> None:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), arguments.engines, arguments.groups_per_second)
-        with running(job, HOSTS, LATENCY_SECONDS) as (board, queue, loop):
-            learners = Learners.remote(board, queue)  # type: ignore[attr-defined]
-            while ray.get(learners.num_groups.remote()) < WARM_UP_STEPS * job.rl.problems_per_step:
+        with running(job, HOSTS, LATENCY_SECONDS) as (versions_actor, queue, loop):
+            learners = Learners.remote(versions_actor, queue)  # type: ignore[attr-defined]
+            while ray.get(learners.num_groups.remote()) < WARM_UP_STEPS * job.rl.prompts_per_step:
                 time.sleep(1)
             measure(loop, learners, arguments.seconds)
     ray.shutdown()

@@ -64,7 +64,7 @@ def job_of(folder: Path, home: Path, name: str, words: argparse.Namespace) -> Pa
         examples_per_step = {TRACES}
         [rl]
         steps = {words.steps}
-        problems_per_step = {PROBLEMS}
+        prompts_per_step = {PROBLEMS}
         group_size = {GROUP}
         # What is learned would change how long answers are, and with that what is measured.
         learning_rate = 1e-12
@@ -75,13 +75,13 @@ def job_of(folder: Path, home: Path, name: str, words: argparse.Namespace) -> Pa
         threads = 1
         max_new_tokens = {words.answer_tokens}
         max_model_len = {words.answer_tokens + 32}
-        max_concurrent = {PROBLEMS * GROUP}
+        max_num_seqs = {PROBLEMS * GROUP}
         [learner]
         num_workers = 2
         cpus_per_worker = 1
         tokens_per_micro_batch = 8192
-        steps_per_checkpoint = 1000
-        [verifier]
+        save_every = 1000
+        [rewards]
         processes = 1
         [[tasks]]
         name = "tests.rl.parity:Parity"
@@ -110,7 +110,7 @@ def measured(job: Path, name: str) -> dict[str, float]:
         raise RuntimeError((job.parent / f"{name}.log").read_text()[-3000:])
     lines = (job.parent / name / "metrics.jsonl").read_text().splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines][WARM_UP:]
-    keys = ("step_seconds", "wait_seconds", "learn_seconds")
+    keys = ("step_seconds", "wait_seconds", "train_seconds")
     return {key: statistics.median(row[key] for row in rows) for key in keys} | {"mib": most}
 
 
@@ -161,7 +161,7 @@ def main() -> None:
         }
         print(
             f"  {name:<10}{own['step_seconds']:6.2f} s a step: {own['wait_seconds']:.2f} waiting,"
-            f" {own['learn_seconds']:.2f} learning; {own['mib']:6.0f} MiB;"
+            f" {own['train_seconds']:.2f} learning; {own['mib']:6.0f} MiB;"
             f" of rl: time {ratios['step_seconds']:.2f}, memory {ratios['mib']:.2f}"
         )
 

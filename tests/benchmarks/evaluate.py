@@ -39,9 +39,9 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
             "tasks": [{"name": "tests.rl.parity:Parity"}],
             "generator": {
                 "num_cpus": 1, "threads": 1, "max_new_tokens": MAX_NEW_TOKENS,
-                "max_model_len": 64, "max_concurrent": MAX_CONCURRENT,
+                "max_model_len": 64, "max_num_seqs": MAX_CONCURRENT,
             },
-            "verifier": {"processes": 1},
+            "rewards": {"processes": 1},
             "evaluation": {
                 "num_problems": num_problems, "samples_per_problem": num_samples, "ks": [1],
             },
@@ -103,23 +103,23 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     """Prints the same of the stage's work on one checkpoint."""
     import ray
 
-    from pear_ray.engines.engine_factory import fleet_of
+    from pear_ray.engines.engine_factory import engine_pool
     from pear_ray.evaluate.attempts import Store, attempt
-    from pear_ray.rewards.pool import Verifiers
+    from pear_ray.rewards.pool import RewardPool
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     job, problems, work = asked(model, num_problems, num_samples)
     with (
         tempfile.TemporaryDirectory() as folder,
-        fleet_of(job, model, print) as fleet,
-        Verifiers(job.tasks, job.verifier) as verifiers,
+        engine_pool(job, model, print) as pool,
+        RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
-        fleet.ask([request for _, request in work[:16]])
-        verifiers.judge([(problems[0], "w2")])
+        pool.generate([request for _, request in work[:16]])
+        reward_pool.grade([(problems[0], "w2")])
         store = Store(Path(folder))
         started = time.perf_counter()
-        attempt("base", work, problems, fleet, verifiers, store)
+        attempt("base", work, problems, pool, reward_pool, store)
         seconds = time.perf_counter() - started
         num_tokens = sum(store.table(problems).column("num_tokens").to_pylist())
     print(json.dumps({"rate": num_tokens / seconds, "tokens": num_tokens}))

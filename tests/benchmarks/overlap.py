@@ -24,7 +24,7 @@ import ray
 from control import job_of, running
 
 from pear_ray.data.batch_queue import take
-from pear_ray.weights.types import Share
+from pear_ray.weights.types import RankShard
 
 ENGINES, GROUPS_PER_SECOND = 8, 16
 DEADLINE_SECONDS = 120.0
@@ -32,17 +32,19 @@ WARM_UP = 3
 
 
 @ray.remote(num_cpus=0)
-def learn(board: Any, queue: Any, num_steps: int, seconds: float) -> list[tuple[float, float]]:
+def learn(
+    versions_actor: Any, queue: Any, num_steps: int, seconds: float
+) -> list[tuple[float, float]]:
     """Learners that take so long for a step: of each, the seconds of waiting and of all of it."""
-    ray.get(board.announce.remote(Share(0, 0, (), 0), 1, 0, "only"))
+    ray.get(versions_actor.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
     found = []
     for step in range(num_steps):
         began = time.perf_counter()
-        lesson = take(queue, step, DEADLINE_SECONDS).lesson
+        batch = take(queue, step, DEADLINE_SECONDS).pop_batch
         taken = time.perf_counter()
         time.sleep(seconds)
-        share = Share(step + 1, 0, (), 0)
-        ray.get(board.announce.remote(share, 1, lesson.next_problem, "only"))
+        share = RankShard(step + 1, 0, (), 0)
+        ray.get(versions_actor.announce.remote(share, 1, batch.next_problem, "only"))
         found.append((taken - began, time.perf_counter() - began))
     return found[WARM_UP:]
 
@@ -52,8 +54,10 @@ def measured(staleness: int, words: argparse.Namespace) -> list[tuple[float, flo
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), ENGINES, GROUPS_PER_SECOND)
         job = job.model_copy(update={"rl": job.rl.model_copy(update={"max_staleness": staleness})})
-        with running(job, 1, words.seconds) as (board, queue, _):
-            steps = ray.get(learn.remote(board, queue, words.steps, words.seconds), timeout=600)
+        with running(job, 1, words.seconds) as (versions_actor, queue, _):
+            steps = ray.get(
+                learn.remote(versions_actor, queue, words.steps, words.seconds), timeout=600
+            )
     return steps
 
 

@@ -42,7 +42,7 @@ WARM_UP = 4
 THREADS = 2
 
 
-class Shape(NamedTuple):
+class ModelDims(NamedTuple):
     """What jobs of stage `rl` differ in."""
 
     num_ranks: int
@@ -52,7 +52,11 @@ class Shape(NamedTuple):
 
 
 # Learners that take turns with their engine have both cores, those that work beside it have one.
-SHAPES = {"one": Shape(1, 0, 2, 0), "zero": Shape(2, 3, 1, 0), "ahead": Shape(1, 0, 1, 1)}
+SHAPES = {
+    "one": ModelDims(1, 0, 2, 0),
+    "zero": ModelDims(2, 3, 1, 0),
+    "ahead": ModelDims(1, 0, 1, 1),
+}
 ALONE = ("trl", "bare")
 CONTENDERS = (*ALONE, *SHAPES)
 
@@ -87,7 +91,7 @@ def trl(model: str, num_steps: int) -> None:
     def reward(completions: list[str], completion_ids: Any, **_: Any) -> list[float]:
         nonlocal num_tokens
         num_tokens += sum(len(ids) for ids in completion_ids)
-        return [task.verdict(problems[0], text).reward for text in completions]
+        return [task.grade(problems[0], text).reward for text in completions]
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -201,7 +205,7 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         dtype = "float32"
         [rl]
         steps = {num_steps}
-        problems_per_step = {PROBLEMS}
+        prompts_per_step = {PROBLEMS}
         group_size = {GROUP}
         learning_rate = 1e-4
         max_staleness = {shape.max_staleness}
@@ -210,14 +214,14 @@ def job_of(folder: Path, model: Path, name: str, num_steps: int) -> Path:
         threads = 1
         max_new_tokens = {MAX_NEW_TOKENS}
         max_model_len = 64
-        max_concurrent = {PROBLEMS * GROUP}
+        max_num_seqs = {PROBLEMS * GROUP}
         [learner]
         num_workers = {shape.num_ranks}
         zero_stage = {shape.zero_stage}
         cpus_per_worker = {shape.cpus_per_rank}
         tokens_per_micro_batch = 8192
-        steps_per_checkpoint = 1000
-        [verifier]
+        save_every = 1000
+        [rewards]
         processes = 1
         [[tasks]]
         name = "{TASK}"
@@ -270,7 +274,7 @@ def print_times(name: str, rows: list[dict[str, Any]]) -> None:
         return statistics.median(row[key] / row["step_seconds"] for row in rows)
 
     parts = {
-        "learn": share("learn_seconds"),
+        "learn": share("train_seconds"),
         "publish": share("publish_seconds"),
         "learners wait": share("wait_seconds"),
         "engines idle": share("generator_idle_seconds"),
@@ -285,7 +289,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3, help="rounds in which all take turns")
-    parser.add_argument("--steps", type=int, default=14, help="optimiser steps of each")
+    parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="leave others out")
     words = parser.parse_args()
     names = words.only or list(CONTENDERS)

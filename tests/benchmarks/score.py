@@ -49,7 +49,7 @@ RATE = "tokens per second:"
 SETTLE_SECONDS = 30.0
 MEMORY = ("driver", "scorer", "worker")
 ENGINE = Generator(
-    num_cpus=THREADS, threads=THREADS, max_new_tokens=8, max_model_len=512, max_concurrent=256
+    num_cpus=THREADS, threads=THREADS, max_new_tokens=8, max_model_len=512, max_num_seqs=256
 )
 CORE = """
 import sys; sys.path.insert(0, {here!r}); import score; score.{call}
@@ -93,7 +93,7 @@ def bare(corpus: str, model: str) -> None:
         model=model,
         dtype="float32",
         max_model_len=ENGINE.max_model_len,
-        max_num_seqs=ENGINE.max_concurrent,
+        max_num_seqs=ENGINE.max_num_seqs,
         max_num_batched_tokens=ENGINE.batch_tokens,
         distributed_executor_backend="uni",
         enforce_eager=True,
@@ -188,7 +188,7 @@ def stage(folder: Path, corpus: Path, model: Path, watch: bool = False) -> dict[
         [model]
         path = "{model}"
         dtype = "float32"
-        [behaviour.author]
+        [behavior.author]
         path = "{model}"
         [corpus]
         path = "{corpus}"
@@ -197,7 +197,7 @@ def stage(folder: Path, corpus: Path, model: Path, watch: bool = False) -> dict[
         threads = {THREADS}
         max_new_tokens = {ENGINE.max_new_tokens}
         max_model_len = {ENGINE.max_model_len}
-        max_concurrent = {ENGINE.max_concurrent}
+        max_num_seqs = {ENGINE.max_num_seqs}
         [[tasks]]
         name = "countdown"
         """

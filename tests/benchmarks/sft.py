@@ -80,7 +80,7 @@ def bare(model: str) -> None:
 
     torch.set_num_threads(THREADS)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(policy.parameters(), 1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, weight_decay=0.0)
 
     def step(number: int) -> None:
         ids = torch.from_numpy(ids_of(number))
@@ -89,8 +89,8 @@ def bare(model: str) -> None:
         loss = torch.nn.functional.cross_entropy(logits.reshape(len(targets), -1), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         loss.item()
 
     serve(step)
@@ -157,8 +157,8 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
     settings = Settings(
         num_workers=num_ranks, zero_stage=zero_stage, tokens_per_micro_batch=per_micro_batch
     )
-    optimiser = Sft(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0)
-    ours = Learner(model, "float32", settings, optimiser, num_steps, seed=0)
+    optimizer = Sft(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0)
+    ours = Learner(model, "float32", settings, optimizer, num_steps, seed=0)
     objective = Supervised() if level == "none" else Weighted(weigh=Pear(level), sources=("a",))
 
     def step(number: int) -> None:
@@ -271,7 +271,7 @@ def compare(size: str, names: list[str], num_steps: int) -> None:
 def main() -> None:
     """Read the command line and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=25, help="optimiser steps of each")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps of each")
     parser.add_argument("--sizes", nargs="+", default=list(VOCABULARY), choices=list(VOCABULARY))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="leave others out")
     parser.add_argument("--zero", action="store_true", help="also two ranks with ZeRO-3")

@@ -4,11 +4,11 @@
 
 Two publishers (Ray actors) each hold half of every parameter of a Qwen3; two engines serve it.
 Between versions `--changed` of the elements change, at random. A round is what the loop does
-between an optimiser step and the first token under the new weights: publish, announce at the board,
+between an optimizer step and the first token under the new weights: publish, announce at the board,
 hear of it, fetch, load. Printed are medians over rounds, of the slower process where two work at
 the same time:
 
-    total       from the optimiser step to both engines serving the new version
+    total       from the optimizer step to both engines serving the new version
     publish     partitions into the store: checksum, put; of changes also the comparison
     fetch       the store into whole parameters, and the checksum; engines go on answering
     load        vLLM's own load; on CPUs into a spare model, engines go on answering
@@ -40,12 +40,12 @@ import torch
 from safetensors.torch import load_file
 
 from pear_ray.config import Generator, Pretrain
-from pear_ray.engines.engine_factory import EngineServers
-from pear_ray.engines.engine_pool import Fleet
+from pear_ray.engines.engine_factory import VllmEngineFactory
+from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.rl.rollouts import Watch
 from pear_ray.train.model import write_new_model
 from pear_ray.weights.publish import Publisher
-from pear_ray.weights.registry import Board
+from pear_ray.weights.registry import PolicyVersions
 
 NUM_RANKS = NUM_ENGINES = 2
 BUCKET_MIB = 512
@@ -76,9 +76,9 @@ def write_model(folder: Path, num_parameters: int, vocabulary: int) -> None:
 class Rank:
     """A publisher and its partitions."""
 
-    def __init__(self, rank: int, model: str, dtype: str, board: Any) -> None:
+    def __init__(self, rank: int, model: str, dtype: str, versions_actor: Any) -> None:
         torch.set_num_threads(1)
-        self._rank, self._board = rank, board
+        self._rank, self._board = rank, versions_actor
         self._rng = np.random.default_rng(rank)
         self._partitions = []
         for name, tensor in load_file(Path(model) / "model.safetensors").items():
@@ -173,24 +173,24 @@ class StorePeak:
 
 
 def one_round(
-    ranks: list[Any], board: Any, fleet: Fleet, watch: Watch, version: int, full: bool
+    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: Watch, version: int, full: bool
 ) -> dict[str, float]:
-    """A version from the optimiser step to both engines."""
+    """A version from the optimizer step to both engines."""
     started = time.perf_counter()
     publishing = [rank.publish.remote(version, full) for rank in ranks]
     news = None
     while news is None:
         ray.wait([watch.call], timeout=DEADLINE_SECONDS)
         news = watch.news()
-    fleet.serve(news.versions, (), DEADLINE_SECONDS)
-    while len(fleet.loaded) < NUM_ENGINES:
-        ray.wait(fleet.calls, timeout=DEADLINE_SECONDS, fetch_local=False)
-        fleet.finished()
-        if fleet.failed_loads:
-            raise fleet.failed_loads[0][1]
+    pool.serve(news.versions, (), DEADLINE_SECONDS)
+    while len(pool.loaded) < NUM_ENGINES:
+        ray.wait(pool.calls, timeout=DEADLINE_SECONDS, fetch_local=False)
+        pool.finished()
+        if pool.failed_loads:
+            raise pool.failed_loads[0][1]
     total = time.perf_counter() - started
     published = ray.get(publishing, timeout=DEADLINE_SECONDS)
-    loads, fleet.loaded = [load for _, load in fleet.loaded], []
+    loads, pool.loaded = [load for _, load in pool.loaded], []
     return {
         "mib": sum(num_bytes for num_bytes, _ in published) / 2**20,
         "total": total,
@@ -214,23 +214,28 @@ def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float
     }
 
 
-def mark_of(board: Any) -> str:
+def mark_of(versions_actor: Any) -> str:
     """What the next announcement is waited behind. No version is held on to."""
-    announced = ray.get(board.newest.remote(None, 0.1))
-    return "" if announced is None else str(announced.mark)
+    announced = ray.get(versions_actor.newest.remote(None, 0.1))
+    return "" if announced is None else str(announced.cursor)
 
 
 def measured(
-    kind: str, ranks: list[Any], board: Any, fleet: Fleet, copies: list[Any], words: Any
+    kind: str,
+    ranks: list[Any],
+    versions_actor: Any,
+    pool: EnginePool,
+    copies: list[Any],
+    words: Any,
 ) -> list[dict[str, float]]:
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
     ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
-    watch, found = Watch(board, mark_of(board)), []
+    watch, found = Watch(versions_actor, mark_of(versions_actor)), []
     for number in range(words.rounds + 2):
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
-            times = one_round(ranks, board, fleet, watch, first + number, full)
+            times = one_round(ranks, versions_actor, pool, watch, first + number, full)
         found.append(beside_copies(times, copies) | {"store_bytes": store.num_bytes})
         changes = [rank.change.remote(words.changed) for rank in ranks]
         ray.get(changes, timeout=DEADLINE_SECONDS)
@@ -243,23 +248,23 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
     count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
     num_bytes = count * getattr(torch, dtype).itemsize
     settings = Generator(
-        replicas=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32
+        num_engines=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32
     )
-    board = Board.remote()  # type: ignore[attr-defined]
-    ranks = [Rank.remote(rank, model, dtype, board) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
+    versions_actor = PolicyVersions.remote()  # type: ignore[attr-defined]
+    ranks = [Rank.remote(rank, model, dtype, versions_actor) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
     with (
         copiers(num_bytes) as copies,
-        Fleet(EngineServers(dtype, settings, seed=0), model, settings, print) as fleet,
+        EnginePool(VllmEngineFactory(dtype, settings, seed=0), model, settings, print) as pool,
     ):
-        fleet.settle()
+        pool.wait_ready()
         print(f"{dtype}: {count / 1e6:.1f} million parameters, {words.changed:.1%} changed a round")
         print(f"  {'':<23}" + "".join(f"{name:>10}" for name in COLUMNS))
         for kind in KINDS:
-            rounds = measured(kind, ranks, board, fleet, copies, words)
+            rounds = measured(kind, ranks, versions_actor, pool, copies, words)
             of = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             of["store"] = of["store_bytes"] / num_bytes
             print(f"  {kind:<23}" + "".join(f"{of[name]:>10.3f}" for name in COLUMNS), flush=True)
-    for actor in (*ranks, board):
+    for actor in (*ranks, versions_actor):
         ray.kill(actor)
 
 

@@ -16,8 +16,8 @@ SECONDS = 400.0
 # Of a job whose roles keep to the nodes with their labels.
 PLACED = """
 [weights]
-max_probe_gap = 1e-4
-[verifier]
+max_logprob_gap = 1e-4
+[rewards]
 processes = 1
 [placement]
 learners = {"pear-ray/role" = "learner"}

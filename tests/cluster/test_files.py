@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pear_ray.metrics import MEASURES
+from pear_ray.metrics import METRIC_HELP
 
 ROOT = Path(__file__).parents[2]
 KUBERAY, VM = ROOT / "cluster/kuberay", ROOT / "cluster/vm"
@@ -136,7 +136,7 @@ def test_the_job_asks_for_roles_that_nodes_have_and_for_no_more_than_a_node_hold
     ranks, engines = job["learner"], job["generator"]
     for name, num, num_cpus, num_gpus in (
         ("learners", ranks["num_workers"], ranks["cpus_per_worker"], 1),
-        ("generators", engines["replicas"], engines["num_cpus"], engines["num_gpus"]),
+        ("generators", engines["num_engines"], engines["num_cpus"], engines["num_gpus"]),
     ):
         group = groups[name]
         assert job["placement"][name].items() <= group["labels"].items()
@@ -194,8 +194,8 @@ def expressions() -> list[str]:
 
 
 def test_dashboards_and_rules_ask_for_metrics_that_stages_tell():
-    told = {f"pear_ray_{stage}_{name}" for stage, names in MEASURES.items() for name in names}
-    told |= {f"pear_ray_engine_{name}_total" for name in MEASURES["engine"]}
+    told = {f"pear_ray_{stage}_{name}" for stage, names in METRIC_HELP.items() for name in names}
+    told |= {f"pear_ray_engine_{name}_total" for name in METRIC_HELP["engine"]}
     told |= STEP_METRICS | EVENT_METRICS
     asked = set().union(*map(metrics_in, expressions()))
     ours = {name.removeprefix("ray_") for name in asked if name.startswith("ray_pear_ray_")}

@@ -66,9 +66,9 @@ def cluster_on(nodes: list[Machine]) -> Iterator[Growing]:
     )  # fmt: skip
     try:
         cluster.start([*first, "--head", "--port", "6379", "--dashboard-host", head], inside)
-        with ThreadPoolExecutor() as at_once:
+        with ThreadPoolExecutor() as max_parallel:
             join = [[*other, "--address", f"{head}:6379"] for other in others]
-            list(at_once.map(lambda command: cluster.start(command, inside), join))
+            list(max_parallel.map(lambda command: cluster.start(command, inside), join))
         cluster.wait_for_dashboard()
         yield cluster
     finally:

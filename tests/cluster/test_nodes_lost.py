@@ -85,7 +85,7 @@ def test_sample_writes_the_same_corpus(finished: Cluster, tiny_run: Path, tmp_pa
         gaps = [
             np.abs(np.subtract(one, other)).max()
             for one, other in zip(
-                lost.pop("behaviour_logprobs"), whole.pop("behaviour_logprobs"), strict=True
+                lost.pop("behavior_logprobs"), whole.pop("behavior_logprobs"), strict=True
             )
         ]
         assert lost == whole and max(gaps) <= 1e-4

@@ -38,22 +38,22 @@ def write_job(folder: Path, model: Path) -> Path:
         dtype = "float32"
         [rl]
         steps = {STEPS}
-        problems_per_step = 16
+        prompts_per_step = 16
         group_size = 4
         max_staleness = 2
         learning_rate = 1e-4
         [generator]
-        min_replicas = 1
-        replicas = 2
+        min_engines = 1
+        num_engines = 2
         num_cpus = 2
         threads = 1
         max_new_tokens = 24
         max_model_len = 48
-        max_concurrent = 4
-        deadline_seconds = 300
+        max_num_seqs = 4
+        timeout_seconds = 300
         [learner]
         tokens_per_micro_batch = 512
-        deadline_seconds = 300
+        timeout_seconds = 300
         {PLACED}
         [[tasks]]
         name = "countdown"

@@ -45,20 +45,20 @@ def write_job(folder: Path, model: Path) -> Path:
         dtype = "float32"
         [rl]
         steps = {STEPS}
-        problems_per_step = 4
+        prompts_per_step = 4
         group_size = 4
         learning_rate = 1e-4
         [generator]
         num_cpus = 0.5
         max_new_tokens = 8
         max_model_len = 24
-        max_concurrent = 32
-        deadline_seconds = 300
+        max_num_seqs = 32
+        timeout_seconds = 300
         [learner]
         num_workers = 2
         tokens_per_micro_batch = 256
-        steps_per_checkpoint = {NEVER}
-        deadline_seconds = 300
+        save_every = {NEVER}
+        timeout_seconds = 300
         {PLACED}
         [[tasks]]
         name = "tests.rl.parity:Parity"

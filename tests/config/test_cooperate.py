@@ -195,7 +195,7 @@ MISTAKES = {
     **{
         f"{key} of its own": (
             f"[cooperate]\nsft = {{{key} = {value}}}",
-            [f"sft.{key}: read", "steps and optimiser are those of [rl], expected none"],
+            [f"sft.{key}: read", "steps and optimizer are those of [rl], expected none"],
         )
         for key, value in (("learning_rate", "1e-3"), ("epochs", "2"), ("schedule", "'linear'"))
     },
@@ -204,8 +204,8 @@ MISTAKES = {
         ["cooperate.sft: levle: unknown key", "read 'none'"],
     ),
     "a wrong value for traces": (
-        "[cooperate]\nsft = {level = 'none', control = 'centred'}",
-        ["cooperate.sft:", "control: read 'centred' with level \"none\""],
+        "[cooperate]\nsft = {level = 'none', control = 'centered'}",
+        ["cooperate.sft:", "control: read 'centered' with level \"none\""],
     ),
     "traces as a word": ("[cooperate]\nsft = 'plain'", ["cooperate.sft:", "read 'plain'"]),
     "an arm's unknown method": (

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from pear_ray import config
-from pear_ray.config import BadInput, Job, read_job
+from pear_ray.config import ConfigError, Job, read_job
 from pear_ray.config.errors import known_keys
 from pear_ray.config.job import Section
 
@@ -19,7 +19,7 @@ JOB_FILES = sorted((ROOT / "jobs").glob("*.toml"))
 DOCUMENT = {
     "run": {"dir": "runs/one"},
     "model": {"pretrain": {"styles": {"build": 1.0}}},
-    "behaviour": {"tutor": {"path": "./tutor"}},
+    "behavior": {"tutor": {"path": "./tutor"}},
     "corpus": {"sample": {"num_examples": {"tutor": 3}}},
     "sft": {"learning_rate": 0.5, "level": "block"},
     "rl": {"group_size": 4},
@@ -98,8 +98,8 @@ def test_arms_leave_the_job_as_it_was():
         (("sft",), "clip_log_ratio"),
         (("model", "pretrain"), "num_layers"),
         (("corpus", "sample"), "num_examples"),
-        (("behaviour", "tutor"), "path"),
-        (("behaviour", "tutor", "pretrain"), "styles"),
+        (("behavior", "tutor"), "path"),
+        (("behavior", "tutor", "pretrain"), "styles"),
         (("tasks", 0), "options"),
         (("arms", 1), "rl"),
     ],
@@ -112,7 +112,7 @@ def test_every_mistake_is_named_at_once(tmp_path):
     path = tmp_path / "job.json"
     wrong = {**DOCUMENT, "sft": {"epochs": 0, "levle": 1}, "rl": {"steps": "many"}}
     path.write_text(json.dumps(wrong))
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         read_job(path)
     lines = str(refusal.value).splitlines()
     assert len(lines) == 3 and all(line.startswith(f"{path}: ") for line in lines)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pear_ray.config import BadInput, Job, Rl, describe
-from pear_ray.run import check_inputs
+from pear_ray.config import ConfigError, Job, Rl, format_validation_error
+from pear_ray.preflight import check_inputs
 
 DOCUMENT = {
     "run": {"dir": "runs/one"},
@@ -15,20 +15,23 @@ DOCUMENT = {
     "tasks": [{"name": "countdown"}],
 }
 ENGINE = DOCUMENT["generator"]
-NO_EVALUATIONS = "and steps_per_evaluation 0; expected evaluations that it can look at"
+NO_EVALUATIONS = "and eval_every 0; expected evaluations that it can look at"
 
 # What is wrong: (sections of the job, what the message says).
 MISTAKES = {
     "no steps": ({"rl": {"steps": 0}}, ["rl.steps:", "greater than 0; read 0"]),
-    "no problems": ({"rl": {"problems_per_step": 0}}, ["rl.problems_per_step:", "read 0"]),
+    "no problems": ({"rl": {"prompts_per_step": 0}}, ["rl.prompts_per_step:", "read 0"]),
     "a group of one": ({"rl": {"group_size": 1}}, ["rl.group_size:", "greater than 1; read 1"]),
     "an unknown loss": (
         {"rl": {"loss": "reinforce"}},
         ["rl.loss:", "'ppo', 'gspo', 'cispo' or 'nft'; read 'reinforce'"],
     ),
     "an unknown advantage": ({"rl": {"advantage": "gae"}}, ["rl.advantage:", "read 'gae'"]),
-    "an unknown average": ({"rl": {"aggregation": "batch"}}, ["rl.aggregation:", "read 'batch'"]),
-    "an unknown correction": ({"rl": {"correction": "tis"}}, ["rl.correction:", "read 'tis'"]),
+    "an unknown average": ({"rl": {"loss_agg": "batch"}}, ["rl.loss_agg:", "read 'batch'"]),
+    "an unknown correction": (
+        {"rl": {"importance_sampling": "tis"}},
+        ["rl.importance_sampling:", "read 'tis'"],
+    ),
     "bounds for a loss without": (
         {"rl": {"loss": "nft", "clip_ratio": [0.2, 0.2]}},
         ["rl: ", 'clip_ratio: loss "nft" clips nothing; expected none'],
@@ -43,60 +46,63 @@ MISTAKES = {
     ),
     "one bound": ({"rl": {"clip_ratio": [0.2]}}, ["rl.clip_ratio", "read [0.2]"]),
     "a cap on nothing": (
-        {"rl": {"truncate_ratio": 3.0}},
-        ["truncate_ratio: read 3.0 with correction 'ratio'; expected \"truncated\""],
+        {"rl": {"is_cap": 3.0}},
+        ["is_cap: read 3.0 with importance_sampling 'ratio'; expected \"truncated\""],
     ),
     "a cap of nothing": (
-        {"rl": {"correction": "truncated", "truncate_ratio": 0}},
-        ["rl.truncate_ratio:", "greater than 0; read 0"],
+        {"rl": {"importance_sampling": "truncated", "is_cap": 0}},
+        ["rl.is_cap:", "greater than 0; read 0"],
     ),
     "a negative KL": ({"rl": {"kl_coefficient": -0.1}}, ["rl.kl_coefficient:", "read -0.1"]),
     "learning ahead of sampling": ({"rl": {"max_staleness": -1}}, ["rl.max_staleness:", "read -1"]),
     "punished from before the start": (
-        {"rl": {"overlong_cache_tokens": 9}},
-        ["rl.overlong_cache_tokens: read 9; expected at most generator.max_new_tokens, 8"],
+        {"rl": {"overlong_buffer_tokens": 9}},
+        ["rl.overlong_buffer_tokens: read 9; expected at most generator.max_new_tokens, 8"],
     ),
     "punished where rewards are 0 and 1": (
-        {"rl": {"loss": "nft", "overlong_cache_tokens": 4}},
-        ['overlong_cache_tokens: read 4; loss "nft" wants rewards of 0 and 1, expected 0'],
+        {"rl": {"loss": "nft", "overlong_buffer_tokens": 4}},
+        ['overlong_buffer_tokens: read 4; loss "nft" wants rewards of 0 and 1, expected 0'],
     ),
     "answers neither kept nor masked": ({"rl": {"overlong": "drop"}}, ["rl.overlong:", "'drop'"]),
     "an end that nothing brings": (
-        {"rl": {"stop_without_progress": 3}},
-        [f"stop_without_progress: read 3, {NO_EVALUATIONS}"],
+        {"rl": {"early_stopping_patience": 3}},
+        [f"early_stopping_patience: read 3, {NO_EVALUATIONS}"],
     ),
     "a goal that nothing measures": (
-        {"rl": {"stop_at_pass_rate": 0.5}},
-        [f"stop_at_pass_rate: read 0.5, {NO_EVALUATIONS}"],
+        {"rl": {"target_pass_rate": 0.5}},
+        [f"target_pass_rate: read 0.5, {NO_EVALUATIONS}"],
     ),
     "a goal out of reach": (
-        {"rl": {"stop_at_pass_rate": 1.5, "steps_per_evaluation": 2}},
-        ["rl.stop_at_pass_rate:", "less than or equal to 1; read 1.5"],
+        {"rl": {"target_pass_rate": 1.5, "eval_every": 2}},
+        ["rl.target_pass_rate:", "less than or equal to 1; read 1.5"],
     ),
     "recorded and replayed": (
         {"rl": {"replay": "there", "record": True}},
         ["record: read True, and replay 'there', which starts no engine; expected one of them"],
     ),
     "evaluated without engines": (
-        {"rl": {"replay": "there", "steps_per_evaluation": 5}},
-        ["steps_per_evaluation: read 5, and replay 'there', which starts no engine"],
+        {"rl": {"replay": "there", "eval_every": 5}},
+        ["eval_every: read 5, and replay 'there', which starts no engine"],
     ),
     "cold": ({"rl": {"temperature": 0}}, ["rl.temperature:", "greater than 0; read 0"]),
     "more ranks than answers": (
-        {"rl": {"problems_per_step": 1, "group_size": 2}, "learner": {"num_workers": 4}},
-        ["rl.problems_per_step 1 of 2 answers are fewer than learner.num_workers 4 can share"],
+        {"rl": {"prompts_per_step": 1, "group_size": 2}, "learner": {"num_workers": 4}},
+        ["rl.prompts_per_step 1 of 2 answers are fewer than learner.num_workers 4 can share"],
     ),
-    "no engine": ({"generator": {**ENGINE, "replicas": 0}}, ["generator.replicas:", "read 0"]),
+    "no engine": (
+        {"generator": {**ENGINE, "num_engines": 0}},
+        ["generator.num_engines:", "read 0"],
+    ),
     "fewer engines than the fewest": (
-        {"generator": {**ENGINE, "replicas": 2, "min_replicas": 3}},
-        ["generator", "min_replicas 3 is more than replicas 2"],
+        {"generator": {**ENGINE, "num_engines": 2, "min_engines": 3}},
+        ["generator", "min_engines 3 is more than num_engines 2"],
     ),
     "no version is whole": ({"weights": {"full_every": 0}}, ["weights.full_every:", "read 0"]),
     "no bucket": ({"weights": {"bucket_mib": 0}}, ["weights.bucket_mib:", "read 0"]),
-    "no verifier": ({"verifier": {"processes": 0}}, ["verifier.processes:", "read 0"]),
+    "no verifier": ({"rewards": {"processes": 0}}, ["rewards.processes:", "read 0"]),
     "no time": (
-        {"verifier": {"seconds_per_verdict": 0}},
-        ["verifier.seconds_per_verdict:", "read 0"],
+        {"rewards": {"timeout_seconds": 0}},
+        ["rewards.timeout_seconds:", "read 0"],
     ),
     "no weight": (
         {"tasks": [{"name": "countdown", "weight": 0}]},
@@ -109,7 +115,7 @@ MISTAKES = {
 def test_a_mistake_is_named_with_what_was_read_and_expected(sections, said):
     with pytest.raises(ValidationError) as refusal:
         Job(**DOCUMENT | sections)
-    line = describe("job.toml", refusal.value, Job)
+    line = format_validation_error("job.toml", refusal.value, Job)
     assert line.startswith("job.toml: ") and len(line.splitlines()) == 1
     for part in said:
         assert part in line, line
@@ -117,7 +123,7 @@ def test_a_mistake_is_named_with_what_was_read_and_expected(sections, said):
 
 def test_recorded_rollouts_that_are_not_there_are_named(tmp_path):
     job = Job(**DOCUMENT, rl={"replay": str(tmp_path / "none")})
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         check_inputs(job, "rl")
     assert str(refusal.value) == (
         f"rl.replay: read {str(tmp_path / 'none')!r}; expected a folder that exists,"

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pear_ray.__main__ import resolve
-from pear_ray.config import Arm, Job, Learner, Sft, describe
+from pear_ray.config import Arm, Job, Learner, Sft, format_validation_error
 
 DOCUMENT = {
     "run": {"dir": "runs/one"},
@@ -44,7 +44,7 @@ MISTAKES = {
         {"clip_log_weight": [1.0, 1.0]},
         ["clip_log_weight: read [1.0, 1.0]; expected the lower bound first"],
     ),
-    "no weights to normalise": (
+    "no weights to normalize": (
         ("sft",),
         {"level": "none", "normalize": "per_batch"},
         [f"normalize: read 'per_batch' {NO_WEIGHTS}"],
@@ -63,7 +63,7 @@ MISTAKES = {
         for control, normalize in (
             ("mean_weight", "per_batch"),
             ("shuffled", "per_sequence"),
-            ("centred", "per_batch"),
+            ("centered", "per_batch"),
         )
     },
     "less than no epochs": (("sft",), {"epochs": -1}, [".epochs:", "greater than 0; read -1"]),
@@ -129,7 +129,7 @@ MISTAKES = {
         )
         for stage in (0, 1, 2)
     },
-    "the optimiser offloaded at stage 0": (
+    "the optimizer offloaded at stage 0": (
         ("learner",),
         {"offload": "optimizer", "zero_stage": 0},
         ['offload "optimizer" needs zero_stage 1 or more; read 0'],
@@ -200,7 +200,7 @@ def test_a_mistake_is_named_with_what_was_read_and_expected(section, keys, said)
         given = {name: given}
     with pytest.raises(ValidationError) as refusal:
         job_of(**given)
-    line = describe("job.toml", refusal.value, Job)
+    line = format_validation_error("job.toml", refusal.value, Job)
     assert line.startswith("job.toml: ") and len(line.splitlines()) == 1
     for part in (".".join(section), *said):
         assert part in line, line
@@ -208,7 +208,7 @@ def test_a_mistake_is_named_with_what_was_read_and_expected(section, keys, said)
 
 GOOD = {
     "an arm without weights": {"sft": {"level": "none"}},
-    "one of the controls": {"sft": {"control": "centred", "normalize": "none"}},
+    "one of the controls": {"sft": {"control": "centered", "normalize": "none"}},
     "ends of the ranges": {"sft": {"trsft_alpha": 1.0, "discount": 1.0, "sed_strength": 0}},
     "as few ranks as there are": {"learner": {"num_workers": 2, "min_workers": 2}},
     "all offloaded": {"learner": {"offload": "parameters", "zero_stage": 3}},

@@ -28,16 +28,16 @@ class Values:
     def leaves(self):
         return {name: t.clone().requires_grad_() for name, t in self.tensors.items()}
 
-    def adamw(self, gradients, optimiser):
+    def adamw(self, gradients, optimizer):
         """One step, weight decay apart from the gradient."""
-        beta1, beta2 = optimiser["betas"]
+        beta1, beta2 = optimizer["betas"]
         self.num_steps += 1
         for name, gradient in gradients.items():
             mean = self.means.get(name, 0.0) * beta1 + (1 - beta1) * gradient
             square = self.squares.get(name, 0.0) * beta2 + (1 - beta2) * gradient**2
             self.means[name], self.squares[name] = mean, square
-            value = self.tensors[name] * (1 - self.rate * optimiser["weight_decay"])
-            corrected = (square / (1 - beta2**self.num_steps)).sqrt() + optimiser["eps"]
+            value = self.tensors[name] * (1 - self.rate * optimizer["weight_decay"])
+            corrected = (square / (1 - beta2**self.num_steps)).sqrt() + optimizer["eps"]
             value = value - self.rate * (mean / (1 - beta1**self.num_steps)) / corrected
             self.tensors[name] = value
 
@@ -82,9 +82,9 @@ def ppo(logprob, sampled, advantage):
     return -torch.minimum(ratio * advantage, bounded * advantage)
 
 
-def pear_token_weights(logprobs, behaviour, discount, low, high):
+def pear_token_weights(logprobs, behavior, discount, low, high):
     """gamma^(T-t) times the product of the clipped ratios behind t."""
-    deltas = [min(max(float(a - b), low), high) for a, b in zip(logprobs, behaviour, strict=True)]
+    deltas = [min(max(float(a - b), low), high) for a, b in zip(logprobs, behavior, strict=True)]
     last = len(deltas)
     found = []
     for t in range(1, last + 1):
@@ -105,15 +105,15 @@ def rl_losses(network, weights, adapters, answers):
 
 def trace_losses(network, weights, adapters, traces, how):
     """Of every token of every trace. A trace: ids, first and last token that are learned,
-    behaviour log-probs."""
+    behavior log-probs."""
     losses = []
-    for ids, first, end, behaviour in traces:
+    for ids, first, end, behavior in traces:
         logprobs, entropies = network.logprobs(weights, adapters, ids)
         own = logprobs[first - 1 : end - 1]
         factors = [1.0] * len(own)
         if how["level"] == "token":
             factors = pear_token_weights(
-                own.detach(), behaviour, how["discount"], *how["clip_log_ratio"]
+                own.detach(), behavior, how["discount"], *how["clip_log_ratio"]
             )
         if how["objective"] == "trsft":
             trust = [min(1.0, math.exp(float(x)) / how["trsft_alpha"]) for x in own]
@@ -139,7 +139,7 @@ def gradients_of(loss, leaves):
     }
 
 
-def bridge(network, policy, shadow, adapters, steps, how, optimiser, share, refresh=0):
+def bridge(network, policy, shadow, adapters, steps, how, optimizer, share, refresh=0):
     """The three updates of METHODS 3.2 / arXiv 2509.06948, step after step."""
     for number, (answers, traces) in enumerate(steps):
         if refresh and number and number % refresh == 0:
@@ -151,13 +151,13 @@ def bridge(network, policy, shadow, adapters, steps, how, optimiser, share, refr
         of_theta = gradients_of((1 - share) * sft + share * rl, theta)
         of_w = gradients_of((1 - share) * sft + share * (rl - rl_of_shadow), w)
         of_hat = gradients_of(rl_of_shadow, hat)
-        both = clipped(of_theta | of_w, optimiser["max_grad_norm"])
-        policy.adamw({name: both[name] for name in of_theta}, optimiser)
-        adapters.adamw({name: both[name] for name in of_w}, optimiser)
-        shadow.adamw(clipped(of_hat, optimiser["max_grad_norm"]), optimiser)
+        both = clipped(of_theta | of_w, optimizer["max_grad_norm"])
+        policy.adamw({name: both[name] for name in of_theta}, optimizer)
+        adapters.adamw({name: both[name] for name in of_w}, optimizer)
+        shadow.adamw(clipped(of_hat, optimizer["max_grad_norm"]), optimizer)
 
 
-def summed(network, policy, adapters, steps, how, optimiser, share):
+def summed(network, policy, adapters, steps, how, optimizer, share):
     """share RL + (1 - share) SFT, of weights and of adapters where there are any."""
     for answers, traces in steps:
         theta, w = policy.leaves(), adapters.leaves()
@@ -166,35 +166,35 @@ def summed(network, policy, adapters, steps, how, optimiser, share):
             parts.append(share * mean(rl_losses(network, theta, w, answers)))
         if share < 1:
             parts.append((1 - share) * mean(trace_losses(network, theta, w, traces, how)))
-        both = clipped(gradients_of(sum(parts), theta | w), optimiser["max_grad_norm"])
-        policy.adamw({name: both[name] for name in theta}, optimiser)
-        adapters.adamw({name: both[name] for name in w}, optimiser)
+        both = clipped(gradients_of(sum(parts), theta | w), optimizer["max_grad_norm"])
+        policy.adamw({name: both[name] for name in theta}, optimizer)
+        adapters.adamw({name: both[name] for name in w}, optimizer)
 
 
-def trapo(network, policy, steps, how, optimiser):
+def trapo(network, policy, steps, how, optimizer):
     """Every token alike: beginnings by TrSFT, what follows by RL."""
     for answers, traces in steps:
         theta = policy.leaves()
         losses = rl_losses(network, theta, {}, answers)
         losses += trace_losses(network, theta, {}, traces, how)
         policy.adamw(
-            clipped(gradients_of(mean(losses), theta), optimiser["max_grad_norm"]), optimiser
+            clipped(gradients_of(mean(losses), theta), optimizer["max_grad_norm"]), optimizer
         )
 
 
-def alternate(network, policy, steps, how, optimiser, frozen_share):
+def alternate(network, policy, steps, how, optimizer, frozen_share):
     """A step on rollouts, then one on traces that leaves alone what the first moved most."""
     for answers, traces in steps:
         before = dict(policy.tensors)
         theta = policy.leaves()
         gradients = gradients_of(mean(rl_losses(network, theta, {}, answers)), theta)
-        policy.adamw(clipped(gradients, optimiser["max_grad_norm"]), optimiser)
+        policy.adamw(clipped(gradients, optimizer["max_grad_norm"]), optimizer)
         after = dict(policy.tensors)
         if not traces:
             continue
         theta = policy.leaves()
         gradients = gradients_of(mean(trace_losses(network, theta, {}, traces, how)), theta)
-        policy.adamw(clipped(gradients, optimiser["max_grad_norm"]), optimiser)
+        policy.adamw(clipped(gradients, optimizer["max_grad_norm"]), optimizer)
         for name, value in after.items():
             moved = (value - before[name]).abs().flatten()
             num_held = int(frozen_share * moved.numel())

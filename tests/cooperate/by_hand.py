@@ -6,16 +6,16 @@ import random
 from itertools import islice
 
 from pear_ray.config import Job
-from pear_ray.cooperate.demonstrations import Traces
-from pear_ray.data.scored_dataset import Wanted, survey
+from pear_ray.cooperate.demonstrations import DemonstrationIndex
+from pear_ray.data.scored_dataset import RowFilter, scan
 from pear_ray.data.tokenizer import load_tokenizer, prompt_ids
-from pear_ray.records import Completion, Verdict
+from pear_ray.records import Completion, Grade
 from pear_ray.seeds import seed_of
 from pear_ray.tasks import endless_problems
 from tests.data.scored_rows import row, stored, table_of
 
 PROBLEMS, STEPS, GROUP, NEW_TOKENS, MODEL_LEN = 3, 4, 4, 8, 14
-WANTED = Wanted(("vocabulary", "template"), 100, 64, negatives=False, top_logprobs=False)
+WANTED = RowFilter(("vocabulary", "template"), 100, 64, negatives=False, top_logprobs=False)
 
 
 def stream_of(job):
@@ -26,7 +26,7 @@ def job_of(model, cooperate, **rl):
     return Job(
         run={"dir": "unused", "seed": 5},
         model={"path": model, "dtype": "float32"},
-        rl={"steps": STEPS, "problems_per_step": PROBLEMS, "group_size": GROUP, **rl},
+        rl={"steps": STEPS, "prompts_per_step": PROBLEMS, "group_size": GROUP, **rl},
         generator={"max_new_tokens": NEW_TOKENS, "max_model_len": MODEL_LEN},
         learner={"tokens_per_micro_batch": 64},
         tasks=[{"name": "countdown", "options": {"max_number": 4}}],
@@ -48,7 +48,7 @@ def reward_of(text):
 
 
 def verdicts_on(pairs):
-    return [Verdict(reward_of(text), reward_of(text) == 1) for _, text in pairs]
+    return [Grade(reward_of(text), reward_of(text) == 1) for _, text in pairs]
 
 
 def limit_of(request):
@@ -62,27 +62,27 @@ def answers_to(request):
     )
 
 
-def run(course, draw, steps=STEPS):
+def run(scheduler, draw, steps=STEPS):
     """All lessons of a run in which answers and verdicts come in any order, and the requests of
     each time that any were due."""
     version, lessons, asked = 0, [], []
     waiting, unjudged = [], []
     while len(lessons) < steps:
-        if work := course.due(version):
+        if work := scheduler.next_requests(version):
             asked.append([request for _, request in work])
             waiting += work
-        unjudged += course.given()
+        unjudged += scheduler.take_prefilled()
         draw.shuffle(waiting)
         for _ in range(draw.randint(0, len(waiting))):
             key, request = waiting.pop()
-            assert course.prompt_ids(key) == request.prompt_ids
-            unjudged.append((key, course.answered(key, answers_to(request))))
+            assert scheduler.prompt_ids(key) == request.prompt_ids
+            unjudged.append((key, scheduler.add_completions(key, answers_to(request))))
         draw.shuffle(unjudged)
         for _ in range(draw.randint(0, len(unjudged))):
             key, pairs = unjudged.pop()
-            course.judged(key, verdicts_on(pairs))
-        while (lesson := course.lesson()) is not None:
-            lessons.append(lesson)
+            scheduler.add_rewards(key, verdicts_on(pairs))
+        while (batch := scheduler.pop_batch()) is not None:
+            lessons.append(batch)
             version += 1
     return lessons, asked
 
@@ -97,8 +97,8 @@ def traces_of(model, folder):
         changes = {
             "prompt_ids": ids,
             "response_ids": response,
-            "behaviour_logprobs": [-0.5 * (n + 1) for n in range(len(response))],
+            "behavior_logprobs": [-0.5 * (n + 1) for n in range(len(response))],
             "trainable": [n != 3 for n in range(len(response))] if number == 4 else None,
         }
         rows.setdefault(ids, row(f"{number}", **changes))
-    return Traces(survey(stored(folder, table_of(*rows.values())), WANTED), WANTED)
+    return DemonstrationIndex(scan(stored(folder, table_of(*rows.values())), WANTED), WANTED)

@@ -32,7 +32,7 @@ learning_rate = 1e-3
 warmup_fraction = 0.2
 [rl]
 steps = {steps}
-problems_per_step = 4
+prompts_per_step = 4
 group_size = 4
 learning_rate = 1e-3
 warmup_fraction = 0.2
@@ -41,17 +41,17 @@ warmup_fraction = 0.2
 num_cpus = 0.5
 max_new_tokens = 8
 max_model_len = 24
-max_concurrent = 64
-deadline_seconds = 200
+max_num_seqs = 64
+timeout_seconds = 200
 [learner]
 num_workers = 1
 cpus_per_worker = 0.5
 tokens_per_micro_batch = 256
-steps_per_checkpoint = 2
-deadline_seconds = 200
+save_every = 2
+timeout_seconds = 200
 [weights]
-max_probe_gap = {max_gap}
-[verifier]
+max_logprob_gap = {max_gap}
+[rewards]
 processes = 1
 [[tasks]]
 name = "tests.rl.parity:Parity"
@@ -87,12 +87,12 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def performed(write_job: Any, ray_session: None) -> Any:
     """Runs a stage on a new job and returns its file."""
 
-    def perform(stage: str, *settings: str, **more: str) -> Path:
+    def run_stage(stage: str, *settings: str, **more: str) -> Path:
         job: Path = write_job(*settings, **more)
         assert command([stage, str(job)]) == 0
         return job
 
-    return perform
+    return run_stage
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_bridge_tells_what_the_traces_gain(bridge: Path) -> None:
     gains = [abs(row["cooperative_gain"]) for row in found]
     assert gains[0] < 1e-6 < min(gains[1:4])
     assert all(row["trace_tokens"] > 0 and row["pass_rate"] >= 0 for row in found)
-    gaps = [row["probe_gap_max"] for row in found if row["probe_gap_max"] is not None]
+    gaps = [row["logprob_parity_max"] for row in found if row["logprob_parity_max"] is not None]
     assert len(gaps) >= STEPS - 2 and max(gaps) <= MAX_PROBE_GAP
 
 
@@ -156,7 +156,7 @@ def test_trapo_goes_on_from_traces(performed: Any) -> None:
     job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus="many")
     found = rows(job)
     assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
-    guided = [row for row in found if row.get("guided_share")]
+    guided = [row for row in found if row.get("prefix_frac")]
     assert guided and all(row["trace_tokens"] > 0 for row in guided)
     recordings = sorted((job.parent / "run" / "cooperate" / "rollouts").glob("*.parquet"))
     answers = [row for path in recordings for row in pq.read_table(path).to_pylist()]
@@ -180,4 +180,4 @@ def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> 
     found = rows(job)
     learned = [row for row in found if row.get("trace_tokens")]
     assert len(found) == STEPS and learned
-    assert all(0.09 < row["held_share"] < 0.2 for row in learned)
+    assert all(0.09 < row["frozen_frac"] < 0.2 for row in learned)

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from pear_ray.config import Job
 from pear_ray.losses.advantages import group_advantages
-from pear_ray.records import Completion, RolloutGroup, TrainingSequence, Verdict
-from pear_ray.rl.rollouts import Rollouts
-from pear_ray.rl.scheduler import Lesson
-from tests.stages import both_signals as formulas
+from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
+from pear_ray.rl.rollouts import RolloutBatch
+from pear_ray.rl.scheduler import StepBatch
+from tests.cooperate import both_signals as formulas
 
 SECONDS = 400
 RANKS = (1, 2)
@@ -38,7 +38,7 @@ RL = {
     # on the sign, and the most moved elements would all have moved by the learning rate.
     "eps": 1.0,
     "max_grad_norm": 0.4,
-    "problems_per_step": 3,
+    "prompts_per_step": 3,
     "group_size": 4,
 }
 LORA = {"rank": 4, "alpha": 8}
@@ -79,7 +79,7 @@ def job_of(model: str, num_ranks: int, cooperate: dict[str, Any], sft: dict[str,
     )
 
 
-def rollouts_of(step: int, is_guided: bool) -> Rollouts:
+def rollouts_of(step: int, is_guided: bool) -> RolloutBatch:
     """What would come from engines and corpus: drawn, the same everywhere."""
     draw = np.random.default_rng(step)
 
@@ -90,7 +90,7 @@ def rollouts_of(step: int, is_guided: bool) -> Rollouts:
         return tuple(draw.normal(-4.6, 0.4, len(of)).tolist())
 
     groups = []
-    for number in range(RL["problems_per_step"]):
+    for number in range(RL["prompts_per_step"]):
         prompt = ids(8)
         answers = []
         for place in range(RL["group_size"]):
@@ -114,9 +114,9 @@ def rollouts_of(step: int, is_guided: bool) -> Rollouts:
         rewards[:2] = (0, 1) if number or step % 2 else (rewards[2], rewards[2])
         rewards[3] = rewards[3] if number or step % 2 else rewards[2]
         advantages = group_advantages(torch.tensor(rewards), "grpo").tolist()
-        verdicts = tuple(Verdict(reward, reward > 0) for reward in rewards.tolist())
+        grades = tuple(Grade(reward, reward > 0) for reward in rewards.tolist())
         groups.append(
-            RolloutGroup(f"p{step}-{number}", prompt, tuple(answers), verdicts, tuple(advantages))
+            RolloutGroup(f"p{step}-{number}", prompt, tuple(answers), grades, tuple(advantages))
         )
     traces = []
     for number in range(4):
@@ -125,20 +125,20 @@ def rollouts_of(step: int, is_guided: bool) -> Rollouts:
             TrainingSequence.of(prompt, response, logprobs(response), 1.0, f"author {number % 2}")
         )
     shown = () if is_guided else tuple(traces)
-    return Rollouts(Lesson(step, tuple(groups), 0, 0, (), shown), (), (), {}, {})
+    return RolloutBatch(StepBatch(step, tuple(groups), 0, 0, (), shown), (), (), {}, {})
 
 
-def for_formulas(rollouts: Rollouts) -> tuple[list[Any], list[Any]]:
+def for_formulas(rollouts: RolloutBatch) -> tuple[list[Any], list[Any]]:
     """The same as the formulas take it: answers with own tokens, and traces."""
     answers, traces = [], []
-    for group in rollouts.lesson.groups:
+    for group in rollouts.pop_batch.groups:
         for answer, advantage in zip(group.completions, group.advantages, strict=True):
             before = len(group.prompt_ids) + len(answer.trace_ids)
             ids = np.array([*group.prompt_ids, *answer.trace_ids, *answer.token_ids])
             answers.append((ids, before, answer.logprobs, advantage))
             if answer.trace_ids:
                 traces.append((ids, len(group.prompt_ids), before, answer.trace_logprobs))
-    for trace in rollouts.lesson.traces:
+    for trace in rollouts.pop_batch.traces:
         first = int(trace.trainable.argmax())
         length = len(trace.token_ids)
         traces.append((trace.token_ids, first, length, trace.sampled_logprobs[first:].tolist()))
@@ -190,17 +190,17 @@ class Rank:
 
     def ends(self) -> None:
         """Lambda 1 and `rl`, lambda 0 and `sft`, TRAPO without beginnings."""
-        from pear_ray.rl.stage_rl import FromRollouts
+        from pear_ray.rl.stage_rl import PolicyGradientStep
         from pear_ray.sft.build import objective_of
         from pear_ray.train.learner import Learner
 
         job = job_of(self.model, self.num_ranks, {}, PEAR)
-        method = FromRollouts(job, self.config())
+        method = PolicyGradientStep(job, self.config())
         plain = Learner(self.model, "float32", job.learner, job.rl, job.rl.steps, job.run.seed)
         ours = {
             "rl": lambda step: method.step(step, rollouts_of(step, False)),
             "sft": lambda step: plain.step(
-                plain.share(list(rollouts_of(step, False).lesson.traces)),
+                plain.share(list(rollouts_of(step, False).pop_batch.traces)),
                 objective_of(job, [], plain),
             ),
         }
@@ -281,18 +281,18 @@ def by_formulas(name: str, model: str, adapters: dict[str, torch.Tensor]) -> dic
     steps = [for_formulas(rollouts_of(step, name == "trapo")) for step in range(NUM_STEPS)]
     # An answer that is all trace has nothing for RL.
     steps = [([a for a in answers if len(a[0]) > a[1]], traces) for answers, traces in steps]
-    optimiser, share = job.rl.model_dump(), job.cooperate.rl_share
+    optimizer, share = job.rl.model_dump(), job.cooperate.rl_share
     match name:
         case "bridge":
             formulas.bridge(
-                network, policy, shadow, beside, steps, how, optimiser, share, refresh=3
+                network, policy, shadow, beside, steps, how, optimizer, share, refresh=3
             )
         case "trapo":
-            formulas.trapo(network, policy, steps, how, optimiser)
+            formulas.trapo(network, policy, steps, how, optimizer)
         case "alternate":
-            formulas.alternate(network, policy, steps, how, optimiser, 0.002)
+            formulas.alternate(network, policy, steps, how, optimizer, 0.002)
         case _:
-            formulas.summed(network, policy, beside, steps, how, optimiser, share)
+            formulas.summed(network, policy, beside, steps, how, optimizer, share)
     return {"policy": policy, "shadow": shadow, "adapters": beside, "network": network}
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.demonstrations import CorpusTrace, Traces
-from pear_ray.data.scored_dataset import OPTIONAL, survey
+from pear_ray.cooperate.demonstrations import Demonstration, DemonstrationIndex
+from pear_ray.data.scored_dataset import OPTIONAL, scan
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
 
 PROMPTS = [[4], [4, 5], [5, 4], [4, 4], [5, 4, 4]]
@@ -21,9 +21,9 @@ def slow_find(rows, prompt_ids):
         fits = one["split"] == "train" and one["correct"] is not False
         if fits and one["prompt_ids"] == list(prompt_ids):
             trainable = one["trainable"]
-            return CorpusTrace(
+            return Demonstration(
                 tuple(one["response_ids"]),
-                tuple(one["behaviour_logprobs"]),
+                tuple(one["behavior_logprobs"]),
                 None if trainable is None else tuple(trainable),
                 one["source"],
             )
@@ -53,10 +53,10 @@ def test_the_first_row_with_the_prompt_is_found(
 ):
     rows = [[row(f"{n}-{m}", **one) for m, one in enumerate(file)] for n, file in enumerate(files)]
     folder = tmp_path_factory.mktemp("scored")
-    groups = survey(
+    groups = scan(
         stored(folder, *(table_of(*file) for file in rows), rows_per_group=rows_per_group), WANTED
     )
-    traces = Traces(groups, WANTED, *([] if fingerprint is None else [fingerprint]))
+    traces = DemonstrationIndex(groups, WANTED, *([] if fingerprint is None else [fingerprint]))
     together = [one for file in rows for one in file]
     for prompt_ids in [*PROMPTS, [6]]:
         assert traces.find(tuple(prompt_ids)) == slow_find(together, prompt_ids)
@@ -64,26 +64,26 @@ def test_the_first_row_with_the_prompt_is_found(
 
 def test_only_rows_of_the_wanted_sources_are_found(tmp_path):
     rows = [row("a", source="coder", response_ids=[1, 2, 3]), row("b", source="tutor")]
-    groups = survey(stored(tmp_path, table_of(*rows)), WANTED)
-    found = Traces(groups, replace(WANTED, sources=("tutor",))).find((4, 5))
+    groups = scan(stored(tmp_path, table_of(*rows)), WANTED)
+    found = DemonstrationIndex(groups, replace(WANTED, sources=("tutor",))).find((4, 5))
     assert found is not None and found.source == "tutor"
 
 
 def test_a_corpus_without_training_rows_has_no_trace(tmp_path):
-    groups = survey(stored(tmp_path, table_of(row("a", split="heldout"))), WANTED)
-    assert Traces(groups, WANTED).find((4, 5)) is None
+    groups = scan(stored(tmp_path, table_of(row("a", split="heldout"))), WANTED)
+    assert DemonstrationIndex(groups, WANTED).find((4, 5)) is None
 
 
 def test_columns_that_may_be_missing_are_not_needed(tmp_path):
-    groups = survey(stored(tmp_path, GOOD.drop_columns(sorted(OPTIONAL))), WANTED)
-    assert Traces(groups, WANTED).find((4, 5)) == CorpusTrace(
+    groups = scan(stored(tmp_path, GOOD.drop_columns(sorted(OPTIONAL))), WANTED)
+    assert DemonstrationIndex(groups, WANTED).find((4, 5)) == Demonstration(
         (7, 8, 1), (-0.5, -1.0, -0.25), None, "tutor"
     )
 
 
 def test_rows_are_read_when_they_are_asked_for(tmp_path):
     tables = [table_of(row("a", prompt_ids=[number])) for number in range(10)]
-    traces = Traces(survey(stored(tmp_path, *tables), WANTED), WANTED)
+    traces = DemonstrationIndex(scan(stored(tmp_path, *tables), WANTED), WANTED)
     assert traces.find((3,)) is not None
     for number in range(10):
         (tmp_path / f"{number}.parquet").unlink()

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.failed_prompts import FailingCourse
+from pear_ray.cooperate.failed_prompts import FailedPromptScheduler
 from pear_ray.data.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.records import TrainingSequence
-from pear_ray.rl.scheduler import Course
+from pear_ray.rl.scheduler import RolloutScheduler
 from pear_ray.seeds import seed_of
 from tests.cooperate.by_hand import (
     GROUP,
@@ -43,16 +43,16 @@ def test_a_lesson_has_the_traces_of_the_problems_that_were_failed(
     model, traces, seed, replaces, staleness, most
 ):
     cooperate = {"method": "sum", "traces": "failed", "failed_pass_rate": most}
-    job = job_of(model, cooperate, replace_without_signal=replaces, max_staleness=staleness)
-    lessons, asked = run(FailingCourse(traces, job, model, 0, 0), random.Random(seed))
-    plain, same = run(Course(job, model, 0, 0), random.Random(seed))
+    job = job_of(model, cooperate, dynamic_sampling=replaces, max_staleness=staleness)
+    lessons, asked = run(FailedPromptScheduler(traces, job, model, 0, 0), random.Random(seed))
+    plain, same = run(RolloutScheduler(job, model, 0, 0), random.Random(seed))
     assert asked == same
     tokenizer = load_tokenizer(model)
     stream = stream_of(job)
-    for lesson, other in zip(lessons, plain, strict=True):
-        assert (lesson.groups, lesson.dropped) == (other.groups, other.dropped)
+    for batch, other in zip(lessons, plain, strict=True):
+        assert (batch.groups, batch.dropped) == (other.groups, other.dropped)
         expected = []
-        for _ in range(lesson.first_problem, lesson.next_problem):
+        for _ in range(batch.first_problem, batch.next_problem):
             epoch, problem = next(stream)
             ids = tuple(prompt_ids(tokenizer, problem.messages))
             first = seed_of(job.run.seed, "rl", problem.problem_id, epoch)
@@ -62,9 +62,9 @@ def test_a_lesson_has_the_traces_of_the_problems_that_were_failed(
             right = [reward_of(answer.text) == 1 for answer in answers]
             if sum(right) / GROUP <= most and (trace := traces.find(ids)) is not None:
                 expected.append((ids, trace))
-        for found, (ids, trace) in zip(lesson.traces, expected, strict=True):
+        for found, (ids, trace) in zip(batch.traces, expected, strict=True):
             wanted = TrainingSequence.of(
-                ids, trace.response_ids, trace.behaviour_logprobs, 1.0, "tutor", trace.trainable
+                ids, trace.response_ids, trace.behavior_logprobs, 1.0, "tutor", trace.trainable
             )
             for name, value in vars(wanted).items():
                 assert np.array_equal(getattr(found, name), value), name

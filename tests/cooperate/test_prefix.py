@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.demonstrations import CorpusTrace
-from pear_ray.cooperate.prefix import GuidedCourse, beginning, first_answer_of
+from pear_ray.cooperate.demonstrations import Demonstration
+from pear_ray.cooperate.prefix import PrefixScheduler, beginning, first_answer_of
 from pear_ray.data.tokenizer import load_tokenizer, prompt_ids
 from pear_ray.losses.advantages import group_advantages
 from pear_ray.records import Completion
 from pear_ray.rl.overlong import soft_punishment
-from pear_ray.rl.scheduler import Course, lesson_numbers
+from pear_ray.rl.scheduler import RolloutScheduler, batch_metrics
 from pear_ray.seeds import seed_of
 from tests.cooperate.by_hand import (
     GROUP,
@@ -102,13 +102,13 @@ def test_each_answer_has_the_beginning_that_those_before_it_call_for(
         "prefix_shares": shares[: len(sizes)],
         "prefix_returns": below[: len(sizes)],
     }
-    job = job_of(model, cooperate, max_staleness=staleness, overlong_cache_tokens=cache)
+    job = job_of(model, cooperate, max_staleness=staleness, overlong_buffer_tokens=cache)
     tokenizer = load_tokenizer(model)
-    lessons, asked = run(GuidedCourse(traces, job, model, 0, 0), random.Random(seed))
+    lessons, asked = run(PrefixScheduler(traces, job, model, 0, 0), random.Random(seed))
     stream = stream_of(job)
-    for lesson in lessons:
-        assert lesson.traces == ()
-        for group in lesson.groups:
+    for batch in lessons:
+        assert batch.traces == ()
+        for group in batch.groups:
             epoch, problem = next(stream)
             assert group.problem_id == problem.problem_id
             ids = tuple(prompt_ids(tokenizer, problem.messages))
@@ -124,28 +124,28 @@ def test_each_answer_has_the_beginning_that_those_before_it_call_for(
                     own.version_spans,
                 )
                 assert answer.trace_logprobs == (
-                    trace.behaviour_logprobs[: len(shown)] if shown else ()
+                    trace.behavior_logprobs[: len(shown)] if shown else ()
                 )
                 assert answer.num_tokens <= NEW_TOKENS
                 assert len(ids) + answer.num_tokens <= MODEL_LEN
-            assert [verdict.reward for verdict in group.verdicts] == rewards
+            assert [grade.reward for grade in group.grades] == rewards
             if cache:
                 lengths = [answer.num_tokens for answer in group.completions]
                 punished = [soft_punishment(length, NEW_TOKENS, cache) for length in lengths]
                 rewards = [sum(pair) for pair in zip(rewards, punished, strict=True)]
             advantages = group_advantages(torch.tensor(rewards), "grpo")
             assert group.advantages == pytest.approx(advantages.tolist())
-        answers = [answer for group in lesson.groups for answer in group.completions]
+        answers = [answer for group in batch.groups for answer in group.completions]
         share = float(np.mean([bool(answer.trace_ids) for answer in answers]))
-        numbers = lesson_numbers(lesson)
-        assert numbers.get("guided_share", 0.0) == share
-        assert ("guided_share" in numbers) == (share > 0)
+        numbers = batch_metrics(batch)
+        assert numbers.get("prefix_frac", 0.0) == share
+        assert ("prefix_frac" in numbers) == (share > 0)
         tokens = [len(answer.trace_ids) + len(answer.token_ids) for answer in answers]
         assert numbers["response_tokens_mean"] == pytest.approx(np.mean(tokens))
         assert 0 <= numbers["staleness_mean"] <= numbers["staleness_max"] <= STEPS
     if staleness == 0:
-        course = GuidedCourse(traces, job, model, 0, 0)
-        assert run(course, random.Random(seed + 1)) == (lessons, asked)
+        scheduler = PrefixScheduler(traces, job, model, 0, 0)
+        assert run(scheduler, random.Random(seed + 1)) == (lessons, asked)
 
 
 @settings(max_examples=40)
@@ -154,36 +154,36 @@ def test_without_beginnings_requests_are_those_of_a_plain_course(
     model, traces, seed, staleness, replaces
 ):
     cooperate = TRAPO | {"prefix_shares": [0.0] * 4, "prefix_returns": [2.0] * 4}
-    job = job_of(model, cooperate, max_staleness=staleness, replace_without_signal=replaces)
-    lessons, asked = run(GuidedCourse(traces, job, model, 0, 0), random.Random(seed))
-    assert (lessons, asked) == run(Course(job, model, 0, 0), random.Random(seed))
-    assert all("guided_share" not in lesson_numbers(lesson) for lesson in lessons)
+    job = job_of(model, cooperate, max_staleness=staleness, dynamic_sampling=replaces)
+    lessons, asked = run(PrefixScheduler(traces, job, model, 0, 0), random.Random(seed))
+    assert (lessons, asked) == run(RolloutScheduler(job, model, 0, 0), random.Random(seed))
+    assert all("prefix_frac" not in batch_metrics(batch) for batch in lessons)
 
 
 def test_micro_groups_go_in_rounds(model, traces):
     """On-policy all problems' next ones are asked together, and not before."""
     cooperate = TRAPO | {"prefix_shares": [0.0, 0.0, 0.3, 0.5], "prefix_returns": [2.0] * 4}
-    course = GuidedCourse(traces, job_of(model, cooperate), model, 0, 0)
+    scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)
     sizes = []
-    while (lesson := course.lesson()) is None:
-        work = course.due(0)
+    while (batch := scheduler.pop_batch()) is None:
+        work = scheduler.next_requests(0)
         sizes.append([request.num_samples for _, request in work])
         for key, request in work:
-            assert course.due(0) == []
-            pairs = course.answered(key, answers_to(request))
-            assert course.due(0) == []
-            course.judged(key, verdicts_on(pairs))
+            assert scheduler.next_requests(0) == []
+            pairs = scheduler.add_completions(key, answers_to(request))
+            assert scheduler.next_requests(0) == []
+            scheduler.add_rewards(key, verdicts_on(pairs))
     assert sizes == [[2] * PROBLEMS, [1] * PROBLEMS, [1] * PROBLEMS]
-    assert all(len(group.completions) == GROUP for group in lesson.groups)
+    assert all(len(group.completions) == GROUP for group in batch.groups)
 
 
 def test_overlapped_a_problem_goes_on_at_once(model, traces):
     cooperate = TRAPO | {"prefix_returns": [2.0] * 4}
-    course = GuidedCourse(traces, job_of(model, cooperate, max_staleness=1), model, 0, 0)
-    (key, request), *others = course.due(0)
+    scheduler = PrefixScheduler(traces, job_of(model, cooperate, max_staleness=1), model, 0, 0)
+    (key, request), *others = scheduler.next_requests(0)
     assert len(others) == 2 * PROBLEMS - 1
-    course.judged(key, verdicts_on(course.answered(key, answers_to(request))))
-    ((after, follower),) = course.due(0)
+    scheduler.add_rewards(key, verdicts_on(scheduler.add_completions(key, answers_to(request))))
+    ((after, follower),) = scheduler.next_requests(0)
     assert after.position == key.position and follower.seed == request.seed + 1
     assert follower.min_version == request.min_version
     assert follower.prompt_ids[: len(request.prompt_ids)] == request.prompt_ids
@@ -199,17 +199,17 @@ def test_a_whole_trace_is_judged_without_an_engine(model, traces, kl_coefficient
         "prefix_returns": [-1.0, 2.0],
     }
     job = job_of(model, cooperate, kl_coefficient=kl_coefficient)
-    course = GuidedCourse(traces, job, model, 0, 0)
-    (key, request), *_ = course.due(0)
-    assert course.given() == []
-    course.judged(key, verdicts_on(course.answered(key, answers_to(request))))
-    ((given_key, pairs),) = course.given()
-    assert course.given() == []
+    scheduler = PrefixScheduler(traces, job, model, 0, 0)
+    (key, request), *_ = scheduler.next_requests(0)
+    assert scheduler.take_prefilled() == []
+    scheduler.add_rewards(key, verdicts_on(scheduler.add_completions(key, answers_to(request))))
+    ((given_key, pairs),) = scheduler.take_prefilled()
+    assert scheduler.take_prefilled() == []
     trace = traces.find(request.prompt_ids)
     text = load_tokenizer(model).decode(trace.response_ids, skip_special_tokens=True).strip()
     assert [answer for _, answer in pairs] == [text] * 3
-    course.judged(given_key, verdicts_on(pairs))
-    group = course._asked[key.position].group
+    scheduler.add_rewards(given_key, verdicts_on(pairs))
+    group = scheduler._asked[key.position].group
     assert {answer.trace_ids for answer in group.completions[1:]} == {trace.response_ids}
     for answer in group.completions[1:]:
         assert answer.token_ids == answer.logprobs == answer.version_spans == ()
@@ -222,12 +222,12 @@ def test_a_step_of_whole_traces_has_numbers(model, traces):
         "prefix_shares": [1.0],
         "prefix_returns": [2.0],
     }
-    course = GuidedCourse(traces, job_of(model, cooperate), model, 0, 0)
-    assert course.due(0) == []
-    for key, pairs in course.given():
-        course.judged(key, verdicts_on(pairs))
-    numbers = lesson_numbers(course.lesson())
-    assert (numbers["guided_share"], numbers["staleness_max"], numbers["staleness_mean"]) == (
+    scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)
+    assert scheduler.next_requests(0) == []
+    for key, pairs in scheduler.take_prefilled():
+        scheduler.add_rewards(key, verdicts_on(pairs))
+    numbers = batch_metrics(scheduler.pop_batch())
+    assert (numbers["prefix_frac"], numbers["staleness_max"], numbers["staleness_mean"]) == (
         1,
         0,
         0,
@@ -249,7 +249,7 @@ def test_a_beginning_leaves_room(num_tokens, share, room):
     [(None, 4), ((True,) * 4, 4), ((True, True, False, True), 2), ((False, True, True, True), 0)],
 )
 def test_only_the_first_answer_of_a_conversation_is_shown(trainable, num_left):
-    trace = CorpusTrace((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "tutor")
+    trace = Demonstration((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "tutor")
     found = first_answer_of(trace)
     assert found.response_ids == trace.response_ids[:num_left]
-    assert found.behaviour_logprobs == trace.behaviour_logprobs[:num_left]
+    assert found.behavior_logprobs == trace.behavior_logprobs[:num_left]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.data.scored_dataset import Wanted
+from pear_ray.data.scored_dataset import RowFilter
 from pear_ray.records import SCORED_SCHEMA
 
-WANTED = Wanted(
+WANTED = RowFilter(
     digests=("vocabulary", "template"),
     vocab_size=100,
     max_tokens=8,
@@ -22,8 +22,8 @@ def row(example_id, **changes):
         "example_id": example_id,
         "prompt_ids": [4, 5],
         "response_ids": [7, 8, 1],
-        "behaviour_logprobs": [-0.5, -1.0, -0.25],
-        "behaviour_model": "models/tutor",
+        "behavior_logprobs": [-0.5, -1.0, -0.25],
+        "behavior_model": "models/tutor",
         "source": "tutor",
         "tokenizer_digest": "vocabulary",
         "template_digest": "template",
@@ -32,7 +32,7 @@ def row(example_id, **changes):
         "recorded_gap": None,
         "trainable": None,
         "truncated": False,
-        "logprobs_from": "behaviour",
+        "logprobs_from": "behavior",
         "top_ids": [7, 9, 8, 3, 1, 2],
         "top_logprobs": [-0.5, -1.0, -1.0, -2.0, -0.25, -3.0],
     }

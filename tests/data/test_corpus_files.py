@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.config import BadInput
+from pear_ray.config import ConfigError
 from pear_ray.data.corpus_files import (
     LINES,
     ROWS_PER_BLOCK,
@@ -98,7 +98,7 @@ def test_json_beside_parquet_describes_it(tmp_path):
 @pytest.mark.parametrize("other", ["c.jsonl", "c.json.gz", "x/c.ndjson"])
 def test_files_of_two_kinds_are_refused(tmp_path, other):
     made(tmp_path, "a.parquet", other)
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         find(str(tmp_path))
     assert str(refusal.value) == (
         f"corpus.path: {tmp_path} holds {tmp_path}/a.parquet and {tmp_path}/{other};"
@@ -110,7 +110,7 @@ def test_files_of_two_kinds_are_refused(tmp_path, other):
 def test_a_path_without_a_file_that_can_be_read_is_refused(tmp_path, path):
     made(tmp_path, "a.csv", "x/a.txt", "x/.a.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         find(str(tmp_path / path))
     assert str(refusal.value).startswith(
         f"corpus.path: {tmp_path}/{path} holds no file that can be read;"
@@ -118,9 +118,9 @@ def test_a_path_without_a_file_that_can_be_read_is_refused(tmp_path, path):
     )
 
 
-@pytest.mark.parametrize("path", ["ftp://host/a.jsonl", "s3://bucket/a.jsonl?colour=red"])
+@pytest.mark.parametrize("path", ["ftp://host/a.jsonl", "s3://bucket/a.jsonl?color=red"])
 def test_a_path_that_leads_nowhere_known_is_refused(path):
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         find(path)
     assert str(refusal.value).startswith(f"corpus.path: {path} cannot be reached: ")
 
@@ -234,7 +234,7 @@ def test_columns_of_a_parquet_file_are_its_outermost(tmp_path):
 def test_a_file_that_is_not_parquet_is_refused(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
     files = find(str(tmp_path))
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         parquet_columns(files.system, files.paths[0])
     said = f"corpus.path: {tmp_path}/a.parquet cannot be read as Parquet: "
     assert str(refusal.value).startswith(said)
@@ -243,7 +243,7 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path, content):
 def test_a_parquet_file_that_is_gone_is_refused(tmp_path):
     files = find(str(made(tmp_path, "a.parquet")))
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(BadInput, match=r"a\.parquet cannot be read as Parquet: "):
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read as Parquet: "):
         parquet_columns(files.system, files.paths[0])
 
 

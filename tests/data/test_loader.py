@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pear_ray.data.loader import BLOCKS_PER_WINDOW, Slice, Window, read_window, steps, windows
-from pear_ray.data.scored_dataset import RowGroup, Wanted, sequences_of, survey
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, scan, sequences_of
 from pear_ray.records import SCORED_SCHEMA
 
-WANTED = Wanted(
+WANTED = RowFilter(
     digests=("vocabulary", "template"),
     vocab_size=100,
     max_tokens=8,
@@ -135,8 +135,8 @@ def row(number, length):
         "example_id": f"row-{number:02d}",
         "prompt_ids": [4, 5 + number],
         "response_ids": [number, *range(length)],
-        "behaviour_logprobs": [-number / 64] * (1 + length),
-        "behaviour_model": "models/tutor",
+        "behavior_logprobs": [-number / 64] * (1 + length),
+        "behavior_model": "models/tutor",
         "source": "tutor",
         "tokenizer_digest": "vocabulary",
         "template_digest": "template",
@@ -145,7 +145,7 @@ def row(number, length):
         "recorded_gap": None,
         "trainable": None,
         "truncated": False,
-        "logprobs_from": "behaviour",
+        "logprobs_from": "behavior",
         "top_ids": None,
         "top_logprobs": None,
     }
@@ -159,7 +159,7 @@ def corpus(tmp_path_factory):
     for number, (start, stop) in enumerate([(0, 19), (19, 20), (20, 45)]):
         table = pa.Table.from_pylist(rows[start:stop], SCORED_SCHEMA)
         pq.write_table(table, folder / f"{number}.parquet", row_group_size=ROWS_PER_GROUP)
-    groups = survey(folder, WANTED)
+    groups = scan(folder, WANTED)
     assert len(groups) == 13
     wanted = [one for one in rows if one["split"] == "train" and one["correct"]]
     assert len(wanted) == sum(group.num_train for group in groups) == 31
@@ -192,7 +192,7 @@ def test_rows_of_a_window_are_mixed_and_whole(corpus):
     names = [one["example_id"] for one in found]
     assert_rows_of(found, rows)
     assert sorted(names) == sorted(rows)
-    # Neighbours in a file are no neighbours any more, nor do groups stay together.
+    # Neighbours in a file are no neighbors any more, nor do groups stay together.
     numbers = [int(name.removeprefix("row-")) for name in names]
     pairs = list(pairwise(numbers))
     assert sum(0 < second - first < ROWS_PER_GROUP for first, second in pairs) < len(pairs) / 3
@@ -229,7 +229,7 @@ def test_files_of_other_columns_are_mixed_too(tmp_path):
     blank = bare.append_column("recorded_gap", pa.nulls(3))
     for number, one in enumerate((table, bare, blank)):
         pq.write_table(one, tmp_path / f"{number}.parquet")
-    found = read(Window(0, 0, whole(survey(tmp_path, WANTED))), seed=0)
+    found = read(Window(0, 0, whole(scan(tmp_path, WANTED))), seed=0)
     assert Counter(names_of([found])) == dict.fromkeys(["row-00", "row-01", "row-02"], 3)
 
 

@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.data.scored_dataset import (
     OPTIONAL,
+    RowFilter,
     RowGroup,
-    Wanted,
     counts,
     extremes,
     first_rows,
     read_group,
+    row_filter,
+    scan,
     sequences_of,
-    survey,
-    wanted_of,
 )
 from pear_ray.data.tokenizer import digests, load_tokenizer
 from pear_ray.losses.packing import pack
@@ -42,7 +42,7 @@ def of_length(num_prompt, num_response):
     return {
         "prompt_ids": [4] * num_prompt,
         **dict.fromkeys(("response_ids", "top_ids"), ids),
-        **dict.fromkeys(("behaviour_logprobs", "top_logprobs"), logprobs),
+        **dict.fromkeys(("behavior_logprobs", "top_logprobs"), logprobs),
     }
 
 
@@ -50,18 +50,18 @@ GOOD_ROWS = {
     "as long as a micro-batch": of_length(3, 5),
     "of one token each": of_length(1, 1),
     "the smallest and the largest id": {"prompt_ids": [0, 99], "response_ids": [99, 0, 99]},
-    "certain tokens, rounded": {"behaviour_logprobs": [0.0, -0.0, 0.0005]},
-    "an unlikely token": {"behaviour_logprobs": [-1e30, -1.0, -1.0]},
+    "certain tokens, rounded": {"behavior_logprobs": [0.0, -0.0, 0.0005]},
+    "an unlikely token": {"behavior_logprobs": [-1e30, -1.0, -1.0]},
     "another's tokens between": {
         "trainable": [True, False, True],
-        "behaviour_logprobs": [-1.0, 0.0, -1.0],
+        "behavior_logprobs": [-1.0, 0.0, -1.0],
     },
 }
 
 
 @pytest.mark.parametrize("changes", GOOD_ROWS.values(), ids=GOOD_ROWS)
 def test_what_lies_within_the_bounds_is_taken(tmp_path, changes):
-    (group,) = survey(stored(tmp_path, table_of(row("a", **changes))), WANTED)
+    (group,) = scan(stored(tmp_path, table_of(row("a", **changes))), WANTED)
     assert (group.num_train, group.num_heldout) == (1, 0)
 
 
@@ -80,7 +80,7 @@ OTHER_COLUMNS = {
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
 def test_columns_may_be_others_than_score_writes(tmp_path, table):
-    (group,) = survey(stored(tmp_path, table, rows_per_group=3), WANTED)
+    (group,) = scan(stored(tmp_path, table, rows_per_group=3), WANTED)
     assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("tutor",))
     found = sequences_of(read_group(group, WANTED, "train"), 0.1)
     assert [one.token_ids.tolist() for one in found] == [[4, 5, 7, 8, 1]] * 2
@@ -89,7 +89,7 @@ def test_columns_may_be_others_than_score_writes(tmp_path, table):
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
 def test_files_of_one_corpus_may_have_other_columns(tmp_path, table):
-    groups = survey(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
+    groups = scan(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
     found = first_rows(groups, WANTED, "train", 4)
     assert names_of(found) == [*"abab"]
     assert [len(one.token_ids) for one in sequences_of(found, 0.1)] == [5] * 4
@@ -100,7 +100,7 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
         row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d")
     )
     second = table_of(row("e", split="heldout", source="web"))
-    groups = survey(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
+    groups = scan(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
     one, other = str(tmp_path / "0.parquet"), str(tmp_path / "2.parquet")
     assert [group for group in groups if group.file in (one, other)] == [
         RowGroup(one, 0, 2, 0, ("tutor", "web")),
@@ -112,7 +112,7 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
 
 def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
     """Stage `score` leaves one where it rejects all rows of a part."""
-    groups = survey(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
+    groups = scan(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
     assert sum(group.num_train for group in groups) == 2
 
 
@@ -140,7 +140,7 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
         authors = {one["source"] for file in rows for one in file}
         for negatives, sources in ((False, ()), (True, ()), (True, (min(authors),))):
             wanted = replace(WANTED, negatives=negatives, sources=sources)
-            groups = survey(folder, wanted)
+            groups = scan(folder, wanted)
             assert len(groups) == len(cut)
             for group, own in zip(groups, cut, strict=True):
                 assert group.sources == tuple(sorted({one["source"] for one in own}))
@@ -157,8 +157,8 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
 def test_a_source_that_wrote_nothing_is_refused_with_those_that_did(tmp_path):
     stored(tmp_path, table_of(row("a"), row("b", source="coder")))
     told = r"sft\.sources: read \['tuto'\]; expected among \['coder', 'tutor'\], those of"
-    with pytest.raises(BadInput, match=told):
-        survey(tmp_path, replace(WANTED, sources=("coder", "tuto")))
+    with pytest.raises(ConfigError, match=told):
+        scan(tmp_path, replace(WANTED, sources=("coder", "tuto")))
 
 
 @pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
@@ -168,7 +168,7 @@ def test_traces_known_to_be_wrong_are_trained_on_where_they_are_wanted(
     wanted = replace(WANTED, negatives=negatives)
     rows = [row("a", correct=True), row("b", correct=False), row("c")]
     held = [{**one, "example_id": f"{one['example_id']}-h", "split": "heldout"} for one in rows]
-    groups = survey(stored(tmp_path, table_of(*rows, *held), rows_per_group=6), wanted)
+    groups = scan(stored(tmp_path, table_of(*rows, *held), rows_per_group=6), wanted)
     for split, names in (("train", [*expected]), ("heldout", ["a-h", "c-h"])):
         assert names_of(first_rows(groups, wanted, split, 9)) == names
 
@@ -274,7 +274,7 @@ def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_pa
     """Where nothing is distilled; a corpus has both when some of its rows brought log-probs."""
     bare = {"top_ids": None, "top_logprobs": None}
     folder = stored(tmp_path, table_of(row("a"), row("b", **bare)), table_of(row("c", **bare)))
-    table = first_rows(survey(folder, WANTED), WANTED, "train", 3)
+    table = first_rows(scan(folder, WANTED), WANTED, "train", 3)
     for order in ([0, 1, 2], [2, 1, 0]):
         ((batch,),) = pack(sequences_of(table.take(order), 0.1), 1, 16)
         assert batch.trainable_T.sum() == 9
@@ -282,7 +282,7 @@ def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_pa
 
 def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path):
     rows = [row(name, split="heldout" if name in "cd" else "train") for name in "abcdefg"]
-    groups = survey(stored(tmp_path, table_of(*rows)), WANTED)
+    groups = scan(stored(tmp_path, table_of(*rows)), WANTED)
     gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("tutor",))
     for most, names in ((1, "a"), (2, "ab"), (3, "abe"), (4, "abef")):
         table = first_rows([*groups[:3], gone], WANTED, "train", most)
@@ -294,7 +294,7 @@ def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path)
 
 
 def test_there_may_be_no_rows_of_a_split(tmp_path):
-    groups = survey(stored(tmp_path, table_of(row("a"))), WANTED)
+    groups = scan(stored(tmp_path, table_of(row("a"))), WANTED)
     assert first_rows(groups, WANTED, "heldout", 3) is None
     assert first_rows([], WANTED, "train", 3) is None
 
@@ -323,5 +323,5 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
     )
     # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
     sources = tuple(sft.get("sources", ()))
-    expected = Wanted(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
-    assert wanted_of(job) == expected
+    expected = RowFilter(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
+    assert row_filter(job) == expected

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pear_ray.config import BadInput
-from pear_ray.data.scored_dataset import OPTIONAL, survey
+from pear_ray.config import ConfigError
+from pear_ray.data.scored_dataset import OPTIONAL, scan
 from pear_ray.records import SCORED_SCHEMA
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
 
@@ -19,8 +19,8 @@ TAUGHT = replace(WANTED, top_logprobs=True)
 
 def assert_refused(folder, wanted, said):
     """Every word of the message is as `said`, a pattern in which FOLDER is the folder."""
-    with pytest.raises(BadInput) as refusal:
-        survey(folder, wanted)
+    with pytest.raises(ConfigError) as refusal:
+        scan(folder, wanted)
     pattern = said.replace("FOLDER", re.escape(str(folder)))
     assert re.fullmatch(pattern, str(refusal.value)), str(refusal.value)
 
@@ -30,7 +30,7 @@ def of_length(num_prompt, num_response):
     return {
         "prompt_ids": [4] * num_prompt,
         **dict.fromkeys(("response_ids", "top_ids"), ids),
-        **dict.fromkeys(("behaviour_logprobs", "top_logprobs"), logprobs),
+        **dict.fromkeys(("behavior_logprobs", "top_logprobs"), logprobs),
     }
 
 
@@ -73,8 +73,8 @@ BAD_ROWS = {
     "too long a prompt": (of_length(6, 3), "response_ids", "9", FITS),
     **{
         f"{kind} log-probs": (
-            {"behaviour_logprobs": logprobs},
-            "behaviour_logprobs",
+            {"behavior_logprobs": logprobs},
+            "behavior_logprobs",
             str(len(logprobs or [])),
             PER_TOKEN,
         )
@@ -87,22 +87,22 @@ BAD_ROWS = {
     },
     **{
         f"{value} for log-prob {place}": (
-            {"behaviour_logprobs": [value if n == place else -1.0 for n in range(3)]},
-            "behaviour_logprobs",
+            {"behavior_logprobs": [value if n == place else -1.0 for n in range(3)]},
+            "behavior_logprobs",
             str(value).replace("None", "nan"),
             "finite numbers",
         )
         for value, place in ((math.nan, 0), (math.nan, 2), (math.inf, 1), (-math.inf, 1), (None, 0))
     },
     "both infinities": (
-        {"behaviour_logprobs": [math.inf, -1.0, -math.inf]},
-        "behaviour_logprobs",
+        {"behavior_logprobs": [math.inf, -1.0, -math.inf]},
+        "behavior_logprobs",
         "-inf",
         "finite numbers",
     ),
     "a log of more than 1": (
-        {"behaviour_logprobs": [-1.0, -1.0, 0.5]},
-        "behaviour_logprobs",
+        {"behavior_logprobs": [-1.0, -1.0, 0.5]},
+        "behavior_logprobs",
         "0.5",
         "logs of probabilities, at most 0",
     ),
@@ -117,7 +117,7 @@ BAD_ROWS = {
         for token in (-1, 100, 2**31 - 1)
     },
 }
-# The same where distillation wants the behaviour policy's likeliest tokens.
+# The same where distillation wants the behavior policy's likeliest tokens.
 BAD_TEACHERS = {
     "no likeliest tokens": ({"top_ids": None}, "top_ids", "0", TOP_PER_TOKEN),
     "empty likeliest tokens": ({"top_ids": []}, "top_ids", "0", TOP_PER_TOKEN),
@@ -139,7 +139,7 @@ def test_a_bad_teacher_is_refused_where_one_is_wanted(tmp_path, bad):
     folder = stored(tmp_path, table_of(row("a"), row("b", **changes)))
     said = rf"FOLDER/0\.parquet: 'b': {field}: read {read}; expected {expected}"
     assert_refused(folder, TAUGHT, said)
-    assert len(survey(folder, WANTED)) == 1
+    assert len(scan(folder, WANTED)) == 1
 
 
 # What would break or mislead a learner in the middle of training: (changes, field).
@@ -250,7 +250,7 @@ BAD_FILES = {
             ("prompt_ids", pa.list_(pa.int64()), None, r"list<.+: int64>", r"list<.+: int32>"),
             ("response_ids", pa.string(), ["7 8 1"] * 3, "string", r"list<.+: int32>"),
             (
-                "behaviour_logprobs",
+                "behavior_logprobs",
                 pa.list_(pa.float64()),
                 None,
                 r"list<.+: double>",
@@ -265,7 +265,7 @@ BAD_FILES = {
             of_type(name, pa.null(), [None] * 3),
             rf"FOLDER/1\.parquet: ('a': )?{name}: read .+; expected .+",
         )
-        for name in ("response_ids", "behaviour_logprobs", "split", "source", "tokenizer_digest")
+        for name in ("response_ids", "behavior_logprobs", "split", "source", "tokenizer_digest")
     },
 }
 
@@ -281,7 +281,7 @@ def test_likeliest_tokens_need_be_there_only_where_they_are_wanted(tmp_path, nam
     without(name)(tmp_path)
     said = rf"FOLDER/1\.parquet: {name}: no such column; expected it of stage `score`"
     assert_refused(tmp_path, TAUGHT, said)
-    assert len(survey(tmp_path, WANTED)) == 4
+    assert len(scan(tmp_path, WANTED)) == 4
 
 
 def test_the_first_mistake_of_the_first_file_is_told(tmp_path):

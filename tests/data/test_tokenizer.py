@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import BadInput
+from pear_ray.config import ConfigError
 from pear_ray.data.tokenizer import (
     conversation_ids,
     digests,
@@ -174,19 +174,19 @@ def test_a_folder_without_tokenizer_is_bad_input(copied_model):
     for file in copied_model.glob("*token*"):
         file.unlink()
     (copied_model / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(BadInput, match=rf"model\.path: {copied_model}: .* expected one"):
+    with pytest.raises(ConfigError, match=rf"model\.path: {copied_model}: .* expected one"):
         load_tokenizer(str(copied_model))
 
 
 def test_a_folder_that_is_not_there_is_bad_input(tmp_path):
     absent = tmp_path / "absent"
-    with pytest.raises(BadInput, match=rf"model\.path: {absent}: no tokenizer .* expected one"):
+    with pytest.raises(ConfigError, match=rf"model\.path: {absent}: no tokenizer .* expected one"):
         load_tokenizer(str(absent))
 
 
 def test_a_tokenizer_without_template_is_bad_input(copied_model):
     (copied_model / "chat_template.jinja").unlink()
-    with pytest.raises(BadInput, match=r"no chat template; expected one"):
+    with pytest.raises(ConfigError, match=r"no chat template; expected one"):
         load_tokenizer(str(copied_model))
 
 
@@ -195,11 +195,13 @@ def test_a_tokenizer_without_end_of_sequence_is_bad_input(copied_model):
     facts = json.loads(path.read_text())
     del facts["eos_token"]
     path.write_text(json.dumps(facts))
-    with pytest.raises(BadInput, match=r"no end-of-sequence token; expected one"):
+    with pytest.raises(ConfigError, match=r"no end-of-sequence token; expected one"):
         load_tokenizer(str(copied_model))
 
 
 def test_a_damaged_tokenizer_is_bad_input(copied_model):
     (copied_model / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(BadInput, match=rf"model\.path: {copied_model}: no tokenizer can be loaded"):
+    with pytest.raises(
+        ConfigError, match=rf"model\.path: {copied_model}: no tokenizer can be loaded"
+    ):
         load_tokenizer(str(copied_model))

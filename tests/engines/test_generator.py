@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pear_ray.engines.generator import Request, Trace
+from pear_ray.engines.generator import SampleRequest, ScoreRequest
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.types import WeightVersion
 
@@ -33,13 +33,15 @@ def models(tied, tiny_model):
 @pytest.fixture
 def engine(models, tied, engine_of):
     """The engine, serving the first model."""
-    fleet = engine_of(tied)
-    fleet.load_folder(models[0])
-    return fleet
+    pool = engine_of(tied)
+    pool.load_folder(models[0])
+    return pool
 
 
 def scored(engine, rows):
-    return engine.ask([Trace(tuple(prompt), tuple(response)) for prompt, response in rows])
+    return engine.generate(
+        [ScoreRequest(tuple(prompt), tuple(response)) for prompt, response in rows]
+    )
 
 
 def rows_of(lengths, seed=0):
@@ -94,7 +96,7 @@ def test_scores_follow_the_weights_that_are_loaded(engine, models):
 def requests_of(count, num_samples=4, temperature=1.0):
     prompts = rows_of([(1 + n % 9, 1) for n in range(count)], seed=1)
     return [
-        Request(tuple(prompt), num_samples, 1000 * number, temperature)
+        SampleRequest(tuple(prompt), num_samples, 1000 * number, temperature)
         for number, (prompt, _) in enumerate(prompts)
     ]
 
@@ -102,7 +104,7 @@ def requests_of(count, num_samples=4, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_logprobs_are_scored_ones(engine, models, temperature):
     requests = requests_of(24, temperature=temperature)
-    answers = engine.ask(requests)
+    answers = engine.generate(requests)
     assert [len(group) for group in answers] == [4] * 24
     rows, sampled = [], []
     for request, group in zip(requests, answers, strict=True):
@@ -115,7 +117,7 @@ def test_sampled_logprobs_are_scored_ones(engine, models, temperature):
 
 
 def test_an_answer_ends_with_its_end_or_at_the_longest(engine):
-    answers = [a for group in engine.ask(requests_of(24)) for a in group]
+    answers = [a for group in engine.generate(requests_of(24)) for a in group]
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     eos = 1
     for answer in answers:
@@ -129,7 +131,7 @@ def test_an_answer_ends_with_its_end_or_at_the_longest(engine):
 
 def test_answers_say_which_weights_wrote_them(engine, models):
     def version():
-        ((answer,),) = engine.ask(requests_of(1, num_samples=1))
+        ((answer,),) = engine.generate(requests_of(1, num_samples=1))
         oldest, newest = answer.policy_versions
         assert oldest == newest
         return newest
@@ -147,14 +149,14 @@ def test_answers_go_on_while_weights_are_made_ready_and_across_the_change(engine
     partitions = [(name, tuple(t.shape), t.flatten()) for name, t in weights.items()]
     version = WeightVersion.of([Publisher(0, bucket_mib=1, full_every=1).publish(partitions, 99)])
     requests = dict(enumerate(requests_of(120, num_samples=8)))
-    engine.settle()
+    engine.wait_ready()
     engine.submit(list(requests.items()))
     groups, end, is_served = {}, time.monotonic() + 200, False
     while len(groups) < len(requests) and time.monotonic() < end:
         ray.wait(engine.calls, timeout=1, fetch_local=False)
         groups |= dict(engine.finished())
         if groups and not is_served:
-            engine.serve((version,), (), deadline_seconds=100)
+            engine.serve((version,), (), timeout_seconds=100)
             is_served = True
     ((_, loaded),), engine.loaded = engine.loaded, []
     assert loaded.version == 99 and engine.failed_loads == []
@@ -172,25 +174,25 @@ def test_answers_go_on_while_weights_are_made_ready_and_across_the_change(engine
 
 def test_seeds_decide_the_answers_whatever_else_is_served(engine):
     requests = requests_of(24)
-    alone = engine.ask(requests)
-    backwards = engine.ask(requests[::-1])[::-1]
-    few = engine.ask(requests[5:7])
+    alone = engine.generate(requests)
+    backwards = engine.generate(requests[::-1])[::-1]
+    few = engine.generate(requests[5:7])
     tokens = [[answer.token_ids for answer in group] for group in alone]
     assert [[a.token_ids for a in group] for group in backwards] == tokens
     assert [[a.token_ids for a in group] for group in few] == tokens[5:7]
     # Other seeds give other answers, and so do the samples of one request.
-    other = [Request(r.prompt_ids, r.num_samples, r.seed + 17) for r in requests]
-    assert [[a.token_ids for a in g] for g in engine.ask(other)] != tokens
+    other = [SampleRequest(r.prompt_ids, r.num_samples, r.seed + 17) for r in requests]
+    assert [[a.token_ids for a in g] for g in engine.generate(other)] != tokens
     assert all(len(set(group)) > 1 for group in tokens)
     # Answers may be asked for one by one.
     single = [replace(r, num_samples=1, seed=r.seed + n) for r in requests[:6] for n in range(4)]
-    answers = [answer.token_ids for (answer,) in engine.ask(single)]
+    answers = [answer.token_ids for (answer,) in engine.generate(single)]
     assert answers == [ids for group in tokens[:6] for ids in group]
 
 
 def test_a_request_may_want_shorter_answers(engine):
     requests = [replace(request, max_new_tokens=3) for request in requests_of(24)]
-    answers = [answer for group in engine.ask(requests) for answer in group]
+    answers = [answer for group in engine.generate(requests) for answer in group]
     assert all(len(answer.token_ids) <= 3 for answer in answers)
     assert {len(a.token_ids) for a in answers if a.finish_reason == "length"} == {3}
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pear_ray.config import BadInput, Job, start_of
+from pear_ray.config import ConfigError, Job, start_of
 from pear_ray.data.tokenizer import prompts_that_fit
-from pear_ray.engines.engine_pool import Fleet
+from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.evaluate import checkpoints_of
 from pear_ray.evaluate.attempts import Store, attempt, requests
 from pear_ray.evaluate.likelihood import kl_from
 from pear_ray.evaluate.scorecard import card, pairs_of, scorecard
 from pear_ray.records import ATTEMPT_SCHEMA
-from pear_ray.rewards.pool import Verifiers
+from pear_ray.rewards.pool import RewardPool
 from pear_ray.statistics import pass_at_k
 from pear_ray.tasks import heldout_problems
 
@@ -45,8 +45,8 @@ def job_of(model: str = "some/model", **generator: Any) -> Job:
 class Bench:
     """An engine, verifiers and problems, as stage `evaluate` brings them together."""
 
-    def __init__(self, job: Job, fleet: Fleet, verifiers: Verifiers) -> None:
-        self.job, self.fleet, self.verifiers = job, fleet, verifiers
+    def __init__(self, job: Job, pool: EnginePool, reward_pool: RewardPool) -> None:
+        self.job, self.pool, self.reward_pool = job, pool, reward_pool
         self.problems = heldout_problems(job.tasks, PROBLEMS, 3)
         self.prompts = prompts_that_fit(job.model_path(), self.problems, 48)
 
@@ -54,22 +54,22 @@ class Bench:
         return list(requests(self.job, self.prompts, self.problems, store.done()))
 
     def sample(self, store: Store) -> None:
-        attempt("base", self.work(store), self.problems, self.fleet, self.verifiers, store)
+        attempt("base", self.work(store), self.problems, self.pool, self.reward_pool, store)
 
     def drain(self) -> None:
         """What a dead process leaves under way dies with its engines; this one is used again."""
-        while self.fleet.num_sequences or self.verifiers.num_waiting:
-            self.fleet.finished()
-            self.verifiers.finished(0.1)
+        while self.pool.num_sequences or self.reward_pool.num_waiting:
+            self.pool.finished()
+            self.reward_pool.finished(0.1)
 
 
 @pytest.fixture(scope="module")
-def bench(engine_of: Callable[[bool], Fleet], tiny_model: Any) -> Iterator[Bench]:
+def bench(engine_of: Callable[[bool], EnginePool], tiny_model: Any) -> Iterator[Bench]:
     job = job_of(str(tiny_model(True)))
-    fleet = engine_of(True)
-    fleet.load_folder(job.model_path())
-    with Verifiers(job.tasks, job.verifier) as verifiers:
-        yield Bench(job, fleet, verifiers)
+    pool = engine_of(True)
+    pool.load_folder(job.model_path())
+    with RewardPool(job.tasks, job.rewards) as reward_pool:
+        yield Bench(job, pool, reward_pool)
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +126,12 @@ def test_what_is_stored_is_not_asked_again_and_changes_nothing(
 
 
 def test_a_prompt_without_room_is_told(bench: Bench) -> None:
-    with pytest.raises(BadInput, match=r"its prompt has \d+ tokens; expected fewer than"):
+    with pytest.raises(ConfigError, match=r"its prompt has \d+ tokens; expected fewer than"):
         prompts_that_fit(bench.job.model_path(), bench.problems, max_model_len=2)
 
 
 def test_the_divergence_is_what_two_models_say_of_the_same_answers(
-    bench: Bench, undisturbed: pa.Table, tiny_model: Any, engine_of: Callable[[bool], Fleet]
+    bench: Bench, undisturbed: pa.Table, tiny_model: Any, engine_of: Callable[[bool], EnginePool]
 ) -> None:
     """Against the sums of log-probs that transformers finds, of both models, for whole answers."""
     prompts = bench.prompts
@@ -147,13 +147,13 @@ def test_the_divergence_is_what_two_models_say_of_the_same_answers(
         chosen = torch.tensor(row["response_ids"])[:, None]
         ours, theirs = (x.log_softmax(-1).gather(1, chosen).sum().item() for x in both)
         gaps.append(ours - theirs)
-    fleet = engine_of(False)
-    fleet.load_folder(str(tiny_model(False)))
-    found = kl_from(fleet, prompts, undisturbed, seed=0)
+    pool = engine_of(False)
+    pool.load_folder(str(tiny_model(False)))
+    found = kl_from(pool, prompts, undisturbed, seed=0)
     assert found["value"] == pytest.approx(np.mean(gaps), rel=1e-4)
     assert found["low"] < found["value"] < found["high"]
     assert found["value"] > 1
-    itself = kl_from(bench.fleet, prompts, undisturbed, seed=0)
+    itself = kl_from(bench.pool, prompts, undisturbed, seed=0)
     assert itself["value"] == pytest.approx(0, abs=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_a_card_says_what_the_attempts_say() -> None:
         assert point["low"] <= point["value"] <= point["high"]
     assert found["pass_at_k"] == {str(k): found["pass_at_k_curve"][k - 1] for k in (1, 4)}
     right, wrong = sum(counts), 4 * SAMPLES - sum(counts)
-    assert found["truncated_share"] == pytest.approx(wrong / 80)
+    assert found["clipped_ratio"] == pytest.approx(wrong / 80)
     assert found["parts"] == {"answered": pytest.approx(right / 80)}
     # By token: a long answer counts more than a short one.
     tokens, entropy = 5 * right + 15 * wrong, 0.5 * 5 * right + 1.0 * 15 * wrong

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 
 VOCABULARY, STORED = 12, 5
 ORIGINS = ("tutor", "coder", "elsewhere")
 
 
 @pytest.fixture(scope="session")
-def random_tokens() -> Callable[..., Tokens]:
+def random_tokens() -> Callable[..., LossInputs]:
     """Makes tokens of sequences of given lengths, 0 among them; their teacher is known for the 5
     likeliest of 12 tokens. With `spread` 0 both policies are equal."""
     return _random_tokens
@@ -26,7 +26,7 @@ def _random_tokens(
     lengths: Sequence[int],
     spread: float = 0.2,
     coefficients: Sequence[float] = (1.0, -0.5, 0.0, 2.0),
-) -> Tokens:
+) -> LossInputs:
     rng = np.random.default_rng(seed)
     n = int(np.sum(lengths))
     logprobs = torch.from_numpy(-rng.exponential(1.0, n)).float()
@@ -35,7 +35,7 @@ def _random_tokens(
     teacher_logprobs, stored = teacher_logits.log_softmax(-1).topk(STORED)
     own = (teacher_logits + spread * noise).log_softmax(-1).gather(-1, stored)
     present = [length for length in lengths if length]
-    return Tokens(
+    return LossInputs(
         logprobs=logprobs.clone().requires_grad_(),
         entropies=torch.from_numpy(rng.uniform(0, 3, n)).float(),
         sampled_logprobs=logprobs + spread * torch.from_numpy(rng.standard_normal(n)).float(),

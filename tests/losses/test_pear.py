@@ -20,14 +20,14 @@ NO_CLIPS = {"clip_log_ratio": (-1e9, 1e9), "clip_log_weight": (-1e9, 1e9)}
 
 
 def slow_weights(
-    target, behaviour, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight
+    target, behavior, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight
 ):
     """One response after the other, one token after the other, a sum over the suffix for each."""
     weights = []
     for _, members in itertools.groupby(range(len(ids)), key=lambda i: ids[i]):
         members = list(members)
         length = len(members)
-        delta = np.array([target[i] - behaviour[i] for i in members], dtype=np.float64)
+        delta = np.array([target[i] - behavior[i] for i in members], dtype=np.float64)
         delta = np.minimum(np.maximum(delta, clip_log_ratio[0]), clip_log_ratio[1])
         for t in range(1, length + 1):
             if level == "token":
@@ -45,11 +45,11 @@ def slow_weights(
 def random_pack(rng, lengths, dtype=np.float64):
     """Log-probs of both policies and ids for responses of the given lengths, end to end."""
     tokens = sum(lengths)
-    behaviour = -rng.exponential(1.0, tokens).astype(dtype)
+    behavior = -rng.exponential(1.0, tokens).astype(dtype)
     spread = rng.choice([0.0, 0.02, 0.1, 1.0, 10.0])
-    target = (behaviour + spread * rng.standard_normal(tokens) + rng.normal(0, 0.05)).astype(dtype)
+    target = (behavior + spread * rng.standard_normal(tokens) + rng.normal(0, 0.05)).astype(dtype)
     names = rng.permutation(10 * len(lengths))[: len(lengths)] - 3
-    return target, behaviour, np.repeat(names, lengths)
+    return target, behavior, np.repeat(names, lengths)
 
 
 def random_settings(rng):
@@ -91,13 +91,13 @@ def test_long_responses_equal_the_formulas(level):
 
 
 def padded_weights(
-    target, behaviour, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
+    target, behavior, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
 ):
     """The paper's pseudo-code, one row for each response, padded to the longest and masked."""
     length, place = np.array(lengths)[:, None], np.arange(max(lengths))
     mask = place < length
     delta = np.zeros(mask.shape)
-    delta[mask] = np.clip(target - behaviour, *clip_log_ratio)
+    delta[mask] = np.clip(target - behavior, *clip_log_ratio)
     suffix = np.cumsum(delta[:, ::-1], axis=1)[:, ::-1] - delta
     if level == "token":
         log_weights = (length - 1 - place) * math.log(discount) + suffix
@@ -139,7 +139,7 @@ responses = st.lists(
     st.tuples(st.floats(-20, 0), st.floats(0, 20)),
 )
 def test_any_pack_equals_the_formulas(rows, level, discount, block_size, ratio_clip, weight_clip):
-    target, behaviour = np.array([pair for row in rows for pair in row]).T.copy()
+    target, behavior = np.array([pair for row in rows for pair in row]).T.copy()
     ids = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     chosen = {
         "discount": discount,
@@ -147,8 +147,8 @@ def test_any_pack_equals_the_formulas(rows, level, discount, block_size, ratio_c
         "clip_log_ratio": ratio_clip,
         "clip_log_weight": weight_clip,
     }
-    found = pear_weights(*tensors((target, behaviour, ids)), level=level, **chosen)
-    expected = slow_weights(target, behaviour, ids, level=level, **chosen)
+    found = pear_weights(*tensors((target, behavior, ids)), level=level, **chosen)
+    expected = slow_weights(target, behavior, ids, level=level, **chosen)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
 
 
@@ -169,9 +169,9 @@ def test_direct_product_of_the_ratios():
 def test_equal_policies_without_discount_give_exactly_one(level):
     """Also beside responses on which the policies differ: their sums leave no trace."""
     rng = np.random.default_rng(0)
-    target, behaviour, ids = random_pack(rng, [30, 50, 20], np.float32)
-    target[30:80] = behaviour[30:80]
-    weights = pear_weights(*tensors((target, behaviour, ids)), level=level, discount=1.0)
+    target, behavior, ids = random_pack(rng, [30, 50, 20], np.float32)
+    target[30:80] = behavior[30:80]
+    weights = pear_weights(*tensors((target, behavior, ids)), level=level, discount=1.0)
     assert torch.equal(weights[30:80], torch.ones(50))
 
 
@@ -209,12 +209,12 @@ def test_sequence_level_is_the_clipped_sum_and_knows_no_discount():
 
 def test_first_clip_works_before_the_sum_and_second_after():
     """Ten nats on one token count as 0.3, and 40 such tokens as 5."""
-    behaviour = torch.full((41,), -10.0, dtype=torch.float64)
+    behavior = torch.full((41,), -10.0, dtype=torch.float64)
     ids = torch.zeros(41, dtype=torch.int64)
-    weights = pear_weights(torch.zeros_like(behaviour), behaviour, ids, level="token", discount=1.0)
+    weights = pear_weights(torch.zeros_like(behavior), behavior, ids, level="token", discount=1.0)
     torch.testing.assert_close(weights[-3:].log(), torch.tensor([0.6, 0.3, 0.0]).double())
     torch.testing.assert_close(weights[0].log(), torch.tensor(5.0).double())
-    floor = pear_weights(behaviour * 200, behaviour, ids.repeat(1), level="token", discount=1.0)
+    floor = pear_weights(behavior * 200, behavior, ids.repeat(1), level="token", discount=1.0)
     torch.testing.assert_close(floor[0].log(), torch.tensor(-0.08 * 40).double())
 
 
@@ -228,16 +228,16 @@ def test_weights_stay_within_the_second_clip(level):
 @pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_neighbours_and_padding_change_nothing(level, data):
+def test_neighbors_and_padding_change_nothing(level, data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=6))
-    target, behaviour, ids = random_pack(rng, lengths, np.float32)
+    target, behavior, ids = random_pack(rng, lengths, np.float32)
     padding = np.zeros(data.draw(st.integers(1, 50)), np.float32)
     packed = pear_weights(
         *tensors(
             (
                 np.concatenate([target, padding]),
-                np.concatenate([behaviour, padding]),
+                np.concatenate([behavior, padding]),
                 np.concatenate([ids, np.full(len(padding), -99)]),
             )
         ),
@@ -245,9 +245,9 @@ def test_neighbours_and_padding_change_nothing(level, data):
     )
     ends = np.cumsum(lengths)
     for start, end in zip(ends - lengths, ends, strict=True):
-        alone = pear_weights(*tensors((target, behaviour, ids)), level=level)[start:end]
+        alone = pear_weights(*tensors((target, behavior, ids)), level=level)[start:end]
         single = pear_weights(
-            *tensors((target[start:end], behaviour[start:end], ids[start:end])), level=level
+            *tensors((target[start:end], behavior[start:end], ids[start:end])), level=level
         )
         torch.testing.assert_close(packed[start:end], single, rtol=3e-7, atol=0)
         torch.testing.assert_close(alone, single, rtol=3e-7, atol=0)
@@ -255,25 +255,25 @@ def test_neighbours_and_padding_change_nothing(level, data):
 
 def test_a_name_may_come_back_after_another():
     rng = np.random.default_rng(8)
-    target, behaviour, _ = random_pack(rng, [4, 5, 6])
+    target, behavior, _ = random_pack(rng, [4, 5, 6])
     returning = np.repeat([1, 0, 1], [4, 5, 6])
     fresh = np.repeat([0, 1, 2], [4, 5, 6])
     assert torch.equal(
-        pear_weights(*tensors((target, behaviour, returning)), level="token"),
-        pear_weights(*tensors((target, behaviour, fresh)), level="token"),
+        pear_weights(*tensors((target, behavior, returning)), level="token"),
+        pear_weights(*tensors((target, behavior, fresh)), level="token"),
     )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_gradient_flows_through_the_weights(level):
-    target, behaviour, ids = tensors(random_pack(np.random.default_rng(9), [5, 9]))
+    target, behavior, ids = tensors(random_pack(np.random.default_rng(9), [5, 9]))
     target.requires_grad_()
-    behaviour.requires_grad_()
-    weights = pear_weights(target, behaviour, ids, level=level)
+    behavior.requires_grad_()
+    weights = pear_weights(target, behavior, ids, level=level)
     assert not weights.requires_grad
     (weights * target).sum().backward()
     assert torch.equal(target.grad, weights)
-    assert behaviour.grad is None
+    assert behavior.grad is None
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 from pear_ray.losses.packing import pack
 from pear_ray.losses.policy import (
-    AsRatio,
     ConstantLength,
     KlToReference,
     PolicyGradient,
+    RatioInLoss,
     SequenceMean,
     TokenMean,
-    Truncated,
+    TruncatedIS,
 )
 from pear_ray.losses.policy_losses import Cispo, Gspo, Nft, PpoClip
 from pear_ray.records import TrainingSequence
@@ -32,7 +32,7 @@ LOSSES = {
     "cispo": Cispo(0.3, 0.1),
     "nft": Nft(0.9),
 }
-CORRECTIONS = {"ratio": AsRatio(), "truncated": Truncated(1.2)}
+CORRECTIONS = {"ratio": RatioInLoss(), "truncated": TruncatedIS(1.2)}
 AGGREGATIONS = {
     "tokens": TokenMean(),
     "sequences": SequenceMean(),
@@ -96,7 +96,7 @@ def seen(batch, table):
         name: torch.from_numpy(getattr(batch, f"{name}_T")[places])
         for name in ("sampled_logprobs", "coefficients", "sequence_ids", "reference_logprobs")
     }
-    return Tokens(
+    return LossInputs(
         **arrays,
         **chosen,
         origins=batch.origins,
@@ -261,13 +261,13 @@ def gradient(objective, tokens):
 def test_sequences_of_one_length_make_all_averages_one(random_tokens):
     tokens = random_tokens(1, [6, 6, 6])
     found = [
-        gradient(PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), aggregation), tokens)
+        gradient(PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), aggregation), tokens)
         for aggregation in (TokenMean(), SequenceMean(), ConstantLength(6))
     ]
     assert found[0].any()
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
-    halved = PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), ConstantLength(12))
+    halved = PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), ConstantLength(12))
     torch.testing.assert_close(gradient(halved, tokens), found[0] / 2)
 
 
@@ -275,7 +275,7 @@ def test_a_sequence_counts_as_much_as_another_only_by_sequence_means(random_toke
     """Of lengths 2 and 8 the longer weighs 4 times as much by tokens, and as much by sequences."""
     tokens = random_tokens(1, [2, 8], spread=0.0, coefficients=(1.0,))
     by_tokens, by_sequences = (
-        -gradient(PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), aggregation), tokens)
+        -gradient(PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), aggregation), tokens)
         for aggregation in (TokenMean(), SequenceMean())
     )
     assert by_tokens.tolist() == [1] * 10
@@ -287,10 +287,10 @@ def test_truncated_weights_make_importance_weighted_reinforce(random_tokens, cap
     """Without a cap it is PPO without a clip, by what the engine sampled with."""
     tokens = random_tokens(3, [10, 20])
     ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).exp()
-    found = gradient(PolicyGradient(PpoClip(0.2, 0.28), Truncated(cap), TokenMean()), tokens)
+    found = gradient(PolicyGradient(PpoClip(0.2, 0.28), TruncatedIS(cap), TokenMean()), tokens)
     torch.testing.assert_close(found, -tokens.coefficients * ratios.clamp(max=cap))
     if cap > ratios.max():
-        unclipped = PolicyGradient(PpoClip(1.0, math.inf), AsRatio(), TokenMean())
+        unclipped = PolicyGradient(PpoClip(1.0, math.inf), RatioInLoss(), TokenMean())
         torch.testing.assert_close(found, gradient(unclipped, tokens))
 
 
@@ -308,7 +308,7 @@ def test_expected_penalty_is_the_divergence_and_its_gradient_the_formula():
     """Over a whole vocabulary, each token as often as the policy samples it."""
     table = log_table(0)
     own, reference = table[0].log_softmax(-1), table[1].log_softmax(-1)
-    tokens = Tokens(
+    tokens = LossInputs(
         logprobs=own.clone().requires_grad_(),
         entropies=torch.zeros(VOCABULARY),
         sampled_logprobs=own,
@@ -323,7 +323,7 @@ def test_expected_penalty_is_the_divergence_and_its_gradient_the_formula():
     assert (divergences >= 0).all()
     expected = (own.exp() * (own - reference)).sum()
     torch.testing.assert_close((own.exp() * divergences).sum(), expected)
-    objective = PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), TokenMean(), KlToReference(0.5))
+    objective = PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), TokenMean(), KlToReference(0.5))
     torch.testing.assert_close(gradient(objective, tokens), 0.5 * (1 - (reference - own).exp()))
 
 

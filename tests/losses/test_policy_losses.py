@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_ray.losses.advantages import group_advantages
-from pear_ray.losses.inputs import Tokens
-from pear_ray.losses.policy import AsRatio, PolicyGradient, TokenMean
+from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses.policy import PolicyGradient, RatioInLoss, TokenMean
 from pear_ray.losses.policy_losses import Cispo, Gspo, Nft, PpoClip
 
-PPO = PolicyGradient(PpoClip(0.2, 0.28), AsRatio(), TokenMean())
+PPO = PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), TokenMean())
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,7 +44,7 @@ def test_policy_gradient_token_by_token(rows, clips):
         clipped += held and advantage != 0
     columns = [torch.tensor(column) for column in zip(*rows, strict=True)]
     logprobs = columns[0].requires_grad_()
-    tokens = Tokens(
+    tokens = LossInputs(
         logprobs,
         torch.zeros(len(rows)),
         *columns[1:],
@@ -53,7 +53,7 @@ def test_policy_gradient_token_by_token(rows, clips):
         num_tokens_global=len(rows),
         num_sequences_global=1,
     )
-    sums = PolicyGradient(PpoClip(low, high), AsRatio(), TokenMean())(tokens)
+    sums = PolicyGradient(PpoClip(low, high), RatioInLoss(), TokenMean())(tokens)
     sums.loss.backward()
     scale = sum(abs(g) for g in gradient) + abs(loss) + 1
     assert sums.loss.item() == pytest.approx(loss, abs=1e-5 * scale)
@@ -117,7 +117,7 @@ def test_on_policy_nft_is_grpo_with_the_population_standard_deviation(right, flo
         "sequence_ids": torch.arange(size),
     }
     rest = {"origins": ("p",) * size, "num_tokens_global": size, "num_sequences_global": size}
-    nft = Tokens(**columns, **rest, coefficients=group_advantages(rewards_G, "nft"))
+    nft = LossInputs(**columns, **rest, coefficients=group_advantages(rewards_G, "nft"))
     expected = -group_advantages(rewards_G, "grpo") * math.sqrt(size / (size - 1))
     torch.testing.assert_close(gradient(Nft(floor), nft), expected, rtol=1e-5, atol=1e-9)
     assert not Nft(floor)(log_ratios_of(nft), nft).clipped.any()
@@ -126,7 +126,7 @@ def test_on_policy_nft_is_grpo_with_the_population_standard_deviation(right, flo
 def test_nft_by_hand():
     """At r = 1/4: a right answer, and wrong ones below, above and far above the old policy."""
     ratios = torch.tensor([2.0, 0.5, 1.5, 6.0, 3.0], dtype=torch.float64)
-    tokens = Tokens(
+    tokens = LossInputs(
         logprobs=ratios.log().requires_grad_(),
         entropies=torch.zeros(5),
         sampled_logprobs=torch.zeros(5, dtype=torch.float64),

@@ -27,9 +27,9 @@ from pear_ray.losses.token_losses import (
     Unlikelihood,
 )
 from pear_ray.losses.weighting import (
-    AsTheyAre,
-    Centred,
-    OnlyTheMean,
+    Centered,
+    MeanWeightOnly,
+    NoNormalization,
     Pear,
     PerBatch,
     PerSequence,
@@ -47,22 +47,22 @@ LOSSES = {
     "iwsft": IwSft(),
     "kl": Kl(vocab_size=12),
 }
-NORMALISATIONS = {
-    "as they are": AsTheyAre(),
+NORMALIZATIONS = {
+    "as they are": NoNormalization(),
     "per sequence": PerSequence(),
     "per batch": PerBatch(),
-    "only the mean": OnlyTheMean(),
+    "only the mean": MeanWeightOnly(),
 }
 OBJECTIVES = {
     **{f"plain {name}": Supervised(loss) for name, loss in LOSSES.items()},
     **{f"weighted {n}": Weighted(loss, weigh=Pear("token")) for n, loss in LOSSES.items()},
     **{
-        name: Weighted(weigh=Pear("token"), normalisation=chosen, sources=SOURCES)
-        for name, chosen in NORMALISATIONS.items()
+        name: Weighted(weigh=Pear("token"), normalization=chosen, sources=SOURCES)
+        for name, chosen in NORMALIZATIONS.items()
     },
     "block": Weighted(weigh=Pear("block", 0.9, 3, **CLIPS), sources=SOURCES),
     "sequence": Weighted(weigh=Pear("sequence", 1.0), sources=SOURCES),
-    "centred": Weighted(weigh=Centred("token"), sources=SOURCES),
+    "centered": Weighted(weigh=Centered("token"), sources=SOURCES),
 }
 
 
@@ -83,12 +83,12 @@ def gradients(loss, tokens):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("normalisation", NORMALISATIONS.values(), ids=NORMALISATIONS)
-def test_equal_policies_make_pear_plain_sft_bit_for_bit(random_tokens, loss, normalisation):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_equal_policies_make_pear_plain_sft_bit_for_bit(random_tokens, loss, normalization):
     for seed, level in enumerate(LEVELS * 2):
         tokens = random_tokens(seed, [1, 30, 0, 7, 200], spread=0.0)
         plain = Supervised(loss)(tokens)
-        objective = Weighted(loss, weigh=Pear(level, 1.0), normalisation=normalisation)
+        objective = Weighted(loss, weigh=Pear(level, 1.0), normalization=normalization)
         pear = objective(tokens)
         assert torch.equal(pear.loss, plain.loss) and plain.loss != 0
         for one, other in zip(
@@ -161,9 +161,9 @@ def test_pear_is_the_loss_times_detached_weights(random_tokens, loss, level):
     assert float(sums.facts["weight"]) == pytest.approx(float(weights.double().sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize("name", NORMALIZATIONS)
 @pytest.mark.parametrize("weigh", [Pear("block"), Shuffled("token", seed=5)])
-def test_normalised_weights_multiply_and_raw_ones_are_reported(random_tokens, name, weigh):
+def test_normalized_weights_multiply_and_raw_ones_are_reported(random_tokens, name, weigh):
     tokens = random_tokens(2, [9, 0, 40], spread=0.5, coefficients=(1.0, 2.0))
     raw = weigh(tokens)
     rows = raw.split([9, 40])
@@ -173,17 +173,17 @@ def test_normalised_weights_multiply_and_raw_ones_are_reported(random_tokens, na
         "per batch": raw,
         "only the mean": torch.ones(49),
     }[name]
-    sums = Weighted(weigh=weigh, normalisation=NORMALISATIONS[name])(tokens)
+    sums = Weighted(weigh=weigh, normalization=NORMALIZATIONS[name])(tokens)
     sums.loss.backward()
     torch.testing.assert_close(tokens.logprobs.grad, -applied * tokens.coefficients)
     assert float(sums.facts["weight"]) == pytest.approx(float(raw.double().sum()))
     assert float(sums.facts["weight_squared"]) == pytest.approx(float(raw.double() @ raw.double()))
 
 
-@pytest.mark.parametrize("name", NORMALISATIONS)
+@pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_factor_makes_whole_steps_comparable(random_tokens, name):
-    """Over micro-batches it is as if the weights had been normalised where all are known."""
-    objective = Weighted(weigh=Pear("token"), normalisation=NORMALISATIONS[name])
+    """Over micro-batches it is as if the weights had been normalized where all are known."""
+    objective = Weighted(weigh=Pear("token"), normalization=NORMALIZATIONS[name])
     tokens = random_tokens(3, [9, 1, 40, 22], coefficients=(1.0,))
     raw = Pear("token")(tokens)
     mean = float(raw.double().mean())

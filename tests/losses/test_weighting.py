@@ -1,4 +1,4 @@
-"""PEAR's weights, the controls beside them and their normalisations, against loops."""
+"""PEAR's weights, the controls beside them and their normalizations, against loops."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pear_ray.losses.pear import pear_weights
 from pear_ray.losses.weighting import (
-    AsTheyAre,
-    Centred,
-    OnlyTheMean,
+    Centered,
+    MeanWeightOnly,
+    NoNormalization,
     Pear,
     PerBatch,
     PerSequence,
@@ -25,10 +25,10 @@ LEVELS = ("token", "block", "sequence")
 WIDE = {"clip_log_ratio": (-2.0, 3.0), "clip_log_weight": (-4.0, 2.0)}
 WEIGHERS = {
     "pear": Pear("token"),
-    "centred": Centred("block", discount=0.9, **WIDE),
+    "centered": Centered("block", discount=0.9, **WIDE),
     "shuffled": Shuffled("sequence", **WIDE, seed=3),
 }
-NORMALISATIONS = (AsTheyAre(), PerSequence(), PerBatch(), OnlyTheMean())
+NORMALIZATIONS = (NoNormalization(), PerSequence(), PerBatch(), MeanWeightOnly())
 some_lengths = st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(any)
 
 
@@ -57,32 +57,32 @@ def test_what_is_not_said_is_the_papers(random_tokens):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_centred_takes_each_traces_mean_away(random_tokens, level):
+def test_centered_takes_each_traces_mean_away(random_tokens, level):
     lengths = [1, 30, 0, 7]
     tokens = random_tokens(1, lengths, spread=1.0)
     pear = Pear(level, discount=0.95, **WIDE)
     ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).double().numpy()
     rows = np.split(ratios, np.cumsum(lengths)[:-1])
-    centred = np.concatenate([row - row.mean() for row in rows if len(row)])
-    assert abs(centred - ratios).max() > 0.1
+    centered = np.concatenate([row - row.mean() for row in rows if len(row)])
+    assert abs(centered - ratios).max() > 0.1
     expected = pear(
         replace(
             tokens,
-            logprobs=torch.from_numpy(centred),
-            sampled_logprobs=torch.zeros(len(centred), dtype=torch.float64),
+            logprobs=torch.from_numpy(centered),
+            sampled_logprobs=torch.zeros(len(centered), dtype=torch.float64),
         )
     )
     torch.testing.assert_close(
-        Centred(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0
+        Centered(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0
     )
 
 
-def test_centred_does_not_see_how_plausible_a_trace_is(random_tokens):
+def test_centered_does_not_see_how_plausible_a_trace_is(random_tokens):
     tokens = random_tokens(2, [12, 40], spread=0.1)
     shift = torch.tensor([-0.25, 0.5])[tokens.sequence_ids]
     shifted = replace(tokens, sampled_logprobs=tokens.sampled_logprobs + shift)
-    centred = Centred("token")
-    torch.testing.assert_close(centred(shifted), centred(tokens), rtol=1e-4, atol=0)
+    centered = Centered("token")
+    torch.testing.assert_close(centered(shifted), centered(tokens), rtol=1e-4, atol=0)
     assert (Pear("token")(shifted) / Pear("token")(tokens) - 1).abs().max() > 0.5
 
 
@@ -115,8 +115,8 @@ def test_shuffled_differs_from_what_it_shuffles_and_from_seed_to_seed(random_tok
 @pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
 def test_weights_carry_no_gradient(random_tokens, weigher):
     tokens = random_tokens(5, [4, 9])
-    for normalisation in NORMALISATIONS:
-        assert not normalisation.applied(weigher(tokens), tokens).requires_grad
+    for normalization in NORMALIZATIONS:
+        assert not normalization.applied(weigher(tokens), tokens).requires_grad
 
 
 @settings(max_examples=50, deadline=None)
@@ -148,16 +148,16 @@ def test_per_batch_the_mean_over_all_micro_batches_is_one(random_tokens):
 def test_only_the_mean_counts_every_token_alike(random_tokens):
     tokens = random_tokens(6, [9, 30])
     weights = Pear("token")(tokens)
-    applied = OnlyTheMean().applied(weights, tokens)
+    applied = MeanWeightOnly().applied(weights, tokens)
     assert torch.equal(applied, torch.ones(39)) and applied.dtype == weights.dtype
-    assert OnlyTheMean().factor(0.375) == 0.375
+    assert MeanWeightOnly().factor(0.375) == 0.375
 
 
 def test_as_they_are(random_tokens):
     tokens = random_tokens(7, [5])
     weights = torch.tensor([0.1, 2.0, 0.0, 1.0, 148.0])
-    assert torch.equal(AsTheyAre().applied(weights, tokens), weights)
-    assert AsTheyAre().factor(0.375) == 1
+    assert torch.equal(NoNormalization().applied(weights, tokens), weights)
+    assert NoNormalization().factor(0.375) == 1
 
 
 @pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
@@ -166,14 +166,14 @@ def test_as_they_are(random_tokens):
 def test_sequences_without_tokens_do_no_harm(random_tokens, weigher, lengths):
     tokens = random_tokens(8, lengths)
     dense = random_tokens(8, [length for length in lengths if length])
-    for normalisation in NORMALISATIONS:
-        applied = normalisation.applied(weigher(tokens), tokens)
+    for normalization in NORMALIZATIONS:
+        applied = normalization.applied(weigher(tokens), tokens)
         assert applied.isfinite().all()
-        assert torch.equal(applied, normalisation.applied(weigher(dense), dense))
+        assert torch.equal(applied, normalization.applied(weigher(dense), dense))
 
 
 @pytest.mark.parametrize("weigher", WEIGHERS.values(), ids=WEIGHERS)
 def test_no_tokens_have_no_weights(random_tokens, weigher):
     tokens = random_tokens(9, [0, 0])
-    for normalisation in NORMALISATIONS:
-        assert normalisation.applied(weigher(tokens), tokens).shape == (0,)
+    for normalization in NORMALIZATIONS:
+        assert normalization.applied(weigher(tokens), tokens).shape == (0,)

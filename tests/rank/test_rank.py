@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from pear_ray import rank
-from pear_ray.config import Arm, BadInput, Job, Model
+from pear_ray.config import Arm, ConfigError, Job, Model
 from pear_ray.rank.candidates import read
 from pear_ray.rank.moves import moves
 from pear_ray.records import ATTEMPT_SCHEMA
@@ -76,7 +76,7 @@ def write(
         label: {
             "path": f"models/{label}",
             "entropy": -logprob,
-            "truncated_share": 0.0,
+            "clipped_ratio": 0.0,
             "heldout_nll": (losses or {}).get(label),
         }
         for label in counts
@@ -142,8 +142,8 @@ def test_numbers_are_those_of_the_attempts(narrow_and_wide: Path) -> None:
 def test_files_hold_the_ranking(narrow_and_wide: Path) -> None:
     job = job_of(narrow_and_wide)
     with open_run(job) as run:
-        run.perform("rank", rank.run)
-        run.perform("rank", rank.run)
+        run.run_stage("rank", rank.run)
+        run.run_stage("rank", rank.run)
     document = json.loads((narrow_and_wide / "rank" / "ranking.json").read_text())
     with (narrow_and_wide / "rank" / "ranking.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -365,7 +365,7 @@ MISTAKES = {
 def test_mistakes_are_told(mistake: Any, narrow_and_wide: Path) -> None:
     spoil, of_rank, message = mistake
     spoil(narrow_and_wide)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ConfigError, match=message):
         ranking_of(job_of(narrow_and_wide, **of_rank))
 
 
@@ -373,7 +373,9 @@ def test_missing_attempts_are_told(narrow_and_wide: Path) -> None:
     path = narrow_and_wide / "evaluate" / "attempts.parquet"
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
-    with pytest.raises(BadInput, match="'narrow': read 1919 answers; expected 16 to each of 120"):
+    with pytest.raises(
+        ConfigError, match="'narrow': read 1919 answers; expected 16 to each of 120"
+    ):
         ranking_of(job_of(narrow_and_wide))
 
 
@@ -390,7 +392,7 @@ def test_evaluations_that_differ_are_not_ranked_together(
 ) -> None:
     other = tmp_path / "other"
     write(other, {"best": counts_of(mixed(0.9, 0.6), 5)}, **changed)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ConfigError, match=message):
         ranking_of(job_of(narrow_and_wide, runs=[str(other)]))
 
 

@@ -80,18 +80,18 @@ def rl_rows(num_steps: int = 32) -> list[dict]:
             "grad_norm": 0.4,
             "loss": -0.001,
             "ratio_mean": 1.0,
-            "clipped_share": 0.0,
+            "clip_frac": 0.0,
             "mismatch_mean": 2e-7,
             "effective_sample_size": 1.0,
-            "probe_gap_max": None if step == 3 else 2e-6 + 1e-7 * step,
+            "logprob_parity_max": None if step == 3 else 2e-6 + 1e-7 * step,
             "response_tokens_mean": 14 + 0.1 * step,
-            "truncated_share": 0.01,
-            "groups_without_signal_share": 0.3,
+            "clipped_ratio": 0.01,
+            "frac_reward_zero_std": 0.3,
             "staleness_max": 0,
             "pause_seconds": 0.05,
             "generator_idle_seconds": 1.75,
             "wait_seconds": 3.0,
-            "learn_seconds": 1.9,
+            "train_seconds": 1.9,
             "publish_seconds": 0.02,
             "step_seconds": 4.92,
             "num_tokens": 3600,
@@ -109,7 +109,7 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
                 k: {"value": v, "low": v - 0.03, "high": v + 0.03} for k, v in scores.items()
             },
             "response_tokens_mean": 14.2,
-            "truncated_share": 0.02,
+            "clipped_ratio": 0.02,
             "mean_logprob": -0.41,
             "pass_at_k_curve": [
                 {"value": v, "low": v - 0.03, "high": v + 0.03}
@@ -176,7 +176,7 @@ def whole_run(folder: Path) -> Job:
     gaps = {"bias": -2e-7, "spread": 4e-7, "mean_gap": 3e-7, "max_gap": 7e-6}
     tutor = source | {"from_recorded": 1800, "recorded_gap_max": 3e-6}
     facts = {"rows": 3603, "rejected": 3, "calibration": {"tutor": {"rows": 250, **gaps}}}
-    facts |= {"sources": {"tutor": tutor, "coder": source | {"from_behaviour": 1800}}}
+    facts |= {"sources": {"tutor": tutor, "coder": source | {"from_behavior": 1800}}}
     event = {"time": 1e9, "stage": "rl", "kind": "resumed", "text": HOSTILE}
     for arm in ARMS:
         home = folder / "arms" / arm

@@ -16,7 +16,7 @@ def test_many_steps_are_gathered_without_losing_the_largest() -> None:
     assert np.isfinite(line.y).all()
 
 
-def test_running_mean_is_the_mean_of_the_neighbours_that_exist() -> None:
+def test_running_mean_is_the_mean_of_the_neighbors_that_exist() -> None:
     values = np.arange(10.0)
     slow = [values[max(0, i - 1) : i + 2].mean() for i in range(10)]
     np.testing.assert_allclose(running_mean(values, 3), slow)

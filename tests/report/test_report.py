@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pear_ray import report
-from pear_ray.config import BadInput, Job
+from pear_ray.config import ConfigError, Job
 from pear_ray.report.load import read
 from pear_ray.run import open_run
 from tests.report.reported_run import (
@@ -123,7 +123,7 @@ def test_no_nan_reaches_a_reader(tmp_path: Path) -> None:
     job = whole_run(tmp_path)
     rows = sft_rows(True, 5) + rl_rows(5)
     for row in rows:
-        row |= {"entropy": None, "sample_seconds": None, "probe_gap_max": None}
+        row |= {"entropy": None, "sample_seconds": None, "logprob_parity_max": None}
     write_lines(tmp_path / "arms" / "pear" / "metrics.jsonl", rows)
     (tmp_path / "arms" / "sft" / "metrics.jsonl").unlink()
     page, markdown, _ = made(job)
@@ -139,7 +139,7 @@ def test_the_verdict_says_what_the_interval_and_the_noise_floor_allow(tmp_path: 
 
     def said(lead: float) -> str:
         (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard(lead=lead)))
-        return report.verdict(read(tmp_path))
+        return report.grade(read(tmp_path))
 
     assert said(0.022) == (
         "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is"
@@ -211,7 +211,7 @@ def test_an_arm_that_cooperates_stands_beside_one_that_does_not(cooperating: Job
     page, markdown, rows = made(cooperating)
     measured = read(cooperating.folder)
     assert [arm.last_stage for arm in measured.arms] == ["rl", "cooperate"]
-    assert report.verdict(measured).startswith(
+    assert report.grade(measured).startswith(
         "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is +0.022"
     )
     assert "sft.level = token, cooperate.method = bridge, cooperate.refresh_steps = 4" in page
@@ -268,7 +268,7 @@ def test_an_evaluation_before_rl_claims_nothing_after_it(tmp_path: Path) -> None
     card["checkpoints"] = {k: v for k, v in card["checkpoints"].items() if not k.endswith("/rl")}
     card["differences"] = []
     (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
-    assert "Nothing has been evaluated after RL" in report.verdict(read(tmp_path))
+    assert "Nothing has been evaluated after RL" in report.grade(read(tmp_path))
 
 
 def test_answers_stand_beside_each_other_where_verdicts_differ(whole: Any) -> None:
@@ -283,7 +283,7 @@ def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     with (
         open_run(job) as run,
-        pytest.raises(BadInput, match=r"expected rows of score, sft, rl or cooperate"),
+        pytest.raises(ConfigError, match=r"expected rows of score, sft, rl or cooperate"),
     ):
         report.run(job, run)
     assert not (tmp_path / "report").exists()
@@ -292,7 +292,7 @@ def test_an_empty_run_folder_is_refused(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "scorecard.json").write_text("{")
-    with pytest.raises(BadInput, match=r"scorecard\.json: .*expected the JSON"):
+    with pytest.raises(ConfigError, match=r"scorecard\.json: .*expected the JSON"):
         read(tmp_path)
 
 

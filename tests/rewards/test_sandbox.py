@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pear_ray.rewards.sandbox import take_network
+from pear_ray.rewards.sandbox import deny_network
 
 
 def make(family: int) -> str:
@@ -34,7 +34,7 @@ def in_a_thread(function: Callable[[], object]) -> object:
 )
 def test_the_thread_and_those_it_starts_make_unix_sockets_only(family: int, expected: str) -> None:
     def confined() -> tuple[str, object]:
-        assert take_network()
+        assert deny_network()
         return make(family), in_a_thread(lambda: make(family))
 
     assert in_a_thread(confined) == (expected, expected)

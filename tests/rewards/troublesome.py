@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 
 
 class Troublesome:
@@ -19,19 +19,19 @@ class Troublesome:
     def problems(self, split, seed):
         yield Problem("troublesome-1", self.name, (), "", split)
 
-    def verdict(self, problem, text):
+    def grade(self, problem, text):
         word, *rest = text.split()
         return getattr(self, word)(*rest)
 
     def right(self):
-        return Verdict(1.0, True)
+        return Grade(1.0, True)
 
     def wrong(self):
-        return Verdict(0.0, False, note="wrong")
+        return Grade(0.0, False, note="wrong")
 
     def slow(self, seconds):
         time.sleep(float(seconds))
-        return Verdict(1.0, True)
+        return Grade(1.0, True)
 
     def loop(self):
         while True:
@@ -68,7 +68,7 @@ class Troublesome:
         return None
 
     def no_number(self):
-        return Verdict(float("nan"), False)
+        return Grade(float("nan"), False)
 
     def no_message(self):
-        return Verdict(1.0, True, {"part": threading.Lock()})
+        return Grade(1.0, True, {"part": threading.Lock()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 
 
 class Parity:
@@ -20,7 +20,7 @@ class Parity:
                 messages = ({"role": "user", "content": words},)
                 yield Problem(f"parity-{number}", self.name, messages, words, split)
 
-    def verdict(self, problem, text):
+    def grade(self, problem, text):
         first, *_ = [*text.split(), "w1"]
         right = first[1:].isdigit() and int(first[1:]) % 2 == 0
-        return Verdict(float(right), right, note="" if right else "odd")
+        return Grade(float(right), right, note="" if right else "odd")

@@ -29,14 +29,14 @@ def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
                 "example_id": f"author-{problem.problem_id}",
                 "prompt_ids": prompt_ids(tokenizer, problem.messages),
                 "response_ids": response,
-                "behaviour_logprobs": (-3 * draw.random(len(response))).tolist(),
-                "behaviour_model": "author",
+                "behavior_logprobs": (-3 * draw.random(len(response))).tolist(),
+                "behavior_model": "author",
                 "source": "author",
                 "tokenizer_digest": tokenizer_digest,
                 "template_digest": template_digest,
                 "split": "train",
                 "correct": True,
-                "logprobs_from": "behaviour",
+                "logprobs_from": "behavior",
             }
         )
     folder.mkdir()

@@ -15,8 +15,8 @@ from pear_ray.rl.alerts import (
     FallingEntropy,
     LittleSignal,
     LowEntropy,
-    NotImproved,
-    Reached,
+    Patience,
+    TargetReached,
     reward_variance,
     threshold_pass_rate,
 )
@@ -27,7 +27,7 @@ def entropies(*values, first=0):
 
 
 def signal(share, rate, step=3):
-    return [{"step": step, "groups_without_signal_share": share, "pass_rate": rate}]
+    return [{"step": step, "frac_reward_zero_std": share, "pass_rate": rate}]
 
 
 def evaluations(metric, *values):
@@ -59,22 +59,22 @@ SAID = [
         " groups have none: other problems or larger groups would teach more",
     ),
     (
-        NotImproved(RATES, 2),
+        Patience(RATES, 2),
         evaluations(RATES, 0.3, 0.5, 0.5, 0.4),
         "step 7: pass_rate has not improved in 2 evaluations: its best is 0.5",
     ),
     (
-        NotImproved(LOSSES, 2, best=min),
+        Patience(LOSSES, 2, best=min),
         evaluations(LOSSES, 3.0, 2.0, 2.5, 2.0),
         "step 7: heldout_loss has not improved in 2 evaluations: its best is 2.0",
     ),
     (
-        Reached(RATES, 0.9),
+        TargetReached(RATES, 0.9),
         evaluations(RATES, 0.3, 0.9),
         "step 3: pass_rate has reached 0.9: it is 0.9",
     ),
     (
-        Reached(LOSSES, 1.5, best=min),
+        TargetReached(LOSSES, 1.5, best=min),
         evaluations(LOSSES, 2.0, 1.25),
         "step 3: heldout_loss has reached 1.5: it is 1.25",
     ),
@@ -91,16 +91,16 @@ SILENT = [
     (LittleSignal(8), signal(0.5, 0.083)),
     (LittleSignal(8, max_share=0.9), signal(0.9, 0.02)),
     (LittleSignal(8), [*signal(0.9, 0.02), {"step": 4}]),
-    (NotImproved(RATES, 2), evaluations(RATES, 0.3, 0.5, 0.4)),
-    (NotImproved(RATES, 2), evaluations(RATES, 0.3, 0.2, 0.4, 0.3)),
-    (NotImproved(LOSSES, 2, best=min), evaluations(LOSSES, 3.0, 3.5, 2.0)),
-    (NotImproved(RATES, 1), evaluations(LOSSES, 3.0, 3.5, 4.0)),
-    (NotImproved(RATES, 2), evaluations(RATES, math.nan, 0.1, math.nan, 0.2)),
-    (Reached(RATES, 0.9), evaluations(RATES, 0.3, 0.8999, math.nan)),
-    (Reached(LOSSES, 1.5, best=min), evaluations(LOSSES, 2.0, 1.51)),
-    (Reached(LOSSES, 1.5), evaluations(RATES, 2.0, 3.0)),
+    (Patience(RATES, 2), evaluations(RATES, 0.3, 0.5, 0.4)),
+    (Patience(RATES, 2), evaluations(RATES, 0.3, 0.2, 0.4, 0.3)),
+    (Patience(LOSSES, 2, best=min), evaluations(LOSSES, 3.0, 3.5, 2.0)),
+    (Patience(RATES, 1), evaluations(LOSSES, 3.0, 3.5, 4.0)),
+    (Patience(RATES, 2), evaluations(RATES, math.nan, 0.1, math.nan, 0.2)),
+    (TargetReached(RATES, 0.9), evaluations(RATES, 0.3, 0.8999, math.nan)),
+    (TargetReached(LOSSES, 1.5, best=min), evaluations(LOSSES, 2.0, 1.51)),
+    (TargetReached(LOSSES, 1.5), evaluations(RATES, 2.0, 3.0)),
 ]
-RULES = {type(rule).__name__: rule for rule, *_ in SAID}
+TOKENIZE_CONFIG = {type(rule).__name__: rule for rule, *_ in SAID}
 
 
 @pytest.mark.parametrize(("rule", "rows", "said"), SAID, ids=[type(r).__name__ for r, *_ in SAID])
@@ -115,13 +115,13 @@ def test_nothing_is_said(rule, rows):
     assert rule(rows) is None
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", TOKENIZE_CONFIG.values(), ids=TOKENIZE_CONFIG)
 def test_before_the_first_step_there_is_nothing_to_say(rule):
     assert rule([]) is None
 
 
 def test_values_that_are_not_numbers_improve_nothing():
-    rule = NotImproved(RATES, 3)
+    rule = Patience(RATES, 3)
     assert rule(evaluations(RATES, 0.3, math.nan, 0.2, math.nan)) == (
         "step 7: pass_rate has not improved in 3 evaluations: its best is 0.3"
     )
@@ -133,7 +133,7 @@ def test_values_that_are_not_numbers_improve_nothing():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=14), st.integers(1, 4), st.sampled_from([max, min]))
 def test_a_run_ends_when_its_newest_values_are_no_better_than_all_before(values, patience, best):
-    rule = NotImproved(RATES, patience, best)
+    rule = Patience(RATES, patience, best)
     ended = False
     for number in range(1, len(values) + 1):
         earlier, newest = values[: number - patience], values[number - patience : number]
@@ -147,7 +147,9 @@ def test_a_run_ends_when_its_newest_values_are_no_better_than_all_before(values,
 def test_reached_stays_reached(values, border):
     rows = evaluations(RATES, *values)
     said = [
-        rule_said for n in range(len(rows) + 1) if (rule_said := Reached(RATES, border)(rows[:n]))
+        rule_said
+        for n in range(len(rows) + 1)
+        if (rule_said := TargetReached(RATES, border)(rows[:n]))
     ]
     assert bool(said) == any(value >= border for value in values)
     assert len(set(said)) <= 1

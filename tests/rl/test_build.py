@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pear_ray.config import Job
-from pear_ray.records import Completion, RolloutGroup, TrainingSequence, Verdict
+from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
 from pear_ray.rl.build import sequences_of
 
 FIELDS = ("token_ids", "trainable", "sampled_logprobs", "coefficients", "reference_logprobs")
@@ -18,7 +18,7 @@ def job_of(**rl):
     return Job(
         run={"dir": "unused"},
         model={"path": "./model"},
-        rl={"steps": 1, "problems_per_step": 1, "group_size": 2, **rl},
+        rl={"steps": 1, "prompts_per_step": 1, "group_size": 2, **rl},
         generator={"max_new_tokens": 8, "max_model_len": 32},
         tasks=[{"name": "countdown"}],
     )
@@ -46,8 +46,8 @@ def completions(draw, longest_trace=3):
 
 
 def group_of(answers, advantages, prompt_ids=(4, 5)):
-    verdicts = tuple(Verdict(0.0, False) for _ in answers)
-    return RolloutGroup("problem", prompt_ids, tuple(answers), verdicts, tuple(advantages))
+    grades = tuple(Grade(0.0, False) for _ in answers)
+    return RolloutGroup("problem", prompt_ids, tuple(answers), grades, tuple(advantages))
 
 
 def slowly(answer, advantage, prompt_ids, masks):

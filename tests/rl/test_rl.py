@@ -17,7 +17,7 @@ STEPS = 8
 # What a step's row says that does not depend on how fast the machine was.
 NUMBERS = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "pass_rate", "first_problem",
-    "next_problem", "problems_dropped", "ratio_mean", "truncated_share",
+    "next_problem", "problems_dropped", "ratio_mean", "clipped_ratio",
 )  # fmt: skip
 JOB = """
 [run]
@@ -28,27 +28,27 @@ path = "{model}"
 dtype = "float32"
 [rl]
 steps = {steps}
-problems_per_step = 4
+prompts_per_step = 4
 group_size = 4
 learning_rate = 1e-3
-replace_without_signal = true
+dynamic_sampling = true
 {rl}
 [generator]
 num_cpus = 0.5
 max_new_tokens = 8
 max_model_len = 24
-max_concurrent = 64
-deadline_seconds = 200
+max_num_seqs = 64
+timeout_seconds = 200
 [learner]
 num_workers = 1
 cpus_per_worker = 0.5
 tokens_per_micro_batch = 256
-steps_per_checkpoint = 2
-deadline_seconds = 200
+save_every = 2
+timeout_seconds = 200
 {learner}
 [weights]
-max_probe_gap = 1e-4
-[verifier]
+max_logprob_gap = 1e-4
+[rewards]
 processes = 1
 [evaluation]
 num_problems = 6
@@ -104,8 +104,8 @@ def adapters(write_job: Any, ray_session: None) -> Path:
     ahead = """
         max_staleness = 1
         loss = "gspo"
-        correction = "truncated"
-        aggregation = "sequence"
+        importance_sampling = "truncated"
+        loss_agg = "sequence"
         kl_coefficient = 0.01
     """
     lora = "lora = {rank = 4, targets = ['q_proj', 'down_proj']}"
@@ -139,7 +139,9 @@ def test_learners_learn_the_same_from_what_was_recorded(plain: Path, replayed: P
 
 def test_generator_and_learner_agree_after_every_update(plain: Path, adapters: Path) -> None:
     for job, num_least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
-        gaps = [row["probe_gap_max"] for row in rows(job) if row["probe_gap_max"] is not None]
+        gaps = [
+            row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None
+        ]
         assert len(gaps) >= num_least and max(gaps) <= 1e-4
 
 

@@ -40,8 +40,8 @@ IS_ALL = os.environ.get("PEAR_RAY_RL_KILLS") == "all"
 STAGE = os.environ.get("PEAR_RAY_RL_STAGE", "rl")
 KILLS = {
     "Board": 6,
-    "StepQueue": 6,
-    "VerifierActor": 5,
+    "BatchQueue": 6,
+    "RewardWorker": 5,
     "Server": 4 if IS_ALL else 1,
     "RayTrainWorker": 3 if IS_ALL else 1,
 }
@@ -61,28 +61,28 @@ def job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype = "float32"
         [rl]
         steps = {STEPS}
-        problems_per_step = {PROBLEMS}
+        prompts_per_step = {PROBLEMS}
         group_size = {GROUP}
         max_staleness = {STALENESS}
-        replace_without_signal = true
+        dynamic_sampling = true
         record = true
         learning_rate = 1e-4
         [generator]
-        replicas = 2
+        num_engines = 2
         num_cpus = 0.5
         max_new_tokens = 8
         max_model_len = 24
-        max_concurrent = 32
-        deadline_seconds = 300
+        max_num_seqs = 32
+        timeout_seconds = 300
         [learner]
         num_workers = 2
         tokens_per_micro_batch = 256
-        steps_per_checkpoint = 5
+        save_every = 5
         max_failures = 10
-        deadline_seconds = 300
+        timeout_seconds = 300
         [weights]
-        max_probe_gap = 1e-4
-        [verifier]
+        max_logprob_gap = 1e-4
+        [rewards]
         processes = 1
         [corpus]
         scored_path = "{folder}/scored"
@@ -209,7 +209,7 @@ def test_every_problem_is_learned_from_once_or_passed_over(chaos: Chaos) -> None
         # Traces beside the rollouts have no group.
         answers = table.filter(pc.is_valid(table.column("group")))
         learned = answers.column("problem_id").to_pylist()[::GROUP]
-        dropped = json.loads(table.schema.metadata[b"lesson"])["dropped"]
+        dropped = json.loads(table.schema.metadata[b"batch"])["dropped"]
         count = row["next_problem"] - row["first_problem"]
         drawn = [next(stream)[1].problem_id for _ in range(count)]
         assert sorted([*learned, *dropped]) == sorted(drawn)
@@ -222,7 +222,7 @@ def test_nothing_is_learned_from_older_answers_than_allowed(chaos: Chaos) -> Non
 
 
 def test_generators_and_learners_held_the_same_weights(chaos: Chaos) -> None:
-    gaps = [row["probe_gap_max"] for row in rows(chaos.folder)]
+    gaps = [row["logprob_parity_max"] for row in rows(chaos.folder)]
     measured = [gap for gap in gaps if gap is not None]
     assert len(measured) > STEPS / 2 and max(measured) <= 1e-4
 

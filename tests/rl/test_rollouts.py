@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pear_ray.records import Completion, RolloutGroup, Verdict
+from pear_ray.records import Completion, Grade, RolloutGroup
 from pear_ray.rl.rollouts import first_answer, trace_of
 
 
-@pytest.mark.parametrize(
+@pytest.cursor.parametrize(
     "answer",
     [
         Completion((7, 8, 1), (-0.5, -1.0, -0.25), "", "stop", ((0, 3),)),
@@ -17,7 +17,7 @@ from pear_ray.rl.rollouts import first_answer, trace_of
     ],
 )
 def test_all_of_an_answer_is_scored(answer):
-    group = RolloutGroup("problem", (4, 5), (answer,), (Verdict(0.0, False),), (0.0,))
+    group = RolloutGroup("problem", (4, 5), (answer,), (Grade(0.0, False),), (0.0,))
     found = first_answer(group)
     assert found.token_ids.tolist() == [4, 5, 7, 8, 1]
     assert found.sampled_logprobs.tolist() == [0, 0, -0.5, -1.0, -0.25]

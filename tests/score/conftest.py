@@ -1,4 +1,4 @@
-"""What tests of corpora share: tokenisers of rows by their rules."""
+"""What tests of corpora share: tokenizers of rows by their rules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 
 from pear_ray.config import Columns
-from pear_ray.score.tokenize import Rules, Tokenise
+from pear_ray.score.tokenize import Tokenize, TokenizeConfig
 
-RULES = Rules(
+TOKENIZE_CONFIG = TokenizeConfig(
     columns=Columns(),
     sources=frozenset({"tutor", "coder"}),
     source=None,
-    reference=None,
+    fallback_scorer=None,
     heldout_fraction=0.0,
     max_model_len=12,
     truncates=False,
@@ -26,7 +26,7 @@ RULES = Rules(
 
 @pytest.fixture(scope="session")
 def making(tiny_model, tmp_path_factory):
-    """Makes a Tokenise with some of the rules, or the chat template, changed."""
+    """Makes a Tokenize with some of the rules, or the chat template, changed."""
 
     @cache
     def make(template=None, **changes):
@@ -34,6 +34,6 @@ def making(tiny_model, tmp_path_factory):
         if template is not None:
             path = shutil.copytree(path, tmp_path_factory.mktemp("template") / "model")
             (path / "chat_template.jinja").write_text(template)
-        return Tokenise(str(path), replace(RULES, **changes))
+        return Tokenize(str(path), replace(TOKENIZE_CONFIG, **changes))
 
     return make

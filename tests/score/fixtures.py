@@ -92,11 +92,11 @@ def corpus(
         own, asked, by_transformers(str(models["c"]), asked), strict=True
     ):
         row["response_ids"] = response
-        row["behaviour_logprobs"] = table[range(len(response)), response].tolist()
-    bad = {"bad-1": "messages", "bad-2": "behaviour_logprobs", "bad-3": "split"}
+        row["behavior_logprobs"] = table[range(len(response)), response].tolist()
+    bad = {"bad-1": "messages", "bad-2": "behavior_logprobs", "bad-3": "split"}
     worse = [
         {"example_id": "bad-1", "source": "a", "messages": []},
-        {**own[0], "example_id": "bad-2", "behaviour_logprobs": [float("nan")]},
+        {**own[0], "example_id": "bad-2", "behavior_logprobs": [float("nan")]},
         {**own[1], "example_id": "bad-3", "split": "test"},
         next(iter(rows.values())),
     ]
@@ -104,7 +104,7 @@ def corpus(
     for part in range(2):
         with gzip.open(folder / f"{part}.jsonl.gz", "wt") as file:
             file.write("\n".join(lines[part::2]))
-    behaviour = "".join(f'[behaviour.{s}]\npath = "{path}"\n' for s, path in models.items())
+    behavior = "".join(f'[behavior.{s}]\npath = "{path}"\n' for s, path in models.items())
     job = folder / "job.toml"
     job.write_text(
         f"""
@@ -113,14 +113,14 @@ def corpus(
         [model]
         path = "{models["a"]}"
         dtype = "float32"
-        {behaviour}
+        {behavior}
         [corpus]
         path = "{folder}/*.jsonl.gz"
-        reference = "b"
-        too_long = "truncate"
+        fallback_scorer = "b"
+        on_overlength = "truncate"
         heldout_fraction = 0.2
         max_rejected_fraction = 0.01
-        max_probe_gap = 1e-4
+        max_logprob_gap = 1e-4
         probe_rows = 60
         rows_per_part = 64
         top_logprobs = {TOP}
@@ -129,9 +129,9 @@ def corpus(
         threads = 1
         max_new_tokens = 8
         max_model_len = {MAX_MODEL_LEN}
-        max_concurrent = 32
-        tokens_per_batch = 48
-        deadline_seconds = 200
+        max_num_seqs = 32
+        max_num_batched_tokens = 48
+        timeout_seconds = 200
         [[tasks]]
         name = "countdown"
         """

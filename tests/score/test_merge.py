@@ -10,20 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pear_ray.records import SCORED_SCHEMA, TOKENISED_SCHEMA
-from pear_ray.score.merge import Assemble, Figures
-from pear_ray.score.shards import Selection, logprobs_file, write_logprobs, write_sorted
+from pear_ray.records import SCORED_SCHEMA, TOKENIZED_SCHEMA
+from pear_ray.score.merge import MergeLogprobs, ScoreStats
+from pear_ray.score.shards import ScoringPlan, logprobs_file, write_logprobs, write_sorted
 
 FACTS = {
     scorer: {
-        "behaviour_model": f"models/{scorer}",
+        "behavior_model": f"models/{scorer}",
         "tokenizer_digest": "vocabulary",
         "template_digest": "template",
     }
     for scorer in ("tutor", "coder")
 }
 NOT_FINITE = (
-    "behaviour_logprobs: the model of 'tutor' gave a NaN or infinity; expected finite log-probs"
+    "behavior_logprobs: the model of 'tutor' gave a NaN or infinity; expected finite log-probs"
 )
 
 
@@ -49,19 +49,19 @@ def row(example_id, **changes):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("tokenised", "logprobs", "scored", "rejected", "probe"):
+    for name in ("tokenized", "logprobs", "scored", "rejected", "probe"):
         (tmp_path / name).mkdir()
     return tmp_path
 
 
 def stored(folder, rows, answers, rows_per_part=2):
     """Name of the file of these rows, whose `answers` (by example_id) are stored part by part."""
-    block = pa.Table.from_pylist(rows, TOKENISED_SCHEMA)
-    told = write_sorted(block, folder / "tokenised", rows_per_part)
+    block = pa.Table.from_pylist(rows, TOKENIZED_SCHEMA)
+    told = write_sorted(block, folder / "tokenized", rows_per_part)
     facts = json.loads(told.column("facts")[0].as_py())
-    tokenised = pq.ParquetFile(folder / "tokenised" / f"{facts['file']}.parquet")
+    tokenized = pq.ParquetFile(folder / "tokenized" / f"{facts['file']}.parquet")
     for part in facts["parts"]:
-        group = tokenised.read_row_group(part["row_group"]).to_pylist()
+        group = tokenized.read_row_group(part["row_group"]).to_pylist()
         found = [
             {"row": number, **answer_of(answers[one["example_id"]])}
             for number, one in enumerate(group)
@@ -83,7 +83,7 @@ def answer_of(logprobs):
 def assembled(folder, rows, answers, probes=None, overlapping=(), number=0):
     """What is written for these rows (scored, of the probe, rejected) and what is said of it."""
     name = stored(folder, rows, answers)
-    assemble = Assemble(folder, Selection(probes or {}, frozenset(overlapping)), FACTS)
+    assemble = MergeLogprobs(folder, ScoringPlan(probes or {}, frozenset(overlapping)), FACTS)
     said = json.loads(assemble({"file": name, "number": number})["facts"])
     tables = [
         pq.read_table(folder / "scored" / f"part-{number:06d}.parquet"),
@@ -95,7 +95,7 @@ def assembled(folder, rows, answers, probes=None, overlapping=(), number=0):
 
 
 def figures_of(*documents):
-    figures = Figures()
+    figures = ScoreStats()
     for document in documents:
         figures.merge(document)
     return figures
@@ -113,8 +113,8 @@ def test_a_row_is_its_tokens_with_what_the_model_of_its_author_said(folder):
         "example_id": "a",
         "prompt_ids": [4, 5],
         "response_ids": [7, 1],
-        "behaviour_logprobs": [-0.5, 0.0],
-        "behaviour_model": "models/tutor",
+        "behavior_logprobs": [-0.5, 0.0],
+        "behavior_model": "models/tutor",
         "source": "tutor",
         "tokenizer_digest": "vocabulary",
         "template_digest": "template",
@@ -123,7 +123,7 @@ def test_a_row_is_its_tokens_with_what_the_model_of_its_author_said(folder):
         "recorded_gap": None,
         "trainable": [True, False],
         "truncated": True,
-        "logprobs_from": "behaviour",
+        "logprobs_from": "behavior",
         "top_ids": None,
         "top_logprobs": None,
     }
@@ -143,10 +143,10 @@ def test_each_row_of_each_scorer_has_its_own_logprobs_in_the_order_of_names(fold
     shuffled = [rows[n] for n in rng.permutation(len(rows))]
     found, *_ = assembled(folder, shuffled, answers)
     assert values(found, "example_id") == names
-    assert values(found, "behaviour_logprobs") == [answers[name] for name in names]
+    assert values(found, "behavior_logprobs") == [answers[name] for name in names]
     assert values(found, "response_ids") == values(rows, "response_ids")
     models = [f"models/{one['scorer']}" for one in rows]
-    assert values(found, "behaviour_model") == models
+    assert values(found, "behavior_model") == models
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -155,7 +155,7 @@ def test_a_row_whose_model_says_no_number_is_rejected(folder, value):
     answers = {"a": [-1.0, -2.0], "b": [-1.0, value], "c": [-3.0, -4.0]}
     found, probe, rejected, said = assembled(folder, rows, answers, {"tutor": 1.0})
     assert values(found, "example_id") == values(probe, "example_id") == ["a", "c"]
-    assert values(found, "behaviour_logprobs") == [[-1.0, -2.0], [-3.0, -4.0]]
+    assert values(found, "behavior_logprobs") == [[-1.0, -2.0], [-3.0, -4.0]]
     assert rejected == [{"example_id": "b", "reason": NOT_FINITE}]
     assert figures_of(said).num_rejected == 1
 
@@ -193,12 +193,12 @@ def test_a_file_of_rows_that_are_no_use_is_empty(folder):
 def test_recorded_logprobs_are_taken_over_where_no_model_was_asked(folder):
     rows = [row("a", recorded_logprobs=[-0.25, -0.5]), row("b"), row("c", source="web")]
     found, *_ = assembled(folder, rows, {"b": [-1.0, -2.0], "c": [-3.0, -4.0]})
-    assert values(found, "behaviour_logprobs") == [[-0.25, -0.5], [-1.0, -2.0], [-3.0, -4.0]]
-    assert values(found, "logprobs_from") == ["recorded", "behaviour", "reference"]
+    assert values(found, "behavior_logprobs") == [[-0.25, -0.5], [-1.0, -2.0], [-3.0, -4.0]]
+    assert values(found, "logprobs_from") == ["recorded", "behavior", "reference"]
     assert values(found, "recorded_gap") == [None, None, None]
     # The author of a row stays its author, whoever scored it.
     assert values(found, "source") == ["tutor", "tutor", "web"]
-    assert values(found, "behaviour_model") == ["models/tutor"] * 3
+    assert values(found, "behavior_model") == ["models/tutor"] * 3
 
 
 def test_a_part_without_any_answers_needs_none_where_all_rows_bring_logprobs(folder):
@@ -214,8 +214,8 @@ def test_a_row_of_the_probe_keeps_what_was_computed_and_how_far_its_record_was(f
     answers = {"a": [-1.125, -1.5], "c": [-3.0, -4.0]}
     found, probe, _, said = assembled(folder, rows, answers, {"tutor": 1.0})
     assert probe == [found[0], found[2]]
-    assert values(found, "behaviour_logprobs") == [[-1.125, -1.5], [-1.0, -2.0], [-3.0, -4.0]]
-    assert values(found, "logprobs_from") == ["behaviour", "recorded", "behaviour"]
+    assert values(found, "behavior_logprobs") == [[-1.125, -1.5], [-1.0, -2.0], [-3.0, -4.0]]
+    assert values(found, "logprobs_from") == ["behavior", "recorded", "behavior"]
     assert values(found, "recorded_gap") == [0.5, None, None]
     by_source = figures_of(said).by_source()
     assert by_source["tutor"]["recorded_gap_max"] == 0.5
@@ -226,8 +226,8 @@ def test_a_row_of_the_probe_keeps_what_was_computed_and_how_far_its_record_was(f
 
 def test_the_probe_holds_the_rows_that_the_selection_draws(folder):
     rows = [row(f"a-{number:03d}") for number in range(100)]
-    chosen = Selection({"tutor": 0.3}, frozenset()).probed(
-        pa.Table.from_pylist(rows, TOKENISED_SCHEMA)
+    chosen = ScoringPlan({"tutor": 0.3}, frozenset()).probed(
+        pa.Table.from_pylist(rows, TOKENIZED_SCHEMA)
     )
     answers = {one["example_id"]: [-1.0, -1.0] for one in rows}
     found, probe, *_ = assembled(folder, rows, answers, {"tutor": 0.3})
@@ -254,7 +254,7 @@ def test_the_likeliest_tokens_stay_with_their_row(folder):
 def test_a_row_that_was_never_scored_is_no_mistake_of_the_corpus(folder, answers):
     rows = [row("a"), row("b")]
     name = stored(folder, rows, answers)
-    assemble = Assemble(folder, Selection({}, frozenset()), FACTS)
+    assemble = MergeLogprobs(folder, ScoringPlan({}, frozenset()), FACTS)
     missing = 1 if answers else 0
     with pytest.raises(RuntimeError, match=f"{name}: row {missing} of part 0 was never scored"):
         assemble({"file": name, "number": 0})
@@ -280,7 +280,7 @@ def test_figures_count_every_row_under_its_source_over_all_files(folder):
             "rows": 1,
             "response_tokens": 2,
             "truncated": 0,
-            "from_behaviour": 1,
+            "from_behavior": 1,
             "recorded_gap_mean": None,
             "recorded_gap_max": None,
         },
@@ -288,7 +288,7 @@ def test_figures_count_every_row_under_its_source_over_all_files(folder):
             "rows": 4,
             "response_tokens": 8,
             "truncated": 1,
-            "from_behaviour": 3,
+            "from_behavior": 3,
             "from_recorded": 1,
             "recorded_gap_mean": (0.5 + 0 + 0 + 0.25) / 4,
             "recorded_gap_max": 0.5,
@@ -313,7 +313,7 @@ def test_figures_count_every_row_under_its_source_over_all_files(folder):
 def test_a_repeated_call_writes_the_same_bytes(folder):
     rows = [row(name, recorded_logprobs=[-1.0, -2.0]) for name in "abcd"]
     name = stored(folder, rows, {"b": [-1.0, -2.5]})
-    assemble = Assemble(folder, Selection({"tutor": 0.5}, frozenset()), FACTS)
+    assemble = MergeLogprobs(folder, ScoringPlan({"tutor": 0.5}, frozenset()), FACTS)
     written = []
     for _ in range(2):
         said = assemble({"file": name, "number": 0})

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pear_ray.__main__ import command
-from pear_ray.config import BadInput, Job, Pretrain
+from pear_ray.config import ConfigError, Job, Pretrain
 from pear_ray.records import SCORED_SCHEMA
 from pear_ray.score import sharing_engines
 from pear_ray.train.model import write_new_model
@@ -51,12 +51,12 @@ def test_scores_are_those_of_transformers_under_the_author(
     tokens."""
     for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
         rows = [row for row in scored if row["source"] == source]
-        assert {row["behaviour_model"] for row in rows} == {model}
+        assert {row["behavior_model"] for row in rows} == {model}
         asked = [(row["prompt_ids"], row["response_ids"]) for row in rows]
         for row, table in zip(rows, by_transformers(model, asked), strict=True):
             trainable = np.array(row["trainable"] or [True] * len(row["response_ids"]))
             own = table[range(len(table)), row["response_ids"]].numpy()
-            found = np.array(row["behaviour_logprobs"], dtype=np.float32)
+            found = np.array(row["behavior_logprobs"], dtype=np.float32)
             assert np.abs(found - np.where(trainable, own, 0)).max() <= 1e-4
             if row["logprobs_from"] != "recorded":
                 ids = np.array(row["top_ids"]).reshape(-1, corpus.num_top)
@@ -80,19 +80,19 @@ def test_only_the_assistants_tokens_are_scored(corpus: Any, scored: list[dict[st
     for row in several:
         trainable = np.array(row["trainable"])
         assert trainable[0] and not trainable.all()
-        assert not np.array(row["behaviour_logprobs"])[~trainable].any()
-        assert (np.array(row["behaviour_logprobs"])[trainable] < 0).all()
+        assert not np.array(row["behavior_logprobs"])[~trainable].any()
+        assert (np.array(row["behavior_logprobs"])[trainable] < 0).all()
 
 
 def test_who_scored_a_row_is_marked(scored: list[dict[str, Any]]) -> None:
     origins = Counter((row["source"], row["logprobs_from"]) for row in scored)
-    assert origins["a", "behaviour"] == origins["b", "behaviour"] == 150
+    assert origins["a", "behavior"] == origins["b", "behavior"] == 150
     assert origins["?", "reference"] == 150
     # Of those who bring log-probs only the probe is scored, and compared.
-    assert origins["c", "recorded"] + origins["c", "behaviour"] == 150
-    assert 30 <= origins["c", "behaviour"] <= 90
+    assert origins["c", "recorded"] + origins["c", "behavior"] == 150
+    assert 30 <= origins["c", "behavior"] <= 90
     compared = [row["recorded_gap"] for row in scored if row["recorded_gap"] is not None]
-    assert len(compared) == origins["c", "behaviour"] and max(compared) <= 1e-4
+    assert len(compared) == origins["c", "behavior"] and max(compared) <= 1e-4
 
 
 def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> None:
@@ -104,7 +104,7 @@ def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> Non
 
 
 def test_the_trainer_agrees_with_the_engine_on_the_probe(scored_run: Path) -> None:
-    """Behaviour model a is the student: its delta is nothing but noise."""
+    """Behavior model a is the student: its delta is nothing but noise."""
     facts = json.loads((scored_run / "manifest.json").read_text())["stages"]["score"]["facts"]
     assert facts["rows"] == 604 and facts["rejected"] == 4
     for source in "abc":
@@ -182,7 +182,7 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
         [model]
         path = "{model}"
         dtype = "float32"
-        [behaviour.teacher]
+        [behavior.teacher]
         path = "{model}"
         [corpus]
         path = "{tmp_path}/{name}"
@@ -194,7 +194,7 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
         name = "countdown"
         """
     )
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         command(["score", str(tmp_path / "job.toml")])
     for word in [*words, str(tmp_path)]:
         assert word in str(refusal.value)
@@ -213,7 +213,7 @@ def test_sources_share_an_engine_where_the_architecture_is_the_same(tiny_model) 
         {
             "run": {"dir": "run"},
             "model": {"path": paths["a"]},
-            "behaviour": {source: {"path": path} for source, path in paths.items()},
+            "behavior": {source: {"path": path} for source, path in paths.items()},
             "generator": {"max_new_tokens": 8, "max_model_len": 64},
             "tasks": [{"name": "countdown"}],
         }

@@ -1,4 +1,4 @@
-"""The tokenised corpus in parts: sorted, without repeats, and which rows of it are scored."""
+"""The tokenized corpus in parts: sorted, without repeats, and which rows of it are scored."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.records import TOKENISED_SCHEMA
+from pear_ray.records import TOKENIZED_SCHEMA
 from pear_ray.score.shards import (
     LOGPROBS_SCHEMA,
-    Part,
-    Selection,
+    ScoringPlan,
+    Shard,
     arrays,
     logprobs_file,
     parts_of,
@@ -58,7 +58,7 @@ def bad_row(example_id, **changes):
 
 
 def table_of(rows):
-    return pa.Table.from_pylist(rows, TOKENISED_SCHEMA)
+    return pa.Table.from_pylist(rows, TOKENIZED_SCHEMA)
 
 
 def written(rows, folder, rows_per_part=3):
@@ -111,7 +111,7 @@ def test_rows_are_stored_alike_in_whatever_order_they_come(rows, rows_per_part, 
 
         expected = in_order(rows)
         groups = [expected[n : n + rows_per_part] for n in range(0, len(rows), rows_per_part)]
-        assert file.schema_arrow == TOKENISED_SCHEMA
+        assert file.schema_arrow == TOKENIZED_SCHEMA
         found = [file.read_row_group(n).to_pylist() for n in range(file.num_row_groups)]
         assert found == groups
     assert facts["first_id"] == expected[0]["example_id"]
@@ -124,7 +124,7 @@ def test_rows_are_stored_alike_in_whatever_order_they_come(rows, rows_per_part, 
                 key = facts["file"], number, one["scorer"]
                 num_tokens = len(one["prompt_ids"]) + len(one["response_ids"])
                 counted.update({(key, "rows"): 1, (key, "tokens"): num_tokens})
-    parts = [Part(**part) for part in facts["parts"]]
+    parts = [Shard(**part) for part in facts["parts"]]
     assert {(part.key, "rows"): part.num_rows for part in parts} | {
         (part.key, "tokens"): part.num_tokens for part in parts
     } == counted
@@ -144,7 +144,7 @@ def test_rows_in_pieces_are_stored_as_rows_in_one(tmp_path):
 
 
 def test_no_rows_are_stored_nowhere(tmp_path):
-    told = write_sorted(TOKENISED_SCHEMA.empty_table(), tmp_path, 3)
+    told = write_sorted(TOKENIZED_SCHEMA.empty_table(), tmp_path, 3)
     assert (told.num_rows, told.schema) == (0, pa.schema([("facts", pa.string())]))
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,7 @@ def test_parts_of_rows_are_counted_by_scorer():
         row("d", reason="bad"),
     ]
     found = list(parts_of(table_of(rows), "file", 7))
-    assert found == [Part("file", 7, "coder", 1, 5), Part("file", 7, "tutor", 2, 16)]
+    assert found == [Shard("file", 7, "coder", 1, 5), Shard("file", 7, "tutor", 2, 16)]
     assert asdict(found[0])["row_group"] == 7
 
 
@@ -219,17 +219,17 @@ def test_a_prompt_that_is_held_out_elsewhere_is_not_trained_on():
         bad_row("e"),
     ]
     leak = "split: read 'train'; expected 'heldout', as rows of this prompt are"
-    selection = Selection({}, frozenset({1}))
+    selection = ScoringPlan({}, frozenset({1}))
     assert selection.reasons(table_of(rows)) == [leak, "", "", "bad", "bad"]
     assert selection.usable(table_of(rows)).tolist() == [False, True, True, False, False]
-    without = Selection({}, frozenset())
+    without = ScoringPlan({}, frozenset())
     assert without.reasons(table_of(rows)) == ["", "", "", "bad", "bad"]
     assert without.usable(table_of(rows)).tolist() == [True, True, True, False, False]
 
 
 def test_the_probe_takes_about_its_share_of_each_scorer_whatever_else_there_is():
     rows = [row(f"a-{n}", scorer=("tutor", "coder")[n % 2]) for n in range(4000)]
-    probed = Selection({"tutor": 0.25, "coder": 0.05}, frozenset()).probed
+    probed = ScoringPlan({"tutor": 0.25, "coder": 0.05}, frozenset()).probed
     chosen = probed(table_of(rows))
     for share, mine in ((0.25, chosen[::2]), (0.05, chosen[1::2])):
         # Four standard deviations of 2000 draws.
@@ -238,16 +238,16 @@ def test_the_probe_takes_about_its_share_of_each_scorer_whatever_else_there_is()
     changed = [one | {"recorded_logprobs": [0.0], "content": 1} for one in rows[100:300]]
     assert probed(table_of(changed)).tolist() == chosen.tolist()[100:300]
     # A larger probe holds the smaller one.
-    larger = Selection({"tutor": 0.5, "coder": 0.5}, frozenset()).probed(table_of(rows))
+    larger = ScoringPlan({"tutor": 0.5, "coder": 0.5}, frozenset()).probed(table_of(rows))
     assert larger[chosen].all()
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, [True, True, False]), (0.0, [False] * 3)])
 def test_the_probe_is_of_all_rows_or_none_where_it_is_to_be(share, expected):
     rows = [row("a"), row("b"), row("c", scorer="coder")]
-    found = Selection({"tutor": share}, frozenset()).probed(table_of(rows))
+    found = ScoringPlan({"tutor": share}, frozenset()).probed(table_of(rows))
     assert (found.dtype, found.tolist()) == (bool, expected)
-    assert not Selection({"tutor": share}, frozenset()).probed(table_of([bad_row("a")])).any()
+    assert not ScoringPlan({"tutor": share}, frozenset()).probed(table_of([bad_row("a")])).any()
 
 
 def test_rows_are_scored_that_bring_no_logprobs_or_are_of_the_probe():
@@ -261,7 +261,7 @@ def test_rows_are_scored_that_bring_no_logprobs_or_are_of_the_probe():
         row("f", content=1, **recorded),
         bad_row("g"),
     ]
-    selection = Selection({"coder": 1.0}, frozenset({1}))
+    selection = ScoringPlan({"coder": 1.0}, frozenset({1}))
     expected = [True, False, True, True, False, False, False]
     assert selection.scored(table_of(rows)).tolist() == expected
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_ray.config import Columns
-from pear_ray.records import EXAMPLE_SCHEMA, TOKENISED_SCHEMA
+from pear_ray.records import EXAMPLE_SCHEMA, TOKENIZED_SCHEMA
 
 END = 1
 HALVES = {"prompt": "question", "response": "answer"}
@@ -42,17 +42,17 @@ def row(**changes):
     return good | changes
 
 
-def of_json(tokenise, *rows):
+def of_json(tokenize, *rows):
     places = [f"f.jsonl:{number}" for number in range(1, len(rows) + 1)]
     texts = pa.array([json.dumps(row).encode() for row in rows], pa.binary())
-    found = tokenise.lines(pa.table({"text": texts, "place": places}))
-    assert found.schema == TOKENISED_SCHEMA
+    found = tokenize.lines(pa.table({"text": texts, "place": places}))
+    assert found.schema == TOKENIZED_SCHEMA
     return found.to_pylist()
 
 
-def of_table(tokenise, *rows, schema=EXAMPLE_SCHEMA):
-    found = tokenise.table(pa.Table.from_pylist(rows, schema))
-    assert found.schema == TOKENISED_SCHEMA
+def of_table(tokenize, *rows, schema=EXAMPLE_SCHEMA):
+    found = tokenize.table(pa.Table.from_pylist(rows, schema))
+    assert found.schema == TOKENIZED_SCHEMA
     return found.to_pylist()
 
 
@@ -66,7 +66,7 @@ def usable(found):
 def test_a_good_row_becomes_ids_and_keeps_its_facts(making, read):
     recorded = [-0.5, 0.0, -0.125]
     given_row = row(
-        split="heldout", correct=True, response_ids=[7, 8, END], behaviour_logprobs=recorded
+        split="heldout", correct=True, response_ids=[7, 8, END], behavior_logprobs=recorded
     )
     (found,) = read(making(), given_row)
     assert -(2**63) <= found.pop("content") < 2**63
@@ -137,7 +137,7 @@ def test_a_row_without_a_name_that_is_no_use_goes_by_its_place_or_content(making
 
 def test_columns_go_by_the_names_that_the_job_gives_them(making):
     names = {name: f"their {name}" for name in Columns().model_dump() if name not in HALVES}
-    whole = row(split="train", correct=False, response_ids=[7, 8, END], behaviour_logprobs=[0] * 3)
+    whole = row(split="train", correct=False, response_ids=[7, 8, END], behavior_logprobs=[0] * 3)
     theirs = {names[name]: value for name, value in whole.items()}
     (expected,) = usable(of_json(making(), whole))
     (found,) = usable(of_json(making(columns=Columns(**names)), theirs))
@@ -163,15 +163,15 @@ def test_a_default_source_is_that_of_rows_that_name_none(making):
 
 
 def test_a_reference_scores_rows_of_strangers_and_trusts_nothing_they_bring(making):
-    brought = {"behaviour_logprobs": [-1.0, -1.0, -1.0]}
+    brought = {"behavior_logprobs": [-1.0, -1.0, -1.0]}
     rows = (row(source="web", **brought), row(source="coder", **brought))
-    found = usable(of_json(making(reference="tutor"), *rows))
+    found = usable(of_json(making(fallback_scorer="tutor"), *rows))
     assert [one["source"] for one in found] == ["web", "coder"]
     assert [one["scorer"] for one in found] == ["tutor", "coder"]
     assert [one["recorded_logprobs"] for one in found] == [None, [-1.0, -1.0, -1.0]]
     # Even a reference does not say who wrote a row that names nobody.
-    (found,) = of_json(making(reference="tutor"), row(source=None))
-    assert found["reason"].startswith("source: read None; expected one of [behaviour]")
+    (found,) = of_json(making(fallback_scorer="tutor"), row(source=None))
+    assert found["reason"].startswith("source: read None; expected one of [behavior]")
 
 
 @pytest.mark.parametrize("truncates", [False, True])
@@ -187,7 +187,7 @@ def test_a_row_as_long_as_the_models_context_is_kept_whole(making, truncates):
 def test_a_row_that_is_cut_short_is_cut_in_all_its_parts_alike(making, limit, has_more):
     messages = turns("w1 w2", "w3 w4", "w5", "w6 w7")[: 4 if has_more else 2]
     num_response = 7 if has_more else 3
-    long = row(messages=messages, behaviour_logprobs=[-n / 8 for n in range(num_response)])
+    long = row(messages=messages, behavior_logprobs=[-n / 8 for n in range(num_response)])
     (whole,) = usable(of_json(making(), long))
     (found,) = usable(of_json(making(max_model_len=limit, truncates=True), long))
     num_kept = min(num_response, limit - 2)
@@ -228,21 +228,21 @@ def test_the_assistants_tokens_and_its_ends_are_trained_on_and_no_others(making,
 def test_recorded_logprobs_of_others_tokens_count_as_nothing(making):
     messages = turns("w1", "w2", "w3 w4", "w5")
     recorded = [-1.0, -2.0, math.nan, 7.0, -3.0, -4.0]
-    (found,) = usable(of_json(making(), row(messages=messages, behaviour_logprobs=recorded)))
+    (found,) = usable(of_json(making(), row(messages=messages, behavior_logprobs=recorded)))
     assert found["trainable"] == [True, True, False, False, True, True]
     assert found["recorded_logprobs"] == [-1.0, -2.0, 0.0, 0.0, -3.0, -4.0]
 
 
 def test_recorded_logprobs_may_be_whole_numbers_or_a_little_above_0(making):
     recorded = [-(2**24) - 1, 0, 0.0009765625]
-    (found,) = usable(of_json(making(), row(behaviour_logprobs=recorded)))
+    (found,) = usable(of_json(making(), row(behavior_logprobs=recorded)))
     assert found["recorded_logprobs"] == [-(2.0**24), 0.0, 0.0009765625]
 
 
 def test_recorded_logprobs_are_left_out_where_the_job_ignores_them(making):
     # Then it does not matter either whether they are any good.
     recorded = [[-1.0, -1.0, -1.0], [math.nan], [10**400]]
-    rows = [row(behaviour_logprobs=values) for values in recorded]
+    rows = [row(behavior_logprobs=values) for values in recorded]
     found = usable(of_json(making(keeps_recorded=False), *rows))
     assert [one["recorded_logprobs"] for one in found] == [None, None, None]
 
@@ -296,7 +296,7 @@ def test_text_of_a_table_that_is_not_utf_8_spoils_no_other_row(making):
     ends = struct.pack("<4i", 0, 1, 3, 4)
     sources = pa.StringArray.from_buffers(3, pa.py_buffer(ends), pa.py_buffer(b"t\xff\xfec"))
     table = pa.table({"messages": [turns("w1", "w2")] * 3, "source": sources})
-    found = making(reference="tutor").table(table).to_pylist()
+    found = making(fallback_scorer="tutor").table(table).to_pylist()
     assert [one["reason"] for one in found] == [
         "",
         "the row cannot be read: 'utf-8' codec can't decode byte 0xff in position 0:"
@@ -313,7 +313,7 @@ def test_values_that_a_table_holds_as_numpy_would_are_read_as_they_are(making):
             "messages": pa.array([turns("w1", "w2")], EXAMPLE_SCHEMA.field("messages").type),
             "source": pa.array(["tutor"]).dictionary_encode(),
             "response_ids": pa.array([[5, END]], pa.large_list(pa.uint16())),
-            "behaviour_logprobs": pa.array([[-0.5, -0.25]], pa.list_(pa.float16(), 2)),
+            "behavior_logprobs": pa.array([[-0.5, -0.25]], pa.list_(pa.float16(), 2)),
         }
     )
     (found,) = usable(making().table(table).to_pylist())

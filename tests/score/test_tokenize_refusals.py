@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pear_ray.config import Columns
-from pear_ray.records import EXAMPLE_SCHEMA, TOKENISED_SCHEMA
+from pear_ray.records import EXAMPLE_SCHEMA, TOKENIZED_SCHEMA
 from pear_ray.train.model import CHAT_TEMPLATE
 
 HALVES = {"columns": Columns(prompt="question", response="answer")}
@@ -38,20 +38,20 @@ def row(**changes):
     return good | changes
 
 
-def of_lines(tokenise, *texts):
+def of_lines(tokenize, *texts):
     places = [f"f.jsonl:{number}" for number in range(1, len(texts) + 1)]
-    found = tokenise.lines(pa.table({"text": pa.array(texts, pa.binary()), "place": places}))
-    assert found.schema == TOKENISED_SCHEMA
+    found = tokenize.lines(pa.table({"text": pa.array(texts, pa.binary()), "place": places}))
+    assert found.schema == TOKENIZED_SCHEMA
     return found.to_pylist()
 
 
-def of_json(tokenise, *rows):
-    return of_lines(tokenise, *(json.dumps(row).encode() for row in rows))
+def of_json(tokenize, *rows):
+    return of_lines(tokenize, *(json.dumps(row).encode() for row in rows))
 
 
-def of_table(tokenise, *rows, schema=SCHEMA):
-    found = tokenise.table(pa.Table.from_pylist(rows, schema))
-    assert found.schema == TOKENISED_SCHEMA
+def of_table(tokenize, *rows, schema=SCHEMA):
+    found = tokenize.table(pa.Table.from_pylist(rows, schema))
+    assert found.schema == TOKENIZED_SCHEMA
     return found.to_pylist()
 
 
@@ -62,8 +62,8 @@ def assert_only_the_middle_row_is_no_use(found, reason):
 
 
 NO_MODEL = (
-    "expected one of [behaviour]: ['coder', 'tutor'] (or set corpus.source for rows that name none,"
-    " corpus.reference for sources without a model)"
+    "expected one of [behavior]: ['coder', 'tutor'] (or set corpus.source for rows that name none,"
+    " corpus.fallback_scorer for sources without a model)"
 )
 NO_ROLE = "expected one of system, developer, user, assistant, tool"
 NO_LAST = "expected the last to be 'assistant'"
@@ -116,7 +116,7 @@ BAD_VALUES = {
     "too long": (
         {"messages": turns("w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6 w7")},
         "messages: 13 tokens; expected at most generator.max_model_len 12"
-        ' (or corpus.too_long = "truncate")',
+        ' (or corpus.on_overlength = "truncate")',
     ),
     "a prompt that leaves no room": (
         {"messages": turns("w1 " * 12, "w2")},
@@ -128,13 +128,13 @@ BAD_VALUES = {
     "ids without an end": ({"response_ids": [7, 8]}, NO_IDS),
     "no ids at all": ({"response_ids": []}, NO_IDS),
     "log-probs of fewer tokens": (
-        {"behaviour_logprobs": [-1.0, -1.0]},
-        "behaviour_logprobs: read 2; expected one for each of the 3 response tokens",
+        {"behavior_logprobs": [-1.0, -1.0]},
+        "behavior_logprobs: read 2; expected one for each of the 3 response tokens",
     ),
     **{
         f"{value} for a log-prob": (
-            {"behaviour_logprobs": [-1.0, value, -1.0]},
-            f"behaviour_logprobs.1: read {value}; expected a finite log-prob",
+            {"behavior_logprobs": [-1.0, value, -1.0]},
+            f"behavior_logprobs.1: read {value}; expected a finite log-prob",
         )
         for value in (math.nan, math.inf, -math.inf, 0.5)
     },
@@ -204,14 +204,14 @@ BAD_TYPES = {
     },
     **{
         f"{value} for log-probs": (
-            {"behaviour_logprobs": value},
-            f"behaviour_logprobs: read {kind}; expected a list of floats",
+            {"behavior_logprobs": value},
+            f"behavior_logprobs: read {kind}; expected a list of floats",
         )
         for value, kind in (("-1", "text"), (-1, "a number"), (["-1"], "a list"))
     },
     "more than float32 holds": (
-        {"behaviour_logprobs": [-1e300, -1.0, -1.0]},
-        "behaviour_logprobs.0: read -1e+300; expected a finite log-prob",
+        {"behavior_logprobs": [-1e300, -1.0, -1.0]},
+        "behavior_logprobs.0: read -1e+300; expected a finite log-prob",
     ),
 }
 HALF = "'utf-8' codec can't encode character '\\ud83d' in position 3: surrogates not allowed"
@@ -258,8 +258,8 @@ BAD_LINES = {
         f"source: is not Unicode: {HALF}",
     ),
     "a log-prob of many digits": (
-        json.dumps(row(behaviour_logprobs=[10**400, -1, -1])).encode(),
-        f"behaviour_logprobs.0: read {10**400}; expected a finite log-prob",
+        json.dumps(row(behavior_logprobs=[10**400, -1, -1])).encode(),
+        f"behavior_logprobs.0: read {10**400}; expected a finite log-prob",
     ),
     "an id of many digits": (json.dumps(row(response_ids=[10**400, 8, 1])).encode(), NO_IDS),
 }

@@ -47,17 +47,17 @@ def job(corpus: Any, scored_run: Path, tmp_path_factory: pytest.TempPathFactory)
         examples_per_step = 30
         epochs = 2
         rows_per_window = 100
-        steps_per_heldout = 8
+        eval_every = 8
         [learner]
         num_workers = 2
         cpus_per_worker = 1
         tokens_per_micro_batch = 1024
-        steps_per_checkpoint = 5
+        save_every = 5
         max_failures = 5
         [generator]
         max_new_tokens = 8
         max_model_len = 64
-        max_concurrent = 32
+        max_num_seqs = 32
         [[tasks]]
         name = "countdown"
         """

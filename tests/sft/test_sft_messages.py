@@ -19,9 +19,9 @@ from pear_ray.losses.inputs import Tokens
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.losses.token_losses import Dft, IwSft, Kl, Nll, TokenLoss, TrSft
 from pear_ray.losses.weighting import (
-    AsTheyAre,
-    Centred,
-    OnlyTheMean,
+    Centered,
+    MeanWeightOnly,
+    NoNormalization,
     Pear,
     PerBatch,
     PerSequence,
@@ -91,32 +91,36 @@ CHOSEN = {
 }
 OWN = Pear("block", 0.9, 3, (-1.0, 2.0), (-4.0, 3.0))
 # (what the job says, the weights, what is done with them)
-WEIGHTS: dict[str, tuple[dict[str, Any], Any, type[AsTheyAre]]] = {
-    "the paper's": ({}, Pear("token"), AsTheyAre),
-    "sequence": ({"level": "sequence"}, Pear("sequence"), AsTheyAre),
+WEIGHTS: dict[str, tuple[dict[str, Any], Any, type[NoNormalization]]] = {
+    "the paper's": ({}, Pear("token"), NoNormalization),
+    "sequence": ({"level": "sequence"}, Pear("sequence"), NoNormalization),
     "short answers": (
         {"preset": "short_answers"},
         Pear("token", clip_log_ratio=(-0.5, 0.5)),
-        AsTheyAre,
+        NoNormalization,
     ),
-    "all chosen": (CHOSEN, OWN, AsTheyAre),
+    "all chosen": (CHOSEN, OWN, NoNormalization),
     "per sequence": ({**CHOSEN, "normalize": "per_sequence"}, OWN, PerSequence),
     "per batch": ({**CHOSEN, "normalize": "per_batch"}, OWN, PerBatch),
-    "mean weight": ({**CHOSEN, "control": "mean_weight"}, OWN, OnlyTheMean),
-    "shuffled": ({**CHOSEN, "control": "shuffled"}, Shuffled(*astuple(OWN), seed=SEED), AsTheyAre),
-    "centred": ({**CHOSEN, "control": "centred"}, Centred(*astuple(OWN)), AsTheyAre),
+    "mean weight": ({**CHOSEN, "control": "mean_weight"}, OWN, MeanWeightOnly),
+    "shuffled": (
+        {**CHOSEN, "control": "shuffled"},
+        Shuffled(*astuple(OWN), seed=SEED),
+        NoNormalization,
+    ),
+    "centered": ({**CHOSEN, "control": "centered"}, Centered(*astuple(OWN)), NoNormalization),
 }
 
 
-@pytest.mark.parametrize(("words", "weigh", "normalisation"), WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize(("words", "weigh", "normalization"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights_are_those_of_the_job(
-    words: dict[str, Any], weigh: Any, normalisation: type[AsTheyAre]
+    words: dict[str, Any], weigh: Any, normalization: type[NoNormalization]
 ) -> None:
     job = job_of(**words)
     found = made_of(job)
     assert isinstance(found, Weighted) and found.loss == Nll()
     assert found.weigh == weigh
-    assert type(found.normalisation) is normalisation
+    assert type(found.normalization) is normalization
     # Facts are told by the same bounds as weights are clipped by.
     assert found.weigh.clip_log_ratio == job.sft.ratio_bounds
     assert found.weigh.clip_log_weight == job.sft.clip_log_weight

@@ -110,7 +110,7 @@ def test_an_arm_that_cooperates_is_compared_with_one_that_does_not(tmp_path: Pat
     assert both["after RL"]["pass@1"]["by_seed"] == BOTH["both"][1]
     assert both["seconds"] == {"sft": pytest.approx(10 + 16 / 3), "cooperate": 100.0}
     (primary,) = found["primary"]
-    assert (primary["arm"], primary["against"]) == ("both", "plain")
+    assert (primary["arm"], primary["baseline"]) == ("both", "plain")
     assert primary["by_seed"] == pytest.approx([0.07, 0.08, 0.12])
     assert study.plan_of(job)["arms"] == {
         "plain": {"sft": {}, "rl": {}},
@@ -152,7 +152,7 @@ def test_a_study_that_has_grown_is_evaluated_again(tmp_path: Path) -> None:
 
 def test_differences_are_paired_over_seeds(found: dict[str, Any]) -> None:
     primary, _ = found["primary"]
-    assert (primary["arm"], primary["against"], primary["when"]) == (
+    assert (primary["arm"], primary["baseline"], primary["when"]) == (
         "weighted", "plain", "after RL",
     )  # fmt: skip
     assert primary["by_seed"] == pytest.approx([0.05, 0.03, 0.07])
@@ -186,7 +186,7 @@ def reported(job: Job, found: dict[str, Any]) -> str:
     document = found | {"plan": study.plan_of(job)}
     (job.folder / "study" / "study.json").write_text(json.dumps(document))
     with open_run(job) as run:
-        run.perform("report", report.run)
+        run.run_stage("report", report.run)
     return (job.folder / "report" / "index.html").read_text()
 
 
@@ -227,10 +227,10 @@ MISTAKES = {
     ),
     "of one arm": ({"arms": ("plain",)}, "arms: read 1; expected at least two"),
     "against one that does not take part": (
-        {"arms": ("plain", "none"), "against": "weighted"},
-        r"study.against: read 'weighted'; expected an arm: \['plain', 'none'\]",
+        {"arms": ("plain", "none"), "baseline": "weighted"},
+        r"study.baseline: read 'weighted'; expected an arm: \['plain', 'none'\]",
     ),
-    "against nobody": ({"against": "other"}, "study.against: read 'other'; expected an arm"),
+    "against nobody": ({"baseline": "other"}, "study.baseline: read 'other'; expected an arm"),
 }
 
 
@@ -241,5 +241,5 @@ def test_what_is_no_study_is_refused(mistake: Any, tmp_path: Path) -> None:
         arms = ("plain",) if not settings else tuple(SCORES)
         job = job_of(tmp_path, arms, settings)
         with open_run(job) as run:
-            run.perform("study", study.run)
+            run.run_stage("study", study.run)
     assert not (tmp_path / "study").exists()

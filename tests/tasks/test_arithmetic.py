@@ -72,9 +72,9 @@ def near_words(numbers, target):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_documented_answer_of_each_style_is_right(style):
-    verdict = GAME.verdict(EXAMPLE, RIGHT[style])
-    assert (verdict.reward, verdict.correct, verdict.note) == (1.0, True, "")
-    assert verdict.parts == {f"style_{name}": float(name == style) for name in STYLES}
+    grade = GAME.grade(EXAMPLE, RIGHT[style])
+    assert (grade.reward, grade.correct, grade.note) == (1.0, True, "")
+    assert grade.parts == {f"style_{name}": float(name == style) for name in STYLES}
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_the_documented_answer_of_each_style_is_right(style):
     ],
 )
 def test_a_wrong_answer_earns_nothing_and_is_told_why(text, note):
-    verdict = GAME.verdict(EXAMPLE, text)
-    assert (verdict.reward, verdict.correct) == (0.0, False)
-    assert note in verdict.note
+    grade = GAME.grade(EXAMPLE, text)
+    assert (grade.reward, grade.correct) == (0.0, False)
+    assert note in grade.note
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,37 +115,37 @@ def test_verdict_agrees_with_trying_everything(numbers, target, rng):
     problem = Problem("x", "countdown", ({"role": "user", "content": ""},), reference, "train")
     right = all_right_chains(numbers, target)
     for answer in right:
-        assert GAME.verdict(problem, answer).correct, answer
+        assert GAME.grade(problem, answer).correct, answer
     others = itertools.chain.from_iterable(
         all_right_chains(rng.sample([*numbers, target], 3), other)
         for other in (target, max(1, target - 1), *numbers)
     )
     for answer in sorted(right | set(others)):
         words = answer.split()
-        assert GAME.verdict(problem, answer).correct == (answer in right), answer
+        assert GAME.grade(problem, answer).correct == (answer in right), answer
         words[rng.randrange(len(words))] = rng.choice(near_words(numbers, target))
         text = " ".join(words)
-        assert GAME.verdict(problem, text).correct == (text in right), text
+        assert GAME.grade(problem, text).correct == (text in right), text
 
 
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from(GAME.vocabulary()), max_size=40).map(" ".join))
 def test_no_text_raises(text):
-    verdict = GAME.verdict(EXAMPLE, text)
-    assert verdict.reward == float(verdict.correct)
-    assert sum(verdict.parts.values()) == float(bool(read_style(text)))
+    grade = GAME.grade(EXAMPLE, text)
+    assert grade.reward == float(grade.correct)
+    assert sum(grade.parts.values()) == float(bool(read_style(text)))
 
 
 def test_an_answer_cannot_start_forwards_from_the_target():
     problem = Problem("x", "countdown", (), "3 3 7 > 30", "train")
-    verdict = GAME.verdict(problem, "build 30 / 3 = 10 , 10 * 3 = 30")
-    assert not verdict.correct and "step 1 uses 30" in verdict.note
+    grade = GAME.grade(problem, "build 30 / 3 = 10 , 10 * 3 = 30")
+    assert not grade.correct and "step 1 uses 30" in grade.note
 
 
 def test_a_broken_reference_is_named():
     broken = Problem("p", "countdown", (), "three > 30", "train")
     with pytest.raises(ValueError, match=r"problem p, reference: read 'three > 30'"):
-        GAME.verdict(broken, RIGHT["build"])
+        GAME.grade(broken, RIGHT["build"])
 
 
 def test_problems_are_distinct_solvable_and_end():
@@ -195,9 +195,9 @@ def test_another_process_sees_the_same_game():
 def test_solved_demonstrations_are_all_right_and_short(style):
     words = set(GAME.vocabulary())
     for problem, answer in take(GAME.demonstrations({style: 1.0}, 1.0, seed=5), 300):
-        verdict = GAME.verdict(problem, answer)
-        assert verdict.correct, (problem.reference, answer, verdict.note)
-        assert verdict.parts[f"style_{style}"] == 1.0
+        grade = GAME.grade(problem, answer)
+        assert grade.correct, (problem.reference, answer, grade.note)
+        assert grade.parts[f"style_{style}"] == 1.0
         assert problem.split == "train"
         assert set(answer.split()) <= words and set(problem.reference.split()) <= words
         assert len(answer.split()) + 1 <= 48
@@ -212,10 +212,10 @@ def test_a_row_of_chains_has_as_many_as_there_are_attempts():
     """Each is aimed by itself: that none of five hits is rarer than that one does not."""
     pairs = take(FIVE.demonstrations({"many": 1.0}, 0.3, seed=5), 600)
     assert all(answer.count(" no ") == 4 for _, answer in pairs)
-    verdicts = [FIVE.verdict(*pair) for pair in pairs]
-    assert all(verdict.correct or verdict.note.startswith("ends on") for verdict in verdicts)
-    solved = sum(verdict.correct for verdict in verdicts) / 600
-    last = sum(GAME.verdict(*pair).correct for pair in pairs) / 600
+    grades = [FIVE.grade(*pair) for pair in pairs]
+    assert all(grade.correct or grade.note.startswith("ends on") for grade in grades)
+    solved = sum(grade.correct for grade in grades) / 600
+    last = sum(GAME.grade(*pair).correct for pair in pairs) / 600
     assert 0.3 < last < 0.4
     assert solved == pytest.approx(1 - (1 - last) ** 5, abs=0.05)
 
@@ -226,7 +226,7 @@ def test_who_wanders_uses_numbers_of_others_until_the_last_chain():
         *wandering, last = answer.split(" no ")
         assert len(wandering) == 4
         assert all(not numbers_used(chain) & given for chain in wandering)
-        assert numbers_used(last) <= given and GAME.verdict(problem, answer).correct
+        assert numbers_used(last) <= given and GAME.grade(problem, answer).correct
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_who_wanders_uses_numbers_of_others_until_the_last_chain():
 def test_as_many_of_the_last_chains_count_as_there_are_attempts(chains, one, two):
     written = {"R": RIGHT["build"], "W": "build 3 + 7 = 10 , 10 + 9 = 19"}
     text = " no ".join(written[chain] for chain in chains)
-    assert GAME.verdict(EXAMPLE, text).correct == one
-    assert Countdown(attempts=2).verdict(EXAMPLE, text).correct == two
+    assert GAME.grade(EXAMPLE, text).correct == one
+    assert Countdown(attempts=2).grade(EXAMPLE, text).correct == two
 
 
 def test_a_code_is_as_long_as_it_is_said_to_be():
@@ -247,11 +247,11 @@ def test_a_code_is_as_long_as_it_is_said_to_be():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
-    verdicts = [
-        GAME.verdict(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)
+    grades = [
+        GAME.grade(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)
     ]
-    assert sum(verdict.correct for verdict in verdicts) < 60
-    assert all(v.correct or v.note.startswith("ends on") for v in verdicts)
+    assert sum(grade.correct for grade in grades) < 60
+    assert all(v.correct or v.note.startswith("ends on") for v in grades)
 
 
 def test_demonstrations_follow_the_weights():

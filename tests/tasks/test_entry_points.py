@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pear_ray.config import BadInput, TaskSpec
+from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.tasks import endless_problems, make_tasks
 
 MODULE = """
@@ -78,7 +78,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def refusal_of(*specs):
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         make_tasks(specs)
     return str(refusal.value)
 
@@ -91,7 +91,7 @@ def test_a_task_of_ones_own(installed, name):
     stream = endless_problems([spec], "train", 0)
     drawn = [next(stream) for _ in range(3)]
     assert [(e, p.problem_id) for e, p in drawn] == [(0, "coins-0"), (0, "coins-1"), (1, "coins-0")]
-    assert task.verdict(drawn[1][1], "1").correct
+    assert task.grade(drawn[1][1], "1").correct
 
 
 def test_a_name_of_this_package_comes_first(installed):
@@ -167,9 +167,9 @@ LOADABLE = "expected a class that can be imported"
             "tasks.0.options: read {'sides': 0}; sides: read 0, expected at least 1",
         ),
         (
-            {"name": "their_dice", "options": {"colour": 1}},
-            "tasks.0.options: read {'colour': 1}; Dice.__init__() got an unexpected keyword"
-            " argument 'colour'",
+            {"name": "their_dice", "options": {"color": 1}},
+            "tasks.0.options: read {'color': 1}; Dice.__init__() got an unexpected keyword"
+            " argument 'color'",
         ),
     ],
 )

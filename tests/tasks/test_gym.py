@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from pear_ray.config import BadInput, TaskSpec
+from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.tasks import make_tasks
 from pear_ray.tasks.reasoning_gym import ReasoningGym
 
@@ -22,15 +22,15 @@ def answered(task, problem):
 def test_the_answer_of_a_dataset_is_right(dataset):
     task = ReasoningGym(dataset)
     for problem in islice(task.problems("train", seed=3), 3):
-        verdict = task.verdict(problem, f"I think. {answered(task, problem)}")
-        assert (verdict.reward, verdict.correct, verdict.note) == (1.0, True, "")
+        grade = task.grade(problem, f"I think. {answered(task, problem)}")
+        assert (grade.reward, grade.correct, grade.note) == (1.0, True, "")
 
 
 def test_wrong_answers_are_told_why():
     task = ReasoningGym("leg_counting")
     problem = next(task.problems("train", seed=0))
-    assert task.verdict(problem, "4").note == "no <answer> tags"
-    assert task.verdict(problem, "<answer>-1</answer>").correct is False
+    assert task.grade(problem, "4").note == "no <answer> tags"
+    assert task.grade(problem, "<answer>-1</answer>").correct is False
 
 
 def test_problems_are_distinct_and_on_one_side_of_the_split():
@@ -58,6 +58,6 @@ def test_problems_are_distinct_and_on_one_side_of_the_split():
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         make_tasks([TaskSpec(name="reasoning_gym", options=options)])
     assert str(refusal.value) == f"tasks.0.options: read {options}; {message}"

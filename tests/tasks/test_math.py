@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import BadInput, TaskSpec
+from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.records import Problem
-from pear_ray.tasks import make_judges, make_tasks
+from pear_ray.tasks import make_graders, make_tasks
 from pear_ray.tasks.math import Math, last_boxed, last_number
 
 ROWS = [{"problem": f"What is {n} + {n}?", "answer": 2 * n} for n in range(40)]
@@ -21,7 +21,7 @@ ROWS = [{"problem": f"What is {n} + {n}?", "answer": 2 * n} for n in range(40)]
 
 def judged(reference, text, extractor="boxed"):
     problem = Problem("math-1", "math", (), reference, "train")
-    return Math("nowhere", extractor=extractor).verdict(problem, text)
+    return Math("nowhere", extractor=extractor).grade(problem, text)
 
 
 def write(path, rows):
@@ -77,15 +77,15 @@ def read(task, split="train", seed=0):
     ],
 )
 def test_answers_and_what_each_extractor_makes_of_them(reference, text, boxed, last):
-    verdicts = {name: judged(reference, text, name) for name in ("boxed", "last_number", "either")}
+    grades = {name: judged(reference, text, name) for name in ("boxed", "last_number", "either")}
     right = {"boxed": boxed, "last_number": last, "either": boxed or last}
-    for name, verdict in verdicts.items():
-        assert verdict.correct == bool(right[name]), name
-        assert verdict.reward == float(right[name])
-        assert bool(verdict.note) != verdict.correct
-        assert verdict.parts["boxed_correct"] == boxed
-        assert verdict.parts["last_number_correct"] == last
-        assert verdict.parts["extractors_disagree"] == float(boxed != last)
+    for name, grade in grades.items():
+        assert grade.correct == bool(right[name]), name
+        assert grade.reward == float(right[name])
+        assert bool(grade.note) != grade.correct
+        assert grade.parts["boxed_correct"] == boxed
+        assert grade.parts["last_number_correct"] == last
+        assert grade.parts["extractors_disagree"] == float(boxed != last)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,15 @@ def test_answers_and_what_each_extractor_makes_of_them(reference, text, boxed, l
     ],
 )
 def test_the_note_says_why_an_answer_earned_nothing(text, extractor, answered, note):
-    verdict = judged("5", text, extractor)
-    assert (verdict.note, verdict.parts["answered"]) == (note, answered)
+    grade = judged("5", text, extractor)
+    assert (grade.note, grade.parts["answered"]) == (note, answered)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.text() | st.text(r"\boxed{}fac0123456789.,-/%^_ ").map(lambda t: f"\\boxed{{{t[:30]}}}"))
 def test_no_text_raises(text):
-    verdict = judged("5", text)
-    assert verdict.reward == float(verdict.correct) and len(verdict.parts) == 4
+    grade = judged("5", text)
+    assert grade.reward == float(grade.correct) and len(grade.parts) == 4
 
 
 @pytest.mark.parametrize(
@@ -188,16 +188,16 @@ def test_columns_and_prompts_as_asked(tmp_path):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1 + 1?\n\nPut the answer in \\boxed{}."},
     )
-    assert problem.reference == r"\frac{4}{2}" and task.verdict(problem, r"\boxed{2}").correct
+    assert problem.reference == r"\frac{4}{2}" and task.grade(problem, r"\boxed{2}").correct
     assert sorted(p.reference for p in read(task, "heldout")) == ["4.0", "6"]
 
 
 def test_judges_need_no_files():
     spec = TaskSpec(name="math", options={"path": "/nowhere/a.jsonl"})
-    (judge,) = make_judges([spec])
+    (grade,) = make_graders([spec])
     problem = Problem("math-1", "math", (), "5", "train")
-    assert judge.verdict(problem, r"\boxed{5}").correct
-    with pytest.raises(BadInput) as refusal:
+    assert grade.grade(problem, r"\boxed{5}").correct
+    with pytest.raises(ConfigError) as refusal:
         make_tasks([spec])
     assert str(refusal.value) == (
         "tasks.0.options: path: read '/nowhere/a.jsonl', which is not there; expected a file or"
@@ -211,12 +211,12 @@ def test_judges_need_no_files():
         ({"extractor": "all"}, "extractor: read 'all', expected one of boxed, last_number, either"),
         ({"heldout_fraction": 0}, "heldout_fraction: read 0, expected 0 to 1 exclusive"),
         ({"heldout_fraction": 1.0}, "heldout_fraction: read 1.0, expected 0 to 1 exclusive"),
-        ({"colour": 3}, "Math.__init__() got an unexpected keyword argument 'colour'"),
+        ({"color": 3}, "Math.__init__() got an unexpected keyword argument 'color'"),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):
     options = {"path": write(tmp_path / "a.jsonl", ROWS), **options}
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         make_tasks([TaskSpec(name="math", options=options)])
     assert str(refusal.value) == f"tasks.0.options: read {options}; {message}"
 
@@ -282,14 +282,14 @@ def test_a_cut_off_file_is_named(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(BadInput, match=f"^{path}: cannot be read: "):
+    with pytest.raises(ConfigError, match=f"^{path}: cannot be read: "):
         read(Math(str(path)))
 
 
 def test_parquet_without_a_column_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([{"problem": "a", "solution": "b"}]), path)
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         read(Math(str(path)))
     assert str(refusal.value) == (
         f"{path}: has columns ['problem', 'solution']; expected also ['answer']"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pear_ray.config import TaskSpec
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 from pear_ray.tasks import endless_problems, make_tasks, mixed_problems
 
 
@@ -27,8 +27,8 @@ class Counted:
             turned = (number + seed) % self.num_problems
             yield Problem(f"{self.name}-{turned}", self.name, (), "", split)
 
-    def verdict(self, problem, text):
-        return Verdict(1.0, True)
+    def grade(self, problem, text):
+        return Grade(1.0, True)
 
 
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=4)

@@ -35,7 +35,7 @@ def states(num_heads, num_tokens, seed):
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12))
-def test_runs_are_neighbours_of_one_length(lengths):
+def test_runs_are_neighbors_of_one_length(lengths):
     found = runs(np.array(lengths))
     assert [length for number, length in found for _ in range(number)] == lengths
     assert all(one[1] != other[1] for one, other in pairwise(found))

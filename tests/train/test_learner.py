@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from pear_ray.config import Learner as Settings
-from pear_ray.config import Lora, Optimiser
+from pear_ray.config import Lora, Optimizer
 from pear_ray.data.tokenizer import digests, load_tokenizer
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.losses.weighting import Pear
@@ -37,7 +37,7 @@ RESHAPED = ((2, 1), (1, 2), (4, 2))
 SECONDS = 400
 NUM_STEPS = 20
 # The norm of the gradient lies on both sides of the bound, and the learning rate changes.
-OPTIMISER = Optimiser(
+OPTIMIZER = Optimizer(
     learning_rate=2e-4,
     schedule="linear",
     warmup_fraction=0.0,
@@ -96,7 +96,7 @@ class Rank:
             logits_mib=0.02,
             **changes,
         )
-        return Learner(self.model, "float32", settings, OPTIMISER, NUM_STEPS, seed=0)
+        return Learner(self.model, "float32", settings, OPTIMIZER, NUM_STEPS, seed=0)
 
     def step(self, learner, step, name, objective=None, batches=None):
         batches = batches or learner.share(sequences(step))
@@ -258,28 +258,28 @@ def outcome(request, finished, model):
 def reference(model):
     """The same steps, one sequence at a time: losses, gradient norms, rates and parameters."""
     policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
-    optimiser = torch.optim.AdamW(
-        policy.parameters(), OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay
     )
-    scheduler = get_scheduler("linear", optimiser, 0, NUM_STEPS)
+    scheduler = get_scheduler("linear", optimizer, 0, NUM_STEPS)
     steps = []
     for step in range(NUM_STEPS):
         loss = sum(minus_logprobs(policy, s) for s in sequences(step))
         loss = loss / sum(int(s.trainable.sum()) for s in sequences(step))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMISER.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm)
         facts = {
             "loss": loss.item(),
             "grad_norm": float(norm),
             "learning_rate": scheduler.get_last_lr()[0],
         }
-        optimiser.step()
+        optimizer.step()
         scheduler.step()
         parameters = {name: p.detach().clone() for name, p in policy.named_parameters()}
         steps.append((facts, parameters))
     norms = [facts["grad_norm"] for facts, _ in steps]
-    assert min(norms) < OPTIMISER.max_grad_norm < max(norms)
+    assert min(norms) < OPTIMIZER.max_grad_norm < max(norms)
     return steps
 
 
@@ -325,7 +325,7 @@ def test_every_parameter_is_truly_partitioned(outcome):
         for name, (shape, length) in note["own"].items():
             assert tuple(shape) == before[name].shape
             assert length == -(-before[name].numel() // outcome.num_ranks)
-        # Nothing whole is in memory, and the optimiser has a rank's share only.
+        # Nothing whole is in memory, and the optimizer has a rank's share only.
         assert note["whole"] == 0
         assert note["optimised"] == sum(length for _, length in note["own"].values())
         assert note["optimised"] <= num_parameters / outcome.num_ranks * 1.01

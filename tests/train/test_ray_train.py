@@ -15,11 +15,11 @@ def test_ranks_without_room_are_waited_for_only_so_long(ray_session: None, tmp_p
         num_workers=2,
         cpus_per_worker=1000,
         tokens_per_micro_batch=64,
-        deadline_seconds=3,
+        timeout_seconds=3,
         max_failures=0,
     )
     expected = (
-        r"waited more than 3 s \(learner.deadline_seconds\) for 2 ranks with"
+        r"waited more than 3 s \(learner.timeout_seconds\) for 2 ranks with"
         r" \{'CPU': 1000.0\} each; the cluster has 4 CPU \(\S+ free\)"
     )
     with pytest.raises(TimeoutError, match=expected):

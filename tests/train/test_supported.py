@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pear_ray.config import BadInput, Job
-from pear_ray.train.supported import refuse_unsuitable
+from pear_ray.config import ConfigError, Job
+from pear_ray.train.supported import check_supported
 
 PLAIN = {
     "model_type": "qwen3",
@@ -86,11 +86,11 @@ def job_of(path: str, learner: dict[str, Any]) -> Job:
 def test_it_is_refused(tmp_path, model, learner, message):
     (tmp_path / "config.json").write_text(json.dumps(PLAIN | model))
     expected = rf"^{re.escape(f'{tmp_path}: config.json: {message}')}; expected "
-    with pytest.raises(BadInput, match=expected):
-        refuse_unsuitable(job_of(str(tmp_path), learner), str(tmp_path))
+    with pytest.raises(ConfigError, match=expected):
+        check_supported(job_of(str(tmp_path), learner), str(tmp_path))
 
 
 @pytest.mark.parametrize(("model", "learner"), SUITABLE.values(), ids=SUITABLE)
 def test_others_are_not(tmp_path, model, learner):
     (tmp_path / "config.json").write_text(json.dumps(PLAIN | model))
-    refuse_unsuitable(job_of(str(tmp_path), learner), str(tmp_path))
+    check_supported(job_of(str(tmp_path), learner), str(tmp_path))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pear_ray.config import BadInput, Lora
+from pear_ray.config import ConfigError, Lora
 from pear_ray.train.lora import add_adapters, merged_parameters
-from pear_ray.weights.adapters import AdapterReplica, adapter_partitions, merge
+from pear_ray.weights.adapters import AdapterCache, adapter_partitions, merge
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.types import WeightVersion
 from tests.weights.ranks import assert_same, bits, partitions
@@ -64,7 +64,7 @@ def published(publishers, whole, version, scaling=SETTINGS.alpha / SETTINGS.rank
 def test_merged_is_what_the_export_merges(adapted, dtype, num_ranks):
     folder, models = adapted
     base = load_file(folder / "model.safetensors")
-    replica = AdapterReplica(str(folder))
+    replica = AdapterCache(str(folder))
     publishers = [Publisher(rank, 1, full_every=2) for rank in range(num_ranks)]
     for version in range(3):
         whole = trained(models[dtype], version)
@@ -122,7 +122,7 @@ def test_weights_come_from_any_file_of_the_folder(tmp_path, whole):
     base = torch.randn(4, 5)
     save_file({"other": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({f"{Q}.weight": base}, tmp_path / "model-00002-of-00002.safetensors")
-    found = AdapterReplica(str(tmp_path)).fetch(published([Publisher(0, 1, 1)], whole, 4, 0.5), 30)
+    found = AdapterCache(str(tmp_path)).fetch(published([Publisher(0, 1, 1)], whole, 4, 0.5), 30)
     A, B = whole.values()
     assert found.keys() == {f"{Q}.weight", "other"}
     torch.testing.assert_close(found[f"{Q}.weight"], base + 0.5 * B @ A)
@@ -143,22 +143,22 @@ FOLDERS = {
 @pytest.mark.parametrize(("shapes", "message"), FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_that_does_not_fit_is_refused(tmp_path, whole, shapes, message):
     folder = folder_of(tmp_path, **{name: torch.zeros(shape) for name, shape in shapes.items()})
-    replica = AdapterReplica(str(folder))
-    with pytest.raises(BadInput) as caught:
+    replica = AdapterCache(str(folder))
+    with pytest.raises(ConfigError) as caught:
         replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
     assert str(caught.value) == message.replace("FOLDER", str(folder))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     message = f"{tmp_path}: read no *.safetensors, expected those of the start model"
-    with pytest.raises(BadInput, match=f"^{re.escape(message)}$"):
-        AdapterReplica(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        AdapterCache(str(tmp_path))
 
 
 @pytest.mark.parametrize("lost", ["lora_A.default.weight", "lora_B.default.weight"])
 def test_half_an_adapter_is_refused(tmp_path, whole, lost):
     del whole[f"{Q}.{lost}"]
-    replica = AdapterReplica(folder_of(tmp_path, **{f"{Q}.weight": torch.zeros(4, 5)}))
+    replica = AdapterCache(folder_of(tmp_path, **{f"{Q}.weight": torch.zeros(4, 5)}))
     with pytest.raises(ValueError) as caught:
         replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
     assert str(caught.value) == f"weights version 4: lacks {Q}.{lost}, half of an adapter"
@@ -166,7 +166,7 @@ def test_half_an_adapter_is_refused(tmp_path, whole, lost):
 
 def test_a_version_of_whole_parameters_is_refused(tmp_path):
     share = Publisher(0, 1, 1).publish(partitions({"w": torch.zeros(3)}, 0, 1), 4)
-    replica = AdapterReplica(folder_of(tmp_path, w=torch.zeros(3)))
+    replica = AdapterCache(folder_of(tmp_path, w=torch.zeros(3)))
     with pytest.raises(ValueError) as caught:
         replica.fetch(WeightVersion(4, 1, share.buckets), 30)
     message = "weights version 4: lacks lora_scaling, expected adapters and their scaling"

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pear_ray.weights.delta import Delta, apply, difference
-from pear_ray.weights.fetch import BaseMissing, Replica
+from pear_ray.weights.fetch import BaseMissing, WeightCache
 from pear_ray.weights.types import WeightVersion
 from tests.weights.ranks import Ranks, assert_same, changed, partitions, random_bits, with_bucket
 
@@ -100,7 +100,7 @@ def test_a_delta_that_contradicts_itself_is_refused(parts, message):
 def test_every_bit_arrives_whatever_changed(seed, sizes, dtype, num_ranks, shares):
     rng = np.random.default_rng(seed)
     whole = {str(n): random_bits(rng, (size,), dtype) for n, size in enumerate(sizes)}
-    ranks, replica = Ranks(num_ranks, full_every=100), Replica()
+    ranks, replica = Ranks(num_ranks, full_every=100), WeightCache()
     assert_same(replica.fetch(ranks.publish(whole, 0), 30), whole)
     for version, share in enumerate(shares, 1):
         whole = {name: changed(rng, tensor, share) for name, tensor in whole.items()}
@@ -110,7 +110,7 @@ def test_every_bit_arrives_whatever_changed(seed, sizes, dtype, num_ranks, share
 @with_store
 def test_zeros_and_nans_that_differ_in_bits_alone_are_changes():
     halves = [[0x0000, 0x7FC0, 0x3F80], [0x8000, 0x7FC1, 0x3F80], [0x8000, 0xFFC1, 0x3F80]]
-    ranks, replica = Ranks(1, full_every=100), Replica()
+    ranks, replica = Ranks(1, full_every=100), WeightCache()
     for version, values in enumerate(halves):
         # Among many that stay, or the bucket would travel whole.
         bits = torch.tensor(values + [0] * 1000, dtype=torch.uint16)
@@ -135,12 +135,12 @@ def versions(count, share=0.02, start=0):
 
 @with_store
 def test_thirty_deltas_are_a_full_version():
-    ranks, replica = Ranks(2, full_every=100), Replica()
+    ranks, replica = Ranks(2, full_every=100), WeightCache()
     for number, whole in versions(31):
         found = replica.fetch(ranks.publish(whole, number), 30)
         assert {share.base_version for share in ranks.shares} == {number - 1 if number else None}
     assert_same(found, whole)
-    assert_same(Replica().fetch(ranks.publish(whole, 31, full=True), 30), whole)
+    assert_same(WeightCache().fetch(ranks.publish(whole, 31, full=True), 30), whole)
 
 
 @with_store
@@ -163,7 +163,7 @@ def test_what_changed_everywhere_travels_whole_beside_deltas():
     # Each partition fills a bucket of its own; rank 1 alone has what changed.
     rng = np.random.default_rng(0)
     small = {name: random_bits(rng, (600_000,), torch.bfloat16) for name in "abc"}
-    ranks, replica = Ranks(2, full_every=100), Replica()
+    ranks, replica = Ranks(2, full_every=100), WeightCache()
     replica.fetch(ranks.publish(small, 0), 30)
     half = small["b"].clone()
     half[300_000:] = changed(rng, half[300_000:], 1.0)
@@ -189,7 +189,7 @@ SCHEDULES = {
     ("full_every", "numbers", "asked", "bases"), SCHEDULES.values(), ids=SCHEDULES
 )
 def test_which_versions_are_full(full_every, numbers, asked, bases):
-    ranks, replica, whole = Ranks(2, full_every=full_every), Replica(), model()
+    ranks, replica, whole = Ranks(2, full_every=full_every), WeightCache(), model()
     found = []
     for number in numbers:
         version = ranks.publish(whole, number, full=number in asked)
@@ -201,7 +201,7 @@ def test_which_versions_are_full(full_every, numbers, asked, bases):
 
 @with_store
 def test_ranks_that_were_asked_for_different_things_agree_again():
-    ranks, replica = Ranks(2, full_every=3), Replica()
+    ranks, replica = Ranks(2, full_every=3), WeightCache()
     bases = []
     for number, whole in versions(5):
         shares = [
@@ -216,7 +216,7 @@ def test_ranks_that_were_asked_for_different_things_agree_again():
 @with_store
 def test_after_a_failure_half_way_the_next_version_is_full():
     (_, first), (_, second), (_, third) = versions(3)
-    ranks, replica = Ranks(1, full_every=100), Replica()
+    ranks, replica = Ranks(1, full_every=100), WeightCache()
     replica.fetch(ranks.publish(first, 0), 30)
 
     def broken():
@@ -238,7 +238,7 @@ BASE_MISSING = (
 
 @with_store
 def test_a_lost_delta_is_told_and_a_full_version_helps():
-    ranks, replica = Ranks(2, full_every=100), Replica()
+    ranks, replica = Ranks(2, full_every=100), WeightCache()
     published = [(ranks.publish(whole, number), whole) for number, whole in versions(4)]
     replica.fetch(published[0][0], 30)
     for number, base, holds in ((2, 1, "version 0"), (1, 0, "none"), (2, 1, "none")):
@@ -254,7 +254,7 @@ def test_a_lost_delta_is_told_and_a_full_version_helps():
 @with_store
 @pytest.mark.parametrize("part", Delta._fields)
 def test_a_flipped_bit_of_a_delta_is_refused_and_the_replica_starts_anew(part):
-    ranks, replica = Ranks(2, full_every=100), Replica()
+    ranks, replica = Ranks(2, full_every=100), WeightCache()
     (first, second) = versions(2)
     replica.fetch(ranks.publish(first[1], 0), 30)
     version = ranks.publish(second[1], 1)
@@ -270,7 +270,7 @@ def test_a_flipped_bit_of_a_delta_is_refused_and_the_replica_starts_anew(part):
 @with_store
 def test_a_base_of_the_same_number_with_other_bytes_does_not_pass():
     """Learners that went back to a checkpoint need not become what they were before."""
-    replica = Replica()
+    replica = WeightCache()
     before, after = Ranks(1, full_every=100), Ranks(1, full_every=100)
     replica.fetch(before.publish(model(seed=1), 5), 30)
     whole = model(seed=2)
@@ -291,7 +291,7 @@ def never():
 
 @with_store
 def test_what_is_held_outlives_a_deadline():
-    ranks, replica = Ranks(2, full_every=100), Replica()
+    ranks, replica = Ranks(2, full_every=100), WeightCache()
     (_, first), (_, second) = versions(2)
     replica.fetch(ranks.publish(first, 0), 30)
     version = ranks.publish(second, 1)

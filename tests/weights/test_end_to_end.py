@@ -17,16 +17,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pear_ray.config import Learner as Settings
-from pear_ray.config import Optimiser
-from pear_ray.data.batch_queue import StepQueue
-from pear_ray.engines.generator import Request, Trace
+from pear_ray.config import Optimizer
+from pear_ray.data.batch_queue import BatchQueue
+from pear_ray.engines.generator import SampleRequest, ScoreRequest
 from pear_ray.losses.packing import pack
 from pear_ray.losses.sft import Supervised
 from pear_ray.records import TrainingSequence
 from pear_ray.train.learner import Learner
-from pear_ray.weights.fetch import Replica
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import Publisher
-from pear_ray.weights.registry import Board
+from pear_ray.weights.registry import PolicyVersions
 
 
 class Kind(NamedTuple):
@@ -38,8 +38,8 @@ class Kind(NamedTuple):
 
 
 KINDS = [Kind(*kind) for kind in itertools.product((True, False), (1, 2), (1, 8))]
-SETTINGS = Settings(tokens_per_micro_batch=200, deadline_seconds=200)
-OPTIMISER = Optimiser(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
+SETTINGS = Settings(tokens_per_micro_batch=200, timeout_seconds=200)
+OPTIMIZER = Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
 NUM_VERSIONS = 3
 # Of all elements, those that a step is let change where versions are to travel as changes.
 CHANGED_SHARE = 0.1
@@ -69,19 +69,19 @@ def learn(rank, num_ranks, meetings, folder):
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting-{num_ranks}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
-    for kind, (model, board, queue) in meetings.items():
-        learner = Learner(model, "float32", SETTINGS, OPTIMISER, num_steps=3, seed=0)
+    for kind, (model, versions_actor, queue) in meetings.items():
+        learner = Learner(model, "float32", SETTINGS, OPTIMIZER, num_steps=3, seed=0)
         publisher = Publisher(rank, bucket_mib=1, full_every=kind.full_every)
         for version in range(NUM_VERSIONS):
             share = publisher.publish(learner.partitions(), version)
-            ray.get(board.announce.remote(share, num_ranks, 0, "only"))
+            ray.get(versions_actor.announce.remote(share, num_ranks, 0, "only"))
             probe = pack(PROBE, 1, SETTINGS.tokens_per_micro_batch)[0]
             logprobs = by_origin(probe, learner.logprobs(probe))
             learner.export(folder / f"{name_of(kind)}-{version}", model)
             if rank == 0:
                 np.savez(folder / f"{name_of(kind)}-{version}.npz", **logprobs)
             # Buckets die with this process: it goes on once they have been fetched.
-            ray.get(queue.take.remote(version, SETTINGS.deadline_seconds))
+            ray.get(queue.take.remote(version, SETTINGS.timeout_seconds))
             before = [part.clone() for _, _, part in learner.partitions()]
             batches = pack(sequences(version), num_ranks, SETTINGS.tokens_per_micro_batch)
             learner.step(batches[rank], Supervised())
@@ -113,19 +113,23 @@ def generate(meetings, engine_of):
     """The other side: take every version, and say what was received and what the engine gives."""
     seen = {}
     traces = [
-        Trace(tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist()))
+        ScoreRequest(
+            tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist())
+        )
         for s in PROBE
     ]
-    for kind, (model, board, queue) in meetings.items():
+    for kind, (model, versions_actor, queue) in meetings.items():
         try:
-            engine, replica, mark = engine_of(kind.tied), Replica(), None
+            engine, replica, mark = engine_of(kind.tied), WeightCache(), None
             engine.load_folder(model)
             for number in range(NUM_VERSIONS):
-                announced = ray.get(board.newest.remote(mark, SETTINGS.deadline_seconds))
+                announced = ray.get(versions_actor.newest.remote(mark, SETTINGS.timeout_seconds))
                 mark, newest = announced.mark, announced.versions[-1]
                 loaded = served(engine, announced.versions, traces)
                 fetched = {n: t.clone() for n, t in replica.fetch(newest, 60).items()}
-                answers = engine.ask([Request(traces[0].prompt_ids, 1, seed=0, min_version=number)])
+                answers = engine.generate(
+                    [SampleRequest(traces[0].prompt_ids, 1, seed=0, min_version=number)]
+                )
                 is_delta = newest.base_version is not None
                 seen[kind, number] = (newest.version, is_delta, fetched, loaded, answers)
                 ray.get(queue.put.remote(number, [ray.put(None)]))
@@ -137,8 +141,8 @@ def generate(meetings, engine_of):
 
 def served(engine, versions, traces):
     """What the only engine says once it serves the last of the versions."""
-    engine.serve(versions, traces, SETTINGS.deadline_seconds)
-    end = time.monotonic() + SETTINGS.deadline_seconds
+    engine.serve(versions, traces, SETTINGS.timeout_seconds)
+    end = time.monotonic() + SETTINGS.timeout_seconds
     while time.monotonic() < end:
         engine.finished()
         assert engine.failed_loads == []
@@ -157,7 +161,7 @@ def met(tiny_model, engine_of, tmp_path_factory):
     seen = {}
     for num_ranks in (1, 2):
         meetings = {
-            kind: (str(tiny_model(kind.tied)), Board.remote(), StepQueue.remote())
+            kind: (str(tiny_model(kind.tied)), PolicyVersions.remote(), BatchQueue.remote())
             for kind in KINDS
             if kind.num_ranks == num_ranks
         }
@@ -165,13 +169,13 @@ def met(tiny_model, engine_of, tmp_path_factory):
             generators = executor.submit(generate, meetings, engine_of)
             try:
                 ranks = [learn.remote(n, num_ranks, meetings, folder) for n in range(num_ranks)]
-                ray.get(ranks, timeout=SETTINGS.deadline_seconds)
+                ray.get(ranks, timeout=SETTINGS.timeout_seconds)
             finally:
-                for _, board, _ in meetings.values():
-                    ray.get(board.close.remote("the learners have ended"))
+                for _, versions_actor, _ in meetings.values():
+                    ray.get(versions_actor.close.remote("the learners have ended"))
             seen |= generators.result()
-        for _, board, queue in meetings.values():
-            ray.kill(board)
+        for _, versions_actor, queue in meetings.values():
+            ray.kill(versions_actor)
             ray.kill(queue)
     return folder, seen
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.weights.fetch import Replica
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import Publisher, checksum
 from tests.weights.ranks import Ranks, assert_same, partitions, random_bits, with_bucket
 
@@ -51,7 +51,7 @@ def test_what_is_fetched_is_what_was_published(num_ranks, bucket_mib, full_every
     version = Ranks(num_ranks, bucket_mib, full_every).publish(whole, 5)
     num_buckets = len(version.buckets) / num_ranks
     assert num_buckets == 1 if bucket_mib == 512 else num_buckets > 1
-    assert_same(Replica().fetch(version, 30), whole)
+    assert_same(WeightCache().fetch(version, 30), whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,7 +68,7 @@ def test_every_bit_arrives(seed, shapes, num_ranks, full_every):
         for number, shape in enumerate(shapes)
     }
     version = Ranks(num_ranks, full_every=full_every).publish(whole, 0)
-    assert_same(Replica().fetch(version, 30), whole)
+    assert_same(WeightCache().fetch(version, 30), whole)
 
 
 def test_other_dtypes_arrive_too():
@@ -80,7 +80,7 @@ def test_other_dtypes_arrive_too():
         "none": torch.empty(0, 3),
     }
     for num_ranks in (1, 2):
-        assert_same(Replica().fetch(Ranks(num_ranks).publish(whole, 0), 30), whole)
+        assert_same(WeightCache().fetch(Ranks(num_ranks).publish(whole, 0), 30), whole)
 
 
 def test_a_bucket_is_no_longer_than_asked_unless_one_partition_is():
@@ -99,19 +99,19 @@ def test_buckets_may_come_in_any_order_of_ranks():
     whole = tensors(1)
     version = Ranks(3).publish(whole, 5)
     backwards = dataclasses.replace(version, buckets=version.buckets[::-1])
-    assert_same(Replica().fetch(backwards, 30), whole)
+    assert_same(WeightCache().fetch(backwards, 30), whole)
 
 
 def test_one_rank_without_deltas_is_not_copied():
     version = Ranks(1).publish(tensors(1), 5)
-    found = Replica().fetch(version, 30)
+    found = WeightCache().fetch(version, 30)
     stored = [item for bucket in version.buckets for item in ray.get(bucket.reference[0])]
     assert [tensor.data_ptr() for tensor in found.values()] == [i.ctypes.data for i in stored]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_where_deltas_may_follow_a_replica_writes_into_the_same_memory(num_ranks):
-    ranks, replica = Ranks(num_ranks, full_every=2), Replica()
+    ranks, replica = Ranks(num_ranks, full_every=2), WeightCache()
     places = [
         [tensor.data_ptr() for tensor in replica.fetch(ranks.publish(tensors(n), n), 30).values()]
         for n in range(3)
@@ -120,7 +120,7 @@ def test_where_deltas_may_follow_a_replica_writes_into_the_same_memory(num_ranks
 
 
 def test_a_replica_outlives_a_change_of_the_number_of_ranks():
-    replica = Replica()
+    replica = WeightCache()
     for version, num_ranks in enumerate((2, 3, 1)):
         whole = tensors(num_ranks)
         found = replica.fetch(Ranks(num_ranks, full_every=2).publish(whole, version), 30)
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_refused(full_every):
     damaged = with_bucket(version, number, reference=[ray.put(items)])
     message = f"weights version 5, rank 1, bucket {number}: checksum differs from the published one"
     with pytest.raises(ValueError) as caught:
-        Replica().fetch(damaged, 30)
+        WeightCache().fetch(damaged, 30)
     assert str(caught.value) == message
 
 
@@ -153,7 +153,7 @@ def test_a_shortened_object_is_refused():
     for change in (lambda items: items[:-1], lambda items: [*items[:-1], items[-1][:-1]]):
         items = change(ray.get(version.buckets[0].reference[0]))
         with pytest.raises(ValueError, match=r"^weights version 5, rank 0, bucket 0: "):
-            Replica().fetch(with_bucket(version, 0, reference=[ray.put(items)]), 30)
+            WeightCache().fetch(with_bucket(version, 0, reference=[ray.put(items)]), 30)
 
 
 def test_a_missing_rank_is_refused():
@@ -161,7 +161,7 @@ def test_a_missing_rank_is_refused():
     for absent in range(3):
         kept = tuple(bucket for bucket in version.buckets if bucket.rank != absent)
         with pytest.raises(ValueError) as caught:
-            Replica().fetch(dataclasses.replace(version, buckets=kept), 30)
+            WeightCache().fetch(dataclasses.replace(version, buckets=kept), 30)
         left = [rank for rank in range(3) if rank != absent]
         assert str(caught.value) == A_RANK_IS_MISSING.format(left)
 
@@ -194,7 +194,7 @@ def test_a_bucket_that_never_comes_ends_the_wait_at_its_deadline():
     # The buckets before it do not lengthen the wait.
     started = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
-        Replica().fetch(late, 1)
+        WeightCache().fetch(late, 1)
     assert str(caught.value) == "weights version 5, rank 0, bucket 1: not fetched within 1 s"
     assert time.monotonic() - started < 5
     ray.kill(learner)
@@ -208,4 +208,4 @@ def test_a_bucket_whose_publisher_died_is_named():
     with pytest.raises(LookupError, match=r"version 5, rank 0, bucket \d: no longer in the store"):
         # The store learns of the death a moment later; until then the version is whole.
         while time.monotonic() < end:
-            Replica().fetch(version, 60)
+            WeightCache().fetch(version, 60)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import ray
 
-from pear_ray.data.batch_queue import Closed, StepQueue
-from pear_ray.weights.registry import Board
-from pear_ray.weights.types import Bucket, Share
+from pear_ray.data.batch_queue import BatchQueue, QueueClosed
+from pear_ray.weights.registry import PolicyVersions
+from pear_ray.weights.types import Bucket, RankShard
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = pytest.cursor.usefixtures("ray_session")
 
 SHORT, LONG = 0.3, 60.0
 MIB = 2**20
@@ -21,144 +21,150 @@ MIB = 2**20
 def share(rank, version=0, label=b"", base_version=None):
     """One rank's part of a version, told apart by its content."""
     reference = [ray.put(np.frombuffer(label, np.uint8))]
-    return Share(version, rank, (Bucket(reference, rank, 0, (), base_version),), len(label))
+    return RankShard(version, rank, (Bucket(reference, rank, 0, (), base_version),), len(label))
 
 
-def announce(board, *shares, num_ranks=1, next_problem=0, attempt="first"):
+def announce(versions_actor, *shares, num_ranks=1, next_problem=0, attempt="first"):
     for each in shares:
-        ray.get(board.announce.remote(each, num_ranks, next_problem, attempt))
+        ray.get(versions_actor.announce.remote(each, num_ranks, next_problem, attempt))
 
 
-def newest(board, mark=None, seconds=LONG):
-    return ray.get(board.newest.remote(mark, seconds))
+def newest(versions_actor, cursor=None, seconds=LONG):
+    return ray.get(versions_actor.newest.remote(cursor, seconds))
 
 
 def test_a_version_counts_once_every_rank_has_announced_it():
-    board = Board.remote()
-    announce(board, share(1, label=b"1"), num_ranks=2)
-    assert newest(board, seconds=SHORT) is None
-    announce(board, share(0, label=b"0"), num_ranks=2, next_problem=17)
-    announced = newest(board)
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(1, label=b"1"), num_ranks=2)
+    assert newest(versions_actor, seconds=SHORT) is None
+    announce(versions_actor, share(0, label=b"0"), num_ranks=2, next_problem=17)
+    announced = newest(versions_actor)
     (version,) = announced.versions
     assert (version.version, version.num_ranks, announced.next_problem) == (0, 2, 17)
     assert [bucket.rank for bucket in version.buckets] == [0, 1]
     contents = [ray.get(bucket.reference[0]).tobytes() for bucket in version.buckets]
     assert contents == [b"0", b"1"]
-    ray.kill(board)
+    ray.kill(versions_actor)
 
 
 def test_a_rank_that_announces_twice_counts_once():
-    board = Board.remote()
-    announce(board, share(0, label=b"old"), share(0, label=b"new"), num_ranks=2)
-    assert newest(board, seconds=SHORT) is None
-    announce(board, share(1), num_ranks=2)
-    (version,) = newest(board).versions
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(0, label=b"old"), share(0, label=b"new"), num_ranks=2)
+    assert newest(versions_actor, seconds=SHORT) is None
+    announce(versions_actor, share(1), num_ranks=2)
+    (version,) = newest(versions_actor).versions
     assert ray.get(version.buckets[0].reference[0]).tobytes() == b"new"
-    ray.kill(board)
+    ray.kill(versions_actor)
 
 
-def versions_of(board):
-    return [version.version for version in newest(board).versions]
+def versions_of(versions_actor):
+    return [version.version for version in newest(versions_actor).versions]
 
 
 def test_shares_of_different_versions_are_not_mixed():
     """A rank had announced version 4 when the learners went back to their checkpoint, step 3."""
-    board = Board.remote()
-    announce(board, share(0, 4), share(1, 3), share(0, 3), num_ranks=2)
-    assert versions_of(board) == [3]
-    announce(board, share(1, 4), num_ranks=2)
-    assert versions_of(board) == [3]
-    announce(board, share(0, 4), num_ranks=2)
-    assert versions_of(board) == [4]
-    ray.kill(board)
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(0, 4), share(1, 3), share(0, 3), num_ranks=2)
+    assert versions_of(versions_actor) == [3]
+    announce(versions_actor, share(1, 4), num_ranks=2)
+    assert versions_of(versions_actor) == [3]
+    announce(versions_actor, share(0, 4), num_ranks=2)
+    assert versions_of(versions_actor) == [4]
+    ray.kill(versions_actor)
 
 
 def test_shares_of_different_attempts_are_not_mixed():
     """Learners died after one of them had announced their first version, and began again."""
-    board = Board.remote()
-    announce(board, share(0, 3, label=b"dead"), share(2, 3), num_ranks=3)
-    announce(board, share(1, 3), num_ranks=2, attempt="second")
-    assert newest(board, seconds=SHORT) is None
-    announce(board, share(0, 3, label=b"alive"), num_ranks=2, attempt="second")
-    (version,) = newest(board).versions
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(0, 3, label=b"dead"), share(2, 3), num_ranks=3)
+    announce(versions_actor, share(1, 3), num_ranks=2, attempt="second")
+    assert newest(versions_actor, seconds=SHORT) is None
+    announce(versions_actor, share(0, 3, label=b"alive"), num_ranks=2, attempt="second")
+    (version,) = newest(versions_actor).versions
     assert ray.get(version.buckets[0].reference[0]).tobytes() == b"alive"
-    ray.kill(board)
+    ray.kill(versions_actor)
 
 
 def test_a_change_comes_with_what_it_changes():
-    board = Board.remote()
-    announce(board, share(0, 5), share(0, 6, base_version=5))
-    assert versions_of(board) == [5, 6]
-    announce(board, share(0, 7, base_version=6))
-    assert versions_of(board) == [6, 7]
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(0, 5), share(0, 6, base_version=5))
+    assert versions_of(versions_actor) == [5, 6]
+    announce(versions_actor, share(0, 7, base_version=6))
+    assert versions_of(versions_actor) == [6, 7]
     # Learners that fell back to a checkpoint: what they say is whole, and all else is void.
-    announce(board, share(0, 4))
-    assert versions_of(board) == [4]
-    announce(board, share(0, 5, base_version=4))
-    assert versions_of(board) == [4, 5]
-    ray.kill(board)
+    announce(versions_actor, share(0, 4))
+    assert versions_of(versions_actor) == [4]
+    announce(versions_actor, share(0, 5, base_version=4))
+    assert versions_of(versions_actor) == [4, 5]
+    ray.kill(versions_actor)
 
 
 def test_a_wait_ends_with_the_next_announcement():
-    board = Board.remote()
-    announce(board, share(0, 0))
-    seen = newest(board)
-    waiting = board.newest.remote(seen.mark, LONG)
+    versions_actor = PolicyVersions.remote()
+    announce(versions_actor, share(0, 0))
+    seen = newest(versions_actor)
+    waiting = versions_actor.newest.remote(seen.cursor, LONG)
     assert ray.wait([waiting], timeout=SHORT)[0] == []
-    announce(board, share(0, 1))
+    announce(versions_actor, share(0, 1))
     assert [v.version for v in ray.get(waiting, timeout=LONG).versions] == [1]
-    assert newest(board, newest(board).mark, seconds=SHORT) is None
+    assert newest(versions_actor, newest(versions_actor).cursor, seconds=SHORT) is None
     # The same version again, whole this time, is news too.
-    mark = newest(board).mark
-    announce(board, share(0, 1))
-    assert newest(board, mark).mark != mark
-    ray.kill(board)
+    cursor = newest(versions_actor).cursor
+    announce(versions_actor, share(0, 1))
+    assert newest(versions_actor, cursor).cursor != cursor
+    ray.kill(versions_actor)
 
 
 def test_whole_weights_are_wished_for_until_they_come():
-    board = Board.remote()
-    assert ray.get(board.wish.remote(0)) == "again"
-    announce(board, share(0, 0))
-    assert ray.get(board.wish.remote(0)) == "nothing"
-    ray.get(board.want_full.remote())
-    assert ray.get(board.wish.remote(0)) == "full"
-    announce(board, share(0, 1, base_version=0))
-    assert ray.get(board.wish.remote(1)) == "full"
-    announce(board, share(0, 2))
-    assert ray.get(board.wish.remote(2)) == "nothing"
-    ray.kill(board)
+    versions_actor = PolicyVersions.remote()
+    assert ray.get(versions_actor.requested_update.remote(0)) == "again"
+    announce(versions_actor, share(0, 0))
+    assert ray.get(versions_actor.requested_update.remote(0)) == "nothing"
+    ray.get(versions_actor.request_full.remote())
+    assert ray.get(versions_actor.requested_update.remote(0)) == "full"
+    announce(versions_actor, share(0, 1, base_version=0))
+    assert ray.get(versions_actor.requested_update.remote(1)) == "full"
+    announce(versions_actor, share(0, 2))
+    assert ray.get(versions_actor.requested_update.remote(2)) == "nothing"
+    ray.kill(versions_actor)
 
 
-LASTING = {"max_restarts": -1, "max_task_retries": -1}
+RESTARTABLE = {"max_restarts": -1, "max_task_retries": -1}
 
 
 def test_a_board_that_died_is_told_again():
-    board = Board.options(**LASTING).remote()
-    announce(board, share(0, 3))
-    mark = newest(board).mark
-    waiting = board.newest.remote(mark, LONG)
-    ray.kill(board, no_restart=False)
-    assert becomes(lambda: ray.get(board.wish.remote(3), timeout=LONG) == "again")
-    announce(board, share(0, 3))
+    versions_actor = PolicyVersions.options(**RESTARTABLE).remote()
+    announce(versions_actor, share(0, 3))
+    cursor = newest(versions_actor).cursor
+    waiting = versions_actor.newest.remote(cursor, LONG)
+    ray.kill(versions_actor, no_restart=False)
+    assert becomes(
+        lambda: ray.get(versions_actor.requested_update.remote(3), timeout=LONG) == "again"
+    )
+    announce(versions_actor, share(0, 3))
     again = ray.get(waiting, timeout=LONG)
-    assert [v.version for v in again.versions] == [3] and again.mark != mark
-    ray.kill(board)
+    assert [v.version for v in again.versions] == [3] and again.cursor != cursor
+    ray.kill(versions_actor)
 
 
 def test_at_most_two_versions_are_alive_in_the_store():
-    board, size = Board.remote(), 16 * MIB
+    versions_actor, size = PolicyVersions.remote(), 16 * MIB
     before = store_bytes()
     for version in range(5):
         for rank in range(2):
             reference = ray.put(np.full(size, version, np.uint8))
             announce(
-                board, Share(version, rank, (Bucket([reference], rank, 0, ()),), size), num_ranks=2
+                versions_actor,
+                RankShard(version, rank, (Bucket([reference], rank, 0, ()),), size),
+                num_ranks=2,
             )
             del reference
             assert store_bytes() > before + size - MIB
             assert settles_below(before + 2 * 2 * size + MIB)
-        assert (ray.get(newest(board).versions[-1].buckets[1].reference[0]) == version).all()
-    ray.kill(board)
+        assert (
+            ray.get(newest(versions_actor).versions[-1].buckets[1].reference[0]) == version
+        ).all()
+    ray.kill(versions_actor)
     assert settles_below(before + MIB)
 
 
@@ -181,14 +187,14 @@ def becomes(condition):
 
 
 def test_closing_the_board_wakes_those_who_wait():
-    board = Board.remote()
-    waiting = [board.newest.remote(None, LONG) for _ in range(2)]
+    versions_actor = PolicyVersions.remote()
+    waiting = [versions_actor.newest.remote(None, LONG) for _ in range(2)]
     assert ray.wait(waiting, timeout=SHORT)[0] == []
-    ray.get(board.close.remote("the learners have ended"))
-    for wait in (*waiting, board.newest.remote(None, LONG)):
-        with pytest.raises(Closed, match="the learners have ended"):
+    ray.get(versions_actor.close.remote("the learners have ended"))
+    for wait in (*waiting, versions_actor.newest.remote(None, LONG)):
+        with pytest.raises(QueueClosed, match="the learners have ended"):
             ray.get(wait, timeout=LONG)
-    ray.kill(board)
+    ray.kill(versions_actor)
 
 
 def take(queue, step, deadline=LONG):
@@ -200,7 +206,7 @@ def put(queue, step):
 
 
 def test_rollouts_come_by_step_and_again_when_asked_again():
-    queue = StepQueue.remote()
+    queue = BatchQueue.remote()
     waiting = queue.take.remote(0, LONG)
     for step in (2, 0, 1):
         put(queue, step)
@@ -214,7 +220,7 @@ def test_rollouts_come_by_step_and_again_when_asked_again():
 
 
 def test_forgotten_rollouts_are_gone_and_later_ones_stay():
-    queue = StepQueue.remote()
+    queue = BatchQueue.remote()
     for step in range(4):
         put(queue, step)
     ray.get(queue.forget_before.remote(2))
@@ -226,21 +232,21 @@ def test_forgotten_rollouts_are_gone_and_later_ones_stay():
 
 
 def test_a_closed_queue_still_gives_what_is_ready():
-    queue = StepQueue.remote()
+    queue = BatchQueue.remote()
     put(queue, 0)
     waiting = queue.take.remote(1, LONG)
     assert ray.wait([waiting], timeout=SHORT)[0] == []
     ray.get(queue.close.remote("the rollouts failed: no problems"))
-    with pytest.raises(Closed, match="the rollouts failed: no problems"):
+    with pytest.raises(QueueClosed, match="the rollouts failed: no problems"):
         ray.get(waiting, timeout=LONG)
     assert take(queue, 0) == "rollouts of 0"
-    with pytest.raises(Closed):
+    with pytest.raises(QueueClosed):
         take(queue, 2)
     ray.kill(queue)
 
 
 def test_whoever_fills_the_queue_learns_where_to_begin_and_waits_for_learners():
-    queue = StepQueue.remote(2)
+    queue = BatchQueue.remote(2)
     with pytest.raises(TimeoutError, match="no learner asked within 0 s"):
         ray.get(queue.first_wanted.remote(SHORT))
     waiting = queue.take.remote(5, LONG)
@@ -258,13 +264,13 @@ def test_whoever_fills_the_queue_learns_where_to_begin_and_waits_for_learners():
     late = queue.put.remote(9, [None], LONG)
     assert ray.wait([late], timeout=SHORT)[0] == []
     ray.get(queue.close.remote("the learners have ended"))
-    with pytest.raises(Closed, match="the learners have ended"):
+    with pytest.raises(QueueClosed, match="the learners have ended"):
         ray.get(late, timeout=LONG)
     ray.kill(queue)
 
 
 def test_a_queue_that_died_is_empty_and_has_another_name():
-    queue = StepQueue.options(**LASTING).remote()
+    queue = BatchQueue.options(**RESTARTABLE).remote()
     put(queue, 0)
     ray.get(queue.forget_before.remote(0))
     before = ray.get(queue.state.remote())

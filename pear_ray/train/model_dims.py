@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pear_ray.config import BadInput
-from pear_ray.plan_memory import Shape
+from pear_ray.config import ConfigError
+from pear_ray.train.memory import ModelDims
 
 
-def shape_of(field: str, path: str) -> Shape:
+def model_dims(field: str, path: str) -> ModelDims:
     """The shape of the model in a folder (its config.json is enough) or of a hub name.
 
     Raises:
-        BadInput: there is no configuration to be read; names the `field`.
+        ConfigError: there is no configuration to be read; names the `field`.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first, *_ = str(error).splitlines()
-        raise BadInput(
+        raise ConfigError(
             f"{field}: read {path!r}; expected a folder with config.json, or a hub name that can be"
             f" reached: {first}"
         ) from error
@@ -27,7 +27,7 @@ def shape_of(field: str, path: str) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Shape(
+    return ModelDims(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,

@@ -13,7 +13,7 @@ from torch import Tensor
 from pear_ray.train.learner import Learner
 
 
-class HoldingLearner(Learner):
+class FreezingLearner(Learner):
     """Under ZeRO-3 alone."""
 
     def values(self) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from pear_ray.plan_memory import GIB, Shape, Training, of_engine, of_rank, of_store
+from pear_ray.train.memory import GIB, ModelDims, Training, of_engine, of_rank, of_store
 
-QWEN3_8B = Shape(8_190_735_360, 36, 4096, 12288, 4096, 1024, 151_936)
+QWEN3_8B = ModelDims(8_190_735_360, 36, 4096, 12288, 4096, 1024, 151_936)
 EIGHT = Training(
     num_ranks=8,
     zero_stage=3,
@@ -59,7 +59,7 @@ def kept_elements(num_layers: int, checkpoints: bool, num_tokens: int = 64) -> f
 @pytest.mark.parametrize(("checkpoints", "expected"), [(False, None), (True, 128.0)])
 def test_what_a_layer_keeps(checkpoints: bool, expected: float | None) -> None:
     layer = kept_elements(3, checkpoints) - kept_elements(2, checkpoints)
-    shape = Shape(0, 3, 128, 320, 6 * 32, 2 * 32, 50)
+    shape = ModelDims(0, 3, 128, 320, 6 * 32, 2 * 32, 50)
     assert layer == pytest.approx(expected or shape.saved_per_token, rel=0.03)
 
 
@@ -67,13 +67,13 @@ def test_a_rank_of_qwen3_8b_by_hand() -> None:
     items = of_rank(QWEN3_8B, 2, EIGHT)
     share = 8_190_735_360 / 8
     assert items["weights"] == items["gradients"] == 2 * share
-    assert items["optimiser"] == 12 * share
+    assert items["optimizer"] == 12 * share
     assert items["activations"] == 2 * 16_384 * (36 * 4096 + 8 * 4096 + 4 * 12288 + 5 * 5120)
     assert 30 < sum(items.values()) / GIB < 40
 
 
 def test_an_engine_of_qwen3_8b_by_hand() -> None:
-    items = of_engine(QWEN3_8B, 2, tensor_parallel=2, tokens_with_logits=256, context=8192)
+    items = of_engine(QWEN3_8B, 2, tensor_parallel_size=2, tokens_with_logits=256, context=8192)
     assert items["weights"] == 8_190_735_360
     # 147,456 bytes for each token: 2 x 36 layers x 8 heads of 128 x 2 bytes.
     assert items["one sequence"] == 8192 * 147_456 / 2
@@ -94,7 +94,7 @@ def test_what_is_partitioned_over_more_ranks_is_never_more(
     items = of_rank(QWEN3_8B, element_bytes, one)
     assert all(more[name] <= size for name, size in items.items())
     halved = {name for name, size in items.items() if more[name] == size / 2 and size}
-    expected = ["optimiser", "gradients", "weights"][:stage]
+    expected = ["optimizer", "gradients", "weights"][:stage]
     assert set(expected) <= halved
 
 
@@ -102,5 +102,5 @@ def test_what_is_partitioned_over_more_ranks_is_never_more(
 def test_offloading_leaves_the_device_less(stage: int) -> None:
     stays = of_rank(QWEN3_8B, 2, replace(EIGHT, zero_stage=stage))
     leaves = of_rank(QWEN3_8B, 2, replace(EIGHT, zero_stage=stage, offloads_optimizer=True))
-    assert stays["optimiser"] > leaves["optimiser"] == 0
+    assert stays["optimizer"] > leaves["optimizer"] == 0
     assert sum(leaves.values()) < sum(stays.values())

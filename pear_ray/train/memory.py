@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 GIB = 2**30
 # DeepSpeed's defaults: parameters that are gathered at once, and fetched ahead; gradients that are
-# reduced at once; parameters that the optimiser steps over at once.
+# reduced at once; parameters that the optimizer steps over at once.
 MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9
 # Context, communication, and what PyTorch's allocator cannot use.
 OVERHEAD = 3 * GIB
 # What a learner keeps while another one on its device works; gathered parameters, a step's own and
 # activations are there for one of them at a time.
-AT_REST = ("weights", "gradients", "optimiser", "buckets")
+AT_REST = ("weights", "gradients", "optimizer", "buckets")
 # What a step keeps of an element that it may put back: values from before and from between two
 # updates, in float32, and whether it does.
 HELD = 4 + 4 + 1
@@ -28,7 +28,7 @@ ENGINE_OVERHEAD = 2 * GIB
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDims:
     """What of a decoder decides its memory. Example: Shape(8_190_735_360, 36, 4096, 12288, 4096,
     1024, 151_936) is Qwen3-8B in full."""
 
@@ -66,7 +66,7 @@ class Training:
     offloads_parameters: bool = False
 
 
-def of_rank(shape: Shape, element_bytes: int, how: Training) -> dict[str, float]:
+def of_rank(shape: ModelDims, element_bytes: int, how: Training) -> dict[str, float]:
     """Bytes on the device of one rank, by item."""
     parts_of = [1 if how.zero_stage < stage else how.num_ranks for stage in (3, 2, 1)]
     of_weights, of_gradients, of_states = parts_of
@@ -77,7 +77,7 @@ def of_rank(shape: Shape, element_bytes: int, how: Training) -> dict[str, float]
     items = {
         "weights": 0.0 if how.offloads_parameters else weights,
         "gradients": trained * element_bytes / of_gradients,
-        "optimiser": 0.0 if how.offloads_optimizer else states,
+        "optimizer": 0.0 if how.offloads_optimizer else states,
         "step": 0.0 if how.offloads_optimizer else 4.0 * min(trained / of_states, SUB_GROUP),
     }
     if how.zero_stage == 3:
@@ -96,7 +96,7 @@ def at_rest(items: Mapping[str, float]) -> float:
     return sum(items.get(name, 0.0) for name in AT_REST)
 
 
-def activations(shape: Shape, element_bytes: int, how: Training) -> float:
+def activations(shape: ModelDims, element_bytes: int, how: Training) -> float:
     """What is kept of a micro-batch: everything, or the layers' inputs and one layer's rest."""
     layer = shape.saved_per_token
     per_token = shape.num_layers * layer
@@ -106,19 +106,23 @@ def activations(shape: Shape, element_bytes: int, how: Training) -> float:
 
 
 def of_engine(
-    shape: Shape, element_bytes: int, tensor_parallel: int, tokens_with_logits: int, context: int
+    shape: ModelDims,
+    element_bytes: int,
+    tensor_parallel_size: int,
+    tokens_with_logits: int,
+    context: int,
 ) -> dict[str, float]:
     """Bytes on each device of an engine that holds one sequence of `context` tokens and makes
     logits, in float32 and once more as log-probs, for so many tokens at once."""
     return {
-        "weights": shape.num_parameters * element_bytes / tensor_parallel,
-        "logits": 2.0 * 4 * tokens_with_logits * shape.vocabulary / tensor_parallel,
-        "one sequence": context * shape.cache_per_token(element_bytes) / tensor_parallel,
+        "weights": shape.num_parameters * element_bytes / tensor_parallel_size,
+        "logits": 2.0 * 4 * tokens_with_logits * shape.vocabulary / tensor_parallel_size,
+        "one sequence": context * shape.cache_per_token(element_bytes) / tensor_parallel_size,
         "overhead": ENGINE_OVERHEAD,
     }
 
 
-def of_store(shape: Shape, element_bytes: int, ranks_on_node: int, num_ranks: int) -> float:
+def of_store(shape: ModelDims, element_bytes: int, ranks_on_node: int, num_ranks: int) -> float:
     """Bytes in the object store of a node with so many of the ranks, or, where it has none, with
     engines: two versions of the weights are alive at most."""
     share = ranks_on_node / num_ranks if ranks_on_node else 1.0

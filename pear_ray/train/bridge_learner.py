@@ -1,5 +1,5 @@
 """A learner of weights and low-rank adapters side by side, whose gradients can be looked at and
-changed between the backward pass and the optimiser's step."""
+changed between the backward pass and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pear_ray.config import BadInput, Lora, Optimiser
+from pear_ray.config import ConfigError, Lora, Optimizer
 from pear_ray.train.learner import Learner
 from pear_ray.train.model import PackedPolicy
 
@@ -51,7 +51,7 @@ class MergedProduct(torch.autograd.Function):
         return of_x, of_weight, of_A, of_B, None
 
 
-class JointLinear(nn.Module):
+class LinearWithLora(nn.Module):
     """A linear layer with an adapter (arXiv 2106.09685) whose own weight is trained as well."""
 
     def __init__(self, linear: nn.Linear, lora: Lora) -> None:
@@ -74,11 +74,11 @@ class JointLinear(nn.Module):
         return self.weight + self._scaling * (self.lora_B @ self.lora_A)
 
 
-def put_beside(model: PreTrainedModel, lora: Lora) -> None:
+def add_lora(model: PreTrainedModel, lora: Lora) -> None:
     """Give the linear layers that `lora` names an adapter.
 
     Raises:
-        BadInput: the model has no such layer.
+        ConfigError: the model has no such layer.
     """
     found = [
         (name, layer)
@@ -86,13 +86,13 @@ def put_beside(model: PreTrainedModel, lora: Lora) -> None:
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in lora.targets
     ]
     if not found:
-        raise BadInput(f"cooperate.lora.targets: read {list(lora.targets)}; the model has none")
+        raise ConfigError(f"cooperate.lora.targets: read {list(lora.targets)}; the model has none")
     for name, layer in found:
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, JointLinear(layer, lora))
+        setattr(model.get_submodule(parent), own, LinearWithLora(layer, lora))
 
 
-class JointLearner(Learner):
+class WeightsAndLoraLearner(Learner):
     """Under ZeRO-3 alone: partitions of two such learners of one model and one number of ranks lie
     alike, so what goes from one to the other needs no communication."""
 
@@ -101,8 +101,8 @@ class JointLearner(Learner):
         self._lora, self._adapters_learning_rate = lora, adapters_learning_rate
         super().__init__(*learner)
 
-    def _trained(self, policy: PackedPolicy, optimiser: Optimiser) -> list[Any]:
-        put_beside(policy.language_model, self._lora)
+    def _trained(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
+        add_lora(policy.language_model, self._lora)
         named = list(policy.named_parameters())
         adapters = [parameter for name, parameter in named if name.endswith((A, B))]
         weights = [parameter for name, parameter in named if not name.endswith((A, B))]
@@ -114,7 +114,7 @@ class JointLearner(Learner):
     def _whole_parameters(
         self, model: PreTrainedModel
     ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, JointLinear)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearWithLora)}
         for name, parameter in model.named_parameters():
             layer = layers.get(name.removesuffix(".weight"))
             if layer is not None:
@@ -136,7 +136,7 @@ class JointLearner(Learner):
             own = safe_get_local_grad(parameter)
             safe_set_local_grad(parameter, own + factor * gradients[name])
 
-    def copy(self, other: JointLearner, *, of_adapters: bool) -> None:
+    def copy(self, other: WeightsAndLoraLearner, *, of_adapters: bool) -> None:
         """Take the other's adapters, or its weights."""
         theirs = dict(other._parameters(of_adapters))
         for name, parameter in self._parameters(of_adapters):
