@@ -219,7 +219,7 @@ class Grade:
     """What a task says of an answer. `parts` are named shares of the reward or facts about the
     answer (1.0 = yes); `note` says in words why an answer earned nothing.
 
-        Verdict(reward=1.0, correct=True, parts={"style_undo": 1.0}, note="")
+        Grade(reward=1.0, correct=True, parts={"style_undo": 1.0}, note="")
     """
 
     reward: float

@@ -13,7 +13,7 @@ import pytest
 from pear_ray.config import Job, read_job
 from tests.tiny_chain import drive
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+CLUSTER = Path(__file__).parents[1] / "cluster"
 
 
 def rows(folder: Path, stage: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from pear_ray.__main__ import main
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = Path(__file__).parents[1] / "jobs"
 COMMON = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151_936,
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,

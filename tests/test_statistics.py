@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 from pear_ray.losses.sft import Weighted
 from pear_ray.losses.weighting import Pear
 from pear_ray.statistics import (
@@ -126,7 +126,7 @@ def random_tokens(rng, lengths):
     num_tokens = int(np.sum(lengths))
     logprobs = -torch.from_numpy(rng.exponential(1.0, num_tokens))
     origins = tuple(SOURCES[i % 2] for i in range(len(lengths)))
-    tokens = Tokens(
+    tokens = LossInputs(
         logprobs=logprobs,
         entropies=torch.zeros(num_tokens),
         sampled_logprobs=logprobs - torch.from_numpy(rng.normal(0, 0.3, num_tokens)),

@@ -25,7 +25,7 @@ RAY_SECONDS = 20.0
 def ask(address: str, method: str = "GET", **headers: str) -> str:
     """What the metadata service answers; it is never behind a proxy."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.SampleRequest(address, method=method, headers=named)
+    request = urllib.request.Request(address, method=method, headers=named)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=ANSWER_SECONDS) as answer:
         return answer.read().decode()

@@ -34,7 +34,7 @@ from pear_ray.report.results import (
     training_table,
 )
 from pear_ray.report.section import Cell, Section, Table
-from pear_ray.report.study import study, study_caution, study_verdict
+from pear_ray.report.study import study, study_caution, study_conclusion
 from pear_ray.run import RunDir
 
 WIDTH = 100
@@ -75,7 +75,7 @@ def page(measured: RunData, sections: list[Section], absent: list[str]) -> str:
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
     return template.render(
         name=measured.own.name,
-        grade=grade(measured),
+        conclusion=conclusion(measured),
         caution=caution(measured),
         absent=absent,
         sections=sections,
@@ -86,10 +86,10 @@ def page(measured: RunData, sections: list[Section], absent: list[str]) -> str:
     )
 
 
-def grade(measured: RunData) -> str:
+def conclusion(measured: RunData) -> str:
     """The result in a sentence that says no more than the numbers."""
     if measured.study:
-        return study_verdict(measured)
+        return study_conclusion(measured)
     if not measured.cards:
         trained = [arm.name for arm in measured.arms if arm.last]
         done = f"RL has run in {', '.join(trained)}, but no" if trained else "No"
@@ -140,7 +140,7 @@ def markdown(measured: RunData, absent: list[str]) -> str:
     tables = list(study(measured).tables) if measured.study else []
     if measured.cards and not tables:
         tables = [arms_by_k(measured)]
-    told = [textwrap.fill(text, WIDTH) for text in (grade(measured), caution(measured))]
+    told = [textwrap.fill(text, WIDTH) for text in (conclusion(measured), caution(measured))]
     if absent:
         told.append(textwrap.fill(f"Not in this run: {'; '.join(absent)}.", WIDTH))
     against = differences(measured) if not measured.study else ""

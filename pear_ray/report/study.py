@@ -55,7 +55,7 @@ def difference_table(found: dict[str, Any]) -> Table:
     return Table(header, tuple(rows), "Differences, paired over seeds")
 
 
-def study_verdict(measured: RunData) -> str:
+def study_conclusion(measured: RunData) -> str:
     """The primary result in a sentence."""
     told = []
     for row in measured.study["primary"]:

@@ -107,7 +107,7 @@ def checked(grade: Any) -> Grade:
         ValueError: its reward is no finite number.
     """
     if not isinstance(grade, Grade):
-        raise TypeError(f"verdict: read {type(grade).__name__}, expected a Verdict")
+        raise TypeError(f"grade: read {type(grade).__name__}, expected a Grade")
     if not math.isfinite(grade.reward):
         raise ValueError(f"reward: read {grade.reward}, expected a finite number")
     return grade

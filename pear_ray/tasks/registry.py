@@ -88,12 +88,12 @@ def family_of(where: str, name: str) -> Callable[..., Any]:
             f"{where}.name: read {name!r}, and {found.value} cannot be loaded:"
             f" {type(error).__name__}: {error}; expected a class that can be imported"
         ) from error
-    absent = [m for m in ("problems", "verdict") if not callable(getattr(family, m, None))]
+    absent = [m for m in ("problems", "grade") if not callable(getattr(family, m, None))]
     if not isinstance(family, type) or absent:
         what = f"without {' and '.join(absent)}" if absent else "not a class"
         raise ConfigError(
             f"{where}.name: read {name!r}, and {found.value} is {what}; expected a class with"
-            " problems(split, seed) and verdict(problem, text)"
+            " problems(split, seed) and grade(problem, text)"
         )
     return family
 

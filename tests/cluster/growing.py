@@ -47,7 +47,7 @@ def free_port() -> int:
 def get(address: str, token: str | None = None) -> Any:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with urllib.request.urlopen(
-        urllib.request.SampleRequest(address, headers=headers), timeout=30
+        urllib.request.Request(address, headers=headers), timeout=30
     ) as answer:
         return json.load(answer)
 

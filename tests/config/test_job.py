@@ -13,7 +13,7 @@ from pear_ray.config import ConfigError, Job, read_job
 from pear_ray.config.errors import known_keys
 from pear_ray.config.job import Section
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOB_FILES = sorted((ROOT / "jobs").glob("*.toml"))
 
 DOCUMENT = {

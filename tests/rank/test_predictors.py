@@ -124,16 +124,16 @@ def test_held_out_r_squared_is_that_of_lines_fitted_by_numpy():
     """Two predictors: the mean of their lines; halves drawn in the same order."""
     draw = np.random.default_rng(1)
     y = draw.normal(size=9)
-    predictors = [y + draw.normal(size=9), -y + draw.normal(size=9)]
+    columns = [y + draw.normal(size=9), -y + draw.normal(size=9)]
     order, expected = np.random.default_rng(5), []
     for _ in range(200):
         places = order.permutation(9)
         learned, tested = places[:4], places[4:]
-        lines = [np.polyfit(x[learned], y[learned], 1) for x in predictors]
-        guesses = [np.polyval(fit, x[tested]) for fit, x in zip(lines, predictors, strict=True)]
+        lines = [np.polyfit(x[learned], y[learned], 1) for x in columns]
+        guesses = [np.polyval(fit, x[tested]) for fit, x in zip(lines, columns, strict=True)]
         wrong = ((y[tested] - np.mean(guesses, axis=0)) ** 2).sum()
         expected.append(1 - wrong / ((y[tested] - y[tested].mean()) ** 2).sum())
-    found = predictors.heldout_r_squared(predictors, y, 5)
+    found = predictors.heldout_r_squared(columns, y, 5)
     assert found == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
 
 

@@ -139,7 +139,7 @@ def test_the_verdict_says_what_the_interval_and_the_noise_floor_allow(tmp_path: 
 
     def said(lead: float) -> str:
         (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(scorecard(lead=lead)))
-        return report.grade(read(tmp_path))
+        return report.conclusion(read(tmp_path))
 
     assert said(0.022) == (
         "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is"
@@ -211,7 +211,7 @@ def test_an_arm_that_cooperates_stands_beside_one_that_does_not(cooperating: Job
     page, markdown, rows = made(cooperating)
     measured = read(cooperating.folder)
     assert [arm.last_stage for arm in measured.arms] == ["rl", "cooperate"]
-    assert report.grade(measured).startswith(
+    assert report.conclusion(measured).startswith(
         "After RL pear is ahead of sft, pass@1 0.383 against 0.361. The paired difference is +0.022"
     )
     assert "sft.level = token, cooperate.method = bridge, cooperate.refresh_steps = 4" in page
@@ -268,7 +268,7 @@ def test_an_evaluation_before_rl_claims_nothing_after_it(tmp_path: Path) -> None
     card["checkpoints"] = {k: v for k, v in card["checkpoints"].items() if not k.endswith("/rl")}
     card["differences"] = []
     (tmp_path / "evaluate" / "scorecard.json").write_text(json.dumps(card))
-    assert "Nothing has been evaluated after RL" in report.grade(read(tmp_path))
+    assert "Nothing has been evaluated after RL" in report.conclusion(read(tmp_path))
 
 
 def test_answers_stand_beside_each_other_where_verdicts_differ(whole: Any) -> None:

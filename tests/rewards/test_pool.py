@@ -103,7 +103,7 @@ def test_verdicts_come_in_order(reward_pool):
         ("fail", "LookupError: no such thing"),
         ("call_out", "PermissionError: [Errno 13] Permission denied"),
         ("call_out_through_another", "PermissionError: denied"),
-        ("nothing", "TypeError: verdict: read NoneType, expected a Verdict"),
+        ("nothing", "TypeError: grade: read NoneType, expected a Grade"),
         ("no_number", "ValueError: reward: read nan, expected a finite number"),
         ("unknown", "AttributeError: 'Troublesome' object has no attribute 'unknown'"),
     ],

@@ -8,7 +8,7 @@ from pear_ray.records import Completion, Grade, RolloutGroup
 from pear_ray.rl.rollouts import first_answer, trace_of
 
 
-@pytest.cursor.parametrize(
+@pytest.mark.parametrize(
     "answer",
     [
         Completion((7, 8, 1), (-0.5, -1.0, -0.25), "", "stop", ((0, 3),)),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pear_ray.config import Job
 from pear_ray.data.scored_dataset import RowGroup
-from pear_ray.losses.inputs import Tokens
+from pear_ray.losses.inputs import LossInputs
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.losses.token_losses import Dft, IwSft, Kl, Nll, TokenLoss, TrSft
 from pear_ray.losses.weighting import (
@@ -191,7 +191,7 @@ def summary_of(job: Job, log_ratios: list[list[float]]) -> dict[str, Any]:
     """What one micro-batch of traces with these log-ratios would say of its weights."""
     ratios = torch.tensor([ratio for trace in log_ratios for ratio in trace])
     lengths = [len(trace) for trace in log_ratios]
-    tokens = Tokens(
+    tokens = LossInputs(
         logprobs=torch.full_like(ratios, -5.0, requires_grad=True),
         entropies=torch.ones_like(ratios),
         sampled_logprobs=-5.0 - ratios,

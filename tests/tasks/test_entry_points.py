@@ -10,7 +10,7 @@ from pear_ray.config import ConfigError, TaskSpec
 from pear_ray.tasks import endless_problems, make_tasks
 
 MODULE = """
-from pear_ray.records import Problem, Verdict
+from pear_ray.records import Grade, Problem
 
 
 class Dice:
@@ -23,8 +23,8 @@ class Dice:
         for number in range(self.sides):
             yield Problem(f"{self.name}-{number}", self.name, (), str(number), split)
 
-    def verdict(self, problem, text):
-        return Verdict(1.0, True) if text == problem.reference else Verdict(0.0, False)
+    def grade(self, problem, text):
+        return Grade(1.0, True) if text == problem.reference else Grade(0.0, False)
 
 
 class Nameless(Dice):
@@ -32,8 +32,8 @@ class Nameless(Dice):
         self.name = ""
 
 
-class NoVerdict:
-    name = "no-verdict"
+class NoGrade:
+    name = "no-grade"
 
     def problems(self, split, seed):
         return iter(())
@@ -99,7 +99,7 @@ def test_a_name_of_this_package_comes_first(installed):
     assert type(task).__module__ == "pear_ray.tasks.countdown"
 
 
-WANTED = "expected a class with problems(split, seed) and verdict(problem, text)"
+WANTED = "expected a class with problems(split, seed) and grade(problem, text)"
 LOADABLE = "expected a class that can be imported"
 
 
@@ -137,19 +137,19 @@ LOADABLE = "expected a class that can be imported"
             f" loaded: RuntimeError: out of order; {LOADABLE}",
         ),
         (
-            {"name": "their_tasks:NoVerdict"},
-            "tasks.0.name: read 'their_tasks:NoVerdict', and their_tasks:NoVerdict is without"
-            f" verdict; {WANTED}",
+            {"name": "their_tasks:NoGrade"},
+            "tasks.0.name: read 'their_tasks:NoGrade', and their_tasks:NoVerdict is without"
+            f" grade; {WANTED}",
         ),
         (
             {"name": "their_tasks:Nothing"},
             "tasks.0.name: read 'their_tasks:Nothing', and their_tasks:Nothing is without problems"
-            f" and verdict; {WANTED}",
+            f" and grade; {WANTED}",
         ),
         (
             {"name": "their_tasks:dice"},
             "tasks.0.name: read 'their_tasks:dice', and their_tasks:dice is without problems and"
-            f" verdict; {WANTED}",
+            f" grade; {WANTED}",
         ),
         (
             {"name": "their_tasks:Nameless"},

@@ -12,7 +12,7 @@ from pear_ray.data.batch_queue import BatchQueue, QueueClosed
 from pear_ray.weights.registry import PolicyVersions
 from pear_ray.weights.types import Bucket, RankShard
 
-pytestmark = pytest.cursor.usefixtures("ray_session")
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 SHORT, LONG = 0.3, 60.0
 MIB = 2**20
