@@ -121,7 +121,7 @@ def cooperating_rank(job: Job, cooperate: Cooperate, shape: ModelDims) -> Role:
     if cooperate.method == "bridge":
         return bridge_rank(job, cooperate, shape)
     role, how = rank(job, "cooperate", shape), training_of(job, shape)
-    if not cooperate.frozen_share or how.offloads_optimizer:
+    if not cooperate.frozen_frac or how.offloads_optimizer:
         return role
     return replace(role, items={**role.items, "held": HELD * how.num_trainable / how.num_ranks})
 

@@ -114,9 +114,9 @@ def weight_summary(
         "effective_sample_size": float(facts["weight"]) ** 2 / squared / num_tokens
         if squared
         else 0.0,
-        "mean_weight": float(facts["weight"]) / num_tokens,
+        "weight_mean": float(facts["weight"]) / num_tokens,
         "log_ratio_mean": mean_ratio,
-        "log_ratio_spread": spread,
+        "log_ratio_std": spread,
         **{
             f"share_{place}": float(facts[place]) / num_tokens
             for place in ("at_lower_clip", "at_upper_clip", "at_weight_floor", "at_weight_ceiling")

@@ -50,7 +50,7 @@ BREACHES = {
     "rl imports cooperate": ("rl/scheduler.py", "import pear_ray.cooperate.prefix", LAYERS),
     "weights import rl": ("weights/publish.py", "import pear_ray.rl.scheduler", LAYERS),
     "data imports weights": ("data/loader.py", "import pear_ray.weights.publish", LAYERS),
-    "losses import train": ("losses/packing.py", "import pear_ray.train.zero", LAYERS),
+    "losses import weights": ("losses/packing.py", "import pear_ray.weights.delta", LAYERS),
     "metrics import tasks": ("metrics.py", "import pear_ray.tasks.registry", LAYERS),
     "records import losses": ("records.py", "import pear_ray.losses.packing", LAYERS),
     "a module without a layer": ("utils.py", "", LAYERS),

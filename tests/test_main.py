@@ -184,11 +184,11 @@ MISTAKES = {
         for key in ("source", "fallback_scorer")
     },
     "not one of the ways with long rows": (
-        replaced(SAMPLED[0], SAMPLED[0] + "\ntoo_long = 'cut'"),
+        replaced(SAMPLED[0], SAMPLED[0] + "\non_overlength = 'cut'"),
         ["job.toml: corpus.on_overlength", "'reject' or 'truncate'", "read 'cut'"],
     ),
     "more engines at first than at last": (
-        replaced("max_new_tokens", "min_engines = 3\nreplicas = 2\nmax_new_tokens"),
+        replaced("max_new_tokens", "min_engines = 3\nnum_engines = 2\nmax_new_tokens"),
         ["job.toml: generator", "min_engines 3 is more than num_engines 2"],
     ),
     "more requests than tokens": (

@@ -127,7 +127,7 @@ def test_bridge_holds_a_shadow_where_it_is_not_offloaded(cooperating) -> None:
 
 def test_what_mifo_holds_still_is_counted(cooperating) -> None:
     """On 16 ranks: two copies in float32 and a mask."""
-    both, gib, of_sft = cooperating('method = "alternate", frozen_share = 0.5')
+    both, gib, of_sft = cooperating('method = "alternate", frozen_frac = 0.5')
     assert "held 4.3" in both[0]
     assert gib - of_sft == pytest.approx(9 * 8.19e9 / 16 / 2**30, abs=0.1)
 

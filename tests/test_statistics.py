@@ -158,15 +158,15 @@ def test_weight_summary_equals_numpy_on_the_raw_weights():
     ratios = (tokens.logprobs - tokens.sampled_logprobs).numpy()
     expected = {
         "effective_sample_size": raw.sum() ** 2 / (raw**2).sum() / len(raw),
-        "mean_weight": raw.mean(),
+        "weight_mean": raw.mean(),
         "log_ratio_mean": ratios.mean(),
-        "log_ratio_spread": ratios.std(),
-        "share_at_lower_clip": (ratios <= -0.08).mean(),
-        "share_at_upper_clip": (ratios >= 0.3).mean(),
-        "share_at_weight_floor": np.isclose(np.log(raw), CLIP[0]).mean(),
-        "share_at_weight_ceiling": np.isclose(np.log(raw), CLIP[1]).mean(),
+        "log_ratio_std": ratios.std(),
+        "clip_frac_low": (ratios <= -0.08).mean(),
+        "clip_frac_high": (ratios >= 0.3).mean(),
+        "weight_frac_at_floor": np.isclose(np.log(raw), CLIP[0]).mean(),
+        "weight_frac_at_ceiling": np.isclose(np.log(raw), CLIP[1]).mean(),
     }
-    assert expected["share_at_weight_floor"] > 0 and expected["share_at_weight_ceiling"] > 0
+    assert expected["weight_frac_at_floor"] > 0 and expected["weight_frac_at_ceiling"] > 0
     for name, value in expected.items():
         assert summary[name] == pytest.approx(value, rel=1e-9), name
     firsts = raw[np.cumsum(lengths) - lengths]

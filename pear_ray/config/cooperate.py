@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 # Keys that only one method reads.
 OWN_KEYS = {
-    "alternate": ("frozen_share",),
+    "alternate": ("frozen_frac",),
     "bridge": (
         "lora",
         "lora_learning_rate",
@@ -23,7 +23,7 @@ OWN_KEYS = {
         "refresh_steps",
         "shadow_offload",
     ),
-    "trapo": ("prefix_groups", "prefix_shares", "prefix_returns"),
+    "trapo": ("prefix_groups", "prefix_fracs", "prefix_returns"),
 }
 
 # Keys of [sft] that say how long and with which optimizer it trains.
@@ -36,18 +36,18 @@ class Cooperate(Section):
     method: Literal["sum", "alternate", "bridge", "trapo"] = "sum"
     """One loss of both signals; an optimizer step on rollouts and then one on traces; BRIDGE; or
     TRAPO, where the policy goes on from the beginnings of traces."""
-    rl_share: Share = 0.5
+    rl_weight: Share = 0.5
     """sum and bridge: share of the rollouts in the loss, lambda; 1 is `rl`, 0 is `sft`."""
-    rl_share_at_end: Share | None = None
+    rl_weight_final: Share | None = None
     """The same in the last step, with a straight line between; without it all steps are alike."""
     traces: Literal["all", "failed"] = "all"
     """Which traces a step learns from: the next rows of the corpus, or those of the problems that
     its own rollouts failed (MIFO). Not for trapo."""
     failed_pass_rate: float = Field(0.0, ge=0, lt=1)
     """A problem with at most this share of right answers has failed."""
-    entropy_share: float = Field(1.0, gt=0, le=1)
+    entropy_top_frac: float = Field(1.0, gt=0, le=1)
     """Share of each trace's tokens that are learned, those of the highest entropy (MIFO)."""
-    frozen_share: float = Field(0.0, ge=0, lt=1)
+    frozen_frac: float = Field(0.0, ge=0, lt=1)
     """alternate: share of each parameter that the step on traces leaves alone, those elements which
     the step on rollouts moved most (MIFO)."""
     sft: dict[str, Any] = Field({})
@@ -66,16 +66,16 @@ class Cooperate(Section):
     """bridge: what of the shadow a GPU leaves to the memory of its machine."""
     prefix_groups: tuple[Annotated[int, Field(gt=0)], ...] = (4, 2, 1, 1)
     """trapo: answers of a problem that are sampled together, one group after another."""
-    prefix_shares: tuple[Share, ...] = (0.0, 0.2, 0.5, 1.0)
+    prefix_fracs: tuple[Share, ...] = (0.0, 0.2, 0.5, 1.0)
     """trapo: share of a trace that each group's answers begin with."""
     prefix_returns: tuple[float, ...] = (-1.0, 0.5, 0.7, 0.9)
     """trapo: a group gets its beginning only where the mean reward of the problem's answers so far
     is lower."""
 
     @property
-    def last_rl_share(self) -> float:
-        """`rl_share_at_end`, or what stands for it."""
-        return self.rl_share if self.rl_share_at_end is None else self.rl_share_at_end
+    def last_rl_weight(self) -> float:
+        """`rl_weight_final`, or what stands for it."""
+        return self.rl_weight if self.rl_weight_final is None else self.rl_weight_final
 
     def sft_of(self, sft: Sft) -> Sft:
         """How traces are learned, in a job with this [sft]."""
@@ -93,9 +93,9 @@ class Cooperate(Section):
                         f"{key}: read {getattr(self, key)!r} with method {self.method!r}; only"
                         f" {method!r} has it"
                     )
-        if self.method in ("alternate", "trapo") and {"rl_share", "rl_share_at_end"} & changed:
+        if self.method in ("alternate", "trapo") and {"rl_weight", "rl_weight_final"} & changed:
             raise ValueError(
-                f"rl_share: read {self.rl_share} to {self.last_rl_share} with method"
+                f"rl_weight: read {self.rl_weight} to {self.last_rl_weight} with method"
                 f' {self.method!r}, which has no such share; expected "sum" or "bridge"'
             )
         if self.method == "trapo" and self.traces != "all":
@@ -125,10 +125,10 @@ class Cooperate(Section):
                 f"lora.dropout: read {self.lora.dropout}; adapters beside trained weights drop"
                 " nothing, expected 0"
             )
-        lengths = [len(self.prefix_groups), len(self.prefix_shares), len(self.prefix_returns)]
+        lengths = [len(self.prefix_groups), len(self.prefix_fracs), len(self.prefix_returns)]
         if len(set(lengths)) > 1 or not lengths[0]:
             raise ValueError(
-                "prefix_groups, prefix_shares and prefix_returns: read"
+                "prefix_groups, prefix_fracs and prefix_returns: read"
                 f" {lengths[0]}, {lengths[1]} and {lengths[2]} entries; expected equally many, at"
                 " least one"
             )
@@ -170,7 +170,7 @@ class Cooperate(Section):
                 'cooperate.method: read "trapo" with rl.loss "nft", whose answers must all be the'
                 " policy's own; expected another loss"
             )
-        partitioned = self.method == "bridge" or self.frozen_share > 0
+        partitioned = self.method == "bridge" or self.frozen_frac > 0
         if partitioned and learner.zero_stage != 3:
             raise ValueError(
                 f"learner.zero_stage: read {learner.zero_stage} with cooperate.method"

@@ -73,7 +73,7 @@ class Sft(Optimizer):
     """SED-SFT: factor of the term that keeps undecided places open."""
     sed_top_k: int = Field(10, gt=0)
     """SED-SFT: likeliest tokens whose probability tells whether a place is undecided."""
-    sed_decided_share: float = Field(0.7, gt=0, lt=1)
+    sed_decided_frac: float = Field(0.7, gt=0, lt=1)
     """SED-SFT: share of the corpus's tokens that count as decided, by which the bound on that
     probability is chosen before training."""
     iw_temperature: float = Field(1.0, gt=0)

@@ -81,12 +81,12 @@ class BridgeStep(AdapterStep):
         result = policy.update(facts, packs[0].num_trainable_tokens_global)
         shadow.copy(policy, of_adapters=True)
         numbers = both_signals_metrics(result, packs[0]) | {
-            "rl_share": share,
+            "rl_weight": share,
             "shadow_loss": without.loss,
             "shadow_grad_norm": without.grad_norm,
         }
-        if "rollout_loss" in numbers:
-            numbers["cooperative_gain"] = without.loss - numbers["rollout_loss"]
+        if "rl_loss" in numbers:
+            numbers["cooperative_gain"] = without.loss - numbers["rl_loss"]
         return numbers, packs
 
     def _with_signal(self, answers: list[TrainingSequence]) -> list[TrainingSequence]:

@@ -11,7 +11,7 @@ import numpy as np
 from pear_ray.config import Job
 from pear_ray.cooperate.metrics import both_signals_metrics, numbers_of_rollouts, of_traces
 from pear_ray.cooperate.settings import settings_of, traces_job
-from pear_ray.losses.mixed import HighEntropyOnly, JointTokenMean, LambdaMix, rl_share_at
+from pear_ray.losses.mixed import HighEntropyOnly, JointTokenMean, LambdaMix, rl_weight_at
 from pear_ray.losses.sft import Supervised
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.rl.build import objective_of, sequences_of
@@ -34,7 +34,7 @@ class TwoSignalStep(TrainStep):
         shown = traces_job(job)
         self._rl = objective_of(job)
         sft = supervised_of(shown, config["groups"], self.learner)
-        share = self._settings.entropy_share
+        share = self._settings.entropy_top_frac
         self._sft: Supervised = (
             sft if share == 1 else replace(sft, loss=HighEntropyOnly(sft.loss, share))
         )
@@ -59,14 +59,14 @@ class SumStep(TwoSignalStep):
         answers = sequences_of(self._job, rollouts.batch.groups)
         packs, share = self._mixture(step, answers, rollouts)
         result = self.learner.step(packs, LambdaMix(self._rl, self._sft, share))
-        return both_signals_metrics(result, packs[0]) | {"rl_share": share}, packs
+        return both_signals_metrics(result, packs[0]) | {"rl_weight": share}, packs
 
     def _mixture(
         self, step: int, answers: list[TrainingSequence], rollouts: RolloutBatch
     ) -> tuple[list[TrainingBatch], float]:
         """What the step learns from, and lambda: 1 where it has no traces."""
         settings = self._settings
-        share = rl_share_at(step, self._job.rl.steps, settings.rl_share, settings.last_rl_share)
+        share = rl_weight_at(step, self._job.rl.steps, settings.rl_weight, settings.last_rl_weight)
         traces = self._traces_of(rollouts) if share < 1 else []
         packs = self.learner.share((answers if share > 0 else []) + traces)
         return packs, share if traces else 1.0
@@ -99,7 +99,7 @@ class AlternateStep(TwoSignalStep):
 
     def step(self, step: int, rollouts: RolloutBatch) -> Told:
         learner: Any = self.learner
-        share = self._settings.frozen_share
+        share = self._settings.frozen_frac
         before = learner.values() if share else {}
         packs = learner.share(sequences_of(self._job, rollouts.batch.groups))
         numbers = numbers_of_rollouts(learner.step(packs, self._rl))
@@ -113,5 +113,5 @@ class AlternateStep(TwoSignalStep):
         if held:
             learner.put_back(values, held)
             numbers["frozen_frac"] = float(np.mean([mask.float().mean() for mask in held.values()]))
-        numbers["trace_grad_norm"] = result.grad_norm
+        numbers["sft_grad_norm"] = result.grad_norm
         return numbers | of_traces(result.facts, more[0]), packs

@@ -29,13 +29,13 @@ def both_signals_metrics(result: StepResult, batch: TrainingBatch) -> dict[str, 
     }
     if num_ours:
         numbers = numbers_of(replace(result, num_tokens=num_ours)) | numbers
-        numbers["rollout_loss"] = float(result.facts["rollout_loss"]) / num_ours
+        numbers["rl_loss"] = float(result.facts["rl_loss"]) / num_ours
     return numbers | of_traces(result.facts, batch)
 
 
 def numbers_of_rollouts(result: StepResult) -> dict[str, float]:
     """Numbers of a step on rollouts alone."""
-    return numbers_of(result) | {"rollout_loss": result.loss}
+    return numbers_of(result) | {"rl_loss": result.loss}
 
 
 def of_traces(facts: Mapping[str, np.ndarray], batch: TrainingBatch) -> dict[str, float]:
@@ -54,6 +54,6 @@ def of_traces(facts: Mapping[str, np.ndarray], batch: TrainingBatch) -> dict[str
         "tokens": num_tokens,
     }
     if "weight" in own:
-        numbers["mean_weight"] = own["weight"] / num_tokens
+        numbers["weight_mean"] = own["weight"] / num_tokens
         numbers["effective_sample_size"] = own["weight"] ** 2 / own["weight_squared"] / num_tokens
     return {OF_TRACES + name: number for name, number in numbers.items()}

@@ -157,7 +157,7 @@ class PrefixScheduler(RolloutScheduler):
 
 def micro_groups_of(settings: Cooperate) -> dict[int, MicroGroup]:
     """By the number of the first answer; those that lead and have no beginning are one."""
-    sizes, shares = settings.prefix_groups, settings.prefix_shares
+    sizes, shares = settings.prefix_groups, settings.prefix_fracs
     first = next((sum(sizes[:n]) for n, share in enumerate(shares) if share > 0), sum(sizes))
     found = {0: MicroGroup(first, 0.0, 0.0)} if first else {}
     for number, group in enumerate(map(MicroGroup, sizes, shares, settings.prefix_returns)):

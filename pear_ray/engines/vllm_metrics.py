@@ -54,9 +54,9 @@ class EngineStatistics:
         if not is_idle and time.monotonic() < self._reported + SECONDS_BETWEEN_REPORTS:
             return
         self._reported = time.monotonic()
-        self._gauges["requests_running"].set(running)
-        self._gauges["requests_waiting"].set(waiting)
-        self._gauges["cache_used_share"].set(scheduler_stats.kv_cache_usage)
+        self._gauges["num_requests_running"].set(running)
+        self._gauges["num_requests_waiting"].set(waiting)
+        self._gauges["kv_cache_usage"].set(scheduler_stats.kv_cache_usage)
         for name, value in self._sums.items():
             if value:
                 self._counters[name].inc(value)

@@ -29,8 +29,10 @@ def card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
         "path": path,
         "pass_at_k": {str(k): curve[k - 1] for k in job.evaluation.ks},
         "pass_at_k_curve": curve,
-        "response_tokens_mean": float(num_tokens.mean()),
-        "clipped_ratio": float(np.mean(attempts.column("finish_reason").to_numpy() == "length")),
+        "completions_mean_length": float(num_tokens.mean()),
+        "completions_clipped_ratio": float(
+            np.mean(attempts.column("finish_reason").to_numpy() == "length")
+        ),
         "mean_logprob": logprob,
         # A sampled token's own log-prob is an unbiased reading of the entropy of its place, where
         # nothing bends the distribution that it is drawn from.

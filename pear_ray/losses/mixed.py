@@ -30,7 +30,7 @@ class JointTokenMean:
     the rollouts alone.
 
     Facts are those of both objectives, the traces' with `OF_TRACES` before their names; and the
-    losses of both, `rollout_loss` and `trace_loss`, as sums.
+    losses of both, `rl_loss` and `sft_loss`, as sums.
     """
 
     rollouts: PolicyGradient
@@ -44,7 +44,7 @@ class JointTokenMean:
         ours, theirs = self.rollouts(tokens.of_rollouts()), self.traces(tokens.of_traces())
         facts = {OF_TRACES + name: fact for name, fact in theirs.facts.items()}
         facts |= ours.facts | {
-            "rollout_loss": ours.loss.detach(),
+            "rl_loss": ours.loss.detach(),
             OF_TRACES + "loss": theirs.loss.detach(),
         }
         return LossOutputs(self.joined(ours.loss, theirs.loss, tokens), facts)
@@ -60,16 +60,16 @@ class JointTokenMean:
 
 @dataclass(frozen=True)
 class LambdaMix(JointTokenMean):
-    """rl_share mean over rollout tokens + (1 - rl_share) mean over trace tokens: the naive sum, and
-    the student's part of BRIDGE (arXiv 2509.06948), where rl_share is lambda."""
+    """rl_weight mean over rollout tokens + (1 - rl_weight) mean over trace tokens: the naive
+    sum, and the student's part of BRIDGE (arXiv 2509.06948), where rl_weight is lambda."""
 
-    rl_share: float
+    rl_weight: float
 
     def joined(self, rollouts: Tensor, traces: Tensor, tokens: LossInputs) -> Tensor:
         # Exactly 1 for the one where there is nothing of the other.
         num_tokens = tokens.num_tokens_global
-        of_rollouts = num_tokens * self.rl_share / max(1, tokens.num_rollout_tokens_global)
-        of_traces = num_tokens * (1 - self.rl_share) / max(1, tokens.num_trace_tokens_global)
+        of_rollouts = num_tokens * self.rl_weight / max(1, tokens.num_rollout_tokens_global)
+        of_traces = num_tokens * (1 - self.rl_weight) / max(1, tokens.num_trace_tokens_global)
         return of_rollouts * rollouts + of_traces * traces
 
 
@@ -103,7 +103,7 @@ class HighEntropyOnly(TokenLoss):
         return is_chosen
 
 
-def rl_share_at(step: int, num_steps: int, first: float, last: float) -> float:
+def rl_weight_at(step: int, num_steps: int, first: float, last: float) -> float:
     """Share of the rollouts in a step, on a straight line from the first step's to the last's."""
     if num_steps < 2:
         return first

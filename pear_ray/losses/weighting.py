@@ -85,7 +85,7 @@ class NoNormalization:
         """The weights that the loss is multiplied by, [n]."""
         return weights
 
-    def factor(self, mean_weight: float) -> float:
+    def factor(self, weight_mean: float) -> float:
         """What the step's gradient is multiplied by, given the mean weight of its tokens."""
         return 1.0
 
@@ -100,8 +100,8 @@ class PerSequence(NoNormalization):
 class PerBatch(NoNormalization):
     """The weights of all tokens of a step have mean 1."""
 
-    def factor(self, mean_weight: float) -> float:
-        return 1 / mean_weight
+    def factor(self, weight_mean: float) -> float:
+        return 1 / weight_mean
 
 
 class MeanWeightOnly(NoNormalization):
@@ -111,8 +111,8 @@ class MeanWeightOnly(NoNormalization):
     def applied(self, weights: Tensor, tokens: LossInputs) -> Tensor:
         return torch.ones_like(weights)
 
-    def factor(self, mean_weight: float) -> float:
-        return mean_weight
+    def factor(self, weight_mean: float) -> float:
+        return weight_mean
 
 
 Normalization = NoNormalization

@@ -125,7 +125,7 @@ def promises(job: Job, field: CandidateSet, candidate: Candidate, k: int) -> dic
             predictors.share_without_signal(num_samples, counts, group_size) if is_known else None
         ),
         "entropy": card["entropy"],
-        "clipped_ratio": card["clipped_ratio"],
+        "completions_clipped_ratio": card["completions_clipped_ratio"],
         "after_rl": candidate.after_rl,
     }
 

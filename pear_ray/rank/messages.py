@@ -113,8 +113,8 @@ def of_candidate(row: dict[str, Any], group_size: int) -> list[str]:
         )
     if row["regime"] == "severe over-training":
         told.append(f"{label}: its held-out loss is over 1.10 times its lowest; stop SFT earlier.")
-    if row["clipped_ratio"] > MUCH:
-        told.append(f"{label}: {row['clipped_ratio']:.0%} of its answers were cut off.")
+    if row["completions_clipped_ratio"] > MUCH:
+        told.append(f"{label}: {row['completions_clipped_ratio']:.0%} of its answers were cut off.")
     return told
 
 

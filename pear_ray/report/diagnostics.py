@@ -58,12 +58,12 @@ def first_weight_table(weighted: list[ArmData]) -> Table:
 def weight_table(weighted: list[ArmData]) -> Table:
     """Means over all steps, one row per arm."""
     columns = {
-        "mean_weight": "mean weight",
+        "weight_mean": "mean weight",
         "effective_sample_size": "effective sample size",
-        "share_at_lower_clip": "at lower clip",
-        "share_at_upper_clip": "at upper clip",
-        "share_at_weight_floor": "at floor",
-        "share_at_weight_ceiling": "at ceiling",
+        "clip_frac_low": "at lower clip",
+        "clip_frac_high": "at upper clip",
+        "weight_frac_at_floor": "at floor",
+        "weight_frac_at_ceiling": "at ceiling",
     }
     rows = []
     for arm in weighted:
@@ -182,7 +182,7 @@ def agreement(measured: RunData) -> Section | str:
     rows: list[tuple[Cell, ...]] = []
     for arm in arms:
         gaps = arm.values(arm.last_stage, "logprob_parity_max")
-        names = ("mismatch_mean", "ratio_mean", "clip_frac", "effective_sample_size")
+        names = ("logprob_diff_mean", "ratio_mean", "clip_frac", "effective_sample_size")
         means = [number(mean(arm.values(arm.last_stage, name))) for name in names]
         above = f"{np.count_nonzero(gaps > WANTED_GAP)} of {len(gaps)}"
         stale = number(largest(arm.values(arm.last_stage, "staleness_max")), digits=0)
@@ -230,7 +230,7 @@ def step_tables(arms: list[ArmData]) -> list[Table]:
     """Mean seconds of one RL step, by what they went to on either side."""
     learners = {"wait_seconds": "wait for rollouts", "train_seconds": "learn"}
     learners |= {"publish_seconds": "publish weights"}
-    generators = {"pause_seconds": "take over weights", "generator_idle_seconds": "idle"}
+    generators = {"pause_seconds": "take over weights", "engine_idle_seconds": "idle"}
     tables = []
     for side, parts in {"learners": learners, "generators": generators}.items():
         rows: list[tuple[Cell, ...]] = []

@@ -156,10 +156,10 @@ def learning(measured: RunData) -> Section | str:
                 curve(sft, "entropy", "SFT: entropy", "nats per token"),
                 curve(last, "pass_rate", "RL: pass rate", "share of answers"),
                 curve(last, "entropy", "RL: entropy", "nats per token"),
-                curve(last, "response_tokens_mean", "RL: answer length", "tokens"),
+                curve(last, "completions_mean_length", "RL: answer length", "tokens"),
                 curve(last, "frac_reward_zero_std", "RL: groups without signal", "share"),
                 curve(last, "grad_norm", "RL: gradient norm", "norm before clipping"),
-                curve(last, "trace_nll", "RL: negative log-likelihood of traces", "nats per token"),
+                curve(last, "sft_nll", "RL: negative log-likelihood of traces", "nats per token"),
                 curve(last, "cooperative_gain", "RL: gain over the shadow", "RL's objective"),
             )
         ),
@@ -186,7 +186,7 @@ def training_table(measured: RunData) -> Table:
             from_to(arm.values("sft", "nll")),
             str(len(arm.last)),
             from_to(arm.values(arm.last_stage, "pass_rate")),
-            from_to(arm.values(arm.last_stage, "response_tokens_mean")),
+            from_to(arm.values(arm.last_stage, "completions_mean_length")),
         )
         for arm in measured.arms
     ]
@@ -203,8 +203,8 @@ def answers(measured: RunData) -> Section | str:
     rows = tuple(
         (
             label,
-            number(card.get("response_tokens_mean")),
-            share(card.get("clipped_ratio")),
+            number(card.get("completions_mean_length")),
+            share(card.get("completions_clipped_ratio")),
             number(card.get("mean_logprob")),
             number(card.get("heldout_nll")),
             *(share(card.get("parts", {}).get(part)) for part in parts),

@@ -42,7 +42,7 @@ MEANS = {
     "entropy": "entropy",
     "ratio_mean": "ratio",
     "clip_frac": "clipped",
-    "mismatch_mean": "mismatch",
+    "logprob_diff_mean": "mismatch",
     "mismatch_kl": "mismatch_kl",
     "is_clip_frac": "truncated",
     "reference_kl": "reference_kl",
@@ -171,7 +171,7 @@ def evaluation_numbers(rollouts: RolloutBatch) -> dict[str, float]:
     if not rollouts.evaluations:
         return {}
     newest = max(rollouts.evaluations)
-    return {"evaluated_version": newest, **rollouts.evaluations[newest]}
+    return {"eval_version": newest, **rollouts.evaluations[newest]}
 
 
 def numbers_of(result: StepResult) -> dict[str, float]:

@@ -44,21 +44,21 @@ class Reference(AbstractContextManager["Reference"]):
     """Adds its log-probs to answers, by engines that always serve the same model."""
 
     def __init__(self, pool: EnginePool) -> None:
-        self._fleet = pool
+        self._pool = pool
         self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
         self._places: dict[Hashable, tuple[Hashable, int]] = {}
 
     def __exit__(self, *error: object) -> None:
-        self._fleet.__exit__(*error)
+        self._pool.__exit__(*error)
 
     @property
     def calls(self) -> list[Any]:
         """References to calls, at whose end `finished` may have something new to say."""
-        return self._fleet.calls
+        return self._pool.calls
 
     def wait_ready(self) -> None:
         """Wait until its engines stand."""
-        self._fleet.wait_ready()
+        self._pool.wait_ready()
 
     def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
         """Have the answers to a prompt scored."""
@@ -66,12 +66,12 @@ class Reference(AbstractContextManager["Reference"]):
         for number, answer in enumerate(answers):
             place = (key, number)
             self._places[place] = place
-            self._fleet.submit([(place, ScoreRequest(prompt_ids, answer.token_ids))])
+            self._pool.submit([(place, ScoreRequest(prompt_ids, answer.token_ids))])
 
     def finished(self) -> list[tuple[Hashable, Answers]]:
         """Answers that have all been scored, with `reference_logprobs`."""
         done: list[tuple[Hashable, Answers]] = []
-        for place, logprobs in self._fleet.finished():
+        for place, logprobs in self._pool.finished():
             key, number = self._places.pop(place)
             answers, found = self._open[key]
             found[number] = logprobs

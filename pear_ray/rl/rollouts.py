@@ -119,7 +119,7 @@ class ParityProbe:
     """Fixed answers, which every engine scores after every load of weights."""
 
     def __init__(self, pool: EnginePool, timeout_seconds: float) -> None:
-        self._fleet, self._deadline_seconds = pool, timeout_seconds
+        self._pool, self._deadline_seconds = pool, timeout_seconds
         self._sequences: tuple[TrainingSequence, ...] = ()
         self._idle_before = 0.0
         self._since = time.monotonic()
@@ -127,21 +127,21 @@ class ParityProbe:
     def serve(self, versions: tuple[WeightVersion, ...]) -> None:
         """Have the engines serve these weights."""
         traces = [trace_of(sequence) for sequence in self._sequences]
-        self._fleet.serve(versions, traces, self._deadline_seconds)
+        self._pool.serve(versions, traces, self._deadline_seconds)
 
     def rollouts(self, batch: StepBatch, evaluations: dict[int, dict[str, float]]) -> RolloutBatch:
         """A lesson with what was measured since the last one. One answer to each of the first
         problems is the probe of the whole run."""
-        loads, self._fleet.loaded = self._fleet.loaded, []
-        now, idle = time.monotonic(), self._fleet.idle_seconds
+        loads, self._pool.loaded = self._pool.loaded, []
+        now, idle = time.monotonic(), self._pool.idle_seconds
         numbers = batch_metrics(batch) | {
             "pause_seconds": max((load.pause_seconds for _, load in loads), default=0.0),
             "fetch_seconds": max(
                 (load.fetch_seconds + load.prepare_seconds for _, load in loads), default=0.0
             ),
-            "generator_idle_seconds": (idle - self._idle_before) / self._fleet.num_engines,
+            "engine_idle_seconds": (idle - self._idle_before) / self._pool.num_engines,
             "rollout_seconds": now - self._since,
-            "generators": self._fleet.num_engines,
+            "num_engines": self._pool.num_engines,
         }
         self._idle_before, self._since = idle, now
         probed = tuple((load.version, load.probe) for _, load in loads if load.probe)
@@ -152,7 +152,7 @@ class ParityProbe:
     def look_after(self, versions_actor: Any, tell: Callable[[str, str], None]) -> bool:
         """Ask for whole weights where an engine could not load what there was; returns whether one
         could not."""
-        failed, self._fleet.failed_loads = self._fleet.failed_loads, []
+        failed, self._pool.failed_loads = self._pool.failed_loads, []
         for name, error in failed:
             tell("load_failed", f"engine {name} could not load weights: {error}")
             versions_actor.request_full.remote()
@@ -293,7 +293,7 @@ def in_words(stage: RolloutStage, rollouts: RolloutBatch) -> str:
     )
     return (
         f"{stage.name}: step {rollouts.batch.step + 1} of {stage.job.rl.steps}: pass rate"
-        f" {numbers['pass_rate']:.3f}, {numbers['response_tokens_mean']:.1f} tokens an answer,"
+        f" {numbers['pass_rate']:.3f}, {numbers['completions_mean_length']:.1f} tokens an answer,"
         f" {numbers['rollout_seconds']:.1f} s{evaluated}"
     )
 

@@ -235,8 +235,10 @@ def batch_metrics(batch: StepBatch) -> dict[str, float]:
         "first_problem": batch.first_problem,
         "next_problem": batch.next_problem,
         "problems_dropped": len(batch.dropped),
-        "response_tokens_mean": float(np.mean([answer.num_tokens for answer in answers])),
-        "clipped_ratio": float(np.mean([answer.finish_reason == "length" for answer in answers])),
+        "completions_mean_length": float(np.mean([answer.num_tokens for answer in answers])),
+        "completions_clipped_ratio": float(
+            np.mean([answer.finish_reason == "length" for answer in answers])
+        ),
         "staleness_max": max(tokens_by_lag, default=0),
         "staleness_mean": sum(lag * count for lag, count in tokens_by_lag.items()) / num_tokens,
     }

@@ -81,4 +81,4 @@ def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner) -> floa
     facts = learner.measure(learner.share(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
     counts = facts["histogram"]
     cumulative = np.cumsum(counts) / counts.sum()
-    return float((np.searchsorted(cumulative, 1 - job.sft.sed_decided_share) + 1) / len(counts))
+    return float((np.searchsorted(cumulative, 1 - job.sft.sed_decided_frac) + 1) / len(counts))

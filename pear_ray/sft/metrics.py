@@ -51,8 +51,8 @@ def advice_on(numbers: dict[str, Any]) -> str | None:
     """What to do about weights that have collapsed; None where they have not, or there are none."""
     if "effective_sample_size" not in numbers:
         return None
-    share, floor = numbers["effective_sample_size"], numbers["share_at_weight_floor"]
-    lower = numbers["share_at_lower_clip"]
+    share, floor = numbers["effective_sample_size"], numbers["weight_frac_at_floor"]
+    lower = numbers["clip_frac_low"]
     if floor > MOST_AT_A_CLIP:
         return (
             f"{floor:.0%} of the tokens have the smallest weight there is: only the ends of traces"

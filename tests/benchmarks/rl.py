@@ -277,7 +277,7 @@ def print_times(name: str, rows: list[dict[str, Any]]) -> None:
         "learn": share("train_seconds"),
         "publish": share("publish_seconds"),
         "learners wait": share("wait_seconds"),
-        "engines idle": share("generator_idle_seconds"),
+        "engines idle": share("engine_idle_seconds"),
         "engines load weights": share("pause_seconds"),
     }
     seconds = statistics.median(row["step_seconds"] for row in rows)

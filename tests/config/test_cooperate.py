@@ -55,24 +55,24 @@ MISTAKES = {
     ),
     "an unknown key": (
         "[cooperate]\nshare = 0.5",
-        ["cooperate.share: unknown key; expected one of:", "rl_share", "read 0.5"],
+        ["cooperate.share: unknown key; expected one of:", "rl_weight", "read 0.5"],
     ),
-    "more than all": ("[cooperate]\nrl_share = 1.5", ["cooperate.rl_share:", "read 1.5"]),
+    "more than all": ("[cooperate]\nrl_share = 1.5", ["cooperate.rl_weight:", "read 1.5"]),
     "less than nothing at the end": (
         "[cooperate]\nrl_share_at_end = -0.1",
-        ["cooperate.rl_share_at_end:", "read -0.1"],
+        ["cooperate.rl_weight_final:", "read -0.1"],
     ),
     "no token of any trace": (
         "[cooperate]\nentropy_share = 0",
-        ["cooperate.entropy_share:", "greater than 0; read 0"],
+        ["cooperate.entropy_top_frac:", "greater than 0; read 0"],
     ),
     "everything frozen": (
         "[cooperate]\nmethod = 'alternate'\nfrozen_share = 1",
-        ["cooperate.frozen_share:", "less than 1; read 1"],
+        ["cooperate.frozen_frac:", "less than 1; read 1"],
     ),
     "frozen in one step of both": (
         "[cooperate]\nfrozen_share = 0.5",
-        ["frozen_share: read 0.5 with method 'sum'; only 'alternate' has it"],
+        ["frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it"],
     ),
     **{
         f"{key} without BRIDGE": (
@@ -92,12 +92,12 @@ MISTAKES = {
             f"[cooperate]\n{key} = [1, 1, 1, 1]",
             [f"{key}: read (1", "with method 'sum'; only 'trapo' has it"],
         )
-        for key in ("prefix_groups", "prefix_shares", "prefix_returns")
+        for key in ("prefix_groups", "prefix_fracs", "prefix_returns")
     },
     **{
         f"a share of {method}": (
             f"[cooperate]\nmethod = '{method}'\nrl_share_at_end = 0.2",
-            [f"rl_share: read 0.5 to 0.2 with method '{method}', which has no such share"],
+            [f"rl_weight: read 0.5 to 0.2 with method '{method}', which has no such share"],
         )
         for method in ("alternate", "trapo")
     },
@@ -144,7 +144,7 @@ MISTAKES = {
     ),
     "more than a whole trace": (
         "[cooperate]\nmethod = 'trapo'\nprefix_shares = [0, 0.2, 0.5, 1.2]",
-        ["cooperate.prefix_shares.3:", "less than or equal to 1; read 1.2"],
+        ["cooperate.prefix_fracs.3:", "less than or equal to 1; read 1.2"],
     ),
     "other groups than RL's": (
         "[cooperate]\nmethod = 'trapo'\n[rl]\ngroup_size = 4",
@@ -258,25 +258,25 @@ def test_a_mistake_in_an_override_is_refused(dry_run):
     code, _, complained = dry_run("[cooperate]", "--cooperate.frozen-share", "0.5")
     assert code == 2
     told = " ".join(complained.replace("│", " ").split())
-    assert "frozen_share: read 0.5 with method 'sum'; only 'alternate' has it" in told
+    assert "frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it" in told
 
 
 # What the job says, and what of it is not as it is without it.
 GOOD = {
     "nothing more": ("", {}),
     "another share at the end": (
-        "rl_share = 0.2\nrl_share_at_end = 1",
-        {"rl_share": 0.2, "rl_share_at_end": 1.0},
+        "rl_weight = 0.2\nrl_share_at_end = 1",
+        {"rl_weight": 0.2, "rl_weight_final": 1.0},
     ),
     "MIFO": (
         "method = 'alternate'\ntraces = 'failed'\nfailed_pass_rate = 0.25\nentropy_share = 0.2\n"
-        "frozen_share = 0.5",
+        "frozen_frac = 0.5",
         {
             "method": "alternate",
             "traces": "failed",
             "failed_pass_rate": 0.25,
-            "entropy_share": 0.2,
-            "frozen_share": 0.5,
+            "entropy_top_frac": 0.2,
+            "frozen_frac": 0.5,
         },
     ),
     "BRIDGE": (
@@ -293,7 +293,7 @@ GOOD = {
         {
             "method": "trapo",
             "prefix_groups": (6, 2),
-            "prefix_shares": (0.0, 0.5),
+            "prefix_fracs": (0.0, 0.5),
             "prefix_returns": (-1.0, 0.5),
         },
     ),
@@ -333,7 +333,7 @@ def test_traces_are_learned_as_the_method_the_section_or_sft_says(lines, objecti
 def test_arms_end_with_either_stage(dry_run):
     lines = """
     [cooperate]
-    rl_share = 0.7
+    rl_weight = 0.7
     [[arms]]
     name = "after"
     [[arms]]
@@ -354,7 +354,7 @@ def test_arms_end_with_either_stage(dry_run):
     after, both, bridge = (job.of_arm(arm) for arm in job.arms)
     assert after.cooperate is None and after.last_stage_of("") == "rl"
     assert both.cooperate == job.cooperate
-    assert (bridge.cooperate.method, bridge.cooperate.rl_share) == ("bridge", 0.7)
+    assert (bridge.cooperate.method, bridge.cooperate.rl_weight) == ("bridge", 0.7)
     assert bridge.rl.steps == 3
     assert [job.last_stage_of(home) for home in ("after", "both@3", "bridge@3")] == [
         "rl", "cooperate", "cooperate",

@@ -86,8 +86,8 @@ MISTAKES = {
     ),
     "everything decided": (
         ("sft",),
-        {"sed_decided_share": 1.0},
-        [".sed_decided_share:", "less than 1; read 1.0"],
+        {"sed_decided_frac": 1.0},
+        [".sed_decided_frac:", "less than 1; read 1.0"],
     ),
     "no likeliest token": (("sft",), {"sed_top_k": 0}, [".sed_top_k:", "greater than 0; read 0"]),
     "no trust at all": (("sft",), {"trsft_alpha": 0}, [".trsft_alpha:", "greater than 0; read 0"]),

@@ -118,9 +118,9 @@ def trace_losses(network, weights, adapters, traces, how):
         if how["objective"] == "trsft":
             trust = [min(1.0, math.exp(float(x)) / how["trsft_alpha"]) for x in own]
             factors = [f * t for f, t in zip(factors, trust, strict=True)]
-        if how["entropy_share"] < 1:
+        if how["entropy_top_frac"] < 1:
             uncertain = entropies[first - 1 : end - 1]
-            most = math.ceil(how["entropy_share"] * len(own))
+            most = math.ceil(how["entropy_top_frac"] * len(own))
             chosen = set(np.argsort(-uncertain.numpy(), kind="stable")[:most].tolist())
             factors = [f * (t in chosen) for t, f in enumerate(factors)]
         losses += [-f * x for f, x in zip(factors, own, strict=True)]
@@ -182,7 +182,7 @@ def trapo(network, policy, steps, how, optimizer):
         )
 
 
-def alternate(network, policy, steps, how, optimizer, frozen_share):
+def alternate(network, policy, steps, how, optimizer, frozen_frac):
     """A step on rollouts, then one on traces that leaves alone what the first moved most."""
     for answers, traces in steps:
         before = dict(policy.tensors)
@@ -197,7 +197,7 @@ def alternate(network, policy, steps, how, optimizer, frozen_share):
         policy.adamw(clipped(gradients, optimizer["max_grad_norm"]), optimizer)
         for name, value in after.items():
             moved = (value - before[name]).abs().flatten()
-            num_held = int(frozen_share * moved.numel())
+            num_held = int(frozen_frac * moved.numel())
             if num_held:
                 held = (moved >= moved.sort(descending=True).values[num_held - 1]) & (moved > 0)
                 held = held.view(value.shape)

@@ -115,13 +115,13 @@ def bridge(performed: Any) -> Path:
 @pytest.mark.timeout(900)
 def test_lambda_1_is_reinforcement_learning(performed: Any, recorded: Path) -> None:
     replay = f'replay = "{recorded.parent}/run/rl/rollouts"'
-    replayed = performed("cooperate", "rl_share = 1.0", rl=replay)
+    replayed = performed("cooperate", "rl_weight = 1.0", rl=replay)
     assert are_equal(weights(replayed, "cooperate"), weights(recorded, "rl"))
 
 
 @pytest.mark.timeout(900)
 def test_lambda_0_is_supervised_fine_tuning(performed: Any) -> None:
-    ours = performed("cooperate", "rl_share = 0.0")
+    ours = performed("cooperate", "rl_weight = 0.0")
     theirs = performed("sft")
     assert len(rows(theirs)) == STEPS
     assert are_equal(weights(ours, "cooperate"), weights(theirs, "sft"))
@@ -134,7 +134,7 @@ def test_bridge_tells_what_the_traces_gain(bridge: Path) -> None:
     # Policy and shadow are one before the first step, and are made one again at the fifth.
     gains = [abs(row["cooperative_gain"]) for row in found]
     assert gains[0] < 1e-6 < min(gains[1:4])
-    assert all(row["trace_tokens"] > 0 and row["pass_rate"] >= 0 for row in found)
+    assert all(row["sft_tokens"] > 0 and row["pass_rate"] >= 0 for row in found)
     gaps = [row["logprob_parity_max"] for row in found if row["logprob_parity_max"] is not None]
     assert len(gaps) >= STEPS - 2 and max(gaps) <= MAX_PROBE_GAP
 
@@ -157,7 +157,7 @@ def test_trapo_goes_on_from_traces(performed: Any) -> None:
     found = rows(job)
     assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
     guided = [row for row in found if row.get("prefix_frac")]
-    assert guided and all(row["trace_tokens"] > 0 for row in guided)
+    assert guided and all(row["sft_tokens"] > 0 for row in guided)
     recordings = sorted((job.parent / "run" / "cooperate" / "rollouts").glob("*.parquet"))
     answers = [row for path in recordings for row in pq.read_table(path).to_pylist()]
     assert len(answers) == STEPS * 16
@@ -174,10 +174,10 @@ def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> 
     job = performed(
         "cooperate",
         'method = "alternate"\ntraces = "failed"\nfailed_pass_rate = 0.5\n'
-        "entropy_share = 0.4\nfrozen_share = 0.1",
+        "entropy_top_frac = 0.4\nfrozen_share = 0.1",
         corpus="many",
     )
     found = rows(job)
-    learned = [row for row in found if row.get("trace_tokens")]
+    learned = [row for row in found if row.get("sft_tokens")]
     assert len(found) == STEPS and learned
     assert all(0.09 < row["frozen_frac"] < 0.2 for row in learned)

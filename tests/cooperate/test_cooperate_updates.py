@@ -45,21 +45,21 @@ LORA = {"rank": 4, "alpha": 8}
 PEAR = {"level": "token", "clip_log_ratio": (-0.3, 0.3)}
 # Name: keys of [cooperate], keys of [sft].
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "sum": ({"rl_share": 0.4}, PEAR),
-    "sum, uncertain tokens": ({"rl_share": 0.4, "entropy_share": 0.3}, {"level": "none"}),
-    "alternate": ({"method": "alternate", "frozen_share": 0.002}, PEAR),
+    "sum": ({"rl_weight": 0.4}, PEAR),
+    "sum, uncertain tokens": ({"rl_weight": 0.4, "entropy_top_frac": 0.3}, {"level": "none"}),
+    "alternate": ({"method": "alternate", "frozen_frac": 0.002}, PEAR),
     "trapo": (
         {
             "method": "trapo",
             "prefix_groups": (2, 1, 1),
-            "prefix_shares": (0.0, 0.5, 1.0),
+            "prefix_fracs": (0.0, 0.5, 1.0),
             "prefix_returns": (0.0, 0.5, 0.9),
         },
         PEAR,
     ),
     "bridge": ({"method": "bridge", "lora": LORA, "refresh_steps": 3}, PEAR),
     "bridge without meta": (
-        {"method": "bridge", "lora": LORA, "meta_objective": False, "rl_share": 0.7},
+        {"method": "bridge", "lora": LORA, "meta_objective": False, "rl_weight": 0.7},
         {"level": "none"},
     ),
 }
@@ -204,13 +204,13 @@ class Rank:
                 objective_of(job, [], plain),
             ),
         }
-        trapo = METHODS["trapo"][0] | {"prefix_shares": (0.0, 0.0, 0.0)}
+        trapo = METHODS["trapo"][0] | {"prefix_fracs": (0.0, 0.0, 0.0)}
         made = {"rl": method, "sft": plain}
         for name, cooperate in {
-            "lambda 1": {"rl_share": 1.0},
-            "lambda 0": {"rl_share": 0.0},
+            "lambda 1": {"rl_weight": 1.0},
+            "lambda 0": {"rl_weight": 0.0},
             "no beginnings": trapo,
-            "bridge, lambda 1": METHODS["bridge"][0] | {"rl_share": 1.0},
+            "bridge, lambda 1": METHODS["bridge"][0] | {"rl_weight": 1.0},
         }.items():
             made[name] = other = self.method(cooperate, PEAR)
             ours[name] = lambda step, own=other: own.step(step, rollouts_of(step, False))
@@ -273,7 +273,7 @@ def by_formulas(name: str, model: str, adapters: dict[str, torch.Tensor]) -> dic
     job = job_of(model, 1, cooperate, sft)
     assert job.cooperate is not None
     how = job.cooperate.sft_of(job.sft).model_dump()
-    how["entropy_share"] = job.cooperate.entropy_share
+    how["entropy_top_frac"] = job.cooperate.entropy_top_frac
     network = formulas.Network(model, LORA)
     policy = formulas.Values(network.weights(), RL["learning_rate"])
     shadow = formulas.Values(network.weights(), RL["learning_rate"])
@@ -281,7 +281,7 @@ def by_formulas(name: str, model: str, adapters: dict[str, torch.Tensor]) -> dic
     steps = [for_formulas(rollouts_of(step, name == "trapo")) for step in range(NUM_STEPS)]
     # An answer that is all trace has nothing for RL.
     steps = [([a for a in answers if len(a[0]) > a[1]], traces) for answers, traces in steps]
-    optimizer, share = job.rl.model_dump(), job.cooperate.rl_share
+    optimizer, share = job.rl.model_dump(), job.cooperate.rl_weight
     match name:
         case "bridge":
             formulas.bridge(

@@ -39,7 +39,7 @@ from tests.cooperate.by_hand import (
 TRAPO = {
     "method": "trapo",
     "prefix_groups": [1, 1, 1, 1],
-    "prefix_shares": [0.0, 0.3, 0.5, 1.0],
+    "prefix_fracs": [0.0, 0.3, 0.5, 1.0],
     "prefix_returns": [-1.0, 0.5, 0.7, 0.9],
 }
 
@@ -59,7 +59,7 @@ def slow_group(job, tokenizer, traces, ids, seed):
     trace = traces.find(ids)
     found, rewards = [], []
     said = job.cooperate
-    columns = (said.prefix_groups, said.prefix_shares, said.prefix_returns)
+    columns = (said.prefix_groups, said.prefix_fracs, said.prefix_returns)
     for size, share, below in zip(*columns, strict=True):
         shown = ()
         if trace is not None and (sum(rewards) / len(rewards) if rewards else 0.0) < below:
@@ -99,7 +99,7 @@ def test_each_answer_has_the_beginning_that_those_before_it_call_for(
     cooperate = {
         "method": "trapo",
         "prefix_groups": sizes,
-        "prefix_shares": shares[: len(sizes)],
+        "prefix_fracs": shares[: len(sizes)],
         "prefix_returns": below[: len(sizes)],
     }
     job = job_of(model, cooperate, max_staleness=staleness, overlong_buffer_tokens=cache)
@@ -141,7 +141,7 @@ def test_each_answer_has_the_beginning_that_those_before_it_call_for(
         assert numbers.get("prefix_frac", 0.0) == share
         assert ("prefix_frac" in numbers) == (share > 0)
         tokens = [len(answer.trace_ids) + len(answer.token_ids) for answer in answers]
-        assert numbers["response_tokens_mean"] == pytest.approx(np.mean(tokens))
+        assert numbers["completions_mean_length"] == pytest.approx(np.mean(tokens))
         assert 0 <= numbers["staleness_mean"] <= numbers["staleness_max"] <= STEPS
     if staleness == 0:
         scheduler = PrefixScheduler(traces, job, model, 0, 0)
@@ -153,7 +153,7 @@ def test_each_answer_has_the_beginning_that_those_before_it_call_for(
 def test_without_beginnings_requests_are_those_of_a_plain_course(
     model, traces, seed, staleness, replaces
 ):
-    cooperate = TRAPO | {"prefix_shares": [0.0] * 4, "prefix_returns": [2.0] * 4}
+    cooperate = TRAPO | {"prefix_fracs": [0.0] * 4, "prefix_returns": [2.0] * 4}
     job = job_of(model, cooperate, max_staleness=staleness, dynamic_sampling=replaces)
     lessons, asked = run(PrefixScheduler(traces, job, model, 0, 0), random.Random(seed))
     assert (lessons, asked) == run(RolloutScheduler(job, model, 0, 0), random.Random(seed))
@@ -162,7 +162,7 @@ def test_without_beginnings_requests_are_those_of_a_plain_course(
 
 def test_micro_groups_go_in_rounds(model, traces):
     """On-policy all problems' next ones are asked together, and not before."""
-    cooperate = TRAPO | {"prefix_shares": [0.0, 0.0, 0.3, 0.5], "prefix_returns": [2.0] * 4}
+    cooperate = TRAPO | {"prefix_fracs": [0.0, 0.0, 0.3, 0.5], "prefix_returns": [2.0] * 4}
     scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)
     sizes = []
     while (batch := scheduler.pop_batch()) is None:
@@ -195,7 +195,7 @@ def test_overlapped_a_problem_goes_on_at_once(model, traces):
 def test_a_whole_trace_is_judged_without_an_engine(model, traces, kl_coefficient, expected):
     cooperate = TRAPO | {
         "prefix_groups": [1, 3],
-        "prefix_shares": [0.0, 1.0],
+        "prefix_fracs": [0.0, 1.0],
         "prefix_returns": [-1.0, 2.0],
     }
     job = job_of(model, cooperate, kl_coefficient=kl_coefficient)
@@ -219,7 +219,7 @@ def test_a_whole_trace_is_judged_without_an_engine(model, traces, kl_coefficient
 def test_a_step_of_whole_traces_has_numbers(model, traces):
     cooperate = TRAPO | {
         "prefix_groups": [GROUP],
-        "prefix_shares": [1.0],
+        "prefix_fracs": [1.0],
         "prefix_returns": [2.0],
     }
     scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)

@@ -219,11 +219,11 @@ def test_a_card_says_what_the_attempts_say() -> None:
         assert point["low"] <= point["value"] <= point["high"]
     assert found["pass_at_k"] == {str(k): found["pass_at_k_curve"][k - 1] for k in (1, 4)}
     right, wrong = sum(counts), 4 * SAMPLES - sum(counts)
-    assert found["clipped_ratio"] == pytest.approx(wrong / 80)
+    assert found["completions_clipped_ratio"] == pytest.approx(wrong / 80)
     assert found["parts"] == {"answered": pytest.approx(right / 80)}
     # By token: a long answer counts more than a short one.
     tokens, entropy = 5 * right + 15 * wrong, 0.5 * 5 * right + 1.0 * 15 * wrong
-    assert found["response_tokens_mean"] == pytest.approx(tokens / 80)
+    assert found["completions_mean_length"] == pytest.approx(tokens / 80)
     assert found["entropy"] == pytest.approx(entropy / tokens)
 
 

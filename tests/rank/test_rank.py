@@ -76,7 +76,7 @@ def write(
         label: {
             "path": f"models/{label}",
             "entropy": -logprob,
-            "clipped_ratio": 0.0,
+            "completions_clipped_ratio": 0.0,
             "heldout_nll": (losses or {}).get(label),
         }
         for label in counts

@@ -17,7 +17,7 @@ STEPS = 8
 # What a step's row says that does not depend on how fast the machine was.
 NUMBERS = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "pass_rate", "first_problem",
-    "next_problem", "problems_dropped", "ratio_mean", "clipped_ratio",
+    "next_problem", "problems_dropped", "ratio_mean", "completions_clipped_ratio",
 )  # fmt: skip
 JOB = """
 [run]
@@ -146,7 +146,7 @@ def test_generator_and_learner_agree_after_every_update(plain: Path, adapters: P
 
 
 def test_held_out_problems_are_evaluated_on_the_way(plain: Path) -> None:
-    found = {r["evaluated_version"]: r["pass_at_1"] for r in rows(plain) if "pass_at_1" in r}
+    found = {r["eval_version"]: r["pass_at_1"] for r in rows(plain) if "pass_at_1" in r}
     assert found.keys() == {0, 3, 6} and all(0 <= rate <= 1 for rate in found.values())
     best = plain.parent / "run" / "rl" / "best" / "model.safetensors"
     assert best.exists() == (max(found[3], found[6]) > found[0])

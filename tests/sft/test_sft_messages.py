@@ -129,18 +129,18 @@ def test_weights_are_those_of_the_job(
 
 HEALTHY = {
     "effective_sample_size": 0.6,
-    "share_at_weight_floor": 0.1,
-    "share_at_lower_clip": 0.2,
-    "share_at_upper_clip": 0.2,
+    "weight_frac_at_floor": 0.1,
+    "clip_frac_low": 0.2,
+    "clip_frac_high": 0.2,
 }
 ADVICE = {
-    "floor": ({"share_at_weight_floor": 0.75}, ["75% of the tokens have the smallest weight"]),
+    "floor": ({"weight_frac_at_floor": 0.75}, ["75% of the tokens have the smallest weight"]),
     "few tokens": (
         {"effective_sample_size": 0.125},
         ["effective sample size is 12% of the tokens", "sft.clip_log_weight"],
     ),
     "lower clip": (
-        {"share_at_lower_clip": 0.625},
+        {"clip_frac_low": 0.625},
         ["62% of the log-ratios are at the lower clip", "a wider sft.clip_log_ratio"],
     ),
 }
@@ -148,9 +148,9 @@ ADVICE = {
 
 def test_there_is_no_advice_on_healthy_weights_or_on_none() -> None:
     assert advice_on(HEALTHY) is None
-    borders = {"effective_sample_size": 0.2, "share_at_weight_floor": 0.5}
-    assert advice_on({**HEALTHY, **borders, "share_at_lower_clip": 0.5}) is None
-    assert advice_on({"loss": 0.5, "nll": 0.5, "share_at_lower_clip": 1.0}) is None
+    borders = {"effective_sample_size": 0.2, "weight_frac_at_floor": 0.5}
+    assert advice_on({**HEALTHY, **borders, "clip_frac_low": 0.5}) is None
+    assert advice_on({"loss": 0.5, "nll": 0.5, "clip_frac_low": 1.0}) is None
 
 
 @pytest.mark.parametrize(("changes", "said"), ADVICE.values(), ids=ADVICE)
@@ -180,8 +180,8 @@ def test_there_is_advice_exactly_beyond_a_border(
 ) -> None:
     numbers = {
         "effective_sample_size": effective,
-        "share_at_weight_floor": floor,
-        "share_at_lower_clip": lower,
+        "weight_frac_at_floor": floor,
+        "clip_frac_low": lower,
     }
     healthy = effective >= 0.2 and floor <= 0.5 and lower <= 0.5
     assert (advice_on(numbers) is None) == healthy
