@@ -118,8 +118,13 @@ def weight_summary(
         "log_ratio_mean": mean_ratio,
         "log_ratio_std": spread,
         **{
-            f"share_{place}": float(facts[place]) / num_tokens
-            for place in ("at_lower_clip", "at_upper_clip", "at_weight_floor", "at_weight_ceiling")
+            place: float(facts[place]) / num_tokens
+            for place in (
+                "clip_frac_low",
+                "clip_frac_high",
+                "weight_frac_at_floor",
+                "weight_frac_at_ceiling",
+            )
         },
         "weight_quantiles": histogram_quantiles(facts["weight_histogram"], clip_log_weight),
         "weight_by_position": [float(v) for v in by_position],

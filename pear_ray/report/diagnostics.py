@@ -77,8 +77,8 @@ def weight_panels(arm: ArmData) -> list[Panel | None]:
     """Weights of one arm: by source, at the bounds, their spread, and along the answer."""
     rows = arm.weighted
     steps = as_floats(row["step"] for row in rows)
-    places = ("lower_clip", "upper_clip", "weight_floor", "weight_ceiling")
-    clips = {place.replace("_", " "): by_step(rows, f"share_at_{place}") for place in places}
+    names = ("clip_frac_low", "clip_frac_high", "weight_frac_at_floor", "weight_frac_at_ceiling")
+    clips = {name.replace("_", " "): by_step(rows, name) for name in names}
     p05, p50, p95 = (
         gathered(steps, as_floats(row["weight_quantiles"].get(q) for row in rows))
         for q in ("p05", "p50", "p95")

@@ -57,21 +57,21 @@ MISTAKES = {
         "[cooperate]\nshare = 0.5",
         ["cooperate.share: unknown key; expected one of:", "rl_weight", "read 0.5"],
     ),
-    "more than all": ("[cooperate]\nrl_share = 1.5", ["cooperate.rl_weight:", "read 1.5"]),
+    "more than all": ("[cooperate]\nrl_weight = 1.5", ["cooperate.rl_weight:", "read 1.5"]),
     "less than nothing at the end": (
-        "[cooperate]\nrl_share_at_end = -0.1",
+        "[cooperate]\nrl_weight_final = -0.1",
         ["cooperate.rl_weight_final:", "read -0.1"],
     ),
     "no token of any trace": (
-        "[cooperate]\nentropy_share = 0",
+        "[cooperate]\nentropy_top_frac = 0",
         ["cooperate.entropy_top_frac:", "greater than 0; read 0"],
     ),
     "everything frozen": (
-        "[cooperate]\nmethod = 'alternate'\nfrozen_share = 1",
+        "[cooperate]\nmethod = 'alternate'\nfrozen_frac = 1",
         ["cooperate.frozen_frac:", "less than 1; read 1"],
     ),
     "frozen in one step of both": (
-        "[cooperate]\nfrozen_share = 0.5",
+        "[cooperate]\nfrozen_frac = 0.5",
         ["frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it"],
     ),
     **{
@@ -96,7 +96,7 @@ MISTAKES = {
     },
     **{
         f"a share of {method}": (
-            f"[cooperate]\nmethod = '{method}'\nrl_share_at_end = 0.2",
+            f"[cooperate]\nmethod = '{method}'\nrl_weight_final = 0.2",
             [f"rl_weight: read 0.5 to 0.2 with method '{method}', which has no such share"],
         )
         for method in ("alternate", "trapo")
@@ -134,8 +134,7 @@ MISTAKES = {
         ["prefix_returns: read 2, 4 and 4 entries; expected equally many"],
     ),
     "no groups": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_groups = []\nprefix_shares = []\n"
-        "prefix_returns = []",
+        "[cooperate]\nmethod = 'trapo'\nprefix_groups = []\nprefix_fracs = []\nprefix_returns = []",
         ["read 0, 0 and 0 entries; expected equally many, at least one"],
     ),
     "a group of nobody": (
@@ -143,7 +142,7 @@ MISTAKES = {
         ["cooperate.prefix_groups.3:", "greater than 0; read 0"],
     ),
     "more than a whole trace": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_shares = [0, 0.2, 0.5, 1.2]",
+        "[cooperate]\nmethod = 'trapo'\nprefix_fracs = [0, 0.2, 0.5, 1.2]",
         ["cooperate.prefix_fracs.3:", "less than or equal to 1; read 1.2"],
     ),
     "other groups than RL's": (
@@ -161,7 +160,7 @@ MISTAKES = {
         )
         for of, lines in (
             ("bridge", "method = 'bridge'"),
-            ("alternate", "method = 'alternate'\nfrozen_share = 0.1"),
+            ("alternate", "method = 'alternate'\nfrozen_frac = 0.1"),
         )
     },
     "adapters twice": (
@@ -255,7 +254,7 @@ def test_the_stage_alone_needs_its_section(dry_run):
 
 
 def test_a_mistake_in_an_override_is_refused(dry_run):
-    code, _, complained = dry_run("[cooperate]", "--cooperate.frozen-share", "0.5")
+    code, _, complained = dry_run("[cooperate]", "--cooperate.frozen-frac", "0.5")
     assert code == 2
     told = " ".join(complained.replace("│", " ").split())
     assert "frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it" in told
@@ -265,11 +264,11 @@ def test_a_mistake_in_an_override_is_refused(dry_run):
 GOOD = {
     "nothing more": ("", {}),
     "another share at the end": (
-        "rl_weight = 0.2\nrl_share_at_end = 1",
+        "rl_weight = 0.2\nrl_weight_final = 1",
         {"rl_weight": 0.2, "rl_weight_final": 1.0},
     ),
     "MIFO": (
-        "method = 'alternate'\ntraces = 'failed'\nfailed_pass_rate = 0.25\nentropy_share = 0.2\n"
+        "method = 'alternate'\ntraces = 'failed'\nfailed_pass_rate = 0.25\nentropy_top_frac = 0.2\n"
         "frozen_frac = 0.5",
         {
             "method": "alternate",
@@ -288,7 +287,7 @@ GOOD = {
         {"method": "bridge", "meta_objective": False},
     ),
     "TRAPO": (
-        "method = 'trapo'\nprefix_groups = [6, 2]\nprefix_shares = [0, 0.5]\n"
+        "method = 'trapo'\nprefix_groups = [6, 2]\nprefix_fracs = [0, 0.5]\n"
         "prefix_returns = [-1, 0.5]",
         {
             "method": "trapo",

@@ -150,7 +150,7 @@ def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any
 @pytest.mark.timeout(900)
 def test_trapo_goes_on_from_traces(performed: Any) -> None:
     groups = (
-        "prefix_groups = [2, 1, 1]\nprefix_shares = [0.0, 0.5, 1.0]\n"
+        "prefix_groups = [2, 1, 1]\nprefix_fracs = [0.0, 0.5, 1.0]\n"
         "prefix_returns = [0.0, 0.9, 0.9]"
     )
     job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus="many")
@@ -174,7 +174,7 @@ def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> 
     job = performed(
         "cooperate",
         'method = "alternate"\ntraces = "failed"\nfailed_pass_rate = 0.5\n'
-        "entropy_top_frac = 0.4\nfrozen_share = 0.1",
+        "entropy_top_frac = 0.4\nfrozen_frac = 0.1",
         corpus="many",
     )
     found = rows(job)

@@ -77,7 +77,7 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def plain(write_job: Any, ray_session: None) -> Path:
     """A run in one go, on-policy, evaluated on the way and recorded."""
-    job = write_job(rl="record = true\nsteps_per_evaluation = 3")
+    job = write_job(rl="record = true\neval_every = 3")
     assert command(["rl", str(job)]) == 0
     return job
 
@@ -85,7 +85,7 @@ def plain(write_job: Any, ray_session: None) -> Path:
 @pytest.fixture(scope="module")
 def stopped(write_job: Any, plain: Path) -> Path:
     """The same, whose driver was killed half way; the same command again."""
-    job = write_job(rl="record = true\nsteps_per_evaluation = 3")
+    job = write_job(rl="record = true\neval_every = 3")
     run_cut_off("rl", job, STEPS)
     return job
 

@@ -138,7 +138,7 @@ LOADABLE = "expected a class that can be imported"
         ),
         (
             {"name": "their_tasks:NoGrade"},
-            "tasks.0.name: read 'their_tasks:NoGrade', and their_tasks:NoVerdict is without"
+            "tasks.0.name: read 'their_tasks:NoGrade', and their_tasks:NoGrade is without"
             f" grade; {WANTED}",
         ),
         (
