@@ -13,7 +13,8 @@ from pathlib import Path
 import tyro
 from pydantic import ValidationError
 
-from pear_ray.config import ConfigError, Job, format_validation_error, read_job, refuse_secrets
+from pear_ray.config import Job, format_validation_error, read_job, refuse_secrets
+from pear_ray.errors import ConfigError
 from pear_ray.logs import configure_logging
 
 STAGES = {

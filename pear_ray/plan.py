@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from pear_ray.config import ConfigError, Cooperate, Job, Lora
+from pear_ray.config import Cooperate, Job, Lora
+from pear_ray.errors import ConfigError
 from pear_ray.train.memory import (
     GIB,
     HELD,

@@ -6,7 +6,8 @@ import os
 from glob import glob
 from pathlib import Path
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.tasks import make_tasks
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from pear_ray.config import ConfigError, Job, Pretrain, TaskSpec
+from pear_ray.config import Job, Pretrain, TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.ray_cluster import connect
 from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
@@ -58,7 +59,7 @@ def make_model(
     folder: Path, settings: Pretrain, spec: TaskSpec, parent_loss: float | None
 ) -> float:
     """One model, in a process of its own, once the model that it begins with is there."""
-    from pear_ray.train.pretrain import pretrain
+    from pear_ray.train.new_model import pretrain
 
     task = make_tasks([spec])[0]
     assert isinstance(task, Demonstrator)

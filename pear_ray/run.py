@@ -24,7 +24,8 @@ from typing import Any
 import filelock
 from pydantic import ValidationError
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.logs import LOG_CONTEXT
 from pear_ray.metrics import count_event
 from pear_ray.ray_cluster import set_job_status

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import ConfigError, Job
-from pear_ray.data.tokenizer import conversation_ids, load_tokenizer, prompts_ids
+from pear_ray.config import Job
+from pear_ray.data.tokenizer import encode_conversation, load_tokenizer, encode_prompts
 from pear_ray.engines.engine_factory import engine_pool
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
+from pear_ray.errors import ConfigError
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
 from pear_ray.records import EXAMPLE_SCHEMA, Completion, Problem
@@ -77,7 +78,7 @@ def sample_source(
                 " problems; expected a better model or fewer examples"
             )
         batch = list(islice(problems, 4 * job.generator.max_num_seqs * job.generator.num_engines))
-        prompts = prompts_ids(tokenizer, [problem.messages for _, problem in batch])
+        prompts = encode_prompts(tokenizer, [problem.messages for _, problem in batch])
         requests = [
             SampleRequest(
                 prompt,
@@ -118,4 +119,4 @@ def can_be_read_back(tokenizer: Tokenizer, problem: Problem, answer: Completion)
     if answer.finish_reason != "stop":
         return False
     messages = [*problem.messages, {"role": "assistant", "content": answer.text}]
-    return conversation_ids(tokenizer, messages).response_ids == list(answer.token_ids)
+    return encode_conversation(tokenizer, messages).response_ids == list(answer.token_ids)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.run import KEYS_SAFE_TO_CHANGE, RunDir, check_same_job, flatten, open_run, write_json
 
 DOCUMENT = {

@@ -11,7 +11,7 @@ from pear_ray.config.arms import (
 )
 from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
-from pear_ray.config.errors import ConfigError, format_validation_error
+from pear_ray.config.errors import format_validation_error
 from pear_ray.config.job import (
     Evaluation,
     Generator,
@@ -37,7 +37,6 @@ __all__ = [
     "TRAINING_STAGES",
     "Arm",
     "Columns",
-    "ConfigError",
     "Cooperate",
     "Corpus",
     "CorpusSample",

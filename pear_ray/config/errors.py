@@ -8,11 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 
-class ConfigError(ValueError):
-    """Something the user gave cannot be used. The message names file, field, what was read and
-    what was expected. The command line turns it into exit code 2."""
-
-
 def format_validation_error(path: Path | str, error: ValidationError, root: type[BaseModel]) -> str:
     """One line per mistake: file, field, what was expected, what was read."""
     lines, mistakes = [], error.errors()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pear_ray.config.errors import ConfigError, format_validation_error
+from pear_ray.config.errors import format_validation_error
 from pear_ray.config.job import Job
 from pear_ray.config.secrets import refuse_secrets
+from pear_ray.errors import ConfigError
 
 
 def read_job(path: Path) -> Job:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pear_ray.config.errors import ConfigError
+from pear_ray.errors import ConfigError
 
 # The last word of a key that names a secret. A checkpoint may be called "token", as an arm is.
 NAMES = re.compile(

@@ -17,7 +17,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from ray.data.datasource import FileBasedDatasource
 
-from pear_ray.config import Columns, ConfigError
+from pear_ray.config import Columns
+from pear_ray.errors import ConfigError
 
 LINES = tuple(
     kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")

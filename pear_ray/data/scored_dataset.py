@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA, TrainingSequence
 
 NUM_READERS = 8
-OPTIONAL = {"recorded_gap", "trainable", "truncated", "logprobs_from", "top_ids", "top_logprobs"}
+OPTIONAL_COLUMNS = {"recorded_gap", "trainable", "truncated", "logprobs_from", "top_ids", "top_logprobs"}
 LISTS = ("prompt_ids", "response_ids", "behavior_logprobs")
 TEACHER = ("top_ids", "top_logprobs")
 
@@ -66,11 +67,11 @@ class RowGroup:
 def row_filter(job: Job) -> RowFilter:
     """What rows must be like to be trained on."""
     # Those who read rows for the learners need no tokenizer, and start sooner without.
-    from pear_ray.data.tokenizer import digests, load_tokenizer, num_embeddings
+    from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer, num_embeddings
 
     path = job.model_path()
     return RowFilter(
-        digests=digests(load_tokenizer(path)),
+        digests=tokenizer_digests(load_tokenizer(path)),
         vocab_size=num_embeddings(path),
         max_tokens=job.learner.tokens_per_pack,
         negatives=job.sft.negatives,
@@ -79,7 +80,7 @@ def row_filter(job: Job) -> RowFilter:
     )
 
 
-def scan(folder: Path, wanted: RowFilter) -> list[RowGroup]:
+def scan_dataset(folder: Path, wanted: RowFilter) -> list[RowGroup]:
     """Look through all rows, in the order of files.
 
     Raises:
@@ -101,7 +102,7 @@ def scan(folder: Path, wanted: RowFilter) -> list[RowGroup]:
     return groups
 
 
-def refuse_too_few(job: Job, groups: list[RowGroup]) -> None:
+def check_enough_rows(job: Job, groups: list[RowGroup]) -> None:
     """Raises ConfigError where a step's rows are more than there are."""
     num_rows = sum(group.num_train for group in groups)
     if num_rows < job.sft.examples_per_step:
@@ -118,7 +119,7 @@ def likeliest_per_token(path: Path) -> int:
         first = conform(pq.ParquetFile(path).read_row_group(0)).slice(0, 1)
     except (pa.ArrowException, OSError, IndexError):
         return 0
-    num_top, num_response = (counts(first.column(name)) for name in ("top_ids", "response_ids"))
+    num_top, num_response = (list_lengths(first.column(name)) for name in ("top_ids", "response_ids"))
     return int(num_top[0] // num_response[0]) if num_response.any() else 0
 
 
@@ -133,7 +134,7 @@ def scan_file(path: Path, wanted: RowFilter, num_top: int) -> Iterator[RowGroup]
             read = file.schema_arrow.field(field.name).type
             if not (read.equals(field.type) or pa.types.is_null(read)):
                 raise ConfigError(f"{path}: {field.name}: read type {read}; expected {field.type}")
-        elif field.name not in OPTIONAL or (wanted.top_logprobs and field.name in TEACHER):
+        elif field.name not in OPTIONAL_COLUMNS or (wanted.top_logprobs and field.name in TEACHER):
             raise ConfigError(f"{path}: {field.name}: no such column; expected it of stage `score`")
     for number in range(file.num_row_groups):
         try:
@@ -174,7 +175,7 @@ def check(path: Path, table: pa.Table, wanted: RowFilter, num_top: int) -> None:
     sources = np.array(table.column("source").to_pylist(), dtype=object)
     nobody = np.array([source is None for source in sources], dtype=bool)
     refuse("source", nobody, sources, "the name of the row's author")
-    num_prompt, num_response, num_logprobs = (counts(table.column(name)) for name in LISTS)
+    num_prompt, num_response, num_logprobs = (list_lengths(table.column(name)) for name in LISTS)
     refuse("response_ids", num_response < 1, num_response, "at least one token")
     refuse("prompt_ids", num_prompt < 1, num_prompt, "at least one token")
     lengths = num_prompt + num_response
@@ -182,39 +183,39 @@ def check(path: Path, table: pa.Table, wanted: RowFilter, num_top: int) -> None:
     refuse("response_ids", lengths > wanted.max_tokens, lengths, limit)
     per_token = "one number for each of the response's tokens"
     refuse("behavior_logprobs", num_logprobs != num_response, num_logprobs, per_token)
-    num_trainable = counts(table.column("trainable"))
+    num_trainable = list_lengths(table.column("trainable"))
     given = ~pc.is_null(table.column("trainable")).to_numpy()
     refuse("trainable", given & (num_trainable != num_response), num_trainable, per_token)
-    _, most = extremes(table.column("trainable"))
+    _, most = list_extremes(table.column("trainable"))
     nothing = given & (most == 0)
     refuse("trainable", nothing, most.astype(bool), "true for one token or more")
     if wanted.top_logprobs:
-        num_ids, num_theirs = (counts(table.column(name)) for name in TEACHER)
+        num_ids, num_theirs = (list_lengths(table.column(name)) for name in TEACHER)
         uneven = (num_ids == 0) | (num_ids != num_top * num_response)
         refuse("top_ids", uneven, num_ids, "as many for each of the response's tokens")
         refuse("top_logprobs", num_theirs != num_ids, num_theirs, "one number for each of top_ids")
     for field in ("prompt_ids", "response_ids", *(TEACHER[:1] if wanted.top_logprobs else ())):
-        low, high = extremes(table.column(field))
+        low, high = list_extremes(table.column(field))
         refuse(field, np.isnan(low), low, "an id in each place")
         refuse(field, low < 0, low, "ids of at least 0")
         refuse(field, high >= wanted.vocab_size, high, f"ids below {wanted.vocab_size}")
     for field in ("behavior_logprobs", *(TEACHER[1:] if wanted.top_logprobs else ())):
-        low, high = extremes(table.column(field))
+        low, high = list_extremes(table.column(field))
         odd = np.where(np.isfinite(low), high, low)
         refuse(field, ~np.isfinite(odd), odd, "finite numbers")
         refuse(field, high > 0.001, high, "logs of probabilities, at most 0")
 
 
-def counts(column: pa.ChunkedArray) -> np.ndarray:
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """Length of each list, 0 for null."""
     return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
 
 
-def extremes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def list_extremes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Smallest and largest value of each list, float64 [rows]; a NaN is both."""
     whole = column.combine_chunks()
     flat = whole.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    lengths = counts(column)
+    lengths = list_lengths(column)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     filled = lengths > 0
     low, high = np.zeros(len(lengths)), np.zeros(len(lengths))
@@ -224,7 +225,7 @@ def extremes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def read_group(
+def read_row_group(
     group: RowGroup, wanted: RowFilter, split: str, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """The wanted rows of a split. Where `columns` are named, which must hold those that `wanted`
@@ -234,7 +235,7 @@ def read_group(
     return table.filter(pa.array(wanted.mask(table, split)))
 
 
-def sequences_of(
+def training_sequences(
     table: pa.Table, negative_coefficient: float, with_teacher: bool = False
 ) -> list[TrainingSequence]:
     """Rows as training sequences; traces that are known to be wrong get minus the coefficient.
@@ -272,5 +273,5 @@ def first_rows(
         if sum(table.num_rows for table in tables) >= most:
             break
         if group.num_train if split == "train" else group.num_heldout:
-            tables.append(read_group(group, wanted, split))
+            tables.append(read_row_group(group, wanted, split))
     return pa.concat_tables(tables).slice(0, most) if tables else None

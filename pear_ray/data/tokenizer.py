@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 from pear_ray.records import Message, Problem
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
     return tokenizer
 
 
-def digests(tokenizer: Tokenizer) -> tuple[str, str]:
+def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
     """Fingerprints of the vocabulary and of the chat template: equal ids mean equal tokens only
     where these agree."""
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return _digest(words), _digest(str(tokenizer.chat_template))
 
 
-def prompts_that_fit(
+def encode_problems(
     path: str, problems: Sequence[Problem], max_model_len: int
 ) -> list[tuple[int, ...]]:
     """Token ids of each problem's prompt, with the tokenizer in `path`.
@@ -57,7 +57,7 @@ def prompts_that_fit(
         ConfigError: a prompt leaves no room for an answer.
     """
     tokenizer = load_tokenizer(path)
-    prompts = prompts_ids(tokenizer, [problem.messages for problem in problems])
+    prompts = encode_prompts(tokenizer, [problem.messages for problem in problems])
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) >= max_model_len:
             raise ConfigError(
@@ -67,7 +67,7 @@ def prompts_that_fit(
     return prompts
 
 
-def prompts_ids(
+def encode_prompts(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]
 ) -> list[tuple[int, ...]]:
     """Token ids of many conversations, of each up to where the assistant is to speak. Together, as
@@ -80,13 +80,13 @@ def prompts_ids(
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant is to speak."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def answer_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+def decode_completion(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """An answer as its judge reads it."""
     return str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
@@ -101,7 +101,7 @@ class Conversation:
     trainable: list[bool]
 
 
-def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
     """A conversation whose last message is the assistant's, as the model saw and wrote it.
 
     Raises:
@@ -129,7 +129,7 @@ def _answer(
     tokenizer: Tokenizer, messages: Sequence[Message], number: int, whole: list[int]
 ) -> tuple[int, int]:
     """Where message `number` starts and ends in the ids of the whole conversation."""
-    before = prompt_ids(tokenizer, messages[:number])
+    before = encode_prompt(tokenizer, messages[:number])
     is_last = number == len(messages) - 1
     until = whole if is_last else _ids(tokenizer, messages[: number + 1])
     if whole[: len(before)] != before or whole[: len(until)] != until:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.rank import predictors
 from pear_ray.rank.candidates import Candidate, CandidateSet, read
 from pear_ray.rank.messages import advice, cautions

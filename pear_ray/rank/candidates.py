@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pear_ray.config import ConfigError, Job, is_after_rl, read_job, start_of
+from pear_ray.config import Job, is_after_rl, read_job, start_of
+from pear_ray.errors import ConfigError
 from pear_ray.statistics import mean_pass_at_k, overtraining
 
 # What must be alike for counts of right answers to be compared.

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import TRAINING_STAGES, ConfigError, Cooperate, last_stage_with, start_of
+from pear_ray.config import TRAINING_STAGES, Cooperate, last_stage_with, start_of
+from pear_ray.errors import ConfigError
 from pear_ray.run import flatten
 
 Rows = list[dict[str, Any]]

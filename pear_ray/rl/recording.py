@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
 from pear_ray.data.tokenizer import load_tokenizer
+from pear_ray.errors import ConfigError
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
 from pear_ray.rl.scheduler import StepBatch
 

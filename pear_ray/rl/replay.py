@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 from pear_ray.rl.recording import file_of, read
 from pear_ray.rl.rollouts import LOOK_SECONDS, BatchSender, RolloutBatch, first_announced
 from pear_ray.rl.scheduler import batch_metrics

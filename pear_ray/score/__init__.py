@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
 from pear_ray.data import corpus_files
 from pear_ray.data.tokenizer import num_embeddings
 from pear_ray.engines.generator import same_architecture
+from pear_ray.errors import ConfigError
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
 from pear_ray.run import RunDir, installed_versions, write_json

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pear_ray.config import ConfigError, Job
-from pear_ray.data.tokenizer import digests, load_tokenizer
+from pear_ray.config import Job
+from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer
+from pear_ray.errors import ConfigError
 from pear_ray.score.merge import ScoreStats
 
 
@@ -17,9 +18,9 @@ def check_same_tokenizer(job: Job) -> tuple[str, str]:
         ConfigError: a behavior policy has another than the student: a token ratio compares
             two probabilities of the SAME token.
     """
-    ours = digests(load_tokenizer(job.model_path()))
+    ours = tokenizer_digests(load_tokenizer(job.model_path()))
     for source in job.behavior:
-        theirs = digests(load_tokenizer(job.model_path(source), f"behavior.{source}.path"))
+        theirs = tokenizer_digests(load_tokenizer(job.model_path(source), f"behavior.{source}.path"))
         if theirs != ours:
             what = "vocabulary" if theirs[0] != ours[0] else "chat template"
             raise ConfigError(

@@ -16,7 +16,8 @@ from typing import Any
 import ray
 
 from pear_ray import pipeline
-from pear_ray.config import Arm, ConfigError, Job
+from pear_ray.config import Arm, Job
+from pear_ray.errors import ConfigError
 from pear_ray.logs import configure_logging
 from pear_ray.ray_cluster import connect
 from pear_ray.run import RunDir, open_run, write_json

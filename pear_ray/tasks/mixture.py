@@ -8,7 +8,8 @@ from fractions import Fraction
 from itertools import count, islice
 from math import lcm
 
-from pear_ray.config import ConfigError, TaskSpec
+from pear_ray.config import TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.records import Problem
 from pear_ray.seeds import seed_of
 from pear_ray.tasks.registry import make_tasks

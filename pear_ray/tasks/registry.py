@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from pear_ray.config import ConfigError, TaskSpec
+from pear_ray.config import TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.tasks.task import FromFiles, Task
 
 GROUP = "pear_ray.tasks"

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 
 LINES = tuple(
     kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")

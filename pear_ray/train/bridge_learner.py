@@ -18,7 +18,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pear_ray.config import ConfigError, Lora, Optimizer
+from pear_ray.config import Lora, Optimizer
+from pear_ray.errors import ConfigError
 from pear_ray.train.learner import Learner
 from pear_ray.train.model import PackedPolicy
 

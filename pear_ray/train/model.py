@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pear_ray.config import ConfigError, Pretrain
+from pear_ray.config import Pretrain
+from pear_ray.errors import ConfigError
 from pear_ray.losses.logprobs import predicted_logprobs
 from pear_ray.records import TrainingBatch
 from pear_ray.train import attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 from pear_ray.train.memory import ModelDims
 
 

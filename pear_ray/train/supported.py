@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 
 # What some architectures do to logits, and the value that does nothing.
 TRANSFORMED_LOGITS = {

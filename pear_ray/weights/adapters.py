@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 from pear_ray.train.lora import ADAPTER
-from pear_ray.train.safetensors_io import open_tensors
+from pear_ray.train.hf_folder import open_tensors
 from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.types import WeightVersion
 

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from pear_ray import config
-from pear_ray.config import ConfigError, Job, read_job
+from pear_ray.config import Job, read_job
 from pear_ray.config.errors import known_keys
 from pear_ray.config.job import Section
+from pear_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 JOB_FILES = sorted((ROOT / "jobs").glob("*.toml"))

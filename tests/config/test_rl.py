@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pear_ray.config import ConfigError, Job, Rl, format_validation_error
+from pear_ray.config import Job, Rl, format_validation_error
+from pear_ray.errors import ConfigError
 from pear_ray.preflight import check_inputs
 
 DOCUMENT = {

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.config import ConfigError
 from pear_ray.data.corpus_files import (
     LINES,
     ROWS_PER_BLOCK,
@@ -21,6 +20,7 @@ from pear_ray.data.corpus_files import (
     parquet_columns,
     whole_lines,
 )
+from pear_ray.errors import ConfigError
 
 LINE = b'{"example_id": "a"}\n'
 

@@ -13,20 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
 from pear_ray.data.scored_dataset import (
-    OPTIONAL,
+    OPTIONAL_COLUMNS,
     RowFilter,
     RowGroup,
-    counts,
-    extremes,
+    list_lengths,
+    list_extremes,
     first_rows,
-    read_group,
+    read_row_group,
     row_filter,
     scan,
-    sequences_of,
+    training_sequences,
 )
-from pear_ray.data.tokenizer import digests, load_tokenizer
+from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer
+from pear_ray.errors import ConfigError
 from pear_ray.losses.packing import pack
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
 
@@ -61,7 +62,7 @@ GOOD_ROWS = {
 
 @pytest.mark.parametrize("changes", GOOD_ROWS.values(), ids=GOOD_ROWS)
 def test_what_lies_within_the_bounds_is_taken(tmp_path, changes):
-    (group,) = scan(stored(tmp_path, table_of(row("a", **changes))), WANTED)
+    (group,) = scan_dataset(stored(tmp_path, table_of(row("a", **changes))), WANTED)
     assert (group.num_train, group.num_heldout) == (1, 0)
 
 
@@ -71,28 +72,28 @@ def blank(name):
 
 
 OTHER_COLUMNS = {
-    "none that may be missing": GOOD.drop_columns(sorted(OPTIONAL)),
+    "none that may be missing": GOOD.drop_columns(sorted(OPTIONAL_COLUMNS)),
     "more than are read": GOOD.append_column("note", pa.array(["new"] * 3)),
     "in another order": GOOD.select(sorted(GOOD.column_names)),
-    **{f"nothing in {name}": blank(name) for name in sorted(OPTIONAL | {"correct"})},
+    **{f"nothing in {name}": blank(name) for name in sorted(OPTIONAL_COLUMNS | {"correct"})},
 }
 
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
 def test_columns_may_be_others_than_score_writes(tmp_path, table):
-    (group,) = scan(stored(tmp_path, table, rows_per_group=3), WANTED)
+    (group,) = scan_dataset(stored(tmp_path, table, rows_per_group=3), WANTED)
     assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("tutor",))
-    found = sequences_of(read_group(group, WANTED, "train"), 0.1)
+    found = training_sequences(read_row_group(group, WANTED, "train"), 0.1)
     assert [one.token_ids.tolist() for one in found] == [[4, 5, 7, 8, 1]] * 2
     assert [one.coefficients.tolist() for one in found] == [[0.0, 0.0, 1.0, 1.0, 1.0]] * 2
 
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
 def test_files_of_one_corpus_may_have_other_columns(tmp_path, table):
-    groups = scan(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
+    groups = scan_dataset(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
     found = first_rows(groups, WANTED, "train", 4)
     assert names_of(found) == [*"abab"]
-    assert [len(one.token_ids) for one in sequences_of(found, 0.1)] == [5] * 4
+    assert [len(one.token_ids) for one in training_sequences(found, 0.1)] == [5] * 4
 
 
 def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
@@ -100,7 +101,7 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
         row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d")
     )
     second = table_of(row("e", split="heldout", source="web"))
-    groups = scan(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
+    groups = scan_dataset(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
     one, other = str(tmp_path / "0.parquet"), str(tmp_path / "2.parquet")
     assert [group for group in groups if group.file in (one, other)] == [
         RowGroup(one, 0, 2, 0, ("tutor", "web")),
@@ -112,7 +113,7 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
 
 def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
     """Stage `score` leaves one where it rejects all rows of a part."""
-    groups = scan(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
+    groups = scan_dataset(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
     assert sum(group.num_train for group in groups) == 2
 
 
@@ -140,7 +141,7 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
         authors = {one["source"] for file in rows for one in file}
         for negatives, sources in ((False, ()), (True, ()), (True, (min(authors),))):
             wanted = replace(WANTED, negatives=negatives, sources=sources)
-            groups = scan(folder, wanted)
+            groups = scan_dataset(folder, wanted)
             assert len(groups) == len(cut)
             for group, own in zip(groups, cut, strict=True):
                 assert group.sources == tuple(sorted({one["source"] for one in own}))
@@ -150,7 +151,7 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
                 heldout = [one for one in right if one["split"] == "heldout"]
                 assert (group.num_train, group.num_heldout) == (len(train), len(heldout))
                 for split, chosen in (("train", train), ("heldout", heldout)):
-                    found = names_of(read_group(group, wanted, split))
+                    found = names_of(read_row_group(group, wanted, split))
                     assert found == [one["example_id"] for one in chosen]
 
 
@@ -158,7 +159,7 @@ def test_a_source_that_wrote_nothing_is_refused_with_those_that_did(tmp_path):
     stored(tmp_path, table_of(row("a"), row("b", source="coder")))
     told = r"sft\.sources: read \['tuto'\]; expected among \['coder', 'tutor'\], those of"
     with pytest.raises(ConfigError, match=told):
-        scan(tmp_path, replace(WANTED, sources=("coder", "tuto")))
+        scan_dataset(tmp_path, replace(WANTED, sources=("coder", "tuto")))
 
 
 @pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
@@ -168,7 +169,7 @@ def test_traces_known_to_be_wrong_are_trained_on_where_they_are_wanted(
     wanted = replace(WANTED, negatives=negatives)
     rows = [row("a", correct=True), row("b", correct=False), row("c")]
     held = [{**one, "example_id": f"{one['example_id']}-h", "split": "heldout"} for one in rows]
-    groups = scan(stored(tmp_path, table_of(*rows, *held), rows_per_group=6), wanted)
+    groups = scan_dataset(stored(tmp_path, table_of(*rows, *held), rows_per_group=6), wanted)
     for split, names in (("train", [*expected]), ("heldout", ["a-h", "c-h"])):
         assert names_of(first_rows(groups, wanted, split, 9)) == names
 
@@ -190,22 +191,22 @@ def test_extremes_are_those_of_each_list_whatever_the_pieces(kind, lists, data, 
     column = pa.chunked_array([pa.array(piece, kind) for piece in pieces], kind)
     column = column.slice(start, length)
     expected = np.array([slow_extremes(values) for values in column.to_pylist()]).reshape(-1, 2)
-    low, high = extremes(column)
+    low, high = list_extremes(column)
     assert low.dtype == high.dtype == np.float64
     np.testing.assert_array_equal(np.stack([low, high], axis=1), expected)
-    assert counts(column).tolist() == [len(values or []) for values in column.to_pylist()]
+    assert list_lengths(column).tolist() == [len(values or []) for values in column.to_pylist()]
 
 
 def test_what_lies_under_a_list_that_is_not_there_is_not_seen():
     values = pa.array([-1.0, math.nan, -3.0, -4.0], pa.float32())
     hidden = pa.ListArray.from_arrays([0, 1, 2, 4], values, mask=pa.array([False, True, False]))
     column = pa.chunked_array([hidden])
-    assert counts(column).tolist() == [1, 0, 2]
-    assert [found.tolist() for found in extremes(column)] == [[-1.0, 0.0, -4.0], [-1.0, 0.0, -3.0]]
+    assert list_lengths(column).tolist() == [1, 0, 2]
+    assert [found.tolist() for found in list_extremes(column)] == [[-1.0, 0.0, -4.0], [-1.0, 0.0, -3.0]]
 
 
 def sequence_of(**changes):
-    (sequence,) = sequences_of(table_of(row("a", **changes)), 0.1, with_teacher=True)
+    (sequence,) = training_sequences(table_of(row("a", **changes)), 0.1, with_teacher=True)
     return sequence
 
 
@@ -241,20 +242,20 @@ def test_arrays_of_a_sequence_are_of_the_types_that_learners_take(changes):
 @pytest.mark.parametrize("trainable", [None, [True, False, True], [False] * 3])
 def test_coefficients_are_of_tokens_to_learn(correct, expected, trainable):
     table = table_of(row("a", correct=correct, trainable=trainable))
-    (sequence,) = sequences_of(table, 0.25)
+    (sequence,) = training_sequences(table, 0.25)
     mask = [False, False, *(trainable or [True] * 3)]
     assert sequence.trainable.tolist() == mask
     assert sequence.coefficients.tolist() == [expected if learns else 0.0 for learns in mask]
 
 
 def test_a_table_without_optional_columns_has_sequences_without_teachers():
-    (sequence,) = sequences_of(GOOD.slice(1, 1).drop_columns(sorted(OPTIONAL)), 0.1)
+    (sequence,) = training_sequences(GOOD.slice(1, 1).drop_columns(sorted(OPTIONAL_COLUMNS)), 0.1)
     assert sequence.trainable.tolist() == [False, False, True, True, True]
     assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
 
 
 def test_likeliest_tokens_come_along_only_where_they_are_asked_for():
-    for sequence in sequences_of(GOOD, 0.1):
+    for sequence in training_sequences(GOOD, 0.1):
         assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
 
 
@@ -263,9 +264,9 @@ def test_sequences_are_those_of_the_rows_whatever_was_cut_away():
         row(str(n), prompt_ids=[n] * (1 + n % 3), trainable=None if n % 2 else [True, False, True])
         for n in range(9)
     ]
-    whole = sequences_of(table_of(*rows), 0.1)
+    whole = training_sequences(table_of(*rows), 0.1)
     pieces = pa.concat_tables([table_of(*rows[:4]), table_of(*rows[4:])]).slice(2, 5)
-    for found, expected in zip(sequences_of(pieces, 0.1), whole[2:7], strict=True):
+    for found, expected in zip(training_sequences(pieces, 0.1), whole[2:7], strict=True):
         for name in ("token_ids", "trainable", "sampled_logprobs", "coefficients"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
 
@@ -274,15 +275,15 @@ def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_pa
     """Where nothing is distilled; a corpus has both when some of its rows brought log-probs."""
     bare = {"top_ids": None, "top_logprobs": None}
     folder = stored(tmp_path, table_of(row("a"), row("b", **bare)), table_of(row("c", **bare)))
-    table = first_rows(scan(folder, WANTED), WANTED, "train", 3)
+    table = first_rows(scan_dataset(folder, WANTED), WANTED, "train", 3)
     for order in ([0, 1, 2], [2, 1, 0]):
-        ((batch,),) = pack(sequences_of(table.take(order), 0.1), 1, 16)
+        ((batch,),) = pack(training_sequences(table.take(order), 0.1), 1, 16)
         assert batch.trainable_T.sum() == 9
 
 
 def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path):
     rows = [row(name, split="heldout" if name in "cd" else "train") for name in "abcdefg"]
-    groups = scan(stored(tmp_path, table_of(*rows)), WANTED)
+    groups = scan_dataset(stored(tmp_path, table_of(*rows)), WANTED)
     gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("tutor",))
     for most, names in ((1, "a"), (2, "ab"), (3, "abe"), (4, "abef")):
         table = first_rows([*groups[:3], gone], WANTED, "train", most)
@@ -294,7 +295,7 @@ def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path)
 
 
 def test_there_may_be_no_rows_of_a_split(tmp_path):
-    groups = scan(stored(tmp_path, table_of(row("a"))), WANTED)
+    groups = scan_dataset(stored(tmp_path, table_of(row("a"))), WANTED)
     assert first_rows(groups, WANTED, "heldout", 3) is None
     assert first_rows([], WANTED, "train", 3) is None
 
@@ -323,5 +324,5 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
     )
     # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
     sources = tuple(sft.get("sources", ()))
-    expected = RowFilter(digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
+    expected = RowFilter(tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
     assert row_filter(job) == expected

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from pear_ray.config import ConfigError
-from pear_ray.data.scored_dataset import OPTIONAL, scan
+from pear_ray.data.scored_dataset import OPTIONAL_COLUMNS, scan_dataset
+from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
 
@@ -20,7 +20,7 @@ TAUGHT = replace(WANTED, top_logprobs=True)
 def assert_refused(folder, wanted, said):
     """Every word of the message is as `said`, a pattern in which FOLDER is the folder."""
     with pytest.raises(ConfigError) as refusal:
-        scan(folder, wanted)
+        scan_dataset(folder, wanted)
     pattern = said.replace("FOLDER", re.escape(str(folder)))
     assert re.fullmatch(pattern, str(refusal.value)), str(refusal.value)
 
@@ -139,7 +139,7 @@ def test_a_bad_teacher_is_refused_where_one_is_wanted(tmp_path, bad):
     folder = stored(tmp_path, table_of(row("a"), row("b", **changes)))
     said = rf"FOLDER/0\.parquet: 'b': {field}: read {read}; expected {expected}"
     assert_refused(folder, TAUGHT, said)
-    assert len(scan(folder, WANTED)) == 1
+    assert len(scan_dataset(folder, WANTED)) == 1
 
 
 # What would break or mislead a learner in the middle of training: (changes, field).
@@ -238,7 +238,7 @@ BAD_FILES = {
             rf"FOLDER/1\.parquet: {name}: no such column; expected it of stage `score`",
         )
         for name in SCORED_SCHEMA.names
-        if name not in OPTIONAL
+        if name not in OPTIONAL_COLUMNS
     },
     **{
         f"{kind} for {name}": (
@@ -281,7 +281,7 @@ def test_likeliest_tokens_need_be_there_only_where_they_are_wanted(tmp_path, nam
     without(name)(tmp_path)
     said = rf"FOLDER/1\.parquet: {name}: no such column; expected it of stage `score`"
     assert_refused(tmp_path, TAUGHT, said)
-    assert len(scan(tmp_path, WANTED)) == 4
+    assert len(scan_dataset(tmp_path, WANTED)) == 4
 
 
 def test_the_first_mistake_of_the_first_file_is_told(tmp_path):

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import ConfigError
 from pear_ray.data.tokenizer import (
-    conversation_ids,
+    encode_conversation,
     digests,
     load_tokenizer,
     num_embeddings,
     prompt_ids,
 )
+from pear_ray.errors import ConfigError
 
 WORDS = st.lists(st.sampled_from([f"w{n}" for n in range(97)]), min_size=1, max_size=6)
 
@@ -54,15 +54,15 @@ def test_a_conversation_is_its_prompt_then_answers_with_their_ends_among_other_w
             expected += [(token, False) for token in others]
         own = [*tokenizer.convert_tokens_to_ids(answer), tokenizer.eos_token_id]
         expected += [(token, True) for token in own]
-    found = conversation_ids(tokenizer, messages)
-    assert found.prompt_ids == prompt_ids(tokenizer, rounds[0][0])
+    found = encode_conversation(tokenizer, messages)
+    assert found.prompt_ids == encode_prompt(tokenizer, rounds[0][0])
     answers = expected[len(found.prompt_ids) :]
     assert found.response_ids == [token for token, _ in answers]
     assert found.trainable == [is_own for _, is_own in answers]
     # What the model saw before its last answer, as it will be asked for it.
     num_last = len(rounds[-1][1]) + 1
     whole = found.prompt_ids + found.response_ids
-    assert whole[:-num_last] == prompt_ids(tokenizer, messages[:-1])
+    assert whole[:-num_last] == encode_prompt(tokenizer, messages[:-1])
     text = tokenizer.decode(whole[-num_last:], skip_special_tokens=True)
     assert text == " ".join(rounds[-1][1])
 
@@ -74,7 +74,7 @@ def test_what_follows_the_answers_end_is_not_learned(tiny_model):
     words = tokenizer.convert_tokens_to_ids(["w1", "w2", "<eos>", "w9", "w3", "w4", "<eos>"])
     for turns in (1, 2):
         messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4"])][: 2 * turns]
-        found = conversation_ids(tokenizer, messages)
+        found = encode_conversation(tokenizer, messages)
         assert found.prompt_ids == words[:1]
         assert found.response_ids == (words[1:3] if turns == 1 else words[1:])
         assert found.trainable == [True, True, False, False, True, True][: len(found.response_ids)]
@@ -84,7 +84,7 @@ def test_an_answer_that_no_token_ends_is_learned_to_its_last_word(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4", "w5"])]
-    found = conversation_ids(tokenizer, messages)
+    found = encode_conversation(tokenizer, messages)
     assert found.response_ids == tokenizer.convert_tokens_to_ids(["w2", "w3", "w4", "w5"])
     assert found.trainable == [True, False, True, True]
 
@@ -96,10 +96,10 @@ def test_what_the_template_writes_for_the_assistant_to_begin_with_is_of_the_prom
         "{{ eos_token ~ ' ' }}{% endfor %}{{ 'w90 ' if add_generation_prompt }}"
     )
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4"])]
-    found = conversation_ids(tokenizer, messages)
+    found = encode_conversation(tokenizer, messages)
     spelt = tokenizer.convert_ids_to_tokens(found.prompt_ids + found.response_ids)
     assert " ".join(spelt) == "w1 <eos> w90 w2 <eos> w3 <eos> w90 w4 <eos>"
-    assert found.prompt_ids == prompt_ids(tokenizer, messages[:1])
+    assert found.prompt_ids == encode_prompt(tokenizer, messages[:1])
     assert found.trainable == [True, True, False, False, False, True, True]
 
 
@@ -110,7 +110,7 @@ def test_an_empty_answer_is_refused(tiny_model, content, number):
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4"])]
     messages[number] = {"role": "assistant", "content": content}
     with pytest.raises(ValueError, match=rf"^messages\.{number}: the assistant's answer is empty$"):
-        conversation_ids(tokenizer, messages)
+        encode_conversation(tokenizer, messages)
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tiny_model):
@@ -119,7 +119,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tiny_model):
     with pytest.raises(
         ValueError, match=r"^messages\.1: the chat template does not keep the tokens"
     ):
-        conversation_ids(tokenizer, [user(["w1"]), assistant(["w2"])])
+        encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"])])
 
 
 def test_a_template_that_rewrites_an_earlier_answer_is_refused(tiny_model):
@@ -127,13 +127,13 @@ def test_a_template_that_rewrites_an_earlier_answer_is_refused(tiny_model):
     kept = "(message['content'] if loop.last else message['content'].replace('w9 ', ''))"
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", kept)
     thought = [user(["w1"]), assistant(["w9", "w2"])]
-    assert len(conversation_ids(tokenizer, thought).response_ids) == 3
+    assert len(encode_conversation(tokenizer, thought).response_ids) == 3
     more = [*thought, user(["w3"]), assistant(["w4"])]
     with pytest.raises(
         ValueError, match=r"^messages\.1: the chat template does not keep the tokens"
     ):
-        conversation_ids(tokenizer, more)
-    assert conversation_ids(tokenizer, [user(["w1"]), assistant(["w2"]), *more[2:]]).trainable
+        encode_conversation(tokenizer, more)
+    assert encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"]), *more[2:]]).trainable
 
 
 def test_a_template_that_refuses_a_conversation_says_why(tiny_model):
@@ -141,7 +141,7 @@ def test_a_template_that_refuses_a_conversation_says_why(tiny_model):
     refusal = "{% if messages | length > 1 %}{{ raise_exception('too much') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
     with pytest.raises(ValueError, match=r"^messages: the chat template refuses them: too much$"):
-        conversation_ids(tokenizer, [user(["w1"]), assistant(["w2"])])
+        encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"])])
 
 
 def test_a_model_knows_as_many_ids_as_it_has_embeddings(tiny_model):
@@ -151,18 +151,18 @@ def test_a_model_knows_as_many_ids_as_it_has_embeddings(tiny_model):
 
 def test_digests_tell_vocabularies_and_templates_apart(tiny_model):
     path = str(tiny_model(False))
-    vocabulary, template = digests(load_tokenizer(path))
-    assert (vocabulary, template) == digests(load_tokenizer(str(tiny_model(True))))
+    vocabulary, template = tokenizer_digests(load_tokenizer(path))
+    assert (vocabulary, template) == tokenizer_digests(load_tokenizer(str(tiny_model(True))))
 
     other = load_tokenizer(path)
     other.chat_template += " "
-    assert digests(other)[0] == vocabulary
-    assert digests(other)[1] != template
+    assert tokenizer_digests(other)[0] == vocabulary
+    assert tokenizer_digests(other)[1] != template
 
     other = load_tokenizer(path)
     other.add_tokens(["w97"])
-    assert digests(other)[0] != vocabulary
-    assert digests(other)[1] == template
+    assert tokenizer_digests(other)[0] != vocabulary
+    assert tokenizer_digests(other)[1] == template
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pear_ray.config import ConfigError, Job, start_of
-from pear_ray.data.tokenizer import prompts_that_fit
+from pear_ray.config import Job, start_of
+from pear_ray.data.tokenizer import encode_problems
 from pear_ray.engines.engine_pool import EnginePool
+from pear_ray.errors import ConfigError
 from pear_ray.evaluate import checkpoints_of
 from pear_ray.evaluate.attempts import Store, attempt, requests
 from pear_ray.evaluate.likelihood import kl_from
@@ -48,7 +49,7 @@ class Bench:
     def __init__(self, job: Job, pool: EnginePool, reward_pool: RewardPool) -> None:
         self.job, self.pool, self.reward_pool = job, pool, reward_pool
         self.problems = heldout_problems(job.tasks, PROBLEMS, 3)
-        self.prompts = prompts_that_fit(job.model_path(), self.problems, 48)
+        self.prompts = encode_problems(job.model_path(), self.problems, 48)
 
     def work(self, store: Store) -> list[Any]:
         return list(requests(self.job, self.prompts, self.problems, store.done()))
@@ -127,7 +128,7 @@ def test_what_is_stored_is_not_asked_again_and_changes_nothing(
 
 def test_a_prompt_without_room_is_told(bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"its prompt has \d+ tokens; expected fewer than"):
-        prompts_that_fit(bench.job.model_path(), bench.problems, max_model_len=2)
+        encode_problems(bench.job.model_path(), bench.problems, max_model_len=2)
 
 
 def test_the_divergence_is_what_two_models_say_of_the_same_answers(

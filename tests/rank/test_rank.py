@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from pear_ray import rank
-from pear_ray.config import Arm, ConfigError, Job, Model
+from pear_ray.config import Arm, Job, Model
+from pear_ray.errors import ConfigError
 from pear_ray.rank.candidates import read
 from pear_ray.rank.moves import moves
 from pear_ray.records import ATTEMPT_SCHEMA

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pear_ray import report
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.report.load import read
 from pear_ray.run import open_run
 from tests.report.reported_run import (

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pear_ray.config import ConfigError
+from pear_ray.errors import ConfigError
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
 from pear_ray.rl.recording import file_of, read, write, write_sample
 from pear_ray.rl.scheduler import StepBatch

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pear_ray.__main__ import command
-from pear_ray.config import ConfigError, Job, Pretrain
+from pear_ray.config import Job, Pretrain
+from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA
 from pear_ray.score import sharing_engines
-from pear_ray.train.model import write_new_model
+from pear_ray.train.new_model import write_new_model
 
 
 @pytest.fixture(scope="session")

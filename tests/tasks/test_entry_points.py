@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pear_ray.config import ConfigError, TaskSpec
+from pear_ray.config import TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.tasks import endless_problems, make_tasks
 
 MODULE = """

@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from pear_ray.config import ConfigError, TaskSpec
+from pear_ray.config import TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.tasks import make_tasks
 from pear_ray.tasks.reasoning_gym import ReasoningGym
 

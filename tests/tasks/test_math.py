@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.config import ConfigError, TaskSpec
+from pear_ray.config import TaskSpec
+from pear_ray.errors import ConfigError
 from pear_ray.records import Problem
 from pear_ray.tasks import make_graders, make_tasks
 from pear_ray.tasks.math import Math, last_boxed, last_number

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pear_ray.config import ConfigError, Job
+from pear_ray.config import Job
+from pear_ray.errors import ConfigError
 from pear_ray.train.supported import check_supported
 
 PLAIN = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pear_ray.config import ConfigError, Lora
+from pear_ray.config import Lora
+from pear_ray.errors import ConfigError
 from pear_ray.train.lora import add_adapters, merged_parameters
 from pear_ray.weights.adapters import AdapterCache, adapter_partitions, merge
 from pear_ray.weights.publish import Publisher
