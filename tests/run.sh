@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Every check and every test, from a bare clone: bash tests/run.sh [options of pytest]
+# Checks and tests, from a bare clone:
+#     bash tests/run.sh [pytest options]          the default tier: what protects correctness on every change
+#     bash tests/run.sh --all [pytest options]    all tests, with those marked `nightly` (clusters, kills, whole chains)
 # Leaves no process, no Ray session and no file outside .venv behind, and fails if a test did.
 set -euo pipefail
+
+tier=" and not nightly"
+if [[ ${1:-} == --all ]]; then
+  tier=""
+  shift
+fi
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
 # shellcheck source=../jobs/environment.sh
 source jobs/environment.sh
 
-# Home, temporary files, Ray's folder and token: all in one place, short because of the socket paths in it.
+# Home, temporary files, Ray's folder and token in one place; short, because paths of Unix sockets are.
 scratch=$(mktemp -d /tmp/pear_ray-tests.XXXXXX)
 mark=PEAR_RAY_TEST_RUN=$scratch
 mkdir "$scratch/home" "$scratch/tmp"
@@ -18,9 +26,9 @@ export XDG_CACHE_HOME=$HOME/.cache XDG_CONFIG_HOME=$HOME/.config XDG_STATE_HOME=
 export HYPOTHESIS_STORAGE_DIRECTORY=$root/.venv/cache/hypothesis
 # vLLM's sampler compiles a kernel when it first samples.
 export TORCHINDUCTOR_CACHE_DIR=$root/.venv/cache/inductor
-# To learn what a model can do, vLLM starts a process, once for each kind of model.
+# vLLM starts a process to inspect each model class, once for each cache.
 export VLLM_CACHE_ROOT=$root/.venv/cache/vllm
-# DeepSpeed compiles an operator when a learner first starts.
+# DeepSpeed compiles an op when a learner first starts.
 export TORCH_EXTENSIONS_DIR=$root/.venv/cache/torch_extensions
 export HF_HUB_OFFLINE=1
 # Process titles must not overwrite the environment in which the mark is read.
@@ -28,7 +36,7 @@ export SPT_NOENV=1
 unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH HF_HOME
 (umask 077 && mkdir "$HOME/.ray" && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$HOME/.ray/auth_token")
 
-# The ids of the processes that the tests started and that still live.
+# Print the ids of the tests' processes that still live.
 processes() { grep -lzxF -e "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true; }
 
 end_processes() {
@@ -60,17 +68,18 @@ check ruff format --check .
 check mypy
 check lint-imports --cache-dir .venv/cache/import_linter
 
-# Tests that start Ray wait half of their time for processes: the others run in these pauses.
+# Tests that start Ray wait for processes half of the time: the others run in these pauses. Thousands of small tensors
+# are faster on one thread than on two that wait for each other.
 status=0
-env "$mark" nice -n 19 python -m pytest -m "not cluster" "$@" > "$scratch/others.log" 2>&1 &
+echo "== pytest -m 'cluster$tier' $*, beside it pytest -m 'not cluster$tier' $*"
+env "$mark" OMP_NUM_THREADS=1 nice -n 19 python -m pytest -m "not cluster$tier" "$@" > "$scratch/others.log" 2>&1 &
 others=$!
-echo "== pytest -m cluster $*"
-env "$mark" python -m pytest -m cluster "$@" || status=$?
-echo "== pytest -m 'not cluster' $*"
+env "$mark" python -m pytest -m "cluster$tier" "$@" || status=$?
 others_status=0
 wait "$others" || others_status=$?
+echo "== pytest -m 'not cluster$tier' $*"
 cat "$scratch/others.log"
-# Where all that was asked for is of one kind, the other session finds no tests and ends with 5.
+# Exit code 5 of pytest: no tests of this kind were selected.
 ((status != 5)) || status=$others_status
 ((status != 0 || others_status == 5)) || status=$others_status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -49,10 +50,24 @@ def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool])
         time.sleep(0.1)
 
 
+def with_corpus_of(tiny_run: Path, run: Path, **changed: Any) -> Path:
+    """Make a run folder whose models and corpus are those of a finished run: stages `pretrain` and
+    `sample` are done, all others still to do. `changed` are keys of [learner] that differ."""
+    for outputs in ("pretrain", "sample"):
+        shutil.copytree(tiny_run / outputs, run / outputs)
+    job = json.loads((tiny_run / "config.json").read_text())
+    job["learner"] |= changed
+    (run / "config.json").write_text(json.dumps(job))
+    manifest = json.loads((tiny_run / "manifest.json").read_text())
+    manifest["stages"] = {name: manifest["stages"][name] for name in ("pretrain", "sample")}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """Rows of metrics without what clocks say."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    clocks = re.compile("time|seconds|per_second|generators")
+    clocks = re.compile("time|seconds|per_second|num_engines")
     return [{k: v for k, v in row.items() if not clocks.search(k)} for row in rows]
 
 

@@ -13,6 +13,8 @@ import pytest
 from tests.cluster.growing import free_port, get, marked
 from tests.cluster.ports import answered, page
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "PEAR_RAY_LOCAL_CLUSTER"
 
@@ -28,7 +30,7 @@ def processes() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+def local_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     """Port of the dashboard of a started cluster, and its token's file."""
     if processes():
         pytest.fail("a cluster of this checkout runs; end it first: bash cluster/local.sh stop")
@@ -53,13 +55,13 @@ def listening() -> set[tuple[str, int]]:
     }
 
 
-def test_nothing_can_be_reached_from_another_machine(finished: tuple[int, Path]) -> None:
+def test_nothing_can_be_reached_from_another_machine(local_cluster: tuple[int, Path]) -> None:
     addresses = listening()
-    assert ("127.0.0.1", finished[0]) in addresses and len(addresses) >= 8
+    assert ("127.0.0.1", local_cluster[0]) in addresses and len(addresses) >= 8
     assert {ip for ip, _ in addresses} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
-def test_every_port_refuses_who_has_no_token(finished: tuple[int, Path]) -> None:
+def test_every_port_refuses_who_has_no_token(local_cluster: tuple[int, Path]) -> None:
     """But for the numbers that Prometheus reads."""
     told = {port: found for _, port in listening() if (found := answered(port))}
     metrics = [port for port, found in told.items() if "/metrics" in found]
@@ -68,8 +70,10 @@ def test_every_port_refuses_who_has_no_token(finished: tuple[int, Path]) -> None
         assert all(call.startswith(("/api", "/logs", "/get", "/metrics")) for call in told[port])
 
 
-def test_the_token_opens_the_dashboard_and_belongs_to_its_owner(finished: tuple[int, Path]) -> None:
-    port, token = finished
+def test_the_token_opens_the_dashboard_and_belongs_to_its_owner(
+    local_cluster: tuple[int, Path],
+) -> None:
+    port, token = local_cluster
     address = f"http://127.0.0.1:{port}/api/jobs/"
     assert not page(address)
     assert get(address, token.read_text()) == []

@@ -21,12 +21,16 @@ import pytest
 
 from tests.cluster.growing import RAY, STORE, Growing, of_nodes, with_token
 from tests.cluster.namespaces import INTERFACE, Machine, machines, why_not
-from tests.cluster.nodes import assert_same_results
+from tests.cluster.nodes import assert_same_results, with_corpus_of
 from tests.cluster.ports import page
 from tests.tiny_chain import TINY
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.nightly,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 # Role and CPUs of each node. Two learner nodes: a rank of one CPU fits on each.
 NODES = (("head", 0), ("learner", 1), ("learner", 1), ("generator", 2))
 # An address that only documents have (RFC 5737).
@@ -83,9 +87,9 @@ def way_out(node: Machine) -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """One node first, so that two clusters do not share the machine for long."""
-    run = tmp_path_factory.mktemp("apart") / "run"
+def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Models and corpus come from the run on one node, which has ended before."""
+    run = with_corpus_of(tiny_run, tmp_path_factory.mktemp("apart") / "run", cpus_per_worker=1.0)
     with machines(1 + len(NODES)) as (outside, *nodes):
         with outside.network(), cluster_on(nodes) as cluster:
             name = cluster.submit(
@@ -101,25 +105,25 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 @pytest.mark.timeout(2000)
-def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
-    assert_same_results(finished.run, tiny_run)
+def test_the_result_is_that_of_one_node(story: Story, tiny_run: Path) -> None:
+    assert_same_results(story.run, tiny_run)
 
 
-def test_ranks_and_engines_ran_on_the_machines_with_their_labels(finished: Story) -> None:
-    _, first, second, generator = (node.address for node in finished.nodes)
-    assert finished.cluster.places_seen["RayTrainWorker"] == {"learner"}
-    assert finished.cluster.places_seen["Server"] == {"generator"}
-    assert finished.cluster.addresses_seen["RayTrainWorker"] == {first, second}
-    assert finished.cluster.addresses_seen["Server"] == {generator}
+def test_ranks_and_engines_ran_on_the_machines_with_their_labels(story: Story) -> None:
+    _, first, second, generator = (node.address for node in story.nodes)
+    assert story.cluster.places_seen["RayTrainWorker"] == {"learner"}
+    assert story.cluster.places_seen["EngineActor"] == {"generator"}
+    assert story.cluster.addresses_seen["RayTrainWorker"] == {first, second}
+    assert story.cluster.addresses_seen["EngineActor"] == {generator}
 
 
-def test_nodes_reach_nothing_but_each_other(finished: Story) -> None:
-    assert finished.way_out == [errno.ENETUNREACH] * len(NODES)
+def test_nodes_reach_nothing_but_each_other(story: Story) -> None:
+    assert story.way_out == [errno.ENETUNREACH] * len(NODES)
 
 
-def test_the_dashboard_refuses_another_machine_without_the_token(finished: Story) -> None:
-    assert not finished.opens_without_token
+def test_the_dashboard_refuses_another_machine_without_the_token(story: Story) -> None:
+    assert not story.opens_without_token
 
 
-def test_nothing_is_left(finished: Story) -> None:
-    assert finished.left == []
+def test_nothing_is_left(story: Story) -> None:
+    assert story.left == []

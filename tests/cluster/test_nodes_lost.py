@@ -20,9 +20,11 @@ from ray.cluster_utils import Cluster
 from tests.cluster.nodes import RAYLETS, SECONDS, kinds_on, until
 from tests.tiny_chain import TINY
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 
 @pytest.fixture(scope="module")
-def finished() -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A head that computes nothing."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **RAYLETS})
     yield cluster
@@ -65,18 +67,18 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(900)
-def test_pretrain_makes_the_same_models(finished: Cluster, tiny_run: Path, tmp_path: Path) -> None:
+def test_pretrain_makes_the_same_models(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "pretrain", "pretrain")
-    lose_the_node(finished, run, "pretrain", "make_model", "pretrain: starts")
+    lose_the_node(cluster, run, "pretrain", "make_model", "pretrain: starts")
     for name in ("base", "tutor", "coder"):
         path = Path("pretrain", name, "model.safetensors")
         assert (run / path).read_bytes() == (tiny_run / path).read_bytes()
 
 
 @pytest.mark.timeout(900)
-def test_sample_writes_the_same_corpus(finished: Cluster, tiny_run: Path, tmp_path: Path) -> None:
+def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "sample", "sample")
-    lose_the_node(finished, run, "sample", "Server", "right answers")
+    lose_the_node(cluster, run, "sample", "EngineActor", "right answers")
     assert "died" in {event["kind"] for event in events(run)}
     for source in ("tutor", "coder"):
         lost, whole = (
@@ -92,9 +94,9 @@ def test_sample_writes_the_same_corpus(finished: Cluster, tiny_run: Path, tmp_pa
 
 
 @pytest.mark.timeout(900)
-def test_evaluate_finds_the_same(finished: Cluster, tiny_run: Path, tmp_path: Path) -> None:
+def test_evaluate_finds_the_same(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "evaluate", "evaluate")
-    lose_the_node(finished, run, "evaluate", "Server", "requests for answers")
+    lose_the_node(cluster, run, "evaluate", "EngineActor", "requests for answers")
     assert "died" in {event["kind"] for event in events(run)}
     lost, whole = (
         json.loads((r / "evaluate/scorecard.json").read_text())["checkpoints"]

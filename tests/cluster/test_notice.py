@@ -69,7 +69,7 @@ def served() -> Iterator[tuple[type[Metadata], str]]:
 
 
 @pytest.fixture
-def finished() -> Iterator[Cluster]:
+def one_node() -> Iterator[Cluster]:
     """One node, as a machine in a cloud has it."""
     cluster = Cluster(
         initialize_head=True,
@@ -92,20 +92,22 @@ def test_a_cloud_without_an_answer_gives_no_notice() -> None:
     process.wait()
 
 
+@pytest.mark.cluster
+@pytest.mark.nightly
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_ray_drains_the_node_once_the_cloud_says_so(finished: Cluster, cloud: str) -> None:
+def test_ray_drains_the_node_once_the_cloud_says_so(one_node: Cluster, cloud: str) -> None:
     with served() as (metadata, address):
-        process = watch(cloud, address, finished.address)
+        process = watch(cloud, address, one_node.address)
         try:
             time.sleep(2)
             assert process.poll() is None, "nothing was noticed"
-            assert all(node["Alive"] for node in finished.global_state.node_table())
+            assert all(node["Alive"] for node in one_node.global_state.node_table())
             metadata.is_noticed = True
             assert process.wait(60) == 0
         finally:
             process.kill()
             process.wait()
-    assert drained(finished) == ["AUTOSCALER_DRAIN_PREEMPTED"]
+    assert drained(one_node) == ["AUTOSCALER_DRAIN_PREEMPTED"]
 
 
 def drained(cluster: Cluster) -> list[str]:

@@ -15,6 +15,8 @@ import pytest
 from tests.cluster.growing import Growing, growing_cluster
 from tests.cluster.nodes import PLACED
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 STEPS = 30
 SECONDS_IDLE = 6.0
 
@@ -63,7 +65,7 @@ def write_job(folder: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(
+def story(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("starving")
@@ -76,15 +78,15 @@ def finished(
 
 
 @pytest.mark.timeout(1500)
-def test_nodes_come_for_engines_and_go_within_their_limits(finished: Story) -> None:
-    counts = [one["generator"] for one in finished.cluster.nodes_seen]
+def test_nodes_come_for_engines_and_go_within_their_limits(story: Story) -> None:
+    counts = [one["generator"] for one in story.cluster.nodes_seen]
     assert counts[0] == counts[-1] == 0
     assert max(counts) == 2 and counts.index(1) < counts.index(2)
-    assert max(one["learner"] for one in finished.cluster.nodes_seen) == 1
+    assert max(one["learner"] for one in story.cluster.nodes_seen) == 1
 
 
-def test_the_second_engine_comes_because_learners_wait(finished: Story) -> None:
-    events = [json.loads(line) for line in (finished.run / "events.jsonl").open()]
+def test_the_second_engine_comes_because_learners_wait(story: Story) -> None:
+    events = [json.loads(line) for line in (story.run / "events.jsonl").open()]
     assert [event["kind"] for event in events].count("grown") == 1
-    rows = [json.loads(line) for line in (finished.run / "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (story.run / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == list(range(STEPS))

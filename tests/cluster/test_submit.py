@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.growing import ROOT, TOKEN, Growing, get, growing_cluster, prometheus
-from tests.cluster.nodes import assert_same_results
+from tests.cluster.nodes import assert_same_results, with_corpus_of
 from tests.tiny_chain import TINY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
 PROMETHEUS = shutil.which("prometheus")
 SECRET = f"pl4nted{uuid.uuid4().hex}"
@@ -60,7 +62,7 @@ def stages(run: Path) -> dict[str, Any]:
 def engines(cluster: Growing) -> list[int]:
     """Process ids of the vLLM engines that live."""
     actors = cluster.states("actors", "state=ALIVE")
-    return [one["pid"] for one in actors if one["class_name"] == "Server"]
+    return [one["pid"] for one in actors if one["class_name"] == "EngineActor"]
 
 
 def ask(address: str, what: str) -> Any:
@@ -68,9 +70,9 @@ def ask(address: str, what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """One node first, so that two clusters do not share the machine for long."""
-    run = tmp_path_factory.mktemp("submitted") / "run"
+def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    """Models and corpus come from the run on one node, which has ended before."""
+    run = with_corpus_of(tiny_run, tmp_path_factory.mktemp("submitted") / "run")
     with ExitStack() as stack:
         cluster = stack.enter_context(growing_cluster(SECRETS, SECONDS_IDLE / 60))
         watch = stack.enter_context(prometheus(cluster, PROMETHEUS)) if PROMETHEUS else None
@@ -108,8 +110,8 @@ def note_what_is_watched(story: Story, watch: str) -> None:
 
 
 @pytest.mark.timeout(2000)
-def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(finished: Story) -> None:
-    counts = finished.cluster.nodes_seen
+def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(story: Story) -> None:
+    counts = story.cluster.nodes_seen
     nobody = {"learner": 0, "generator": 0}
     assert counts[0] == nobody and counts[-1] == nobody
     assert {role: max(one[role] for one in counts) for role in nobody} == {
@@ -118,49 +120,49 @@ def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(finished: Story
     }
 
 
-def test_roles_keep_to_their_nodes(finished: Story) -> None:
-    places = finished.cluster.places_seen
-    assert places["Server"] == {"generator"}
+def test_roles_keep_to_their_nodes(story: Story) -> None:
+    places = story.cluster.places_seen
+    assert places["EngineActor"] == {"generator"}
     assert places["RayTrainWorker"] == {"learner"}
 
 
-def test_the_result_is_that_of_one_node(finished: Story, tiny_run: Path) -> None:
-    assert_same_results(finished.run, tiny_run)
+def test_the_result_is_that_of_one_node(story: Story, tiny_run: Path) -> None:
+    assert_same_results(story.run, tiny_run)
 
 
-def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(finished: Story) -> None:
-    first, second = finished.told_on_the_way
-    assert first["run"] == str(finished.run / "arms/pear") and first["stage"] in ("sft", "rl")
-    assert second["run"] == str(finished.run) and second["stage"] == "evaluate"
-    report = finished.run / "report/index.html"
-    assert report.exists() and finished.job["metadata"]["report"] == report.as_uri()
+def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(story: Story) -> None:
+    first, second = story.told_on_the_way
+    assert first["run"] == str(story.run / "arms/pear") and first["stage"] in ("sft", "rl")
+    assert second["run"] == str(story.run) and second["stage"] == "evaluate"
+    report = story.run / "report/index.html"
+    assert report.exists() and story.job["metadata"]["report"] == report.as_uri()
 
 
 @needs_prometheus
-def test_every_panel_and_alert_has_data(finished: Story) -> None:
+def test_every_panel_and_alert_has_data(story: Story) -> None:
     files = ("grafana/pear_ray.json", "prometheus/rules.yml")
     texts = [(ROOT / "cluster" / file).read_text() for file in files]
     asked = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
     assert len(asked) > 50
-    assert asked - finished.series == set()
+    assert asked - story.series == set()
 
 
 @needs_prometheus
-def test_a_killed_engine_raises_its_alert(finished: Story) -> None:
-    assert finished.alerts == {"PearRayEngineDied"}
+def test_a_killed_engine_raises_its_alert(story: Story) -> None:
+    assert story.alerts == {"PearRayEngineDied"}
 
 
-def test_no_secret_of_the_environment_is_in_any_file_log_or_metric(finished: Story) -> None:
-    folders = (finished.run, finished.cluster.folder)
+def test_no_secret_of_the_environment_is_in_any_file_log_or_metric(story: Story) -> None:
+    folders = (story.run, story.cluster.folder)
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 100
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    assert SECRET not in finished.exposed + json.dumps(finished.job)
+    assert SECRET not in story.exposed + json.dumps(story.job)
 
 
-def test_the_token_belongs_to_its_owner_and_is_nowhere_else(finished: Story) -> None:
-    kept = finished.cluster.folder / "token"
+def test_the_token_belongs_to_its_owner_and_is_nowhere_else(story: Story) -> None:
+    kept = story.cluster.folder / "token"
     assert kept.stat().st_mode & 0o777 == 0o600
-    folders = (finished.run, finished.cluster.folder)
+    folders = (story.run, story.cluster.folder)
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == [kept]

@@ -16,6 +16,8 @@ from ray.cluster_utils import Cluster
 
 from tests.cluster.nodes import PLACED, RAYLETS, SECONDS, kinds_on, until
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 STEPS = 40
 # The only checkpoint is the one that a notice calls for.
 NEVER = 10_000
@@ -93,7 +95,7 @@ def give_notice(cluster: Cluster, node: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def story(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("taken")
     job, run, log = write_job(folder, tiny_model(True)), folder / "run", folder / "driver.log"
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +135,7 @@ def tell_story(
     for role in nodes:
         cluster.add_node(num_cpus=3, labels={"pear-ray/role": role}, **RAYLETS)
     give_notice(cluster, nodes["generator"])
-    until(process, log, lambda: "Server" not in kinds_on(nodes["generator"]))
+    until(process, log, lambda: "EngineActor" not in kinds_on(nodes["generator"]))
     cluster.remove_node(nodes["generator"], allow_graceful=False)
     before = furthest(run)
     until(process, log, lambda: furthest(run) > before)
@@ -147,24 +149,24 @@ def tell_story(
 
 
 @pytest.mark.timeout(1200)
-def test_roles_keep_to_the_nodes_with_their_labels(finished: Story) -> None:
-    assert finished.first_places["Server"] == {"generator"}
-    assert finished.first_places["RayTrainWorker"] == {"learner"}
+def test_roles_keep_to_the_nodes_with_their_labels(story: Story) -> None:
+    assert story.first_places["EngineActor"] == {"generator"}
+    assert story.first_places["RayTrainWorker"] == {"learner"}
 
 
-def test_an_engine_hands_its_work_back_on_notice(finished: Story) -> None:
-    events = [json.loads(line) for line in (finished.folder / "events.jsonl").open()]
+def test_an_engine_hands_its_work_back_on_notice(story: Story) -> None:
+    events = [json.loads(line) for line in (story.folder / "events.jsonl").open()]
     kinds = [event["kind"] for event in events]
     assert "preempted" in kinds
     assert "died" not in kinds, "the engine left only with its node"
 
 
-def test_learners_keep_a_checkpoint_on_notice_and_go_on_from_it(finished: Story) -> None:
-    assert finished.noticed_step <= finished.kept_step < STEPS
-    assert [row["step"] for row in rows(finished.folder)] == list(range(STEPS))
+def test_learners_keep_a_checkpoint_on_notice_and_go_on_from_it(story: Story) -> None:
+    assert story.noticed_step <= story.kept_step < STEPS
+    assert [row["step"] for row in rows(story.folder)] == list(range(STEPS))
 
 
-def test_every_problem_is_learned_from_once(finished: Story) -> None:
-    steps = rows(finished.folder)
+def test_every_problem_is_learned_from_once(story: Story) -> None:
+    steps = rows(story.folder)
     firsts = [row["first_problem"] for row in steps]
     assert firsts == [0, *(row["next_problem"] for row in steps[:-1])]
