@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One Ray head node on this machine: bash cluster/local.sh start|stop|status|check
 #
-#   start   starts it, or says that it runs already; every port of it is on loopback
-#   stop    ends exactly what start started (every Ray process, worker and job of it) and nothing else
-#   status  prints the dashboard's address and the processes; exits with 0 if it runs, 3 if not
-#   check   says whether start would find its port; exits with 2 if something else has it
+#   start   starts the node unless it is running; all its ports are on loopback
+#   stop    ends the node and everything on it (Ray processes, workers, jobs), and nothing else
+#   status  prints the dashboard's address and the processes; exits with 0 if the node runs, 3 if not
+#   check   exits with 2 if another process has the dashboard's port
 #
 #   PEAR_RAY_DASHBOARD_PORT  8265        PEAR_RAY_NUM_CPUS  logical CPUs: the cores, at least 4
 #   PEAR_RAY_OBJECT_STORE_MB 1024
@@ -12,19 +12,19 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 port=${PEAR_RAY_DASHBOARD_PORT:-8265}
-# Of this checkout alone: `ray job submit` lets a job find its cluster through a file in this folder, so two clusters
-# that share it send each other's jobs astray. Short, because Unix socket paths end at 107 characters.
+# One folder per checkout: a submitted job finds its cluster through a file in this folder, so clusters that share it
+# mix up their jobs. Short, because Unix socket paths end at 107 characters.
 folder=/tmp/pear_ray-$(id -u)-$(printf '%s' "$root" | cksum | cut -d' ' -f1)
-# Every process of the cluster inherits this variable: that, not a name, is how stop knows them.
+# Every process of the cluster inherits this variable; `stop` finds them by it, not by name.
 mark=PEAR_RAY_LOCAL_CLUSTER=$root
 
 say() { echo "cluster: $*"; }
 fail() { echo "cluster: $1" >&2; exit "${2:-1}"; }
 
-# The ids of this cluster's processes, one per line.
+# Print the ids of this cluster's processes, one per line.
 processes() { grep -lzxF -e "$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 || true; }
 
-# The value of a variable in the environment of the cluster's first process.
+# Print the value of a variable in the environment of the cluster's first process.
 variable() {
   local first
   first=$(processes | head -n 1)
@@ -45,13 +45,13 @@ PYTHON
 
 check() {
   local owner=""
-  [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PEAR_RAY_DASHBOARD_PORT is '$port'; it must be a port number" 2
+  [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "PEAR_RAY_DASHBOARD_PORT: expected a port number, got '$port'" 2
   [[ -z $(processes) ]] || return 0
   if port_open "$port"; then
     if type -P ss >/dev/null; then
       owner=$(ss -Hltnp "sport = :$port" 2>/dev/null | sed -n 's/.*users:((\(.*\)))$/ (\1)/p' | head -n 1)
     fi
-    fail "port $port, wanted for the dashboard, is taken by something else$owner. Stop that, or set PEAR_RAY_DASHBOARD_PORT to a free port" 2
+    fail "port $port for the dashboard is taken by another process$owner. Stop it, or set PEAR_RAY_DASHBOARD_PORT to a free port" 2
   fi
 }
 
@@ -61,7 +61,7 @@ token() {
   if [[ ! -s $file ]]; then
     (umask 077 && mkdir -p -- "$(dirname -- "$file")" && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$file")
   fi
-  # Ray writes it readable by everyone.
+  # Ray creates it readable by everyone.
   chmod 600 -- "$file"
 }
 
@@ -79,14 +79,14 @@ start() {
       say "already running: http://127.0.0.1:$running"
       return 0
     fi
-    say "found the remains of a cluster that does not answer; ending them"
+    say "found a cluster that does not answer; stopping it"
     stop
     check
   fi
   (umask 077 && mkdir -p -- "$folder")
   [[ -O $folder && ! -L $folder ]] || fail "$folder belongs to someone else; remove it" 2
   chmod 700 -- "$folder"
-  # Earlier sessions' logs: the last one is kept.
+  # Delete the logs of earlier sessions but the last.
   find "$folder" -mindepth 1 -maxdepth 1 -name 'session_2*' ! -samefile "$folder/session_latest/" -exec rm -rf {} + 2>/dev/null || true
   token
   cpus=$(nproc)
@@ -94,10 +94,9 @@ start() {
   limit=$(ulimit -Hn)
   if [[ $limit == unlimited ]] || ((limit > 65536)); then limit=65536; fi
   ulimit -Sn "$limit"
-  # A session of its own: a closed terminal or a Ctrl-C does not reach it. SPT_NOENV keeps process titles from
-  # overwriting the environment in which `mark` is read.
-  # Ray's switch for laptops of other systems: no second machine can join, so every port is on loopback.
-  # Nobody takes this node away: Ray Train's watcher for that would be one more process to start in each run.
+  # setsid: a closed terminal or Ctrl-C does not reach the node. SPT_NOENV keeps process titles from overwriting the
+  # environment in which `mark` is read. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 puts every port on loopback. This node is
+  # never preempted: Ray Train's watcher would be one more process to start in each run.
   env -u RAY_ADDRESS "$mark" PEAR_RAY_DASHBOARD_PORT="$port" SPT_NOENV=1 RAY_AUTH_MODE=token RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0 \
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 \
     setsid -w "$root/.venv/bin/ray" start --head --port 0 --dashboard-host 127.0.0.1 --dashboard-port "$port" \

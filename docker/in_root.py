@@ -1,11 +1,11 @@
-"""Does the steps of a Dockerfile in a directory root, for machines without a container engine:
+"""Run the steps of a Dockerfile in a root directory, for machines without a container engine:
 
     debootstrap --variant=minbase --include=python3.11,python3.11-venv,python3.11-dev bookworm ROOT
     python docker/in_root.py docker/Dockerfile.cpu ROOT [--mount FOLDER ...] [--then LINE]
 
-As root. The folder stands in for the image's base; FROM is left to whoever made it. Of the
-instructions it knows RUN, COPY, ENV, ARG, USER and WORKDIR, and refuses others that change the
-image. What the steps need of this machine, such as an index of packages on disk, is mounted.
+Needs root. The directory replaces the base image (FROM is ignored). Supports RUN, COPY, ENV, ARG, USER
+and WORKDIR, and refuses other instructions that change the image. Folders of this machine that the
+steps need, such as an index of packages on disk, are mounted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 STEP_SECONDS = 3600
-# Said of the container that is made of the image, not of the image.
+# Instructions for containers of the image, not for the image.
 LEFT_OUT = {"FROM", "ENTRYPOINT", "CMD", "LABEL", "EXPOSE"}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -37,7 +37,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def mounted(root: Path, folders: list[str]) -> Iterator[None]:
-    """What every container has, and some folders of this machine, until the block ends."""
+    """Mount what every container has, and some folders of this machine, until the block ends."""
     with ExitStack() as stack:
         for folder in ("/proc", "/dev", "/sys", *folders):
             place = root / folder.lstrip("/")
@@ -51,7 +51,7 @@ def mounted(root: Path, folders: list[str]) -> Iterator[None]:
 
 
 class Image:
-    """A root with what the instructions so far have said."""
+    """A root directory and the state that the instructions have set so far."""
 
     def __init__(self, root: Path, context: Path) -> None:
         self._root, self._context = root, context

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Makes and checks .venv, and sets the variables every process of a job should see. Sourced, never run:
+# Make and check .venv, and set the variables that every process of a job needs. Sourced, never run:
 #     source jobs/environment.sh
-# Says what is missing and exits with 2 before it touches anything. A second time it installs nothing.
+# Exits with 2 and lists all that is missing before it changes anything. A second run installs nothing.
 #
 #   PYTHON=/path/to/python           use this interpreter (otherwise the first fitting one on PATH)
 #   PEAR_RAY_PLATFORM=cpu|gpu        which lock: docker/requirements-cpu.lock (default) or -gpu.lock
@@ -15,10 +15,10 @@ environment_log=$environment_venv/install.log
 case $environment_platform in
   cpu) environment_python=3.11 environment_disk_gb=8 ;;
   gpu) environment_python=3.12 environment_disk_gb=25 ;;
-  *) echo "environment: PEAR_RAY_PLATFORM is '$environment_platform'; it must be cpu or gpu" >&2; exit 2 ;;
+  *) echo "environment: PEAR_RAY_PLATFORM: expected cpu or gpu, got '$environment_platform'" >&2; exit 2 ;;
 esac
 
-# PyTorch's own index of CPU builds, asked only where the configured indexes have no torch +cpu.
+# PyTorch's own index of CPU builds, used only if the configured indexes have no torch +cpu.
 environment_torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 environment_version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
@@ -51,23 +51,23 @@ environment_find_python() {
     fi
     found+="${found:+, }$candidate is $("$candidate" -V 2>&1 | head -n 1)"
   done
-  environment_problems+=("Python $environment_python is needed; found: ${found:-no ${PYTHON:-Python on PATH}}. Install it with its venv module and headers, or set PYTHON=/path/to/python$environment_python")
+  environment_problems+=("expected Python $environment_python, got ${found:-no ${PYTHON:-Python on PATH}}. Install it with its venv module and headers, or set PYTHON=/path/to/python$environment_python")
   return 1
 }
 
-# Everything that can be known to be missing, all at once, before any work.
+# Report everything that is missing at once, before any work.
 environment_check() {
   environment_problems=()
   local system compiler missing include free path
   system="$(uname -s) $(uname -m)"
   [[ $system == "Linux x86_64" ]] ||
-    environment_problems+=("Linux x86_64 is needed (the locked builds are for it); found $system")
+    environment_problems+=("expected Linux x86_64 (the locked builds are for it), got $system")
   compiler=${CXX:-c++}
   compiler=${compiler%% *}
   if ! type -P "$compiler" >/dev/null; then
-    environment_problems+=("a C++ compiler is needed (DeepSpeed compiles a part of itself); found no '$compiler' on PATH. Install g++, or set CXX to one")
+    environment_problems+=("expected a C++ compiler (DeepSpeed compiles a part of itself), got no '$compiler' on PATH. Install g++, or set CXX")
   elif ! echo '#include <concepts>' | "$compiler" -std=c++20 -x c++ -fsyntax-only - >/dev/null 2>&1; then
-    environment_problems+=("a compiler that knows C++20 is needed; found $("$compiler" --version 2>&1 | head -n 1), which does not compile '#include <concepts>'. Install g++ 10 or later, or set CXX")
+    environment_problems+=("expected a C++20 compiler, got $("$compiler" --version 2>&1 | head -n 1), which does not compile '#include <concepts>'. Install g++ 10 or later, or set CXX")
   fi
   if ! environment_dependencies_ready; then
     if environment_find_python; then
@@ -76,17 +76,17 @@ environment_check() {
         environment_problems+=("$environment_base_python lacks the module(s) $missing; install python$environment_python-venv")
       include=$("$environment_base_python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
       [[ -e $include/Python.h ]] ||
-        environment_problems+=("the C headers of Python $environment_python are needed; found no $include/Python.h. Install python$environment_python-dev")
+        environment_problems+=("expected the C headers of Python $environment_python, got no $include/Python.h. Install python$environment_python-dev")
       [[ $environment_platform != cpu ]] || "$environment_base_python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
-        environment_problems+=("the library libnuma.so.1 is needed (vLLM's CPU kernels link to it); found none. Install libnuma1 or numactl-libs")
+        environment_problems+=("expected the library libnuma.so.1 (vLLM's CPU kernels link to it), got none. Install libnuma1 or numactl-libs")
     fi
     free=$(environment_free_gb "$environment_root")
     ((${free:-0} >= environment_disk_gb)) ||
-      environment_problems+=("$environment_disk_gb GB of free disk are needed for the first install; found ${free:-?} GB at $environment_root")
+      environment_problems+=("expected $environment_disk_gb GB of free disk for the first install, got ${free:-?} GB at $environment_root")
     path=${TMPDIR:-/tmp}
     free=$(environment_free_gb "$path")
     ((${free:-0} >= 2)) ||
-      environment_problems+=("2 GB of free disk are needed for temporary files; found ${free:-?} GB at $path. Set TMPDIR to a roomier folder")
+      environment_problems+=("expected 2 GB of free disk for temporary files, got ${free:-?} GB at $path. Set TMPDIR to another folder")
   fi
   if ((${#environment_problems[@]})); then
     printf 'environment: %s\n' "${environment_problems[@]}" >&2
@@ -94,7 +94,7 @@ environment_check() {
   fi
 }
 
-# Runs a command with its output in the log, and a line of progress every 20 seconds.
+# Run a command with its output in the log, and print a line of progress every 20 seconds.
 environment_step() {
   local title=$1 status=0 ticker pipe started=$SECONDS
   shift
@@ -120,7 +120,7 @@ environment_fail() {
   exit 1
 }
 
-# Bytecode is made at first import, of what is imported: a minute less. An image has it made once for all containers.
+# Bytecode is compiled at first import, only of imported modules: a minute less. An image compiles it once for all containers.
 environment_pip() {
   local bytecode=--no-compile
   [[ ${PEAR_RAY_INSTALL:-} != dependencies ]] || bytecode=--compile
@@ -128,7 +128,7 @@ environment_pip() {
     --no-deps "$bytecode" "$@"
 }
 
-# The lines of the lock that belong to the named packages, as a lock of their own; with a second word, all the others.
+# Print the lock's lines of the named packages; with a second argument, all the others.
 environment_lock_of() {
   awk -v names="$1" -v others="${2:-}" 'BEGIN { split(names, n, " "); for (i in n) named[n[i]] = 1 }
     /^[a-z0-9]/ { split($1, pin, "=="); keep = (pin[1] in named) != (others != "") } keep' "$environment_lock"
@@ -154,7 +154,7 @@ environment_install_dependencies() {
       "$environment_base_python" -m venv "$environment_venv" || environment_fail "making .venv"
   fi
 
-  # What the source packages of the lock are built with, from the lock as well: no unpinned build environment.
+  # Build tools of the lock's source packages come from the lock as well: no unpinned build environment.
   environment_lock_of "setuptools packaging ninja" > "$part"
   environment_step "1/4 build tools" environment_pip --require-hashes -r "$part" || environment_fail "pip install"
 
@@ -172,8 +172,8 @@ environment_install_dependencies() {
   environment_step "3/4 the others of $(grep -c '^[a-z0-9]' "$environment_lock") packages (2-5 minutes; log: $environment_log)" \
     environment_pip --require-hashes --no-build-isolation --use-pep517 -r "$part" || environment_fail "pip install"
 
-  # With its shared-memory op compiled now. Compiled by the first job instead, it would hang every later one if that job
-  # were killed meanwhile (a lock file stays behind). No cache: pip's may hold a DeepSpeed built without it.
+  # With its shared-memory op compiled now: if the first job compiled it and were killed meanwhile, a stale lock file
+  # would hang every later one. No cache: pip's may hold a DeepSpeed built without the op.
   local made_of op=0
   made_of=$(environment_lock_of "torch deepspeed" | sha256sum)
   if [[ $(cat "$environment_venv/deepspeed.stamp" 2>/dev/null) != "$made_of" ]]; then
@@ -202,7 +202,7 @@ environment_main() {
   environment_check
   if ! { environment_dependencies_ready && environment_package_ready; }; then
     exec {lock_fd}< "$environment_lock"
-    flock -n "$lock_fd" || { echo "environment: another install is at work here; waiting for it" >&2; flock "$lock_fd"; }
+    flock -n "$lock_fd" || { echo "environment: waiting for another install in this folder" >&2; flock "$lock_fd"; }
     environment_dependencies_ready || environment_install_dependencies
     environment_package_ready || environment_install_package
     exec {lock_fd}<&-
@@ -210,9 +210,9 @@ environment_main() {
   fi
   [[ :$PATH: == *:$environment_venv/bin:* ]] || export PATH=$environment_venv/bin:$PATH
   export VIRTUAL_ENV=$environment_venv
-  # Where no process may keep bytecode, each compiles thousands of files anew: vLLM alone is 30 s of work instead of 12.
+  # Without stored bytecode each process compiles thousands of files: 30 s for vLLM instead of 12.
   unset PYTHONDONTWRITEBYTECODE
-  # Ray's start turns token authentication on by default; its clients have to be told so.
+  # `ray start` turns token authentication on by default; its clients need this variable.
   export RAY_AUTH_MODE=token
   # Nothing reports home.
   export DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1

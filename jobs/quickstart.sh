@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The laptop job, from nothing: environment, a local Ray, `ray job submit`, and the result.
 #     bash jobs/quickstart.sh [--section.key value ...]        options go to the job, e.g. --rl.steps 2
-# Run again, it installs nothing, joins the job if that still runs, and otherwise does what is missing.
+# A second run installs nothing, follows the job if it still runs, and otherwise runs the missing stages.
 #
 #   PEAR_RAY_RUN_DIR         the run folder (runs/laptop in the checkout)
 #   PEAR_RAY_DASHBOARD_PORT  8265
@@ -18,7 +18,7 @@ source "$root/jobs/environment.sh"
 bash "$root/cluster/local.sh" start
 address=$(bash "$root/cluster/local.sh" status | grep -o 'http://127.0.0.1:[0-9]*')
 
-# What Ray's job service says: `job_service find RUN_DIR` prints the id of the live job of that run folder, if there is one;
+# Ask Ray's job service: `job_service find RUN_DIR` prints the id of the live job of that run folder, if any;
 # `job_service outcome ID` waits until the job has ended and prints its status and exit code.
 job_service() { "$root/.venv/bin/python" - "$address" "$@" <<'PYTHON'
 import json, os, pathlib, sys, time, urllib.request
@@ -48,17 +48,17 @@ PYTHON
 
 on_interrupt() {
   echo
-  say "the job goes on without this terminal. To come back to it: bash jobs/quickstart.sh"
-  say "to end it: .venv/bin/ray job stop --address $address $id        dashboard: $address"
+  say "the job continues without this terminal. To follow it again: bash jobs/quickstart.sh"
+  say "to stop it: .venv/bin/ray job stop --address $address $id        dashboard: $address"
   exit 130
 }
 
-# One at a time looks for the job and submits it.
+# Only one process at a time looks for the job and submits it.
 exec {lock}< "$root/jobs/laptop.toml"
 flock "$lock"
 id=$(job_service find "$run_dir")
 if [[ -n $id ]]; then
-  say "the job of $run_dir is at work already ($id); following it${*:+ (options given now are not part of it: $*)}"
+  say "the job of $run_dir is already running ($id); following it${*:+ (it does not use these options: $*)}"
 else
   id=laptop-$(date +%Y%m%d-%H%M%S)-$$
   printed=$("$root/.venv/bin/ray" job submit --address "$address" --submission-id "$id" --no-wait \
@@ -72,9 +72,9 @@ trap on_interrupt INT
 
 while :; do
   "$root/.venv/bin/ray" job logs --address "$address" --follow "$id" || true
-  read -r status code < <(job_service outcome "$id") || { say "Ray is gone: $address does not answer" >&2; exit 1; }
+  read -r status code < <(job_service outcome "$id") || { say "Ray does not answer at $address" >&2; exit 1; }
   [[ $status == PENDING || $status == RUNNING ]] || break
-  say "lost the job's log while the job goes on; following it again"
+  say "lost the log of the running job; following it again"
 done
 
 if [[ $status != SUCCEEDED ]]; then

@@ -1,5 +1,5 @@
-"""Tells Ray when the cloud is going to take this spot machine back, so that engines hand their work
-back and learners keep a checkpoint: python notice.py aws|gcp. Ends once Ray knows.
+"""Drain this Ray node when the cloud announces its preemption, so that engines hand over their
+requests and learners save a checkpoint: python notice.py aws|gcp. Exits once Ray has been notified.
 
 Sources: EC2 user guide, "Spot Instance interruption notices" (instance-action, two minutes ahead)
 and "Use IMDSv2"; Compute Engine, "Preemptible VM instances" (instance/preempted, 30 seconds ahead).
@@ -23,7 +23,7 @@ RAY_SECONDS = 20.0
 
 
 def ask(address: str, method: str = "GET", **headers: str) -> str:
-    """What the metadata service answers; it is never behind a proxy."""
+    """Return the metadata service's answer; it is never behind a proxy."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(address, method=method, headers=named)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
