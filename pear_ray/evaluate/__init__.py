@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.config import TRAINING_STAGES, Job, start_of
-from pear_ray.data.tokenizer import prompts_that_fit
-from pear_ray.engines.engine_factory import engine_pool
+from pear_ray.data.tokenizer import encode_problems
+from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.evaluate.attempts import Store, attempt, requests
 from pear_ray.evaluate.likelihood import heldout_nll, heldout_rows, kl_from
 from pear_ray.evaluate.scorecard import card, scorecard
@@ -46,7 +46,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
         "seed": job.run.seed,
         "problems": [problem.problem_id for problem in problems],
     }
-    with run.growing_folder("evaluate", sampled_how) as folder:
+    with run.resumable_folder("evaluate", sampled_how) as folder:
         # Weights that were trained again since are another checkpoint.
         homes = {
             label: folder / "attempts" / name_of(f"{label} {path} {written(path)}")
@@ -103,14 +103,14 @@ def sample_all(
     heldout = heldout_rows(job.scored_folder)
     first = next(iter(missing.values()))
     with (
-        engine_pool(job, first, partial(run.event, "evaluate")) as pool,
+        EnginePool.from_job(job, first, partial(run.event, "evaluate")) as pool,
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         for number, (label, path) in enumerate(missing.items()):
             if number:
                 pool.load_folder(path)
             store = Store(homes[label])
-            prompts = prompts_that_fit(path, problems, job.generator.max_model_len)
+            prompts = encode_problems(path, problems, job.generator.max_model_len)
             work = list(requests(job, prompts, problems, store.done()))
             log.info("evaluate: %s: %d requests for answers", label, len(work))
             attempt(label, work, problems, pool, reward_pool, store)

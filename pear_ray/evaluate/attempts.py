@@ -21,6 +21,7 @@ from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Grade, Problem
 from pear_ray.rewards.pool import RewardPool
+from pear_ray.run import atomic_write
 from pear_ray.seeds import seed_of
 
 # Answers asked for together: few enough for engines to share the work evenly.
@@ -53,9 +54,8 @@ class Store:
         """Write what is not yet written."""
         if self._rows:
             table = pa.Table.from_pylist([asdict(row) for row in self._rows], ATTEMPT_SCHEMA)
-            path = self._folder / f"{uuid.uuid4().hex}.partial"
-            pq.write_table(table, path)
-            path.replace(path.with_suffix(".parquet"))
+            with atomic_write(self._folder / f"{uuid.uuid4().hex}.parquet") as partial:
+                pq.write_table(table, partial)
         self._rows, self._written = [], time.monotonic()
 
     def done(self) -> set[tuple[str, int]]:
@@ -110,7 +110,7 @@ def attempt(
     answers: dict[Hashable, tuple[Completion, ...]] = {}
 
     def keep(timeout_seconds: float) -> None:
-        for place, grades in reward_pool.finished(timeout_seconds):
+        for place, grades in reward_pool.pop_finished(timeout_seconds):
             number, first = keys[place]
             store.add(rows_of(label, problems[number], first, answers.pop(place), grades))
 

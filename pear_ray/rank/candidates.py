@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pear_ray.config import Job, is_after_rl, read_job, start_of
 from pear_ray.errors import ConfigError
+from pear_ray.metrics import read_metrics
 from pear_ray.statistics import mean_pass_at_k, overtraining
 
 # What must be alike for counts of right answers to be compared.
@@ -195,9 +196,5 @@ def trained_on(home: Path) -> str | None:
 
 def regime(home: Path) -> str | None:
     """How far the SFT in a run folder went beyond its lowest held-out loss, if it measured one."""
-    path = home / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [
-        row for row in map(json.loads, lines) if row["stage"] == "sft" and "heldout_loss" in row
-    ]
+    rows = [row for row in read_metrics(home, "sft") if "heldout_loss" in row]
     return overtraining(rows[-1]["heldout_loss"], rows[-1]["lowest_heldout_loss"]) if rows else None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pear_ray.config import Job
+from pear_ray.metrics import read_metrics
 from pear_ray.rl.build import ends_of, warnings_of
 from pear_ray.rl.publisher import from_first_rank
 from pear_ray.rl.rollouts import RolloutBatch
-from pear_ray.train.ray_train import rank_and_count
+from pear_ray.train.ray_train import rank_and_world_size
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -31,9 +31,9 @@ class RunMonitor:
         self._num_steps = job.rl.steps
         self._warnings, self._ends = warnings_of(job), ends_of(job)
         self._last_said: dict[type, int] = {}
-        self._rank, _ = rank_and_count()
+        self._rank, _ = rank_and_world_size()
         # One rank reads for all: they must come to the same, and it has taken away what was torn.
-        rows = from_first_rank(rows_of(folder, stage) if self._rank == 0 else [])
+        rows = from_first_rank(read_metrics(folder, stage) if self._rank == 0 else [])
         self._rows = [row for row in rows if row["step"] < first_step]
 
     def note(self, step: int, row: dict[str, Any]) -> str | None:
@@ -67,10 +67,3 @@ class RunMonitor:
             for old in candidates.glob("*"):
                 if int(old.name) <= evaluated:
                     shutil.rmtree(old)
-
-
-def rows_of(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """What the stage has written of its steps so far."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["stage"] == stage]

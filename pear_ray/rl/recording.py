@@ -17,6 +17,7 @@ from pear_ray.data.tokenizer import load_tokenizer
 from pear_ray.errors import ConfigError
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
 from pear_ray.rl.scheduler import StepBatch
+from pear_ray.run import atomic_write
 
 FLOATS = pa.list_(pa.float32())
 # An answer has a group, and a trace that is learned beside the answers has none: its `problem_id`
@@ -122,9 +123,8 @@ def write(folder: Path, batch: StepBatch) -> None:
     facts = {key: getattr(batch, key) for key in FACTS}
     schema = SCHEMA.with_metadata({"batch": json.dumps(facts)})
     folder.mkdir(parents=True, exist_ok=True)
-    aside = file_of(folder, batch.step).with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema), aside)
-    aside.replace(file_of(folder, batch.step))
+    with atomic_write(file_of(folder, batch.step)) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema), partial)
 
 
 def read(folder: Path, step: int) -> StepBatch:

@@ -31,7 +31,7 @@ from pear_ray.engines.generator import same_architecture
 from pear_ray.errors import ConfigError
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
-from pear_ray.run import RunDir, installed_versions, write_json
+from pear_ray.run import LAYOUT, RunDir, installed_versions, write_json
 from pear_ray.score.calibration import calibrate
 from pear_ray.score.checks import (
     check_same_tokenizer,
@@ -63,12 +63,12 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
         "tokenizer": prints,
         "versions": installed_versions(),
     }
-    if not run.has_grown("scored", made_from):
+    if not run.is_made_from("scored", made_from):
         connect()
         prepare_ray_data(job)
-        with run.growing_folder("scored", made_from) as folder:
+        with run.resumable_folder("scored", made_from) as folder:
             facts = make(job, run, files, path, folder, prints)
-            write_json(folder / "scored" / "facts.json", facts)
+            write_json(folder / "scored" / "facts.json", {"layout": LAYOUT} | facts)
     facts = json.loads((run.folder / "scored" / "facts.json").read_text())
     log.info("score: %d of %d rows rejected", facts["rejected"], facts["rows"])
     for source, numbers in facts["sources"].items():

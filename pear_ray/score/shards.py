@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pear_ray.run import atomic_write
 from pear_ray.seeds import seed_of
 
 LOGPROBS_SCHEMA = pa.schema(
@@ -171,11 +171,9 @@ def write_logprobs(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_whole(path: Path, table: pa.Table, rows_per_group: int) -> None:
-    """Write a Parquet file that is there whole or not at all. One whom Ray takes for dead may be
-    writing it too, so each writes under a name of its own."""
-    aside = path.with_suffix(f".{uuid.uuid4().hex}")
-    pq.write_table(table, aside, row_group_size=rows_per_group)
-    aside.replace(path)
+    """Write a Parquet file atomically."""
+    with atomic_write(path) as partial:
+        pq.write_table(table, partial, row_group_size=rows_per_group)
 
 
 def arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
