@@ -46,7 +46,7 @@ class BatchQueue:
         self._closed: str | None = None
         self._change = asyncio.Condition()
 
-    async def first_wanted(self, timeout_seconds: float) -> int:
+    async def first_requested(self, timeout_seconds: float) -> int:
         """The first step that a learner asks for.
 
         Raises:
@@ -114,7 +114,7 @@ class BatchQueue:
         if not ready():
             raise QueueClosed(str(self._closed))
 
-    async def forget_before(self, step: int) -> None:
+    async def drop_before(self, step: int) -> None:
         """Drop what no learner will ask for again."""
         self._first_needed = max(step, self._first_needed)
         for old in [known for known in self._ready if known < step]:
@@ -127,7 +127,7 @@ class BatchQueue:
             self._change.notify_all()
 
 
-def take(queue: Any, step: int, timeout_seconds: float) -> Any:
+def take_batch(queue: Any, step: int, timeout_seconds: float) -> Any:
     """What a step learns from, itself, from a `BatchQueue`."""
     taken = queue.take.remote(step, timeout_seconds)
     (reference,) = ray.get(taken, timeout=timeout_seconds + GRACE_SECONDS)

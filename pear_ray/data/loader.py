@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from pear_ray.data.scored_dataset import RowFilter, RowGroup, read_group
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, read_row_group
 from pear_ray.seeds import seed_of
 
 # Windows that are read at the same time.
@@ -100,7 +100,7 @@ def read_window(batch: dict[str, Any], wanted: RowFilter, seed: int) -> pa.Table
         group = RowGroup(**piece["group"])
         where = group.file, group.number
         if where not in groups:
-            groups[where] = read_group(group, wanted, "train")
+            groups[where] = read_row_group(group, wanted, "train")
         pieces.append(groups[where].slice(piece["start"], piece["stop"] - piece["start"]))
     table = pa.concat_tables(pieces)
     mixed = np.random.default_rng(seed_of(seed, "sft", window["epoch"], window["number"]))
@@ -108,7 +108,7 @@ def read_window(batch: dict[str, Any], wanted: RowFilter, seed: int) -> pa.Table
     return table.take(pa.array(order)).combine_chunks()
 
 
-def steps(
+def batches(
     groups: Sequence[RowGroup],
     wanted: RowFilter,
     *,

@@ -21,7 +21,7 @@ def calibrate(
     Returns:
         rows, tokens, bias (mean), spread (standard deviation), mean_gap and max_gap (absolute).
     """
-    from pear_ray.train.trainer_logprobs import trainer_logprobs
+    from pear_ray.train.model import trainer_logprobs
 
     table = pq.ParquetDataset(sorted(map(str, folder.glob("*.parquet")))).read()
     rows = table.filter(pc.equal(table.column("behavior_model"), model)).to_pylist()

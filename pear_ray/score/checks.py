@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pear_ray.config import Job
-from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer
+from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.errors import ConfigError
 from pear_ray.score.merge import ScoreStats
 
@@ -20,7 +20,9 @@ def check_same_tokenizer(job: Job) -> tuple[str, str]:
     """
     ours = tokenizer_digests(load_tokenizer(job.model_path()))
     for source in job.behavior:
-        theirs = tokenizer_digests(load_tokenizer(job.model_path(source), f"behavior.{source}.path"))
+        theirs = tokenizer_digests(
+            load_tokenizer(job.model_path(source), f"behavior.{source}.path")
+        )
         if theirs != ours:
             what = "vocabulary" if theirs[0] != ours[0] else "chat template"
             raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pear_ray.config import Columns
-from pear_ray.data.tokenizer import Conversation, conversation_ids, load_tokenizer
+from pear_ray.data.tokenizer import Conversation, encode_conversation, load_tokenizer
 from pear_ray.records import TOKENIZED_SCHEMA, Message
 from pear_ray.seeds import seed_of
 
@@ -110,7 +110,7 @@ class Tokenize:
     def _tokens(self, named: RowReader, messages: list[Message]) -> dict[str, Any]:
         """Ids of a row, checked against what its author recorded."""
         rules = self._rules
-        found = conversation_ids(self._tokenizer, messages)
+        found = encode_conversation(self._tokenizer, messages)
         if not found.prompt_ids:
             raise ValueError("messages: nothing stands before the first answer; expected a prompt")
         highest = max(*found.prompt_ids, *found.response_ids)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pear_ray.data.loader import BLOCKS_PER_WINDOW, Slice, Window, read_window, steps, windows
-from pear_ray.data.scored_dataset import RowFilter, RowGroup, scan, sequences_of
+from pear_ray.data.loader import BLOCKS_PER_WINDOW, Slice, Window, batches, read_window, windows
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, scan_dataset, training_sequences
 from pear_ray.records import SCORED_SCHEMA
 
 WANTED = RowFilter(
@@ -159,7 +159,7 @@ def corpus(tmp_path_factory):
     for number, (start, stop) in enumerate([(0, 19), (19, 20), (20, 45)]):
         table = pa.Table.from_pylist(rows[start:stop], SCORED_SCHEMA)
         pq.write_table(table, folder / f"{number}.parquet", row_group_size=ROWS_PER_GROUP)
-    groups = scan(folder, WANTED)
+    groups = scan_dataset(folder, WANTED)
     assert len(groups) == 13
     wanted = [one for one in rows if one["split"] == "train" and one["correct"]]
     assert len(wanted) == sum(group.num_train for group in groups) == 31
@@ -229,20 +229,20 @@ def test_files_of_other_columns_are_mixed_too(tmp_path):
     blank = bare.append_column("recorded_gap", pa.nulls(3))
     for number, one in enumerate((table, bare, blank)):
         pq.write_table(one, tmp_path / f"{number}.parquet")
-    found = read(Window(0, 0, whole(scan(tmp_path, WANTED))), seed=0)
+    found = read(Window(0, 0, whole(scan_dataset(tmp_path, WANTED))), seed=0)
     assert Counter(names_of([found])) == dict.fromkeys(["row-00", "row-01", "row-02"], 3)
 
 
 def contents(table):
     """What a learner makes of a step's rows, to the byte."""
     arrays = ("token_ids", "trainable", "sampled_logprobs", "coefficients")
-    rows = sequences_of(table, 0.1)
+    rows = training_sequences(table, 0.1)
     return [(one.origin, *(getattr(one, name).tobytes() for name in arrays)) for one in rows]
 
 
 def dealt_in_steps(groups, first_step=0, **changes):
     plan = {"num_epochs": 2, "rows_per_step": 7, "rows_per_window": 10, "seed": 3} | changes
-    return list(steps(groups, WANTED, **plan, first_step=first_step))
+    return list(batches(groups, WANTED, **plan, first_step=first_step))
 
 
 @pytest.fixture(scope="module")

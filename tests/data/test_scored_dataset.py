@@ -18,15 +18,15 @@ from pear_ray.data.scored_dataset import (
     OPTIONAL_COLUMNS,
     RowFilter,
     RowGroup,
-    list_lengths,
-    list_extremes,
     first_rows,
+    list_extremes,
+    list_lengths,
     read_row_group,
     row_filter,
-    scan,
+    scan_dataset,
     training_sequences,
 )
-from pear_ray.data.tokenizer import tokenizer_digests, load_tokenizer
+from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.errors import ConfigError
 from pear_ray.losses.packing import pack
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
@@ -113,7 +113,9 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
 
 def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
     """Stage `score` leaves one where it rejects all rows of a part."""
-    groups = scan_dataset(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
+    groups = scan_dataset(
+        stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True)
+    )
     assert sum(group.num_train for group in groups) == 2
 
 
@@ -202,7 +204,10 @@ def test_what_lies_under_a_list_that_is_not_there_is_not_seen():
     hidden = pa.ListArray.from_arrays([0, 1, 2, 4], values, mask=pa.array([False, True, False]))
     column = pa.chunked_array([hidden])
     assert list_lengths(column).tolist() == [1, 0, 2]
-    assert [found.tolist() for found in list_extremes(column)] == [[-1.0, 0.0, -4.0], [-1.0, 0.0, -3.0]]
+    assert [found.tolist() for found in list_extremes(column)] == [
+        [-1.0, 0.0, -4.0],
+        [-1.0, 0.0, -3.0],
+    ]
 
 
 def sequence_of(**changes):
@@ -324,5 +329,7 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
     )
     # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
     sources = tuple(sft.get("sources", ()))
-    expected = RowFilter(tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
+    expected = RowFilter(
+        tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources
+    )
     assert row_filter(job) == expected

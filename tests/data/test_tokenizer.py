@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pear_ray.data.tokenizer import (
     encode_conversation,
-    digests,
+    encode_prompt,
     load_tokenizer,
     num_embeddings,
-    prompt_ids,
+    tokenizer_digests,
 )
 from pear_ray.errors import ConfigError
 

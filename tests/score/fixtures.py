@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pear_ray.__main__ import command
-from pear_ray.data.tokenizer import conversation_ids, load_tokenizer
+from pear_ray.data.tokenizer import encode_conversation, load_tokenizer
 
 NUM_ROWS = 600
 MAX_MODEL_LEN = 64
@@ -86,7 +86,7 @@ def corpus(
         source = "abc?"[number % 4]
         rows[name] = {"example_id": name, "source": source, "messages": conversation(draw, number)}
     own = [row for row in rows.values() if row["source"] == "c"]
-    found = [conversation_ids(tokenizer, row["messages"]) for row in own]
+    found = [encode_conversation(tokenizer, row["messages"]) for row in own]
     asked = [(ids.prompt_ids, ids.response_ids) for ids in found]
     for row, (_, response), table in zip(
         own, asked, by_transformers(str(models["c"]), asked), strict=True

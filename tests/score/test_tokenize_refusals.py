@@ -10,7 +10,7 @@ import pytest
 
 from pear_ray.config import Columns
 from pear_ray.records import EXAMPLE_SCHEMA, TOKENIZED_SCHEMA
-from pear_ray.train.model import CHAT_TEMPLATE
+from pear_ray.train.new_model import CHAT_TEMPLATE
 
 HALVES = {"columns": Columns(prompt="question", response="answer")}
 SCHEMA = pa.schema([*EXAMPLE_SCHEMA, ("question", pa.string()), ("answer", pa.string())])
