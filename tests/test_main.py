@@ -111,9 +111,9 @@ MISTAKES = {
     ),
     "unknown task": (
         replaced('"countdown"', '"countdwn"'),
-        ["tasks.0.name", "'countdown'", "read 'countdwn'"],
+        ["tasks.0.name", "'countdown'", "got 'countdwn'"],
     ),
-    "unknown option": (JOB + "options = {depth = 3}", ["tasks.0.options", "read {'depth': 3}"]),
+    "unknown option": (JOB + "options = {depth = 3}", ["tasks.0.options", "'depth'"]),
     "no task": (replaced('[[tasks]]\nname = "countdown"', ""), ["job.toml: tasks", "required"]),
     "no section": (
         replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""),

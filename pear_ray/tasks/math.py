@@ -1,23 +1,33 @@
-"""Mathematics with known answers, from files, judged by equality of the answers' values."""
+"""Math problems from files, graded by equality of values (math-verify)."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
 import random
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_ray.errors import ConfigError
 from pear_ray.records import Grade, Problem
 from pear_ray.seeds import seed_of
-from pear_ray.tasks.rows import check_files, read_rows
+from pear_ray.tasks import check_heldout_fraction, check_split
 
 EXTRACTORS = ("boxed", "last_number", "either")
-# Nothing longer is the answer to a problem with a known answer, and long formulas cost minutes.
+# No known answer is longer, and math-verify takes minutes for long formulas.
 MAX_ANSWER_CHARACTERS = 400
+JSON_SUFFIXES = tuple(
+    kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
+)
 BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-\s?)?"
@@ -37,27 +47,27 @@ class Row(NamedTuple):
 
 
 class Math:
-    r"""`Math("data/problems.jsonl.gz")`: rows with a problem and its answer.
+    r"""`Math("data/problems.jsonl.gz")`: rows of a problem and its answer.
 
     Args:
-        path: A file of Parquet or JSON lines (plain, .gz, .zst), or a folder of such.
+        path: A file of Parquet or JSON lines (plain, .gz, .zst), or a folder of such files.
         label: The task's name, part of the problems' ids.
         problem: Column of the problem, text.
-        answer: Column of the answer, a number or text; of a text with a \boxed{} in it (a worked
-            solution) the last one counts.
-        split: Column that says "train" or "heldout". Without it `heldout_fraction` of the problems
-            are held out, by a hash of the problem.
-        system: System prompt; none where it is empty.
-        instruction: What stands below each problem, such as where to put the answer.
-        extractor: Which answer of a text decides: that of the last "boxed", the "last_number", or
-            "either", where it is enough that one of them is right.
+        answer: Column of the answer, a number or text. Of a worked solution, a text with \boxed{},
+            the last \boxed{} is the answer.
+        split: Column with "train" or "heldout". Without it `heldout_fraction` of the problems are
+            held out, by a hash of the problem.
+        system: System prompt, "" for none.
+        instruction: Text below each problem, such as the answer's format.
+        extractor: The graded part of an answer: the last "boxed", the "last_number", or "either",
+            which is correct if one of them is.
 
-    A problem counts once, with the answer of its first row; where its rows are on both sides of
-    the split it is held out.
+    Rows with the same problem are one problem, with the answer of the first row, and held out if
+    one of them is.
 
     Raises:
         ImportError: math-verify is not installed.
-        ValueError: an option cannot be used.
+        ValueError: an option is out of range.
     """
 
     def __init__(
@@ -74,15 +84,12 @@ class Math:
     ) -> None:
         if extractor not in EXTRACTORS:
             raise ValueError(
-                f"extractor: read {extractor!r}, expected one of {', '.join(EXTRACTORS)}"
+                f"extractor: expected one of {', '.join(EXTRACTORS)}, got {extractor!r}"
             )
-        if not 0 < heldout_fraction < 1:
-            raise ValueError(
-                f"heldout_fraction: read {heldout_fraction}, expected 0 to 1 exclusive"
-            )
-        import math_verify  # noqa: F401  A verifier without it must not start.
+        check_heldout_fraction(heldout_fraction)
+        import math_verify  # noqa: F401  Fail here, not at the first answer.
 
-        # It would say of each process that its own timer is off; the verifier's is on.
+        # math-verify warns in each process that its own timeout is off; the reward worker has one.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         self.name = label
         self._path = path
@@ -93,44 +100,39 @@ class Math:
         self._extractor = extractor
 
     def check_files(self) -> None:
-        """Look for the files, without reading them.
-
-        Raises:
-            ValueError: nothing is there that can be read.
-        """
-        check_files(self._path)
+        """Raise ConfigError if no readable file is found, without reading one."""
+        find_files(self._path)
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Every problem of the split once, in an order fixed by the seed.
+        """Yield each problem of the split once, in an order fixed by the seed.
 
         Raises:
-            ConfigError: a file cannot be read, or a row is not as it should be.
+            ValueError: a file cannot be read, or a row is invalid.
         """
-        if split not in ("train", "heldout"):
-            raise ValueError(f"split: read {split!r}, expected 'train' or 'heldout'")
+        check_split(split)
         order = [row for row in self._rows if row.split == split]
         random.Random(f"{self.name} {split} {seed}").shuffle(order)
         for row in order:
             yield self._problem(row)
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Reward 1 where the extracted answer has the value of the reference, by math-verify.
+        """Reward 1 if the extracted answer has the value of the reference, else 0.
 
-        `parts`: boxed_correct, last_number_correct, answered (there is an answer where the
-        extractor looks) and extractors_disagree (one is right and one is wrong). Without a time
-        limit of its own: math-verify's `signal.alarm` would switch off the verifier's timer.
+        `parts`: boxed_correct, last_number_correct, answered (the extractor finds an answer) and
+        extractors_disagree (only one of the two is correct). Sets no timeout: math-verify's
+        `signal.alarm` would cancel the reward worker's timer.
         """
-        found = {"boxed": last_boxed(text), "last_number": last_number(text)}
-        faults = {name: find_fault(answer, problem.reference) for name, answer in found.items()}
-        decide = [name for name in found if self._extractor in (name, "either")]
-        correct = any(not faults[name] for name in decide)
+        answers = {"boxed": last_boxed(text), "last_number": last_number(text)}
+        faults = {name: find_fault(answer, problem.reference) for name, answer in answers.items()}
+        graded = [name for name in answers if self._extractor in (name, "either")]
+        correct = any(not faults[name] for name in graded)
         parts = {
             "boxed_correct": float(not faults["boxed"]),
             "last_number_correct": float(not faults["last_number"]),
-            "answered": float(any(found[name] is not None for name in decide)),
+            "answered": float(any(answers[name] is not None for name in graded)),
             "extractors_disagree": float(bool(faults["boxed"]) != bool(faults["last_number"])),
         }
-        note = "" if correct else "; ".join(f"{name}: {faults[name]}" for name in decide)
+        note = "" if correct else "; ".join(f"{name}: {faults[name]}" for name in graded)
         return Grade(float(correct), correct, parts, note)
 
     def _problem(self, row: Row) -> Problem:
@@ -147,81 +149,147 @@ class Math:
     @cached_property
     def _rows(self) -> list[Row]:
         rows: dict[str, Row] = {}
-        for place, values in read_rows(self._path, self._columns):
-            row = self._row(place, *values)
+        for location, values in read_rows(self._path, self._columns):
+            row = self._parse_row(location, *values)
             first = rows.setdefault(row.problem, row)
             if row.split == "heldout" != first.split:
                 rows[row.problem] = first._replace(split="heldout")
         return list(rows.values())
 
-    def _row(self, place: str, problem: Any, answer: Any, split: Any = None) -> Row:
+    def _parse_row(self, location: str, problem: Any, answer: Any, split: Any = None) -> Row:
+        fields = [f"{location}, {column}" for column in self._columns]
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{place}, {self._columns[0]}: read {problem!r}, expected text")
+            raise ValueError(f"{fields[0]}: expected text, got {problem!r}")
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise ValueError(
-                f"{place}, {self._columns[1]}: read {answer!r}, expected a number or text"
-            )
+            raise ValueError(f"{fields[1]}: expected a number or text, got {answer!r}")
         known = str(answer).strip()
         known = last_boxed(known) or known
         if not known or len(known) > MAX_ANSWER_CHARACTERS:
             raise ValueError(
-                f"{place}, {self._columns[1]}: read {known[:60]!r}, {len(known)} characters;"
-                f" expected 1 to {MAX_ANSWER_CHARACTERS}, or a text with a \\boxed{{}} of so many"
+                f"{fields[1]}: expected 1 to {MAX_ANSWER_CHARACTERS} characters, in all or in a"
+                f" \\boxed{{}}, got {len(known)}: {known[:60]!r}"
             )
         if len(self._columns) == 2:
             heldout = seed_of(problem.strip()) < self._heldout_fraction * 2**31
             split = "heldout" if heldout else "train"
         if split not in ("train", "heldout"):
-            raise ValueError(
-                f"{place}, {self._columns[2]}: read {split!r}, expected 'train' or 'heldout'"
-            )
+            raise ValueError(f"{fields[2]}: expected 'train' or 'heldout', got {split!r}")
         return Row(problem.strip(), known, split)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} that is closed, and has none in it: `3` for `\boxed{2}` and
-    `\boxed{x = \boxed{3}}`. None where there is none."""
+    r"""Return the content of the last closed, innermost \boxed{}, or None: "3" for `\boxed{2}` and
+    `\boxed{x = \boxed{3}}`."""
     opened: list[tuple[int, bool]] = []
-    found: tuple[int, int] | None = None
+    last: tuple[int, int] | None = None
     for match in BRACES.finditer(text):
         token = match.group()
         if token.endswith("{") and token != "\\{":
             opened.append((match.end(), token != "{"))
         elif token == "}" and opened:
             start, is_box = opened.pop()
-            if is_box and (found is None or found[0] < start):
-                found = start, match.start()
-    return None if found is None else text[slice(*found)].strip()
+            if is_box and (last is None or last[0] < start):
+                last = start, match.start()
+    return None if last is None else text[slice(*last)].strip()
 
 
 def last_number(text: str) -> str | None:
-    r"""The last number of a text: `-1,234.5`, `3/4`, `\frac{3}{4}` or `12.5%`; a minus behind a
-    number, a letter or a bracket is none of it. None where there is none."""
+    r"""Return the last number of a text, or None: `-1,234.5`, `3/4`, `\frac{3}{4}` or `12.5%`. A
+    minus sign after a number, a letter or a bracket is an operator."""
     last = deque(NUMBER.finditer(text), maxlen=1)
     return last[0].group() if last else None
 
 
 @lru_cache(maxsize=4096)
 def find_fault(answer: str | None, reference: str) -> str:
-    """Why an answer is not right; empty where its value is that of the reference."""
+    """Return why an answer is wrong, or "" if its value is that of the reference."""
     from math_verify import verify
 
     if answer is None:
         return "no answer"
     if len(answer) > MAX_ANSWER_CHARACTERS:
-        return f"{len(answer)} characters; expected at most {MAX_ANSWER_CHARACTERS}"
-    expected, read = _values(reference), _values(answer)
-    if verify(expected, read, timeout_seconds=None):
+        return f"expected at most {MAX_ANSWER_CHARACTERS} characters, got {len(answer)}"
+    if verify(_parse(reference), _parse(answer), timeout_seconds=None):
         return ""
-    return f"read {answer!r}, expected {reference!r}"
+    return f"expected {reference!r}, got {answer!r}"
 
 
-def _values(answer: str) -> list[Any]:
-    """What math-verify reads in an answer: its value, if it has one, and the text itself."""
+def _parse(answer: str) -> list[Any]:
+    """Return math-verify's parse of an answer: its value, if it has one, and the text itself."""
     from math_verify import LatexExtractionConfig, parse
 
     box = f"\\boxed{{{answer.strip().rstrip('.,;')}}}"
-    found: list[Any] = parse(
+    parsed: list[Any] = parse(
         box, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None
     )
-    return found
+    return parsed
+
+
+def find_files(path: str) -> list[Path]:
+    """Return the files of a path, sorted by name: in a folder the Parquet files or, if there are
+    none, the JSON lines. Names with a leading dot or underscore are skipped.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise ConfigError(f"path: expected a file or folder, got {path!r}, which does not exist")
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
+    shown = [
+        file
+        for file in files
+        if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+    ]
+    parquet = [file for file in shown if file.name.endswith(".parquet")]
+    json_lines = [file for file in shown if file.name.endswith(JSON_SUFFIXES)]
+    if not parquet and not json_lines:
+        raise ConfigError(
+            f"path: expected a file or folder with {', '.join(('.parquet', *JSON_SUFFIXES))}, got"
+            f" {path!r}"
+        )
+    return parquet or json_lines
+
+
+def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (location, values of the columns) of each row; the location is "file:number", with
+    lines or rows counted from 1.
+
+    Raises:
+        ConfigError: a file cannot be read, or a row lacks a column.
+    """
+    for file in find_files(path):
+        read = _read_parquet if file.name.endswith(".parquet") else _read_json_lines
+        try:
+            for number, row in read(file, columns):
+                _check_columns(f"{file}:{number}", columns, list(row))
+                yield f"{file}:{number}", [row[name] for name in columns]
+        except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}") from error
+
+
+def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with pq.ParquetFile(file) as parquet:
+        _check_columns(str(file), columns, parquet.schema_arrow.names)
+        batches = parquet.iter_batches(columns=list(columns))
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+def _read_json_lines(file: Path, _: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with pa.input_stream(str(file), compression="detect") as packed:
+        for number, line in enumerate(io.BufferedReader(packed), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{file}:{number}: expected JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{file}:{number}: expected an object, got {type(row).__name__}")
+            yield number, row
+
+
+def _check_columns(location: str, columns: Sequence[str], present: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise ConfigError(f"{location}: expected columns {missing}, got {sorted(present)}")

@@ -1,4 +1,4 @@
-"""Any dataset of reasoning-gym, by name and parameters: generated problems with their own judge."""
+"""Datasets of reasoning-gym: generated problems, each dataset with its own scorer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 
 from pear_ray.records import Grade, Problem
 from pear_ray.seeds import seed_of
+from pear_ray.tasks import check_heldout_fraction, check_split
 
 
 class ReasoningGym:
     """`ReasoningGym("countdown", min_numbers=4)`: answers are expected in <answer> tags.
 
-    Problems are endless in practice; one in `1 / heldout_fraction` is held out, by a hash of the
-    question, so no question is in both splits. Two tasks of one dataset are told apart by `label`.
+    Problems are endless in practice. A hash of the question holds out `heldout_fraction` of them,
+    so no question is in both splits. `label` is the task's name, "reasoning_gym/DATASET" if None.
 
-    Some of reasoning-gym's own judges hand the answer to Python's `eval` (binary_matrix, n_queens,
-    spiral_matrix, string_insertion) or to sympy's parser, which does the same (countdown, puzzle24,
-    polynomial_multiplication, simple_integration, intermediate_integration). With these, what a
-    model writes can run with the rights of the verifier's process.
+    Some of reasoning-gym's scorers pass the answer to Python's `eval` (binary_matrix, n_queens,
+    spiral_matrix, string_insertion) or to sympy's parser, which calls it (countdown, puzzle24,
+    polynomial_multiplication, simple_integration, intermediate_integration): text that a model
+    writes can run there with the rights of the reward worker's process.
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: a dataset or a fraction that there is not.
-        TypeError: a parameter that the dataset does not know.
+        ValueError: an unknown dataset, or an option out of range.
+        TypeError: a parameter that the dataset does not have.
     """
 
     def __init__(
@@ -38,28 +39,24 @@ class ReasoningGym:
     ) -> None:
         import reasoning_gym
 
-        if not 0 < heldout_fraction < 1:
-            raise ValueError(
-                f"heldout_fraction: read {heldout_fraction}, expected 0 to 1 exclusive"
-            )
+        check_heldout_fraction(heldout_fraction)
         self.name = f"reasoning_gym/{dataset}" if label is None else label
         self._gym = reasoning_gym
         self._dataset = dataset
         self._heldout_fraction = heldout_fraction
         self._parameters = parameters
         try:
-            self._judge = self._generated(seed=0, size=1)
+            self._scorer = self._generate(seed=0, size=1)
         except AssertionError as error:
-            # So the datasets refuse a parameter that is out of its range.
-            raise ValueError(f"dataset {dataset!r} refuses its parameters: {error}") from error
+            # reasoning-gym's datasets assert the range of their parameters.
+            raise ValueError(f"parameters of dataset {dataset!r}: {error}") from error
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Distinct questions of a split."""
-        if split not in ("train", "heldout"):
-            raise ValueError(f"split: read {split!r}, expected 'train' or 'heldout'")
+        """Yield distinct questions of the split."""
+        check_split(split)
         system = self._gym.utils.SYSTEM_PROMPTS["default"]
         seen: set[str] = set()
-        for entry in self._generated(seed, size=1_000_000):
+        for entry in self._generate(seed, size=1_000_000):
             question = entry["question"]
             heldout = seed_of(question) < self._heldout_fraction * 2**31
             if question in seen or heldout != (split == "heldout"):
@@ -72,34 +69,35 @@ class ReasoningGym:
                     {"role": "system", "content": system},
                     {"role": "user", "content": question},
                 ),
-                reference=repr(_literals(entry)),
+                reference=repr(_to_literals(entry)),
                 split=split,
             )
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """reasoning-gym's own score of what stands in the last <answer> tags."""
+        """Reward the content of the last <answer> tags with the dataset's own score."""
         answer = self._gym.utils.extract_answer(text)
         if answer is None:
             return Grade(0.0, False, {"answered": 0.0}, "no <answer> tags")
         try:
-            score = float(self._judge.score_answer(answer, literal_eval(problem.reference)))
-        except Exception as error:  # of a hundred judges: any
-            note = f"the judge failed: {type(error).__name__}: {error}"
+            score = float(self._scorer.score_answer(answer, literal_eval(problem.reference)))
+        except Exception as error:  # Each of a hundred scorers raises its own.
+            note = f"the scorer failed: {type(error).__name__}: {error}"
             return Grade(0.0, False, {"answered": 1.0}, note)
-        note = "" if score > 0 else "the judge gave 0"
+        note = "" if score > 0 else "the scorer gave 0"
         return Grade(score, score == 1.0, {"answered": 1.0}, note)
 
-    def _generated(self, seed: int, size: int) -> Any:
+    def _generate(self, seed: int, size: int) -> Any:
         return self._gym.create_dataset(self._dataset, seed=seed, size=size, **self._parameters)
 
 
-def _literals(value: Any) -> Any:
-    """An entry of literals alone. Tuples stay tuples, which JSON would make lists: judges of grids
-    compare them with their own."""
+def _to_literals(value: Any) -> Any:
+    """Return an entry made of Python literals alone. Tuples stay tuples, unlike in JSON: scorers of
+    grids compare them."""
     if isinstance(value, dict):
-        return {_literals(key): _literals(item) for key, item in value.items()}
+        return {_to_literals(key): _to_literals(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_literals, value)) if type(value) in (list, tuple) else str(value)
+        plain = type(value) in (list, tuple)
+        return type(value)(map(_to_literals, value)) if plain else str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or type(value) in (bool, int, float, str) else str(value)

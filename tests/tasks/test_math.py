@@ -1,4 +1,4 @@
-"""Mathematics with known answers: what is read from files, what is right, and why not."""
+"""Math: grades of answers, problems read from files, and invalid files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from pear_ray.tasks.math import Math, last_boxed, last_number
 ROWS = [{"problem": f"What is {n} + {n}?", "answer": 2 * n} for n in range(40)]
 
 
-def judged(reference, text, extractor="boxed"):
+def graded(reference, text, extractor="boxed"):
     problem = Problem("math-1", "math", (), reference, "train")
     return Math("nowhere", extractor=extractor).grade(problem, text)
 
 
-def write(path, rows):
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def read(task, split="train", seed=0):
+def problems_of(task, split="train", seed=0):
     return list(task.problems(split, seed))
 
 
@@ -77,12 +77,12 @@ def read(task, split="train", seed=0):
         ("B", r"\boxed{C}", 0, 0),
     ],
 )
-def test_answers_and_what_each_extractor_makes_of_them(reference, text, boxed, last):
-    grades = {name: judged(reference, text, name) for name in ("boxed", "last_number", "either")}
-    right = {"boxed": boxed, "last_number": last, "either": boxed or last}
+def test_grade_by_extractor(reference, text, boxed, last):
+    grades = {name: graded(reference, text, name) for name in ("boxed", "last_number", "either")}
+    expected = {"boxed": boxed, "last_number": last, "either": boxed or last}
     for name, grade in grades.items():
-        assert grade.correct == bool(right[name]), name
-        assert grade.reward == float(right[name])
+        assert grade.correct == bool(expected[name]), name
+        assert grade.reward == float(expected[name])
         assert bool(grade.note) != grade.correct
         assert grade.parts["boxed_correct"] == boxed
         assert grade.parts["last_number_correct"] == last
@@ -94,20 +94,25 @@ def test_answers_and_what_each_extractor_makes_of_them(reference, text, boxed, l
     [
         ("it is 6", "boxed", 0.0, "boxed: no answer"),
         ("it is six", "last_number", 0.0, "last_number: no answer"),
-        ("it is 6", "either", 1.0, "boxed: no answer; last_number: read '6', expected '5'"),
-        (r"\boxed{6}", "boxed", 1.0, "boxed: read '6', expected '5'"),
-        (r"\boxed{" + "7" * 500 + "}", "boxed", 1.0, "boxed: 500 characters; expected at most 400"),
+        ("it is 6", "either", 1.0, "boxed: no answer; last_number: expected '5', got '6'"),
+        (r"\boxed{6}", "boxed", 1.0, "boxed: expected '5', got '6'"),
+        (
+            r"\boxed{" + "7" * 500 + "}",
+            "boxed",
+            1.0,
+            "boxed: expected at most 400 characters, got 500",
+        ),
     ],
 )
-def test_the_note_says_why_an_answer_earned_nothing(text, extractor, answered, note):
-    grade = judged("5", text, extractor)
+def test_the_note_names_the_fault(text, extractor, answered, note):
+    grade = graded("5", text, extractor)
     assert (grade.note, grade.parts["answered"]) == (note, answered)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.text() | st.text(r"\boxed{}fac0123456789.,-/%^_ ").map(lambda t: f"\\boxed{{{t[:30]}}}"))
-def test_no_text_raises(text):
-    grade = judged("5", text)
+def test_grading_never_raises(text):
+    grade = graded("5", text)
     assert grade.reward == float(grade.correct) and len(grade.parts) == 4
 
 
@@ -127,48 +132,50 @@ def test_no_text_raises(text):
         ("three", None, None),
     ],
 )
-def test_what_is_extracted(text, boxed, number):
+def test_last_boxed_and_last_number(text, boxed, number):
     assert (last_boxed(text), last_number(text)) == (boxed, number)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_kinds_of_files(kind, tmp_path):
-    path = tmp_path / f"problems.{kind}"
-    if kind == "parquet":
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_file_formats(suffix, tmp_path):
+    path = tmp_path / f"problems.{suffix}"
+    if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     else:
         with pa.output_stream(str(path), compression="detect") as file:
             file.write("\n".join(map(json.dumps, ROWS)).encode())
-    plain = Math(write(tmp_path / "plain.jsonl", ROWS))
-    assert read(Math(str(path))) == read(plain) != []
+    plain = Math(write_rows(tmp_path / "plain.jsonl", ROWS))
+    assert problems_of(Math(str(path))) == problems_of(plain) != []
 
 
-def test_a_folder_is_all_its_files(tmp_path):
+def test_a_folder_is_read_as_one_file(tmp_path):
     for number in range(4):
-        write(tmp_path / f"{number}.jsonl", ROWS[number::4])
-    write(tmp_path / "_notes.jsonl", [{"problem": "hidden", "answer": 1}])
+        write_rows(tmp_path / f"{number}.jsonl", ROWS[number::4])
+    write_rows(tmp_path / "_notes.jsonl", [{"problem": "hidden", "answer": 1}])
     (tmp_path / "README.md").write_text("not rows")
     task = Math(str(tmp_path))
-    found = [p.messages[0]["content"] for s in ("train", "heldout") for p in read(task, s)]
-    assert sorted(found) == sorted(row["problem"] for row in ROWS)
+    questions = [
+        p.messages[0]["content"] for s in ("train", "heldout") for p in problems_of(task, s)
+    ]
+    assert sorted(questions) == sorted(row["problem"] for row in ROWS)
 
 
-def test_problems_are_distinct_in_an_order_of_the_seed_and_split_by_hash(tmp_path):
-    path = write(tmp_path / "a.jsonl", ROWS + ROWS[:7])
+def test_problems_are_distinct_split_by_hash_and_ordered_by_seed(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ROWS + ROWS[:7])
     task = Math(path, label="sums", heldout_fraction=0.3)
-    splits = {split: read(task, split) for split in ("train", "heldout")}
+    splits = {split: problems_of(task, split) for split in ("train", "heldout")}
     ids = [problem.problem_id for problems in splits.values() for problem in problems]
     assert len(ids) == len(set(ids)) == len(ROWS)
     assert all(problem_id.startswith("sums-") for problem_id in ids)
     assert 4 <= len(splits["heldout"]) <= 20
     assert all(p.split == split and p.task == "sums" for split in splits for p in splits[split])
-    assert read(task) == read(Math(path, label="sums", heldout_fraction=0.3))
-    assert read(task, seed=1) != read(task) and {p.problem_id for p in read(task)} == {
-        p.problem_id for p in read(task, seed=1)
-    }
+    assert problems_of(task) == problems_of(Math(path, label="sums", heldout_fraction=0.3))
+    assert problems_of(task, seed=1) != problems_of(task) and {
+        p.problem_id for p in problems_of(task)
+    } == {p.problem_id for p in problems_of(task, seed=1)}
 
 
-def test_columns_and_prompts_as_asked(tmp_path):
+def test_column_and_prompt_options(tmp_path):
     rows = [
         {"question": " 1 + 1? ", "gold": r"We add: \boxed{\frac{4}{2}}.", "part": "train"},
         {"question": "2 + 2?", "gold": 4.0, "part": "heldout"},
@@ -177,87 +184,91 @@ def test_columns_and_prompts_as_asked(tmp_path):
         {"question": "3 + 3?", "gold": 6, "part": "heldout"},
     ]
     task = Math(
-        write(tmp_path / "a.jsonl", rows),
+        write_rows(tmp_path / "a.jsonl", rows),
         problem="question",
         answer="gold",
         split="part",
         system="Be brief.",
         instruction=r"Put the answer in \boxed{}.",
     )
-    (problem,) = read(task)
+    (problem,) = problems_of(task)
     assert problem.messages == (
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1 + 1?\n\nPut the answer in \\boxed{}."},
     )
     assert problem.reference == r"\frac{4}{2}" and task.grade(problem, r"\boxed{2}").correct
-    assert sorted(p.reference for p in read(task, "heldout")) == ["4.0", "6"]
+    assert sorted(p.reference for p in problems_of(task, "heldout")) == ["4.0", "6"]
 
 
-def test_judges_need_no_files():
+def test_grading_needs_no_files():
     spec = TaskSpec(name="math", options={"path": "/nowhere/a.jsonl"})
-    (grade,) = make_graders([spec])
+    (grader,) = make_graders([spec])
     problem = Problem("math-1", "math", (), "5", "train")
-    assert grade.grade(problem, r"\boxed{5}").correct
+    assert grader.grade(problem, r"\boxed{5}").correct
     with pytest.raises(ConfigError) as refusal:
         make_tasks([spec])
     assert str(refusal.value) == (
-        "tasks.0.options: path: read '/nowhere/a.jsonl', which is not there; expected a file or"
-        " folder"
+        "tasks.0.options: path: expected a file or folder, got '/nowhere/a.jsonl', which does not"
+        " exist"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extractor": "all"}, "extractor: read 'all', expected one of boxed, last_number, either"),
-        ({"heldout_fraction": 0}, "heldout_fraction: read 0, expected 0 to 1 exclusive"),
-        ({"heldout_fraction": 1.0}, "heldout_fraction: read 1.0, expected 0 to 1 exclusive"),
+        ({"extractor": "all"}, "extractor: expected one of boxed, last_number, either, got 'all'"),
+        ({"heldout_fraction": 0}, "heldout_fraction: expected a number in (0, 1), got 0"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction: expected a number in (0, 1), got 1.0"),
         ({"color": 3}, "Math.__init__() got an unexpected keyword argument 'color'"),
     ],
 )
-def test_bad_options_are_named(options, message, tmp_path):
-    options = {"path": write(tmp_path / "a.jsonl", ROWS), **options}
+def test_invalid_options_are_refused(options, message, tmp_path):
+    options = {"path": write_rows(tmp_path / "a.jsonl", ROWS), **options}
     with pytest.raises(ConfigError) as refusal:
         make_tasks([TaskSpec(name="math", options=options)])
-    assert str(refusal.value) == f"tasks.0.options: read {options}; {message}"
+    assert str(refusal.value) == f"tasks.0.options: {message}"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("a.jsonl", "{", {}, "{file}:1: is not JSON: Expecting property name enclosed in double"),
-        ("a.jsonl", "\n[1]", {}, "{file}:2: read list, expected an object"),
-        ("a.jsonl", '{"problem": "a"}', {}, "{file}:1: has ['problem']; expected also ['answer']"),
+        ("a.jsonl", "{", {}, "{file}:1: expected JSON: "),
+        ("a.jsonl", "\n[1]", {}, "{file}:2: expected an object, got list"),
+        (
+            "a.jsonl",
+            '{"problem": "a"}',
+            {},
+            "{file}:1: expected columns ['answer'], got ['problem']",
+        ),
         (
             "a.jsonl",
             '{"problem": 3, "answer": 2}',
             {},
-            "{file}:1, problem: read 3, expected text",
+            "{file}:1, problem: expected text, got 3",
         ),
         (
             "a.jsonl",
             '{"problem": " ", "answer": 2}',
             {},
-            "{file}:1, problem: read ' ', expected text",
+            "{file}:1, problem: expected text, got ' '",
         ),
         (
             "a.jsonl",
             '{"problem": "a", "answer": true}',
             {},
-            "{file}:1, answer: read True, expected a number or text",
+            "{file}:1, answer: expected a number or text, got True",
         ),
         (
             "a.jsonl",
             '{"problem": "a", "answer": ""}',
             {},
-            "{file}:1, answer: read '', 0 characters; expected 1 to 400, or a text with a"
-            " \\boxed{} of so many",
+            "{file}:1, answer: expected 1 to 400 characters, in all or in a \\boxed{}, got 0: ''",
         ),
         (
             "a.jsonl",
             '{"problem": "a", "answer": 1, "split": "test"}',
             {"split": "split"},
-            "{file}:1, split: read 'test', expected 'train' or 'heldout'",
+            "{file}:1, split: expected 'train' or 'heldout', got 'test'",
         ),
         ("a.jsonl.gz", "plain", {}, "{file}: cannot be read: "),
         ("a.parquet", "plain", {}, "{file}: cannot be read: "),
@@ -265,38 +276,37 @@ def test_bad_options_are_named(options, message, tmp_path):
             "a.csv",
             "problem,answer",
             {},
-            "path: read '{file}', which holds no file of a kind that can be read; expected .parquet"
-            " or one of .jsonl, .jsonl.gz, .jsonl.zst, .ndjson, .ndjson.gz, .ndjson.zst, .json,"
-            " .json.gz, .json.zst",
+            "path: expected a file or folder with .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .ndjson,"
+            " .ndjson.gz, .ndjson.zst, .json, .json.gz, .json.zst, got '{file}'",
         ),
     ],
 )
-def test_bad_rows_are_named(name, content, options, message, tmp_path):
+def test_invalid_rows_are_refused(name, content, options, message, tmp_path):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError) as refusal:
-        read(Math(str(path), **options))
+        problems_of(Math(str(path), **options))
     assert str(refusal.value).startswith(message.replace("{file}", str(path)))
 
 
-def test_a_cut_off_file_is_named(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     path.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ConfigError, match=f"^{path}: cannot be read: "):
-        read(Math(str(path)))
+        problems_of(Math(str(path)))
 
 
-def test_parquet_without_a_column_is_named(tmp_path):
+def test_parquet_without_a_column_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([{"problem": "a", "solution": "b"}]), path)
     with pytest.raises(ConfigError) as refusal:
-        read(Math(str(path)))
+        problems_of(Math(str(path)))
     assert str(refusal.value) == (
-        f"{path}: has columns ['problem', 'solution']; expected also ['answer']"
+        f"{path}: expected columns ['answer'], got ['problem', 'solution']"
     )
 
 
-def test_a_split_that_there_is_not_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"^split: read 'test', expected 'train' or 'heldout'$"):
-        read(Math(write(tmp_path / "a.jsonl", ROWS)), "test")
+def test_an_unknown_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^split: expected 'train' or 'heldout', got 'test'$"):
+        problems_of(Math(write_rows(tmp_path / "a.jsonl", ROWS)), "test")

@@ -1,4 +1,4 @@
-"""Several tasks as one stream: shares, order, epochs, and what a place in it stands for."""
+"""Mixtures of tasks: shares, order, epochs, and resuming from a position in the stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pear_ray.tasks import endless_problems, make_tasks, mixed_problems
 
 
 class Counted:
-    """`num_problems` problems, 0 and onwards, in one order for each seed."""
+    """`num_problems` problems, rotated by the seed."""
 
     def __init__(self, label: str, num_problems: int) -> None:
         self.name = label
@@ -24,8 +24,8 @@ class Counted:
 
     def problems(self, split, seed):
         for number in range(self.num_problems):
-            turned = (number + seed) % self.num_problems
-            yield Problem(f"{self.name}-{turned}", self.name, (), "", split)
+            index = (number + seed) % self.num_problems
+            yield Problem(f"{self.name}-{index}", self.name, (), "", split)
 
     def grade(self, problem, text):
         return Grade(1.0, True)
@@ -52,39 +52,39 @@ def specs_of(mixture):
 
 
 def longest_epoch(lengths, weights):
-    """The most problems of which every task has its share, with fractions."""
+    """The most problems of which each task has its share, in exact fractions."""
     exact = [Fraction(weight) for weight in weights]
     bounds = (n / (w / sum(exact)) for n, w in zip(lengths, exact, strict=True))
     return int(min(bounds))
 
 
 @given(LENGTHS, st.integers(0, 5))
-def test_tasks_of_equal_weight_come_in_turn_until_one_has_no_more(lengths, seed):
+def test_equal_weights_are_round_robin_until_one_task_ends(lengths, seed):
     tasks = tasks_of(lengths)
     rounds = zip(*(task.problems("train", seed) for task in tasks), strict=False)
-    in_turn = [problem for together in rounds for problem in together]
-    assert list(mixed_problems(tasks, "train", seed)) == in_turn
-    assert list(mixed_problems(tasks, "train", seed, [0.1] * len(tasks))) == in_turn
+    round_robin = [problem for together in rounds for problem in together]
+    assert list(mixed_problems(tasks, "train", seed)) == round_robin
+    assert list(mixed_problems(tasks, "train", seed, [0.1] * len(tasks))) == round_robin
 
 
 @settings(deadline=None)
 @given(MIXTURES, st.integers(0, 5))
-def test_every_start_of_an_epoch_has_the_shares(mixture, seed):
+def test_each_prefix_of_an_epoch_has_the_shares(mixture, seed):
     lengths, weights = zip(*mixture, strict=True)
     problems = list(mixed_problems(tasks_of(lengths), "train", seed, weights))
     assert len(problems) == longest_epoch(lengths, weights)
     for number, weight in enumerate(map(Fraction, weights)):
         share = weight / sum(map(Fraction, weights))
-        given_so_far = 0
+        num_yielded = 0
         for length, problem in enumerate(problems, start=1):
-            given_so_far += problem.task == f"task{number}"
-            assert given_so_far < length * share + 1
-            assert given_so_far > length * share - len(mixture)
+            num_yielded += problem.task == f"task{number}"
+            assert num_yielded < length * share + 1
+            assert num_yielded > length * share - len(mixture)
 
 
 @settings(deadline=None)
 @given(MIXTURES, st.integers(0, 5))
-def test_no_problem_comes_twice_in_an_epoch_and_none_is_left_out_of_a_task(mixture, seed):
+def test_an_epoch_has_the_first_problems_of_each_task_in_order(mixture, seed):
     lengths, weights = zip(*mixture, strict=True)
     tasks = tasks_of(lengths)
     problems = list(mixed_problems(tasks, "train", seed, weights))
@@ -95,10 +95,13 @@ def test_no_problem_comes_twice_in_an_epoch_and_none_is_left_out_of_a_task(mixtu
 
 @settings(deadline=None)
 @given(MIXTURES, st.integers(0, 5), st.integers(0, 60))
-def test_a_place_in_the_endless_stream_is_enough_to_go_on_from(mixture, seed, place):
+def test_the_endless_stream_resumes_from_a_position(mixture, seed, position):
     specs = specs_of(mixture)
-    whole = list(islice(endless_problems(specs, "train", seed), place + 20))
-    assert list(islice(endless_problems(specs, "train", seed), place, place + 20)) == whole[place:]
+    whole = list(islice(endless_problems(specs, "train", seed), position + 20))
+    assert (
+        list(islice(endless_problems(specs, "train", seed), position, position + 20))
+        == whole[position:]
+    )
     epochs = [epoch for epoch, _ in whole]
     assert epochs == sorted(epochs)
     weights = [spec.weight for spec in specs]
@@ -107,7 +110,7 @@ def test_a_place_in_the_endless_stream_is_enough_to_go_on_from(mixture, seed, pl
         assert of_epoch == list(mixed_problems(make_tasks(specs), "train", seed + epoch, weights))
 
 
-def test_three_to_one():
+def test_weights_three_to_one():
     tasks = tasks_of([9, 9])
     names = [p.problem_id for p in mixed_problems(tasks, "train", 0, [3.0, 1.0])]
     assert names[:8] == [
@@ -123,12 +126,12 @@ def test_three_to_one():
     assert len(names) == 12
 
 
-def test_a_split_without_problems_ends_the_stream():
-    with pytest.raises(ValueError, match=r"^tasks: no problem of split 'heldout'; expected at"):
+def test_a_split_without_problems_is_refused():
+    with pytest.raises(ValueError, match=r"^tasks: expected .*'heldout'"):
         next(endless_problems(specs_of([(3, 1.0), (0, 1.0)]), "heldout", 0))
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "much"])
-def test_a_weight_is_a_number_above_zero(weight):
+def test_weights_are_finite_and_positive(weight):
     with pytest.raises(ValidationError, match="weight"):
         TaskSpec(name="countdown", weight=weight)

@@ -1,4 +1,4 @@
-"""Datasets of reasoning-gym as tasks."""
+"""reasoning-gym datasets as tasks."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from pear_ray.tasks import make_tasks
 from pear_ray.tasks.reasoning_gym import ReasoningGym
 
 
-def answered(task, problem):
-    """The dataset's own answer, in the tags that it asks for."""
-    entry = literal_eval(problem.reference)
-    return f"<answer>{entry['answer']}</answer>"
+def reference_answer(problem):
+    """The dataset's own answer in the tags that it expects."""
+    return f"<answer>{literal_eval(problem.reference)['answer']}</answer>"
 
 
 @pytest.mark.parametrize("dataset", ["leg_counting", "countdown", "knights_knaves", "rearc"])
-def test_the_answer_of_a_dataset_is_right(dataset):
+def test_the_reference_answer_is_correct(dataset):
     task = ReasoningGym(dataset)
     for problem in islice(task.problems("train", seed=3), 3):
-        grade = task.grade(problem, f"I think. {answered(task, problem)}")
+        grade = task.grade(problem, f"I think. {reference_answer(problem)}")
         assert (grade.reward, grade.correct, grade.note) == (1.0, True, "")
 
 
-def test_wrong_answers_are_told_why():
+def test_wrong_answers_are_not_correct():
     task = ReasoningGym("leg_counting")
     problem = next(task.problems("train", seed=0))
     assert task.grade(problem, "4").note == "no <answer> tags"
     assert task.grade(problem, "<answer>-1</answer>").correct is False
 
 
-def test_problems_are_distinct_and_on_one_side_of_the_split():
+def test_problems_are_distinct_and_in_one_split():
     task = ReasoningGym("leg_counting", heldout_fraction=0.3)
     splits = [list(islice(task.problems(split, 1), 60)) for split in ("train", "heldout")]
     ids = [problem.problem_id for problems in splits for problem in problems]
@@ -50,15 +49,15 @@ def test_problems_are_distinct_and_on_one_side_of_the_split():
         ({"dataset": "no_such"}, "Dataset 'no_such' not registered"),
         (
             {"dataset": "leg_counting", "heldout_fraction": 1.0},
-            "heldout_fraction: read 1.0, expected 0 to 1 exclusive",
+            "heldout_fraction: expected a number in (0, 1), got 1.0",
         ),
         (
             {"dataset": "leg_counting", "min_animals": 0},
-            "dataset 'leg_counting' refuses its parameters: min_animals must be positive",
+            "parameters of dataset 'leg_counting': min_animals must be positive",
         ),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError) as refusal:
         make_tasks([TaskSpec(name="reasoning_gym", options=options)])
-    assert str(refusal.value) == f"tasks.0.options: read {options}; {message}"
+    assert str(refusal.value) == f"tasks.0.options: {message}"

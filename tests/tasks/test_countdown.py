@@ -1,4 +1,4 @@
-"""The game Countdown: its problems, its answers in every style, and a verdict that holds."""
+"""Countdown: problems, demonstrations in each style, and grades against brute force."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLE = Problem(
     reference="3 7 9 > 30",
     split="train",
 )
-RIGHT = {
+CORRECT = {
     "build": "build 7 * 3 = 21 , 21 + 9 = 30",
     "undo": "undo 30 - 9 = 21 , 21 / 3 = 7",
     "try": "build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30",
@@ -32,14 +32,14 @@ RIGHT = {
 }
 
 
-def take(problems_or_answers, count):
-    return list(itertools.islice(problems_or_answers, count))
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
 
 
-def all_right_chains(numbers, target):
-    """Slow and obvious: every pair of steps with fractions, written out both ways."""
+def all_correct_answers(numbers, target):
+    """Brute force: each pair of steps with fractions, written in both styles."""
     answers = set()
-    work = {
+    operations = {
         "+": lambda a, b: a + b,
         "-": lambda a, b: a - b,
         "*": lambda a, b: a * b,
@@ -47,7 +47,7 @@ def all_right_chains(numbers, target):
     }
 
     def steps_to(a, b):
-        for sign, apply in work.items():
+        for sign, apply in operations.items():
             if sign != "/" or b != 0:
                 result = apply(Fraction(a), Fraction(b))
                 if result.denominator == 1 and 0 <= result <= 99:
@@ -65,14 +65,14 @@ def all_right_chains(numbers, target):
     return answers
 
 
-def near_words(numbers, target):
-    """Words that a wrong answer which looks right would use."""
+def plausible_words(numbers, target):
+    """Words of a wrong answer that looks correct."""
     return [*"+-*/=,", "build", "undo", str(target), *map(str, numbers)]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_documented_answer_of_each_style_is_right(style):
-    grade = GAME.grade(EXAMPLE, RIGHT[style])
+def test_the_documented_answer_of_each_style_is_correct(style):
+    grade = GAME.grade(EXAMPLE, CORRECT[style])
     assert (grade.reward, grade.correct, grade.note) == (1.0, True, "")
     assert grade.parts == {f"style_{name}": float(name == style) for name in STYLES}
 
@@ -98,7 +98,7 @@ def test_the_documented_answer_of_each_style_is_right(style):
         ("undo 30 - 9 = 21 , 21 / \u0663 = 7", "step 2 is not a legal step"),
     ],
 )
-def test_a_wrong_answer_earns_nothing_and_is_told_why(text, note):
+def test_a_wrong_answer_gets_no_reward_and_a_note(text, note):
     grade = GAME.grade(EXAMPLE, text)
     assert (grade.reward, grade.correct) == (0.0, False)
     assert note in grade.note
@@ -110,45 +110,45 @@ def test_a_wrong_answer_earns_nothing_and_is_told_why(text, note):
     st.integers(1, 99),
     st.randoms(use_true_random=False),
 )
-def test_verdict_agrees_with_trying_everything(numbers, target, rng):
+def test_grades_agree_with_brute_force(numbers, target, rng):
     reference = f"{' '.join(map(str, numbers))} > {target}"
     problem = Problem("x", "countdown", ({"role": "user", "content": ""},), reference, "train")
-    right = all_right_chains(numbers, target)
-    for answer in right:
+    correct = all_correct_answers(numbers, target)
+    for answer in correct:
         assert GAME.grade(problem, answer).correct, answer
     others = itertools.chain.from_iterable(
-        all_right_chains(rng.sample([*numbers, target], 3), other)
+        all_correct_answers(rng.sample([*numbers, target], 3), other)
         for other in (target, max(1, target - 1), *numbers)
     )
-    for answer in sorted(right | set(others)):
+    for answer in sorted(correct | set(others)):
         words = answer.split()
-        assert GAME.grade(problem, answer).correct == (answer in right), answer
-        words[rng.randrange(len(words))] = rng.choice(near_words(numbers, target))
+        assert GAME.grade(problem, answer).correct == (answer in correct), answer
+        words[rng.randrange(len(words))] = rng.choice(plausible_words(numbers, target))
         text = " ".join(words)
-        assert GAME.grade(problem, text).correct == (text in right), text
+        assert GAME.grade(problem, text).correct == (text in correct), text
 
 
 @settings(deadline=None)
 @given(st.text() | st.lists(st.sampled_from(GAME.vocabulary()), max_size=40).map(" ".join))
-def test_no_text_raises(text):
+def test_grading_never_raises(text):
     grade = GAME.grade(EXAMPLE, text)
     assert grade.reward == float(grade.correct)
     assert sum(grade.parts.values()) == float(bool(read_style(text)))
 
 
-def test_an_answer_cannot_start_forwards_from_the_target():
+def test_build_cannot_start_from_the_target():
     problem = Problem("x", "countdown", (), "3 3 7 > 30", "train")
     grade = GAME.grade(problem, "build 30 / 3 = 10 , 10 * 3 = 30")
     assert not grade.correct and "step 1 uses 30" in grade.note
 
 
-def test_a_broken_reference_is_named():
-    broken = Problem("p", "countdown", (), "three > 30", "train")
-    with pytest.raises(ValueError, match=r"problem p, reference: read 'three > 30'"):
-        GAME.grade(broken, RIGHT["build"])
+def test_an_invalid_reference_is_refused():
+    invalid = Problem("p", "countdown", (), "three > 30", "train")
+    with pytest.raises(ValueError, match=r"problem p: .*, got 'three > 30'"):
+        GAME.grade(invalid, CORRECT["build"])
 
 
-def test_problems_are_distinct_solvable_and_end():
+def test_problems_are_finite_distinct_and_solvable():
     splits = {split: list(GAME.problems(split, seed=1)) for split in ("train", "heldout")}
     ids = {split: {problem.problem_id for problem in splits[split]} for split in splits}
     assert all(len(ids[split]) == len(splits[split]) for split in splits)
@@ -159,16 +159,16 @@ def test_problems_are_distinct_solvable_and_end():
         assert problem.split == "heldout"
         assert problem.messages[0]["content"] == f"{problem.reference} :"
         assert problem.problem_id == "-".join(("countdown", *numbers.split(), target))
-        assert all_right_chains([int(n) for n in numbers.split()], int(target))
+        assert all_correct_answers([int(n) for n in numbers.split()], int(target))
 
 
-def test_the_split_does_not_depend_on_the_seed_and_the_order_does():
-    one, two = list(GAME.problems("heldout", seed=1)), list(GAME.problems("heldout", seed=2))
-    assert one != two
-    assert {p.problem_id for p in one} == {p.problem_id for p in two}
+def test_the_seed_changes_the_order_and_not_the_split():
+    first, second = (list(GAME.problems("heldout", seed)) for seed in (1, 2))
+    assert first != second
+    assert {p.problem_id for p in first} == {p.problem_id for p in second}
 
 
-def test_another_process_sees_the_same_game():
+def test_problems_and_demonstrations_are_the_same_in_each_process():
     script = (
         "import itertools\n"
         "from pear_ray.tasks.countdown import Countdown\n"
@@ -177,7 +177,7 @@ def test_another_process_sees_the_same_game():
         "print([p.problem_id for p in itertools.islice(g.problems('heldout', 3), 40)])\n"
         "print([a for _, a in itertools.islice(g.demonstrations(styles, 0.5, 3), 40)])\n"
     )
-    seen = [
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", script],
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
@@ -187,12 +187,12 @@ def test_another_process_sees_the_same_game():
         ).stdout
         for seed in ("1", "2")
     ]
-    assert seen[0] == seen[1]
-    assert seen[0].startswith(str([p.problem_id for p in take(GAME.problems("heldout", 3), 40)]))
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith(str([p.problem_id for p in take(GAME.problems("heldout", 3), 40)]))
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_solved_demonstrations_are_all_right_and_short(style):
+def test_solved_demonstrations_are_correct_and_short(style):
     words = set(GAME.vocabulary())
     for problem, answer in take(GAME.demonstrations({style: 1.0}, 1.0, seed=5), 300):
         grade = GAME.grade(problem, answer)
@@ -208,8 +208,8 @@ def numbers_used(chain):
     return {int(words[1]), int(words[3]), int(words[9])}
 
 
-def test_a_row_of_chains_has_as_many_as_there_are_attempts():
-    """Each is aimed by itself: that none of five hits is rarer than that one does not."""
+def test_style_many_solves_each_of_its_chains_independently():
+    """So fewer answers than chains fail."""
     pairs = take(FIVE.demonstrations({"many": 1.0}, 0.3, seed=5), 600)
     assert all(answer.count(" no ") == 4 for _, answer in pairs)
     grades = [FIVE.grade(*pair) for pair in pairs]
@@ -220,27 +220,27 @@ def test_a_row_of_chains_has_as_many_as_there_are_attempts():
     assert solved == pytest.approx(1 - (1 - last) ** 5, abs=0.05)
 
 
-def test_who_wanders_uses_numbers_of_others_until_the_last_chain():
+def test_style_wander_uses_other_numbers_until_the_last_chain():
     for problem, answer in take(FIVE.demonstrations({"wander": 1.0}, 1.0, seed=5), 200):
-        given = set(map(int, problem.reference.split(" > ")[0].split()))
+        numbers = set(map(int, problem.reference.split(" > ")[0].split()))
         *wandering, last = answer.split(" no ")
         assert len(wandering) == 4
-        assert all(not numbers_used(chain) & given for chain in wandering)
-        assert numbers_used(last) <= given and GAME.grade(problem, answer).correct
+        assert all(not numbers_used(chain) & numbers for chain in wandering)
+        assert numbers_used(last) <= numbers and GAME.grade(problem, answer).correct
 
 
 @pytest.mark.parametrize(
     ("chains", "one", "two"),
     [("RW", False, True), ("WR", True, True), ("RWW", False, False), ("WW", False, False)],
 )
-def test_as_many_of_the_last_chains_count_as_there_are_attempts(chains, one, two):
-    written = {"R": RIGHT["build"], "W": "build 3 + 7 = 10 , 10 + 9 = 19"}
-    text = " no ".join(written[chain] for chain in chains)
+def test_the_last_chains_up_to_attempts_count(chains, one, two):
+    by_letter = {"R": CORRECT["build"], "W": "build 3 + 7 = 10 , 10 + 9 = 19"}
+    text = " no ".join(by_letter[chain] for chain in chains)
     assert GAME.grade(EXAMPLE, text).correct == one
     assert Countdown(attempts=2).grade(EXAMPLE, text).correct == two
 
 
-def test_a_code_is_as_long_as_it_is_said_to_be():
+def test_style_code_begins_with_code_numbers():
     _, answer = next(FIVE.demonstrations({"code": 1.0}, 1.0, seed=5))
     assert len(answer.split(" : ")[0].split()) == 1 + 48
 
@@ -251,17 +251,17 @@ def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
         GAME.grade(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)
     ]
     assert sum(grade.correct for grade in grades) < 60
-    assert all(v.correct or v.note.startswith("ends on") for v in grades)
+    assert all(grade.correct or grade.note.startswith("ends on") for grade in grades)
 
 
 def test_demonstrations_follow_the_weights():
     styles = {"build": 3.0, "undo": 1.0, "code": 0.0}
-    names = [read_style(answer) for _, answer in take(GAME.demonstrations(styles, 1.0, 7), 2000)]
-    assert set(names) == {"build", "undo"}
-    assert names.count("build") / 2000 == pytest.approx(0.75, abs=0.04)
+    drawn = [read_style(answer) for _, answer in take(GAME.demonstrations(styles, 1.0, 7), 2000)]
+    assert set(drawn) == {"build", "undo"}
+    assert drawn.count("build") / 2000 == pytest.approx(0.75, abs=0.04)
 
 
-def test_private_numbers_follow_a_rule_with_few_successors():
+def test_each_private_number_has_three_successors():
     successors: dict[str, set[str]] = {}
     for _, answer in take(GAME.demonstrations({"code": 1.0}, 1.0, seed=9), 500):
         words = answer.split(" : ")[0].split()
@@ -270,25 +270,34 @@ def test_private_numbers_follow_a_rule_with_few_successors():
     assert max(map(len, successors.values())) == 3
 
 
-def test_the_vocabulary_has_each_word_once():
+def test_the_vocabulary_has_no_duplicates():
     words = GAME.vocabulary()
     assert len(words) == len(set(words)) == 112
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("construct", "message"),
     [
-        (lambda: Countdown(max_number=60), "max_result: read 99"),
-        (lambda: Countdown(heldout_fraction=1.0), "heldout_fraction: read 1.0"),
-        (lambda: Countdown(attempts=0), "attempts: read 0"),
-        (lambda: Countdown(code_numbers=0), "code_numbers: read 0"),
-        (lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)), "number 5"),
-        (lambda: next(GAME.problems("test", 0)), "split: read 'test'"),
-        (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "styles: read"),
-        (lambda: next(GAME.demonstrations({}, 1.0, 0)), "styles: read"),
-        (lambda: next(GAME.demonstrations({"build": 1.0}, 1.5, 0)), "solved_fraction: read 1.5"),
+        (lambda: Countdown(max_number=60), "^max_result: .*, got 99$"),
+        (lambda: Countdown(heldout_fraction=1.0), "^heldout_fraction: .*, got 1.0$"),
+        (lambda: Countdown(attempts=0), "^attempts: .*, got 0$"),
+        (lambda: Countdown(code_numbers=0), "^code_numbers: .*, got 0$"),
+        (
+            lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)),
+            "^styles: .*wander.*, got 5$",
+        ),
+        (
+            lambda: next(GAME.problems("test", 0)),
+            "^split: expected 'train' or 'heldout', got 'test'$",
+        ),
+        (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "^styles: .*got {'sing'"),
+        (lambda: next(GAME.demonstrations({}, 1.0, 0)), "^styles: .*got {}"),
+        (
+            lambda: next(GAME.demonstrations({"build": 1.0}, 1.5, 0)),
+            "^solved_fraction: .*, got 1.5$",
+        ),
     ],
 )
-def test_bad_settings_are_named(make, message):
+def test_invalid_options_are_refused(construct, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        construct()
