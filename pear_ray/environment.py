@@ -1,11 +1,13 @@
-"""DeepSpeed, transformers and vLLM, behind the few verbs that the rest of the package needs."""
+"""Environment variables that DeepSpeed, transformers and vLLM read on import, and malloc settings.
+
+Import this module before those libraries.
+"""
 
 import ctypes
 import os
 import warnings
 
-# They speak of themselves at length; what a reader of a job's log wants is ours. Read when they
-# are imported; a variable that is set already stays.
+# Keep the libraries' own logging out of a job's log. Variables that are already set stay.
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -16,24 +18,26 @@ QUIET = {
 }
 for name, value in QUIET.items():
     os.environ.setdefault(name, value)
-# Meant for those who write these libraries.
+# Addressed to the libraries' developers.
 warnings.simplefilter("ignore", FutureWarning)
 
 import torch  # noqa: E402
 
-# DeepSpeed picks its device when it is imported, and transformers imports it.
+# DeepSpeed selects its device on import, and transformers imports DeepSpeed.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# glibc's mallopt: when to give memory back, and from what size on to map it afresh, in bytes.
+# glibc's mallopt parameters, in bytes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST = 2**30
+MALLOC_THRESHOLD = 2**30
 
 
 def keep_freed_memory() -> None:
-    """On CPUs: use the memory of one step's tensors again in the next. By default glibc hands it
-    back and takes it anew, page by page, which costs a vLLM engine a fifth of its speed."""
+    """Let malloc reuse freed memory on CPUs instead of returning it to the system.
+
+    With glibc's defaults a vLLM engine maps each step's tensors anew, at 20 % of its speed.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, MOST)
-        libc.mallopt(M_MMAP_THRESHOLD, MOST)
+        libc.mallopt(M_TRIM_THRESHOLD, MALLOC_THRESHOLD)
+        libc.mallopt(M_MMAP_THRESHOLD, MALLOC_THRESHOLD)

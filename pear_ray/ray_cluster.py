@@ -1,4 +1,4 @@
-"""The Ray cluster a stage runs on."""
+"""The Ray cluster of a job: connection, job status, draining nodes and placement."""
 
 from __future__ import annotations
 
@@ -17,45 +17,48 @@ log = logging.getLogger(__name__)
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine; else start one here.
+    """Connect to the cluster of RAY_ADDRESS or on this machine, or start one.
 
-    Without a runtime environment of its own: workers that Ray keeps ready would be of no use, and
-    each process would take two seconds longer to start. What a job's processes should find in
-    their environment (HF_TOKEN, HF_HOME) belongs to the nodes: runtime environments are kept and
-    shown by Ray.
+    Without a runtime environment: with one, Ray cannot use its prestarted workers, and each
+    process starts two seconds later. Secrets and caches (HF_TOKEN, HF_HOME) belong into the nodes'
+    environment, because Ray stores and displays runtime environments.
     """
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
 
 
-def set_job_status(message: str, **facts: str) -> None:
-    """Show a message on the dashboard's page of the job and put facts among its metadata, where
-    `ray job` finds them too. Nothing happens in a process that was not submitted as a job."""
-    submitted = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
-    if submitted is None:
+def set_job_status(message: str, **metadata: str) -> None:
+    """Show `message` on the job's dashboard page and add `metadata` to the job.
+
+    Does nothing in a process that was not submitted as a Ray job.
+    """
+    config = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
+    if config is None:
         return
     connect()
-    name = json.loads(submitted)["metadata"]["job_submission_id"]
+    job_id = json.loads(config)["metadata"]["job_submission_id"]
     jobs = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
 
-    async def put() -> None:
-        known = await jobs.get_info(name)
-        told = {"metadata": (known.metadata or {}) | facts}
-        await jobs.put_status(name, JobStatus.RUNNING, message, jobinfo_replace_kwargs=told)
+    async def put_status() -> None:
+        info = await jobs.get_info(job_id)
+        changes = {"metadata": (info.metadata or {}) | metadata}
+        await jobs.put_status(job_id, JobStatus.RUNNING, message, jobinfo_replace_kwargs=changes)
 
     try:
-        asyncio.run(put())
+        asyncio.run(put_status())
     except (RuntimeError, RayError) as error:
-        # A job that is being stopped takes no more messages.
-        log.warning("the dashboard cannot be told %r: %s", message, error)
+        # A job that is being stopped accepts no status.
+        log.warning("job status %r could not be set: %s", message, error)
 
 
 def draining_nodes() -> set[str]:
-    """Ids of nodes that are going to be taken back: spot machines with a notice, nodes that an
-    autoscaler or an operator empties. Ray Train asks in the same way."""
+    """Return the ids of nodes about to be removed: preempted, or drained by an autoscaler.
+
+    Ray Train uses the same source.
+    """
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def here() -> NodeAffinitySchedulingStrategy:
-    """For an actor that should live and die with the process that starts it: on the same node."""
+def this_node_only() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that places an actor on the caller's node, to share its fate."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

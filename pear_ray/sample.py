@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.config import Job
-from pear_ray.data.tokenizer import encode_conversation, load_tokenizer, encode_prompts
-from pear_ray.engines.engine_factory import engine_pool
+from pear_ray.data.tokenizer import encode_conversation, encode_prompts, load_tokenizer
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.errors import ConfigError
@@ -42,7 +41,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     first = job.model_path(next(iter(settings.num_examples)))
     try:
         with (
-            engine_pool(job, first, partial(run.event, "sample")) as pool,
+            EnginePool.from_job(job, first, partial(run.event, "sample")) as pool,
             run.new_folder("sample") as folder,
         ):
             for number, (source, num_examples) in enumerate(settings.num_examples.items()):

@@ -1,3 +1,3 @@
-"""vLLM engines: sampling, scoring, and new weights while they serve."""
+"""vLLM engines: sampling, scoring, and weight updates while requests run."""
 
-import pear_ray.environment  # noqa: F401  (before the libraries that read it)
+import pear_ray.environment  # noqa: F401  (sets variables that vLLM reads on import)

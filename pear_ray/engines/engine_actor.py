@@ -1,4 +1,4 @@
-"""An engine in a process of its own, which answers while requests come and weights change."""
+"""A Ray actor around one vLLM engine, which stays responsive while the engine steps."""
 
 from __future__ import annotations
 
@@ -14,66 +14,41 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
 from torch import Tensor
 
-from pear_ray.engines.generator import SampleRequest, ScoreRequest
+from pear_ray.engines.generator import Generator, Request, ScoreRequest
 from pear_ray.weights.adapters import AdapterCache
 from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.types import WeightVersion
 
 log = logging.getLogger(__name__)
 
-# While an engine is at work, what finishes within so many seconds is told together.
-GATHER_SECONDS = 0.03
-
-Work = tuple[str, SampleRequest | ScoreRequest]
-
-
-class Engine(Protocol):
-    """What a server serves; `pear_ray.engines.generator.Generator` is one."""
-
-    version: int
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether everything that was added is finished."""
-
-    def add(self, key: str, work: SampleRequest | ScoreRequest) -> None:
-        """Take up work."""
-
-    def step(self) -> list[tuple[str, Any]]:
-        """Go on with all of it; returns what finished."""
-
-    def prepare(self, tensors: dict[str, Tensor]) -> None:
-        """Make weights ready to be taken; called from another thread."""
-
-    def take(self, version: int) -> float:
-        """Replace the weights by the prepared ones; returns the seconds of the pause."""
-
-    def load_folder(self, path: str, version: int) -> None:
-        """Replace the weights by those of a folder."""
+# Results that finish within this time of each other share one poll.
+COALESCE_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
 class WeightUpdateResult:
-    """A version that an engine serves: seconds in which it was fetched and then prepared, while
-    generation went on, seconds of the pause, and the probe's log-probs under it, trace after
-    trace."""
+    """A weight version that an engine has loaded.
+
+    Generation goes on during `fetch_seconds` and `prepare_seconds` and stops for `pause_seconds`.
+    `parity_logprobs` are the engine's log-probs of each parity request, float32 [tokens].
+    """
 
     version: int
     fetch_seconds: float
     prepare_seconds: float
     pause_seconds: float
-    probe: tuple[np.ndarray, ...]
+    parity_logprobs: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
 class PollResult:
-    """What finished, by key, and the seconds that the engine has had nothing to do so far."""
+    """Finished (key, result) pairs, and the engine's total idle time so far."""
 
     finished: list[tuple[str, Any]]
     idle_seconds: float
@@ -81,180 +56,193 @@ class PollResult:
 
 @ray.remote(num_cpus=0)
 class EngineActor:
-    """`make` builds the engine, in the thread that will use it: vLLM on CPUs keeps its number of
-    threads by thread. An engine that hangs for `timeout_seconds`, or fails, ends the process."""
+    """Runs one engine in a thread of its own and exits if it fails or hangs for `timeout_seconds`.
+
+    `make_engine()` runs in the thread that steps the engine: vLLM on CPUs keeps its number of
+    OpenMP threads for each calling thread.
+    """
 
     def __init__(
         self,
-        make: Callable[[], Engine],
-        make_replica: Callable[[], WeightCache | AdapterCache],
+        make_engine: Callable[[], Generator],
+        make_cache: Callable[[], WeightCache | AdapterCache],
         timeout_seconds: float,
     ) -> None:
-        # Weights are fetched in a thread of their own: nothing that is asynchronous waits for it.
+        # The blocking ray.get of a weight fetch runs in a thread, not in the event loop.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
-        self._replica = make_replica()
-        self._deadline_seconds = timeout_seconds
-        self._inbox: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
-        # Work for weights that have yet to come.
-        self._held: deque[Work] = deque()
+        self._cache = make_cache()
+        self._timeout_seconds = timeout_seconds
+        # Actions for the engine thread, which runs them between two steps.
+        self._inbox: queue.SimpleQueue[Callable[[Generator], None]] = queue.SimpleQueue()
+        # Requests for weights that are not loaded yet.
+        self._held: deque[tuple[str, Request]] = deque()
         self._finished: list[tuple[str, Any]] = []
         self._is_idle = True
         self._idle_seconds = 0.0
-        self._news = asyncio.Event()
-        self._engine: Engine
+        self._has_finished = asyncio.Event()
+        self._engine: Generator
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: Future[None] = Future()
-        threading.Thread(target=self._run, args=(make,), daemon=True).start()
+        threading.Thread(target=self._run_engine, args=(make_engine,), daemon=True).start()
 
     async def ready(self) -> str:
-        """Returns when the engine stands, the id of its node; raises what kept it from it. Comes
-        before all else."""
+        """Wait until the engine has started; return the id of its node. Must be called first.
+
+        Raises:
+            Exception: the engine failed to start.
+        """
         self._loop = asyncio.get_running_loop()
         await asyncio.wrap_future(self._started)
         return ray.get_runtime_context().get_node_id()
 
-    async def submit(self, work: Sequence[Work]) -> None:
-        """Take up all of it between the same two steps of the engine."""
-        self._inbox.put(lambda engine: self._take_up(engine, work))
+    async def submit(self, requests: Sequence[tuple[str, Request]]) -> None:
+        """Add all (key, request) pairs between the same two engine steps."""
+        self._inbox.put(lambda engine: self._add_all(engine, requests))
 
-    async def finished(self, wait_seconds: float) -> PollResult:
-        """What finished since the last call; waits for the first, but not longer."""
+    async def poll(self, wait_seconds: float) -> PollResult:
+        """Return the results since the last call; wait up to `wait_seconds` for the first."""
         try:
-            await asyncio.wait_for(self._news.wait(), wait_seconds)
+            await asyncio.wait_for(self._has_finished.wait(), wait_seconds)
         except TimeoutError:
             return PollResult([], self._idle_seconds)
         if not self._is_idle:
-            await asyncio.sleep(GATHER_SECONDS)
-        self._news.clear()
-        found, self._finished = self._finished, []
-        return PollResult(found, self._idle_seconds)
+            await asyncio.sleep(COALESCE_SECONDS)
+        self._has_finished.clear()
+        finished, self._finished = self._finished, []
+        return PollResult(finished, self._idle_seconds)
 
-    async def update(
+    async def update_weights(
         self,
         versions: Sequence[WeightVersion],
-        probe: Sequence[ScoreRequest],
+        parity_requests: Sequence[ScoreRequest],
         timeout_seconds: float,
     ) -> WeightUpdateResult:
-        """Serve the last of `versions`, each of which may be a change to the one before.
-        Generation goes on while it is fetched and prepared, and pauses for the change alone;
-        answers that are under way go on under the new weights."""
+        """Load the last of `versions`, each of which may be a delta from the one before.
+
+        Generation goes on while the weights are fetched and prepared, and pauses for the swap;
+        unfinished completions continue with the new weights.
+        """
         started = time.perf_counter()
         newest = versions[-1].version
         tensors = await asyncio.to_thread(self._fetch, versions, timeout_seconds)
         fetched = time.perf_counter()
         try:
-            preparing = asyncio.to_thread(self._engine.prepare, tensors)
-            await asyncio.wait_for(preparing, self._deadline_seconds)
+            preparing = asyncio.to_thread(self._engine.prepare_weights, tensors)
+            await asyncio.wait_for(preparing, self._timeout_seconds)
             prepared = time.perf_counter()
-            pause, scores = await self._between_steps(
-                lambda engine: (engine.take(newest), self._ask(engine, probe))
+            pause_seconds, logprobs = await self._between_steps(
+                lambda engine: (engine.swap_weights(newest), self._score(engine, parity_requests))
             )
-        except Exception:  # the engine's: half of its weights may be new
-            self._die("weights could not be loaded")
-        return WeightUpdateResult(newest, fetched - started, prepared - fetched, pause, scores)
+        except Exception:  # of the engine, whose weights may be half old, half new
+            self._exit("weights could not be loaded")
+        return WeightUpdateResult(
+            newest, fetched - started, prepared - fetched, pause_seconds, logprobs
+        )
 
     def _fetch(
         self, versions: Sequence[WeightVersion], timeout_seconds: float
     ) -> dict[str, Tensor]:
-        """Parameters of the last version, by way of the first where it is a change to that."""
+        """Fetch the last version, after its base version if the cache lacks that."""
         *earlier, newest = versions
-        if earlier and newest.base_version not in (None, self._replica.version):
-            self._replica.fetch(earlier[0], timeout_seconds)
-        return self._replica.fetch(newest, timeout_seconds)
+        if earlier and newest.base_version not in (None, self._cache.version):
+            self._cache.fetch(earlier[0], timeout_seconds)
+        return self._cache.fetch(newest, timeout_seconds)
 
     async def load_folder(self, path: str, version: int) -> None:
-        """Serve the weights of a Hugging Face folder."""
+        """Serve the weights of a Hugging Face folder as `version`."""
         await self._between_steps(lambda engine: engine.load_folder(path, version))
 
-    async def _between_steps(self, action: Callable[[Engine], Any]) -> Any:
-        """Have the engine's thread do something, and go on with what waited for it."""
+    async def _between_steps(self, action: Callable[[Generator], Any]) -> Any:
+        """Run `action` in the engine thread, then add the held requests."""
         done: Future[Any] = Future()
 
-        def act(engine: Engine) -> None:
+        def act(engine: Generator) -> None:
             try:
                 done.set_result(action(engine))
-            except Exception as error:  # the engine's: whoever asked decides what it means
+            except Exception as error:  # of the engine; the caller handles it
                 done.set_exception(error)
             held, self._held = list(self._held), deque()
-            self._take_up(engine, held)
+            self._add_all(engine, held)
 
         self._inbox.put(act)
         return await asyncio.wrap_future(done)
 
-    def _run(self, make: Callable[[], Engine]) -> None:
-        """The engine's thread."""
+    def _run_engine(self, make_engine: Callable[[], Generator]) -> None:
+        """Build the engine and step it forever; the target of its thread."""
         try:
-            with self._in_time():
-                engine = self._engine = make()
-        except BaseException as error:  # the engine's, which may ask to exit: told by `ready`
-            told = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self._started.set_exception(told)
+            with self._watchdog():
+                engine = self._engine = make_engine()
+        except BaseException as error:  # vLLM may raise SystemExit; `ready` raises all of them
+            is_plain = isinstance(error, Exception)
+            self._started.set_exception(error if is_plain else RuntimeError(repr(error)))
             return
         self._started.set_result(None)
         try:
             while True:
-                self._do_what_is_asked(engine)
-                with self._in_time():
-                    self._tell(engine.step(), engine.is_idle)
-        except Exception:  # the engine's: an actor whose engine is dead must not look alive
-            self._die("the engine failed")
+                self._run_actions(engine)
+                with self._watchdog():
+                    self._report(engine.step(), engine.is_idle)
+        except Exception:  # of the engine: its actor must not outlive it
+            self._exit("the engine failed")
 
     @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        """An engine that hangs ends its process."""
-        faulthandler.dump_traceback_later(self._deadline_seconds, exit=True)
+    def _watchdog(self) -> Iterator[None]:
+        """Exit the process with a traceback if the block hangs."""
+        faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _die(self, why: str) -> NoReturn:
-        """End the process, so that the engine is replaced."""
-        log.exception(why)
+    def _exit(self, reason: str) -> NoReturn:
+        """Exit the process, so that the pool replaces the engine."""
+        log.exception(reason)
         logging.shutdown()
         os._exit(1)
 
-    def _do_what_is_asked(self, engine: Engine) -> None:
-        """Empty the inbox; wait for it while there is no other work."""
+    def _run_actions(self, engine: Generator) -> None:
+        """Run all actions of the inbox; wait for one while the engine is idle."""
         while engine.is_idle or not self._inbox.empty():
             began = time.perf_counter()
             action = self._inbox.get()
             self._idle_seconds += time.perf_counter() - began
-            with self._in_time():
+            with self._watchdog():
                 action(engine)
 
-    def _take_up(self, engine: Engine, work: Sequence[Work]) -> None:
-        for key, item in work:
-            if item.min_version > engine.version:
-                self._held.append((key, item))
-            else:
-                self._add(engine, key, item)
+    def _add_all(self, engine: Generator, requests: Sequence[tuple[str, Request]]) -> None:
+        for key, request in requests:
+            if request.min_version > engine.version:
+                self._held.append((key, request))
+                continue
+            try:
+                engine.add(key, request)
+            except Exception as error:  # of the engine, which refuses only this request
+                self._report([(key, error)], engine.is_idle)
 
-    def _add(self, engine: Engine, key: str, item: SampleRequest | ScoreRequest) -> None:
-        try:
-            engine.add(key, item)
-        except Exception as error:  # the engine's: it refuses this piece of work alone
-            self._tell([(key, error)], engine.is_idle)
+    def _score(
+        self, engine: Generator, parity_requests: Sequence[ScoreRequest]
+    ) -> tuple[np.ndarray, ...]:
+        """Return the log-probs of `parity_requests`, scored before new requests are added.
 
-    def _ask(self, engine: Engine, probe: Sequence[ScoreRequest]) -> tuple[np.ndarray, ...]:
-        """The probe's log-probs, before any other work is taken up: what an engine works on
-        together must not depend on when a message came."""
-        keys = [f"probe-{number}" for number in range(len(probe))]
-        for key, trace in zip(keys, probe, strict=True):
-            engine.add(key, trace)
-        scores: dict[str, np.ndarray] = {}
-        while len(scores) < len(probe):
+        Otherwise the engine's batches would depend on when messages arrive.
+        """
+        keys = [f"parity-{number}" for number in range(len(parity_requests))]
+        for key, request in zip(keys, parity_requests, strict=True):
+            engine.add(key, request)
+        logprobs: dict[str, Any] = {}
+        while len(logprobs) < len(parity_requests):
             finished = engine.step()
-            scores |= {key: result for key, result in finished if key in keys}
-            self._tell([pair for pair in finished if pair[0] not in keys], engine.is_idle)
-        return tuple(scores[key] for key in keys)
+            logprobs |= {key: result for key, result in finished if key in keys}
+            self._report([pair for pair in finished if pair[0] not in keys], engine.is_idle)
+        return tuple(logprobs[key] for key in keys)
 
-    def _tell(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
+    def _report(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
+        """Hand results from the engine thread to the event loop."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._note, finished, is_idle)
+        self._loop.call_soon_threadsafe(self._record, finished, is_idle)
 
-    def _note(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
+    def _record(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
         self._finished += finished
         self._is_idle = is_idle
         if finished:
-            self._news.set()
+            self._has_finished.set()

@@ -1,66 +1,100 @@
-"""The vLLM engines that a job asks for, as a fleet of actors."""
+"""The engines of a pool: how their actors start, and the record the pool keeps of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import ray
 
 from pear_ray.config import Generator as Settings
-from pear_ray.config import Job
 from pear_ray.engines.engine_actor import EngineActor
-from pear_ray.engines.engine_pool import EnginePool
-from pear_ray.engines.generator import Generator
+from pear_ray.engines.generator import Generator, Request, SampleRequest
 from pear_ray.weights.adapters import AdapterCache
 from pear_ray.weights.fetch import WeightCache
 
+MakeCache = Callable[[], WeightCache | AdapterCache]
+
+
+@dataclass
+class InFlight:
+    """A request that is not finished; `num_attempts` counts the engines it was sent to."""
+
+    key: Hashable
+    request: Request
+    num_attempts: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Return the number of sequences the engine generates or scores for it."""
+        return self.request.num_samples if isinstance(self.request, SampleRequest) else 1
+
+
+@dataclass(eq=False)
+class EngineHandle:
+    """The pool's record of one engine actor."""
+
+    number: int
+    actor: Any
+    is_ready: bool = False
+    node_id: str = ""
+    has_finished_any: bool = False
+    num_failed_updates: int = 0
+    """Failed weight updates in a row."""
+    polled_at: float = 0.0
+    """Start of the open poll, in `time.monotonic()` seconds."""
+    is_updating: bool = False
+    requested_version: int = -1
+    """Newest weight version the engine was asked to load."""
+    in_flight: dict[str, InFlight] = field(default_factory=dict)
+    num_sequences: int = 0
+    """Unfinished sequences of all requests in flight."""
+    idle_seconds: float = 0.0
+
 
 class VllmEngineFactory:
-    """vLLM engines, each in a process of its own that `make_replica()` fetches weights for; without
-    it they follow no learner. On CPUs an engine that samples reads every prompt in one piece (see
-    `Generator`). `labels` are those of the nodes they may run on."""
+    """Starts vLLM engines, each in an actor of its own on a node with `labels`.
+
+    `make_cache()` builds the cache through which an engine fetches weight versions; None: the
+    engines follow no learner.
+    """
 
     def __init__(
         self,
         dtype: str,
         settings: Settings,
         seed: int,
-        make_replica: Callable[[], WeightCache | AdapterCache] | None = WeightCache,
+        make_cache: MakeCache | None = WeightCache,
         labels: Mapping[str, str] | None = None,
     ) -> None:
         if settings.num_gpus == 0:
-            whole = max(settings.batch_tokens, settings.max_model_len + 1)
-            settings = settings.model_copy(update={"max_num_batched_tokens": whole})
-        self._settings, self._make_replica = settings, make_replica or WeightCache
+            # No chunked prefill: see `Generator`.
+            batch_tokens = max(settings.max_num_batched_tokens, settings.max_model_len + 1)
+            settings = settings.model_copy(update={"max_num_batched_tokens": batch_tokens})
+        self._settings = settings
+        self._make_cache = make_cache or WeightCache
         self._labels = dict(labels or {})
-        follows = make_replica is not None
-        self._make = partial(Generator, dtype=dtype, settings=settings, seed=seed, follows=follows)
+        self._make_engine = partial(
+            Generator,
+            dtype=dtype,
+            settings=settings,
+            seed=seed,
+            follows_learner=make_cache is not None,
+        )
 
     def start(self, path: str) -> Any:
-        settings = self._settings
-        server = EngineActor.options(  # type: ignore[attr-defined]
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_actor_gpus,
+        """Return an actor whose engine serves the model in `path`."""
+        actor_class = EngineActor.options(  # type: ignore[attr-defined]
+            num_cpus=self._settings.num_cpus,
+            num_gpus=self._settings.num_actor_gpus,
             label_selector=self._labels,
             max_concurrency=1000,
         )
-        make = partial(self._make, path)
-        return server.remote(make, self._make_replica, settings.timeout_seconds)
+        make_engine = partial(self._make_engine, path)
+        return actor_class.remote(make_engine, self._make_cache, self._settings.timeout_seconds)
 
-    def end(self, actor: Any) -> None:
+    def stop(self, actor: Any) -> None:
+        """Kill an engine actor."""
         ray.kill(actor)
-
-
-def engine_pool(
-    job: Job,
-    path: str,
-    tell: Callable[[str, str], None],
-    make_replica: Callable[[], WeightCache | AdapterCache] | None = None,
-) -> EnginePool:
-    """The engines that a job asks for, serving the model in `path`; `make_replica` as above."""
-    settings = job.generator
-    labels = job.placement.generators
-    servers = VllmEngineFactory(job.model.dtype, settings, job.run.seed, make_replica, labels)
-    return EnginePool(servers, path, settings, tell)

@@ -1,11 +1,11 @@
-"""vLLM engines in Ray actors: work goes to the one with the least of it, an engine that dies is
-replaced and what it had not finished is given to others, one whose node is going to be taken back
-goes before that, and there are more or fewer engines as work waits."""
+"""A pool of vLLM engine actors with least-loaded dispatch, replacement and autoscaling.
+
+Engines that die or whose node drains are replaced, and their unfinished requests resubmitted.
+"""
 
 from __future__ import annotations
 
 import heapq
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -15,346 +15,381 @@ from typing import Any
 import ray
 
 from pear_ray.config import Generator as Settings
+from pear_ray.config import Job
 from pear_ray.engines.engine_actor import WeightUpdateResult
-from pear_ray.engines.engine_handle import EngineFactory, EngineHandle, InFlight
-from pear_ray.engines.generator import SampleRequest, ScoreRequest, same_architecture
+from pear_ray.engines.engine_factory import EngineHandle, InFlight, MakeCache, VllmEngineFactory
+from pear_ray.engines.generator import Request, ScoreRequest, same_architecture
 from pear_ray.ray_cluster import draining_nodes
 from pear_ray.weights.types import WeightVersion
 
-log = logging.getLogger(__name__)
-
-# How long an engine may leave the question what it has finished open, in seconds.
+# Longest time an engine holds a poll open without results, in seconds.
 POLL_SECONDS = 10.0
-# Beyond its deadlines an engine is taken for dead after so many seconds.
+# An engine counts as dead if a poll is overdue by its timeouts and this.
 GRACE_SECONDS = 30.0
-# What so many engines died over is not given to another.
+# A request is not resubmitted after this number of engines died with it in flight.
 MAX_ATTEMPTS = 20
-# An engine beyond the fewest ends when nothing was to be done for so many seconds.
+# An engine beyond `min_engines` is stopped after the pool was idle this long.
 IDLE_SECONDS = 60.0
-# A node that is taken back gives notice half a minute or two minutes before.
-SECONDS_PER_LOOK = 2.0
-# Engines that die without having finished anything, none of the others having done so meanwhile.
+# Spot nodes drain with a notice of 30 to 120 s.
+DRAIN_CHECK_SECONDS = 2.0
+# Consecutive deaths of engines that had not finished a request.
 MAX_DEATHS = 5
-MAX_FAILED_LOADS = 5
+MAX_FAILED_UPDATES = 5
 
 
 class EnginePool(AbstractContextManager["EnginePool"]):
-    """Engines between `settings.fewest_engines` and `settings.num_engines`, ended with the block.
+    """Between `settings.min_engines` and `settings.num_engines` engines, stopped on exit.
 
-    They start together with the model in `path`, beside whatever the caller does next.
-    `tell(kind, text)` hears of deaths and of engines that come and go.
+    The constructor starts them with the model in `path` and does not wait. `log_event(kind, text)`
+    records deaths, preemptions and scaling.
     """
 
     def __init__(
         self,
-        servers: EngineFactory,
+        factory: VllmEngineFactory,
         path: str,
         settings: Settings,
-        tell: Callable[[str, str], None],
+        log_event: Callable[[str, str], None],
     ) -> None:
-        self._servers, self._path, self._settings, self._tell = servers, path, settings, tell
-        self._members: dict[str, EngineHandle] = {}
-        # Calls that have not ended, and who hears of their end.
+        self._factory = factory
+        self._path = path
+        self._settings = settings
+        self._log_event = log_event
+        self._engines: dict[int, EngineHandle] = {}
+        # Callbacks of actor calls that have not ended.
         self._calls: dict[Any, tuple[EngineHandle, Callable[[EngineHandle, Any], None]]] = {}
         self._finished: list[tuple[Hashable, Any]] = []
         self._backlog: deque[InFlight] = deque()
         self._versions: tuple[WeightVersion, ...] = ()
-        self._probe: tuple[ScoreRequest, ...] = ()
-        self._load_seconds = settings.timeout_seconds
-        self._has_stood = False
-        self._num_started = self._num_deaths = self._num_submitted = self._num_loaded = 0
-        self._busy_until = self._looked = time.monotonic()
-        # Of all engines together, since the beginning.
+        self._parity_requests: tuple[ScoreRequest, ...] = ()
+        self._update_seconds = settings.timeout_seconds
+        self._was_ready = False
+        self._num_started = 0
+        self._num_deaths = 0
+        self._num_dispatched = 0
+        self._num_folders_loaded = 0
+        self._busy_at = time.monotonic()
+        self._drain_checked_at = time.monotonic()
         self.idle_seconds = 0.0
-        self.loaded: list[tuple[str, WeightUpdateResult]] = []
-        self.failed_loads: list[tuple[str, Exception]] = []
-        for _ in range(settings.fewest_engines):
+        """Idle time of all engines together since the start."""
+        self.weight_updates: list[tuple[int, WeightUpdateResult]] = []
+        """Finished weight updates by engine number; cleared by the caller."""
+        self.failed_updates: list[tuple[int, Exception]] = []
+        for _ in range(settings.min_engines):
             self._start()
 
+    @classmethod
+    def from_job(
+        cls,
+        job: Job,
+        path: str,
+        log_event: Callable[[str, str], None],
+        make_cache: MakeCache | None = None,
+    ) -> EnginePool:
+        """Start the pool of vLLM engines configured by `job` with the model in `path`."""
+        settings, labels = job.generator, job.placement.generators
+        factory = VllmEngineFactory(job.model.dtype, settings, job.run.seed, make_cache, labels)
+        return cls(factory, path, settings, log_event)
+
     def __exit__(self, *error: object) -> None:
-        for member in self._members.values():
-            self._servers.end(member.actor)
-        self._members, self._calls = {}, {}
+        for engine in self._engines.values():
+            self._factory.stop(engine.actor)
+        self._engines.clear()
+        self._calls.clear()
 
     @property
-    def calls(self) -> list[Any]:
-        """References to calls, at whose end `finished` may have something new to say."""
+    def pending_calls(self) -> list[Any]:
+        """Return the references to wait for before `pop_finished`."""
         return list(self._calls)
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that are not finished."""
-        waiting = sum(ticket.num_sequences for ticket in self._backlog)
-        return waiting + sum(member.num_sequences for member in self._members.values())
+        """Return the number of unfinished sequences."""
+        waiting = sum(item.num_sequences for item in self._backlog)
+        return waiting + sum(engine.num_sequences for engine in self._engines.values())
 
     @property
     def num_engines(self) -> int:
-        """Engines that stand or start."""
-        return len(self._members)
+        """Return the number of engines that are ready or starting."""
+        return len(self._engines)
 
-    def submit(self, work: Sequence[tuple[Hashable, SampleRequest | ScoreRequest]]) -> None:
-        """Have everything done, each piece once, and told under its key by `finished`."""
-        self._backlog.extend(InFlight(key, item) for key, item in work)
-        self._deal()
+    def submit(self, requests: Sequence[tuple[Hashable, Request]]) -> None:
+        """Queue (key, request) pairs; `pop_finished` returns each result once, under its key."""
+        self._backlog.extend(InFlight(key, request) for key, request in requests)
+        self._dispatch()
 
-    def finished(self) -> list[tuple[Hashable, Any]]:
-        """What has finished since the last call: answers or log-probs, as `Generator.step` gives
-        them. Replaces engines that died meanwhile.
+    def pop_finished(self) -> list[tuple[Hashable, Any]]:
+        """Return the (key, result) pairs finished since the last call, as of `Generator.step`.
+
+        Does not wait. Replaces engines that died.
 
         Raises:
-            RuntimeError: engines die in a row, or over the same piece of work.
-            Exception: what kept an engine from starting, or why it refuses work.
+            RuntimeError: engines died in a row, or with the same request in flight.
+            Exception: an engine failed to start or refused a request.
         """
         self._advance()
-        found, self._finished = self._finished, []
-        for _, result in found:
+        finished, self._finished = self._finished, []
+        for _, result in finished:
             if isinstance(result, Exception):
                 raise result
-        return found
+        return finished
 
     def _advance(self) -> None:
-        """Hear whoever has something to say, and give out what waits."""
+        """Handle ended calls, replace lost engines and dispatch the backlog."""
         calls = list(self._calls)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
         for call in ready:
-            member, hear = self._calls.pop(call)
-            if member.name not in self._members:
+            engine, callback = self._calls.pop(call)
+            if engine.number not in self._engines:
                 continue
             try:
-                hear(member, call)
+                callback(engine, call)
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                # What it had to say may be lost with its node.
-                self._replace(member, str(error))
-        for member in self._overdue():
-            self._replace(member, "it did not answer in time (generator.timeout_seconds)")
-        for member in self._leaving():
-            text = f"engine {member.name} goes before its node is taken back,"
-            self._tell("preempted", f"{text} {len(member.open)} pieces of work go to others")
-            self._end(member)
+                # The result may be lost with its node.
+                self._replace(engine, str(error))
+        for engine in self._overdue():
+            self._replace(engine, "no answer in time (generator.timeout_seconds)")
+        for engine in self._draining():
+            count = len(engine.in_flight)
+            text = f"engine {engine.number} stopped, its node drains: {count} requests resubmitted"
+            self._log_event("preempted", text)
+            self._stop(engine)
             self._start()
-        self._deal()
+        self._dispatch()
 
-    def serve(
+    def update_weights(
         self,
         versions: tuple[WeightVersion, ...],
-        probe: Sequence[ScoreRequest],
+        parity_requests: Sequence[ScoreRequest],
         timeout_seconds: float,
     ) -> None:
-        """Have every engine serve the last of `versions` as soon as it can, and score the probe
-        under it; `loaded` and `failed_loads` tell what came of it. `finished` raises RuntimeError
-        when an engine fails to load again and again."""
-        self._versions, self._probe = versions, tuple(probe)
-        self._load_seconds = timeout_seconds
-        for member in self._members.values():
-            self._update(member)
+        """Ask every engine to load the last of `versions`, then score `parity_requests` with it.
+
+        Does not wait: results arrive in `weight_updates` and `failed_updates`. `pop_finished`
+        raises RuntimeError after `MAX_FAILED_UPDATES` failures of one engine in a row.
+        """
+        self._versions = versions
+        self._parity_requests = tuple(parity_requests)
+        self._update_seconds = timeout_seconds
+        for engine in self._engines.values():
+            self._update(engine)
 
     def load_folder(self, path: str) -> None:
-        """Have every engine serve another model, or start new ones where it is of another
-        architecture. Nothing may be under way.
+        """Serve the model in `path` from every engine. No request may be in flight.
+
+        Engines restart if its architecture differs from that of the current model.
 
         Raises:
             TimeoutError: an engine did not load it in time.
         """
         self.wait_ready()
-        is_alike, self._path = same_architecture(self._path, path), path
-        if not is_alike:
-            for member in list(self._members.values()):
-                self._end(member)
+        loads_in_place = same_architecture(self._path, path)
+        self._path = path
+        engines = list(self._engines.values())
+        if not loads_in_place:
+            for engine in engines:
+                self._stop(engine)
                 self._start()
             return
-        self._num_loaded += 1
-        members = list(self._members.values())
-        calls = [member.actor.load_folder.remote(path, self._num_loaded) for member in members]
-        end = time.monotonic() + self._settings.timeout_seconds
-        for member, call in zip(members, calls, strict=True):
-            member.asked = -1
+        self._num_folders_loaded += 1
+        calls = [
+            engine.actor.load_folder.remote(path, self._num_folders_loaded) for engine in engines
+        ]
+        deadline = time.monotonic() + self._settings.timeout_seconds
+        for engine, call in zip(engines, calls, strict=True):
+            engine.requested_version = -1
             try:
-                ray.get(call, timeout=end - time.monotonic())
+                ray.get(call, timeout=deadline - time.monotonic())
             except ray.exceptions.RayActorError as error:
-                # Its successor starts with this model.
-                self._replace(member, str(error))
+                # Its replacement starts with this model.
+                self._replace(engine, str(error))
 
     def autoscale(self, is_awaited: bool) -> None:
-        """Start one more engine where somebody waits for answers and all engines have more to do
-        than they can do at once; end one where there has been nothing to do for a while."""
-        settings, num_engines, now = self._settings, len(self._members), time.monotonic()
-        all_stand = all(member.stands for member in self._members.values())
+        """Start an engine if results are awaited and all engines are full, or stop an idle one."""
+        settings, num_engines, now = self._settings, len(self._engines), time.monotonic()
+        all_ready = all(engine.is_ready for engine in self._engines.values())
         is_full = self.num_sequences > num_engines * settings.max_num_seqs
         if self.num_sequences:
-            self._busy_until = now
-        if is_awaited and is_full and all_stand and num_engines < settings.num_engines:
-            self._tell("grown", f"engine {self._start().name} starts: work waits")
-        elif now > self._busy_until + IDLE_SECONDS and num_engines > settings.fewest_engines:
-            member = list(self._members.values())[-1]
-            self._end(member)
-            self._busy_until = now
-            self._tell("shrunk", f"engine {member.name} ends: it had nothing to do")
+            self._busy_at = now
+        if is_awaited and is_full and all_ready and num_engines < settings.num_engines:
+            self._log_event("grown", f"engine {self._start().number} started: requests wait")
+        elif now > self._busy_at + IDLE_SECONDS and num_engines > settings.min_engines:
+            engine = list(self._engines.values())[-1]
+            self._stop(engine)
+            self._busy_at = now
+            self._log_event("shrunk", f"engine {engine.number} stopped: it was idle")
 
     def wait_ready(self) -> None:
-        """Wait until the first engines stand.
-
-        Raises:
-            TimeoutError: they do not in time.
-        """
-        end = time.monotonic() + self._settings.timeout_seconds
-        while not all(member.stands for member in self._members.values()):
-            left = end - time.monotonic()
-            if left <= 0:
+        """Wait until all engines are ready, or raise TimeoutError."""
+        timeout_seconds = self._settings.timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
+        while not all(engine.is_ready for engine in self._engines.values()):
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 raise TimeoutError(
-                    f"waited {self._settings.timeout_seconds:.0f} s (generator.timeout_seconds)"
-                    " for engines to start"
+                    f"engines not ready within {timeout_seconds:.0f} s (generator.timeout_seconds)"
                 )
-            ray.wait(self.calls, timeout=left, fetch_local=False)
+            ray.wait(self.pending_calls, timeout=seconds_left, fetch_local=False)
             self._advance()
 
-    def generate(self, work: Sequence[SampleRequest | ScoreRequest]) -> list[Any]:
-        """Have everything done and wait for it; results in the order of the work.
+    def generate(self, requests: Sequence[Request]) -> list[Any]:
+        """Return the results in the order of `requests`; raises as `stream`."""
+        results = dict(self.stream(requests))
+        return [results[number] for number in range(len(requests))]
 
-        Raises:
-            TimeoutError: as `stream`.
-        """
-        results = dict(self.stream(work))
-        return [results[number] for number in range(len(work))]
-
-    def stream(self, work: Sequence[SampleRequest | ScoreRequest]) -> Iterator[tuple[int, Any]]:
-        """Have everything done: the place in the work and the result of each piece, as it comes.
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
+        """Yield (index of the request, result) as requests finish.
 
         Raises:
             TimeoutError: nothing finished for `settings.timeout_seconds`.
         """
         self.wait_ready()
-        # Not to be taken for what an earlier question left under way.
-        question = object()
-        missing: dict[Hashable, int] = {(question, number): number for number in range(len(work))}
-        self.submit(list(zip(missing, work, strict=True)))
-        end = time.monotonic() + self._settings.timeout_seconds
+        timeout_seconds = self._settings.timeout_seconds
+        # Distinguishes these keys from those of an abandoned stream.
+        stream_id = object()
+        missing: dict[Hashable, int] = {
+            (stream_id, number): number for number in range(len(requests))
+        }
+        self.submit(list(zip(missing, requests, strict=True)))
+        deadline = time.monotonic() + timeout_seconds
         while missing:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"waited {self._settings.timeout_seconds:.0f} s (generator.timeout_seconds)"
-                    f" for one of {len(missing)} answers"
+                    f"none of {len(missing)} requests finished within {timeout_seconds:.0f} s"
+                    " (generator.timeout_seconds)"
                 )
-            ray.wait(self.calls, timeout=1.0, fetch_local=False)
-            for key, result in self.finished():
-                end = time.monotonic() + self._settings.timeout_seconds
+            ray.wait(self.pending_calls, timeout=1.0, fetch_local=False)
+            for key, result in self.pop_finished():
+                deadline = time.monotonic() + timeout_seconds
                 if key in missing:
                     yield missing.pop(key), result
 
     def _start(self) -> EngineHandle:
-        actor = self._servers.start(self._path)
-        member = EngineHandle(str(self._num_started), actor)
+        engine = EngineHandle(self._num_started, self._factory.start(self._path))
         self._num_started += 1
-        self._members[member.name] = member
-        self._calls[actor.ready.remote()] = member, self._hear_start
-        return member
+        self._engines[engine.number] = engine
+        self._calls[engine.actor.ready.remote()] = engine, self._on_ready
+        return engine
 
-    def _hear_start(self, member: EngineHandle, call: Any) -> None:
+    def _on_ready(self, engine: EngineHandle, call: Any) -> None:
         try:
-            member.node = ray.get(call)
+            engine.node_id = ray.get(call)
         except ray.exceptions.RayTaskError as error:
-            if not self._has_stood:
+            if not self._was_ready:
                 raise
-            # One like it has stood: what keeps it from starting may pass.
-            self._replace(member, str(error))
+            # An engine of this kind did start before: the cause may be transient.
+            self._replace(engine, str(error))
             return
-        member.stands = self._has_stood = True
-        self._poll(member)
+        engine.is_ready = True
+        self._was_ready = True
+        self._poll(engine)
         if self._versions:
-            self._update(member)
+            self._update(engine)
 
-    def _poll(self, member: EngineHandle) -> None:
-        member.polled = time.monotonic()
-        self._calls[member.actor.finished.remote(POLL_SECONDS)] = member, self._hear_finished
+    def _poll(self, engine: EngineHandle) -> None:
+        engine.polled_at = time.monotonic()
+        self._calls[engine.actor.poll.remote(POLL_SECONDS)] = engine, self._on_poll
 
-    def _hear_finished(self, member: EngineHandle, call: Any) -> None:
-        report = ray.get(call)
-        self.idle_seconds += report.idle_seconds - member.idle_seconds
-        member.idle_seconds = report.idle_seconds
-        for key, result in report.finished:
-            ticket = member.open.pop(key)
-            member.num_sequences -= ticket.num_sequences
-            self._finished.append((ticket.key, result))
-            self._num_deaths, member.has_finished = 0, True
-        self._poll(member)
+    def _on_poll(self, engine: EngineHandle, call: Any) -> None:
+        poll = ray.get(call)
+        self.idle_seconds += poll.idle_seconds - engine.idle_seconds
+        engine.idle_seconds = poll.idle_seconds
+        for key, result in poll.finished:
+            item = engine.in_flight.pop(key)
+            engine.num_sequences -= item.num_sequences
+            self._finished.append((item.key, result))
+            self._num_deaths = 0
+            engine.has_finished_any = True
+        self._poll(engine)
 
-    def _leaving(self) -> list[EngineHandle]:
-        """Engines whose nodes are going to be taken back, asked for now and then."""
-        if time.monotonic() < self._looked + SECONDS_PER_LOOK:
+    def _draining(self) -> list[EngineHandle]:
+        """Return the engines on draining nodes, checked every `DRAIN_CHECK_SECONDS`."""
+        if time.monotonic() < self._drain_checked_at + DRAIN_CHECK_SECONDS:
             return []
-        self._looked, draining = time.monotonic(), draining_nodes()
-        return [member for member in self._members.values() if member.node in draining]
+        self._drain_checked_at = time.monotonic()
+        node_ids = draining_nodes()
+        return [engine for engine in self._engines.values() if engine.node_id in node_ids]
 
     def _overdue(self) -> list[EngineHandle]:
         latest = time.monotonic() - POLL_SECONDS - self._settings.timeout_seconds - GRACE_SECONDS
-        return [m for m in self._members.values() if m.stands and m.polled < latest]
+        engines = self._engines.values()
+        return [engine for engine in engines if engine.is_ready and engine.polled_at < latest]
 
-    def _update(self, member: EngineHandle) -> None:
-        """Ask an engine for the newest version, unless it is loading or was asked already."""
+    def _update(self, engine: EngineHandle) -> None:
+        """Request the newest version unless the engine is updating or has been asked for it."""
         newest = self._versions[-1].version
-        if not member.stands or member.loading or member.asked >= newest:
+        if not engine.is_ready or engine.is_updating or engine.requested_version >= newest:
             return
-        call = member.actor.update.remote(self._versions, self._probe, self._load_seconds)
-        self._calls[call] = member, self._hear_load
-        member.loading, member.asked = True, newest
+        call = engine.actor.update_weights.remote(
+            self._versions, self._parity_requests, self._update_seconds
+        )
+        self._calls[call] = engine, self._on_update
+        engine.is_updating = True
+        engine.requested_version = newest
 
-    def _hear_load(self, member: EngineHandle, call: Any) -> None:
-        member.loading = False
+    def _on_update(self, engine: EngineHandle, call: Any) -> None:
+        engine.is_updating = False
         try:
-            self.loaded.append((member.name, ray.get(call)))
+            self.weight_updates.append((engine.number, ray.get(call)))
         except ray.exceptions.RayTaskError as error:
-            # It serves what it served before, until something is announced again.
-            member.asked = -1
-            self.failed_loads.append((member.name, error.cause))
-            member.num_failed_loads += 1
-            if member.num_failed_loads == MAX_FAILED_LOADS:
+            # The engine keeps its old weights until the next `update_weights`.
+            engine.requested_version = -1
+            self.failed_updates.append((engine.number, error.cause))
+            engine.num_failed_updates += 1
+            if engine.num_failed_updates == MAX_FAILED_UPDATES:
                 raise RuntimeError(
-                    f"engine {member.name} could not load weights {MAX_FAILED_LOADS} times in a"
-                    f" row: {error.cause}"
+                    f"engine {engine.number} failed to update its weights {MAX_FAILED_UPDATES}"
+                    f" times in a row: {error.cause}"
                 ) from error
             return
-        member.num_failed_loads = 0
-        self._update(member)
+        engine.num_failed_updates = 0
+        self._update(engine)
 
-    def _end(self, member: EngineHandle) -> None:
-        del self._members[member.name]
-        self._servers.end(member.actor)
-        self._backlog.extendleft(reversed(member.open.values()))
+    def _stop(self, engine: EngineHandle) -> None:
+        del self._engines[engine.number]
+        self._factory.stop(engine.actor)
+        self._backlog.extendleft(reversed(engine.in_flight.values()))
 
-    def _replace(self, member: EngineHandle, why: str) -> None:
-        """Start another engine in the place of a dead one; its work goes to whoever is free.
+    def _replace(self, engine: EngineHandle, reason: str) -> None:
+        """Start an engine in place of a dead one and resubmit its requests.
 
         Raises:
-            RuntimeError: it is not the first to die like this.
+            RuntimeError: more than `MAX_DEATHS` such deaths, or `MAX_ATTEMPTS` of one request.
         """
-        self._num_deaths += not member.has_finished
-        text = f"engine {member.name} died, {len(member.open)} pieces of work go to others: {why}"
-        self._tell("died", text)
-        worn = [t.key for t in member.open.values() if t.num_attempts >= MAX_ATTEMPTS]
-        if worn:
-            raise RuntimeError(f"{MAX_ATTEMPTS} engines died over the work {worn[0]}; {text}")
+        self._num_deaths += not engine.has_finished_any
+        in_flight = engine.in_flight.values()
+        text = f"engine {engine.number} died, {len(in_flight)} requests resubmitted: {reason}"
+        self._log_event("died", text)
+        exhausted = [item.key for item in in_flight if item.num_attempts >= MAX_ATTEMPTS]
+        if exhausted:
+            raise RuntimeError(f"{MAX_ATTEMPTS} engines died over request {exhausted[0]}; {text}")
         if self._num_deaths > MAX_DEATHS:
-            raise RuntimeError(f"{self._num_deaths} engines died before they did anything; {text}")
-        self._end(member)
+            raise RuntimeError(f"{self._num_deaths} engines died before any result; {text}")
+        self._stop(engine)
         self._start()
 
-    def _deal(self) -> None:
-        """Give waiting work to the engines with the least of it, each its share in one call."""
+    def _dispatch(self) -> None:
+        """Send the backlog to the least loaded engines, with one call for each engine."""
         if not self._backlog:
             return
-        able = [(m.num_sequences, int(m.name), m) for m in self._members.values() if m.stands]
-        if not able:
+        ready = [
+            (engine.num_sequences, engine.number, engine)
+            for engine in self._engines.values()
+            if engine.is_ready
+        ]
+        if not ready:
             return
-        heapq.heapify(able)
-        given: dict[str, list[tuple[str, SampleRequest | ScoreRequest]]] = {}
+        heapq.heapify(ready)
+        batches: dict[int, list[tuple[str, Request]]] = {}
         while self._backlog:
-            ticket = self._backlog.popleft()
-            _, number, member = able[0]
-            self._num_submitted += 1
-            ticket.num_attempts += 1
-            key = str(self._num_submitted)
-            member.open[key] = ticket
-            member.num_sequences += ticket.num_sequences
-            given.setdefault(member.name, []).append((key, ticket.work))
-            heapq.heapreplace(able, (member.num_sequences, number, member))
-        for name, share in given.items():
-            self._members[name].actor.submit.remote(share)
+            item = self._backlog.popleft()
+            _, number, engine = ready[0]
+            self._num_dispatched += 1
+            item.num_attempts += 1
+            key = str(self._num_dispatched)
+            engine.in_flight[key] = item
+            engine.num_sequences += item.num_sequences
+            batches.setdefault(number, []).append((key, item.request))
+            heapq.heapreplace(ready, (engine.num_sequences, number, engine))
+        for number, batch in batches.items():
+            self._engines[number].actor.submit.remote(batch)

@@ -1,7 +1,7 @@
-"""Takes the network from a thread and from whatever it starts, through seccomp (Linux).
+"""Deny the network to a thread and to the processes and threads it starts (Linux seccomp).
 
-Only the calling thread: the others of a Ray process go on talking to Ray. Sockets that it has
-already, and Unix sockets, stay usable. There is no way back, which is what it is for.
+Other threads of the process, Ray's among them, keep the network. Open sockets and Unix sockets
+stay usable. A filter cannot be removed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import struct
 log = logging.getLogger(__name__)
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-# AUDIT_ARCH_*, and the numbers of the system calls socket and io_uring_setup (makes sockets too).
+# AUDIT_ARCH_*, and the system calls socket and io_uring_setup, which opens sockets too.
 MACHINES = {"x86_64": (0xC000003E, 41, 425), "aarch64": (0xC00000B7, 198, 425)}
-# Calls of the 32-bit numbering of x86_64.
+# System calls of the x32 ABI start here.
 X32 = 0x40000000
-# Where a filter finds them: struct seccomp_data.
+# Offsets in struct seccomp_data.
 NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16
 LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EACCES
+ALLOW, DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
 
 
 class _Program(ctypes.Structure):
@@ -31,24 +31,26 @@ class _Program(ctypes.Structure):
 
 
 def deny_network() -> bool:
-    """From now on this thread cannot make a socket but a Unix one: PermissionError. Returns whether
-    that is so; where the system cannot do it, a warning says why."""
-    try:
-        machine, number_of_socket, number_of_uring = MACHINES[platform.machine()]
-    except KeyError:
-        log.warning("verdicts keep the network: no filter for %s", platform.machine())
+    """Let `socket` raise PermissionError in this thread, except for Unix sockets.
+
+    Returns:
+        False if the system does not support it; logs a warning then.
+    """
+    if platform.machine() not in MACHINES:
+        log.warning("graders keep the network: no filter for %s", platform.machine())
         return False
-    # Jumps count instructions from the next one on: if true, if false.
+    machine, socket_number, uring_number = MACHINES[platform.machine()]
+    # (operation, jump if true, jump if false, operand); jumps skip that number of instructions.
     instructions = [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 0, 6, machine),
         (LOAD, 0, 0, NUMBER),
         (IF_AT_LEAST, 4, 0, X32),
-        (IF_EQUAL, 3, 0, number_of_uring),
-        (IF_EQUAL, 0, 3, number_of_socket),
+        (IF_EQUAL, 3, 0, uring_number),
+        (IF_EQUAL, 0, 3, socket_number),
         (LOAD, 0, 0, FIRST_ARGUMENT),
         (IF_EQUAL, 1, 0, socket.AF_UNIX),
-        (RETURN, 0, 0, REFUSE),
+        (RETURN, 0, 0, DENY),
         (RETURN, 0, 0, ALLOW),
     ]
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
@@ -58,6 +60,6 @@ def deny_network() -> bool:
         PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
     ):
         reason = errno.errorcode.get(ctypes.get_errno(), "unknown")
-        log.warning("verdicts keep the network: the kernel refuses a filter (%s)", reason)
+        log.warning("graders keep the network: the kernel refused the filter (%s)", reason)
         return False
     return True

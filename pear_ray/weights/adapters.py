@@ -1,8 +1,9 @@
-"""Low-rank adapters alone travel, and are merged where they arrive: W + scaling B A
+"""Weight versions with low-rank adapters, merged on the engine's side: W + scaling B A
 (arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,115 +11,113 @@ import torch
 from torch import Tensor
 
 from pear_ray.errors import ConfigError
-from pear_ray.train.lora import ADAPTER
 from pear_ray.train.hf_folder import open_tensors
+from pear_ray.train.lora import ADAPTER
 from pear_ray.weights.fetch import WeightCache
+from pear_ray.weights.publish import Partition
 from pear_ray.weights.types import WeightVersion
 
 SCALING = "lora_scaling"
-# Of an adapter beside a weight that is trained too (`engines.joint`).
-HALVES = (".lora_A", ".lora_B")
-A, B = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
+# peft's names, and those of adapters beside trained weights (`train.bridge_learner`).
+HALF = re.compile(rf"(.+)\.lora_([AB])(?:\.{ADAPTER}\.weight)?")
 
 
-def adapter_partitions(
-    partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
-) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Of a rank's partitions those of adapters, and behind them `scaling` (alpha / rank), which
-    every rank sends: what a `Publisher` publishes for an `AdapterCache`."""
-    adapters = (part for part in partitions if part[0].endswith((A, B)))
-    yield from with_scaling(adapters, scaling)
+def adapter_partitions(partitions: Iterable[Partition], scaling: float) -> Iterator[Partition]:
+    """Yield a rank's adapter partitions and `scaling` (alpha / rank), for an `AdapterCache`."""
+    yield from with_scaling((part for part in partitions if HALF.fullmatch(part[0])), scaling)
 
 
-def with_scaling(
-    partitions: Iterable[tuple[str, tuple[int, ...], Tensor]], scaling: float
-) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """A rank's partitions and behind them `scaling`: what a `Publisher` publishes of weights and
-    adapters for a `MergedCache`."""
+def with_scaling(partitions: Iterable[Partition], scaling: float) -> Iterator[Partition]:
+    """Yield a rank's partitions and `scaling`, which every rank sends, for a `MergedCache`."""
     yield from partitions
     yield SCALING, (), torch.tensor([scaling], dtype=torch.float64)
 
 
 class MergedCache(WeightCache):
-    """Like `Replica`, of versions that hold weights and the adapters beside them."""
+    """A `WeightCache` for versions of full weights and adapters beside them."""
 
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
-        """The parameters of a version by their names in the Hugging Face folder, adapters merged.
+        """Return the parameters by their names in the Hugging Face folder, adapters merged.
 
-        Raises:
-            TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
+        Raises as `WeightCache.fetch`; ValueError also if half of an adapter is missing.
         """
-        found = dict(super().fetch(version, timeout_seconds))
-        scaling = float(found.pop(SCALING))
-        halves = {name: found.pop(name) for name in list(found) if name.endswith(HALVES)}
-        for name in halves:
-            layer = name.removesuffix(HALVES[0])
-            if layer != name:
-                lora_A, lora_B = halves[name], halves[layer + HALVES[1]]
-                found[layer + ".weight"] = merge(found[layer + ".weight"], lora_A, lora_B, scaling)
-        return found
+        weights = super().fetch(version, timeout_seconds)
+        scaling, adapters = pop_adapters(weights, version)
+        for layer, (lora_A, lora_B) in adapters.items():
+            name = f"{layer}.weight"
+            weights[name] = merge_lora(weights[name], lora_A, lora_B, scaling)
+        return weights
 
 
 class AdapterCache:
-    """Like `Replica`, of versions that hold adapters: all else comes from the Hugging Face folder
-    or hub name that training started from.
+    """A cache for versions of adapters alone; the base weights come from `path`.
 
-    Raises:
-        ConfigError: the folder holds no safetensors.
+    `path` is the folder or hub name of the start model. Raises ConfigError if it has no safetensors
+    files.
     """
 
     def __init__(self, path: str) -> None:
-        self._folder, self._adapters = local_folder(path), WeightCache()
+        self._folder = local_folder(path)
+        self._cache = WeightCache()
         self._files = open_tensors(self._folder)
         if not self._files:
-            raise ConfigError(f"{path}: read no *.safetensors, expected those of the start model")
+            raise ConfigError(f"{path}: expected *.safetensors files of the start model, got none")
 
     @property
     def version(self) -> int | None:
-        """As `Replica.version`."""
-        return self._adapters.version
+        """Return the cached version, as `WeightCache.version`."""
+        return self._cache.version
 
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
-        """The parameters of a version by their names in the folder, in the adapters' dtype: merged
-        where they are adapted, the folder's own where they are not. An engine fuses adapted weights
-        with others, and loads all of them or none.
+        """Return all parameters by their names in the folder, in the adapters' dtype.
+
+        Weights without adapters are included: vLLM fuses them with adapted ones and loads all
+        parts of a fused weight or none. Raises as `WeightCache.fetch`.
 
         Raises:
-            ConfigError: the folder lacks a weight that is adapted, or has one of another shape.
-            TimeoutError, LookupError, BaseMissing, ValueError: as `Replica.fetch`.
+            ConfigError: the folder lacks an adapted weight, or has it in another shape.
+            ValueError: half of an adapter, or the scaling, is missing.
         """
-        adapters = self._adapters.fetch(version, timeout_seconds)
-        label = f"weights version {version.version}"
-        if SCALING not in adapters:
-            raise ValueError(f"{label}: lacks {SCALING}, expected adapters and their scaling")
-        scaling = float(adapters.pop(SCALING))
-        layers = {name.removesuffix(A).removesuffix(B) for name in adapters}
+        scaling, adapters = pop_adapters(self._cache.fetch(version, timeout_seconds), version)
         merged = {}
-        for layer in sorted(layers):
-            for name in (layer + A, layer + B):
-                if name not in adapters:
-                    raise ValueError(f"{label}: lacks {name}, half of an adapter")
-            lora_A, lora_B = adapters[layer + A], adapters[layer + B]
-            base = self._base(f"{layer}.weight", (len(lora_B), lora_A.shape[1]))
-            merged[f"{layer}.weight"] = merge(base, lora_A, lora_B, scaling)
-        dtype = next(iter(adapters.values())).dtype
+        for layer, (lora_A, lora_B) in sorted(adapters.items()):
+            name = f"{layer}.weight"
+            base = self._base_weight(name, (len(lora_B), lora_A.shape[1]))
+            merged[name] = merge_lora(base, lora_A, lora_B, scaling)
+        dtype = next(iter(merged.values())).dtype
         others = self._files.keys() - merged.keys()
         return merged | {name: self._files[name].get_tensor(name).to(dtype) for name in others}
 
-    def _base(self, name: str, shape: tuple[int, int]) -> Tensor:
-        if name not in self._files:
-            raise ConfigError(f"{self._folder}: read no {name}, which is adapted")
-        weight = self._files[name].get_tensor(name)
-        if weight.shape != shape:
+    def _base_weight(self, name: str, shape: tuple[int, int]) -> Tensor:
+        weight = self._files[name].get_tensor(name) if name in self._files else None
+        found = None if weight is None else tuple(weight.shape)
+        if weight is None or found != shape:
             raise ConfigError(
-                f"{self._folder}: {name}: read shape {tuple(weight.shape)}, expected {shape} as"
-                " its adapter has"
+                f"{self._folder}: {name}: expected shape {shape} of its adapter, got {found}"
             )
         return weight
 
 
+def pop_adapters(
+    weights: dict[str, Tensor], version: WeightVersion
+) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """Remove the adapters from `weights`; return their scaling and each layer's (A, B)."""
+    label = f"weights version {version.version}"
+    if SCALING not in weights:
+        raise ValueError(f"{label}: expected {SCALING} beside adapters, got none")
+    scaling = float(weights.pop(SCALING))
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name in list(weights):
+        if match := HALF.fullmatch(name):
+            layers.setdefault(match[1], {})[match[2]] = weights.pop(name)
+    for layer, halves in layers.items():
+        if len(halves) < 2:
+            raise ValueError(f"{label}: {layer}: expected lora_A and lora_B, got {set(halves)}")
+    return scaling, {layer: (halves["A"], halves["B"]) for layer, halves in layers.items()}
+
+
 def local_folder(path: str) -> Path:
-    """The folder itself, or the one to which a hub name's weights are downloaded."""
+    """Return `path`, or the folder to which the weights of a hub name are downloaded."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -126,11 +125,11 @@ def local_folder(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
 
 
-def merge(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """W + scaling B A in the adapter's dtype. The product of half-precision adapters is taken in
-    float32 and rounded before it is added, as peft does when it merges on a CPU.
+def merge_lora(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return W + scaling B A in the adapter's dtype.
 
-    `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
+    The product of half-precision adapters is computed in float32 and rounded before the sum, as
+    peft merges on CPUs. `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
     """
     wide = torch.promote_types(lora_A.dtype, torch.float32)
     product = lora_B.to(wide) @ lora_A.to(wide) * scaling

@@ -1,4 +1,4 @@
-"""What changed between two flat arrays of the same length, bit by bit."""
+"""Lossless deltas between two flat arrays of the same length, compared bit by bit."""
 
 from __future__ import annotations
 
@@ -6,60 +6,57 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The places in a block are as many as 16 bits can tell apart.
+# Offsets in a block fit into 16 bits.
 BLOCK_ELEMENTS = 65_536
 
 
 class Delta(NamedTuple):
-    """The changed elements of a flat array of unsigned integers, in order. One of 16 bits takes
-    four bytes, besides four for each block."""
+    """The changed elements of a flat array, in order. Each takes two bytes and its own size."""
 
     counts: np.ndarray
     """Changed elements of each block of 65,536, uint32 [blocks]."""
-    places: np.ndarray
-    """Where in its block each of them is, uint16 [changed]."""
+    offsets: np.ndarray
+    """Their positions in the block, uint16 [changed]."""
     values: np.ndarray
-    """What it is after the change, of the array's dtype [changed]."""
+    """Their new values, of the array's dtype [changed]."""
 
     @property
     def nbytes(self) -> int:
-        """Size of the three arrays, under the name that it has for one."""
-        return self.counts.nbytes + self.places.nbytes + self.values.nbytes
+        """Return the size of the three arrays, like `ndarray.nbytes`."""
+        return self.counts.nbytes + self.offsets.nbytes + self.values.nbytes
 
 
-def difference(old: np.ndarray, new: np.ndarray, max_bytes: int) -> Delta | None:
-    """What makes `new` of `old`, or None where that takes more than `max_bytes`.
+def compute_delta(old: np.ndarray, new: np.ndarray, max_bytes: int) -> Delta | None:
+    """Return the delta from `old` to `new`; None if it is larger than `max_bytes`.
 
-    Both are flat, equally long, of one unsigned dtype: bits are compared, not numbers, so that
-    -0.0 is not 0.0 and a NaN is itself.
+    Both are flat and of the same length and unsigned dtype, so that -0.0 differs from 0.0 and a
+    NaN equals itself.
     """
     counts = np.zeros(-(-len(new) // BLOCK_ELEMENTS), np.uint32)
-    places, values = [np.empty(0, np.uint16)], [np.empty(0, new.dtype)]
-    left = max_bytes - counts.nbytes
-    # A block of both arrays fits a processor's cache; all at once is slower and takes more memory.
+    offsets, values = [np.empty(0, np.uint16)], [np.empty(0, new.dtype)]
+    bytes_left = max_bytes - counts.nbytes
+    # Blocks of both arrays fit into the CPU cache; one pass over all is slower and takes memory.
     for number, start in enumerate(range(0, len(new), BLOCK_ELEMENTS)):
         block = new[start : start + BLOCK_ELEMENTS]
         changed = np.flatnonzero(old[start : start + BLOCK_ELEMENTS] != block)
         counts[number] = len(changed)
-        places.append(changed.astype(np.uint16))
+        offsets.append(changed.astype(np.uint16))
         values.append(block[changed])
-        left -= places[-1].nbytes + values[-1].nbytes
-        if left < 0:
+        bytes_left -= offsets[-1].nbytes + values[-1].nbytes
+        if bytes_left < 0:
             return None
-    return Delta(counts, np.concatenate(places), np.concatenate(values)) if left >= 0 else None
+    if bytes_left < 0:
+        return None
+    return Delta(counts, np.concatenate(offsets), np.concatenate(values))
 
 
-def apply(delta: Delta, flat: np.ndarray) -> None:
-    """Make `flat`, in place, what it was the difference to.
-
-    Raises:
-        ValueError: the delta contradicts itself, or is one of a longer array.
-    """
+def apply_delta(delta: Delta, flat: np.ndarray) -> None:
+    """Update `flat` in place; raise ValueError if the delta is inconsistent or does not fit."""
     num_changed = int(delta.counts.sum(dtype=np.int64))
-    if num_changed != len(delta.places):
-        raise ValueError(f"{num_changed} elements changed, at {len(delta.places)} places")
+    if num_changed != len(delta.offsets):
+        raise ValueError(f"delta: expected {num_changed} offsets, got {len(delta.offsets)}")
     blocks = np.arange(len(delta.counts)) * BLOCK_ELEMENTS
-    indices = np.repeat(blocks, delta.counts) + delta.places
+    indices = np.repeat(blocks, delta.counts) + delta.offsets
     if indices.max(initial=-1) >= len(flat):
-        raise ValueError(f"element {indices.max()} changed, of {len(flat)}")
+        raise ValueError(f"delta: expected indices below {len(flat)}, got {indices.max()}")
     flat[indices] = delta.values

@@ -1,4 +1,4 @@
-"""Generator side: buckets of all ranks become whole tensors again."""
+"""Engine side: assemble whole tensors from the buckets of all ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import ray
 import torch
 from torch import Tensor
 
-from pear_ray.weights.delta import apply
+from pear_ray.weights.delta import apply_delta
 from pear_ray.weights.publish import checksum
 from pear_ray.weights.types import Bucket, ParamMeta, WeightVersion
 
 
 class BaseMissing(RuntimeError):
-    """A version is told as changes to one that the replica does not hold; it needs a full one."""
+    """A bucket is a delta from a version that the cache does not hold; fetch a full version."""
 
 
 class WeightCache:
-    """One process's parameters, brought up to date version by version.
+    """One process's copy of the parameters, updated version by version.
 
-    Where buckets say that deltas may follow (`Bucket.may_be_base`) the replica keeps what it
-    assembled, of `version`, and writes the next one into the same memory. Where they do not it
-    keeps nothing, and the parameters of a single rank stay where they are in the store.
+    If deltas may follow (`Bucket.may_be_base`), the cache keeps the parameters of `version` and
+    writes the next version into the same memory. Otherwise it keeps nothing, and those of a
+    single rank are read from the store without a copy.
     """
 
     def __init__(self) -> None:
@@ -33,123 +33,115 @@ class WeightCache:
         self._flats: dict[ParamMeta, np.ndarray] = {}
 
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
-        """The parameters of a version by name, whole. They are to be read, not written, and hold
-        until the next call.
+        """Return the parameters of `version` by name; read-only, and valid until the next call.
 
-        The store sends each bucket to a node once, however many processes on it ask. A full bucket
-        is copied once from there, into the parameters, or not at all (see the class).
+        The store sends each bucket once to each node. The first two errors leave the cache as it
+        is, the others empty it.
 
         Raises:
-            TimeoutError: the buckets did not all come in time; names version, rank and bucket.
-                What the replica holds stays.
-            LookupError: a bucket has gone with the process that published it. The same.
-            BaseMissing: a bucket is a delta on another version than the replica holds. It forgets
-                what it held, and only a full version helps.
-            ValueError: a rank's partition is missing, or bytes are not those that were published.
-                The same.
+            TimeoutError: a bucket did not arrive in time.
+            LookupError: the process that published a bucket has died.
+            BaseMissing: a bucket is a delta from another version than the cached one.
+            ValueError: a rank's partition is missing, or bytes differ from the published ones.
         """
-        objects = pull(version, timeout_seconds)
+        objects = get_objects(version, timeout_seconds)
         base, self.version = self.version, None
         held, self._flats = self._flats, {}
-        require_all_ranks(version)
+        check_all_ranks(version)
         flats: dict[ParamMeta, np.ndarray] = {}
         for number, (bucket, items) in enumerate(zip(version.buckets, objects, strict=True)):
-            label = label_of(version, number)
+            label = bucket_label(version, number)
             if bucket.base_version not in (None, base):
+                cached = "none" if base is None else f"version {base}"
                 raise BaseMissing(
-                    f"{label}: what changed since version {bucket.base_version}; this replica holds"
-                    f" {'none' if base is None else f'version {base}'} and needs a full version"
+                    f"{label}: expected cached version {bucket.base_version}, got {cached}"
                 )
             try:
                 if version.num_ranks == 1 and not bucket.may_be_base:
-                    flats |= zip(bucket.entries, items, strict=True)
-                    parts = items
+                    flats |= zip(bucket.params, items, strict=True)
+                    partitions = items
                 else:
-                    flats |= room(bucket, version.num_ranks, held | flats)
-                    parts = write(bucket, items, flats)
+                    flats |= allocate(bucket, version.num_ranks, held | flats)
+                    partitions = write_partitions(bucket, items, flats)
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from error
-            if checksum(parts) != bucket.checksum:
+            if checksum(partitions) != bucket.checksum:
                 raise ValueError(f"{label}: checksum differs from the published one")
         if any(bucket.may_be_base for bucket in version.buckets):
             self.version, self._flats = version.version, flats
-        return {entry.name: tensor(entry, flat) for entry, flat in flats.items()}
+        return {meta.name: to_tensor(meta, flat) for meta, flat in flats.items()}
 
 
-def pull(version: WeightVersion, timeout_seconds: float) -> list[Any]:
-    """The buckets' objects, in order, in this node's part of the store.
-
-    Raises:
-        TimeoutError: they did not all come in time; names version, rank and bucket.
-        LookupError: one has gone with the process that published it.
-    """
-    end = time.monotonic() + timeout_seconds
+def get_objects(version: WeightVersion, timeout_seconds: float) -> list[Any]:
+    """Return the objects of all buckets; raises TimeoutError and LookupError as `fetch`."""
+    deadline = time.monotonic() + timeout_seconds
     references = [bucket.reference[0] for bucket in version.buckets]
-    # All travel at once; taken one by one they also would be waited for one by one.
+    # Pull all at once: a loop of ray.get would transfer them one after the other.
     ray.wait(references, num_returns=len(references), timeout=timeout_seconds)
     objects = []
     for number, reference in enumerate(references):
-        label = label_of(version, number)
+        label = bucket_label(version, number)
         try:
-            objects.append(ray.get(reference, timeout=max(0.0, end - time.monotonic())))
+            objects.append(ray.get(reference, timeout=max(0.0, deadline - time.monotonic())))
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"{label}: not fetched within {timeout_seconds:.0f} s") from error
         except ray.exceptions.ObjectLostError as error:
-            raise LookupError(f"{label}: no longer in the store, its publisher has gone") from error
+            raise LookupError(f"{label}: lost from the store, its publisher died") from error
     return objects
 
 
-def label_of(version: WeightVersion, number: int) -> str:
-    """What errors call a bucket."""
+def bucket_label(version: WeightVersion, number: int) -> str:
+    """Return the name of a bucket for error messages."""
     rank = version.buckets[number].rank
     return f"weights version {version.version}, rank {rank}, bucket {number}"
 
 
-def require_all_ranks(version: WeightVersion) -> None:
-    """Every parameter must come once from every rank, alike in dtype, shape and size."""
+def check_all_ranks(version: WeightVersion) -> None:
+    """Raise ValueError unless each parameter has one partition of each rank, of equal layout."""
     ranks: dict[ParamMeta, list[int]] = {}
     for bucket in version.buckets:
-        for entry in bucket.entries:
-            ranks.setdefault(entry, []).append(bucket.rank)
-    for entry, found in ranks.items():
-        if sorted(found) != list(range(version.num_ranks)):
+        for meta in bucket.params:
+            ranks.setdefault(meta, []).append(bucket.rank)
+    expected = list(range(version.num_ranks))
+    for meta, found in ranks.items():
+        if sorted(found) != expected:
             raise ValueError(
-                f"weights version {version.version}: {entry.name} lacks a rank's partition:"
-                f" read those of ranks {sorted(found)}, expected one of each of"
-                f" {version.num_ranks}"
+                f"weights version {version.version}: {meta.name}: expected partitions of ranks"
+                f" {expected}, got {sorted(found)}"
             )
 
 
-def room(
-    bucket: Bucket, num_ranks: int, known: dict[ParamMeta, np.ndarray]
+def allocate(
+    bucket: Bucket, num_ranks: int, held: dict[ParamMeta, np.ndarray]
 ) -> dict[ParamMeta, np.ndarray]:
-    """For each parameter of a bucket the bytes of all ranks, flat: known ones, or new and empty."""
-    found = {}
-    for entry in bucket.entries:
-        flat = known.get(entry)
-        # After a restart there may be more or fewer ranks, with partitions of the same size.
-        if flat is None or flat.nbytes != num_ranks * entry.num_bytes:
-            flat = np.empty(num_ranks * entry.num_bytes, np.uint8)
-        found[entry] = flat
-    return found
+    """Return flat bytes for all ranks' partitions of each parameter, those in `held` if any."""
+    flats = {}
+    for meta in bucket.params:
+        flat = held.get(meta)
+        # Restarted learners may have another number of ranks and partitions of the same size.
+        if flat is None or flat.nbytes != num_ranks * meta.num_bytes:
+            flat = np.empty(num_ranks * meta.num_bytes, np.uint8)
+        flats[meta] = flat
+    return flats
 
 
-def write(bucket: Bucket, items: list[Any], flats: dict[ParamMeta, np.ndarray]) -> list[np.ndarray]:
-    """Bring the rank's partitions up to date; returns them."""
-    parts = []
-    for entry, item in zip(bucket.entries, items, strict=True):
-        part = flats[entry][bucket.rank * entry.num_bytes :][: entry.num_bytes]
+def write_partitions(
+    bucket: Bucket, items: list[Any], flats: dict[ParamMeta, np.ndarray]
+) -> list[np.ndarray]:
+    """Write the rank's partitions into `flats`; return views of them."""
+    partitions = []
+    for meta, item in zip(bucket.params, items, strict=True):
+        partition = flats[meta][bucket.rank * meta.num_bytes :][: meta.num_bytes]
         if bucket.base_version is None:
-            np.copyto(part, item.view(np.uint8))
+            np.copyto(partition, item.view(np.uint8))
         else:
-            apply(item, part.view(item.values.dtype))
-        parts.append(part)
-    return parts
+            apply_delta(item, partition.view(item.values.dtype))
+        partitions.append(partition)
+    return partitions
 
 
-def tensor(entry: ParamMeta, flat: np.ndarray) -> Tensor:
-    """The parameter in the bytes of all ranks. Partitions are padded to equal size; what is behind
-    the last element is padding."""
-    # Unlike from_numpy, DLPack takes memory that is read-only, as the store's is.
-    elements = torch.from_dlpack(flat).view(getattr(torch, entry.dtype))
-    return elements[: math.prod(entry.shape)].view(entry.shape)
+def to_tensor(meta: ParamMeta, flat: np.ndarray) -> Tensor:
+    """Return the parameter in the bytes of all ranks, without the padding at their end."""
+    # Unlike from_numpy, DLPack accepts the read-only memory of the store.
+    elements = torch.from_dlpack(flat).view(getattr(torch, meta.dtype))
+    return elements[: math.prod(meta.shape)].view(meta.shape)

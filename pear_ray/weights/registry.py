@@ -1,6 +1,4 @@
-"""Two small actors: what the newest weights are, and what the next steps learn from. Both hold
-references, never payloads; every wait in them has a deadline; and what they know can be told to
-them again."""
+"""The actor that knows the newest weight version. It holds references, never weights."""
 
 from __future__ import annotations
 
@@ -14,14 +12,16 @@ import ray
 from pear_ray.data.batch_queue import QueueClosed
 from pear_ray.weights.types import RankShard, WeightVersion
 
-Wish = Literal["nothing", "again", "full"]
+UpdateRequest = Literal["none", "announce", "full"]
 
 
 @dataclass(frozen=True)
 class PublishedVersions:
-    """What the board knows: the newest version, before it the one that it is a change to, if it is
-    one; and where the stream of problems stands behind the newest. `mark` differs after each
-    announcement."""
+    """The newest version, after its base version if it has deltas.
+
+    `next_problem` is the position in the problem stream after that version's step; `cursor`
+    changes with each announcement.
+    """
 
     versions: tuple[WeightVersion, ...]
     next_problem: int
@@ -30,70 +30,75 @@ class PublishedVersions:
 
 @ray.remote(num_cpus=0)
 class PolicyVersions:
-    """Knows the newest weight versions. Started again after a death it knows nothing: learners ask
-    it what it wishes while they wait, and say again what they have published."""
+    """Registry of the newest weight version, empty after a restart.
+
+    While waiting, learners poll `requested_update` and announce their latest version again.
+    """
 
     def __init__(self) -> None:
-        self._announced: PublishedVersions | None = None
-        self._arriving: dict[int, RankShard] = {}
-        self._arriving_from: tuple[int, int, str] | None = None
-        self._wants_full = False
+        self._published: PublishedVersions | None = None
+        # Shards of a version that is not complete, and its (version, number of ranks, attempt).
+        self._shards: dict[int, RankShard] = {}
+        self._shards_of: tuple[int, int, str] | None = None
+        self._needs_full = False
         self._closed: str | None = None
-        self._change = asyncio.Condition()
+        self._changed = asyncio.Condition()
 
     async def announce(
-        self, share: RankShard, num_ranks: int, next_problem: int, attempt: str
+        self, shard: RankShard, num_ranks: int, next_problem: int, attempt: str
     ) -> None:
-        """One rank's share of a version, which counts once every rank of the same attempt (name of
-        one start of the learners) has announced its own."""
-        async with self._change:
-            if self._arriving_from != (share.version, num_ranks, attempt):
-                self._arriving = {}
-            self._arriving_from = (share.version, num_ranks, attempt)
-            self._arriving[share.rank] = share
-            if len(self._arriving) < num_ranks:
+        """Add one rank's shard. A version counts once all ranks of one attempt announced it.
+
+        `attempt` names one start of the learners.
+        """
+        async with self._changed:
+            if self._shards_of != (shard.version, num_ranks, attempt):
+                self._shards = {}
+            self._shards_of = (shard.version, num_ranks, attempt)
+            self._shards[shard.rank] = shard
+            if len(self._shards) < num_ranks:
                 return
-            whole = WeightVersion.of([self._arriving[rank] for rank in range(num_ranks)])
-            self._arriving = {}
-            known = () if self._announced is None else self._announced.versions
-            base = [version for version in known if version.version == whole.base_version]
-            self._announced = PublishedVersions((*base, whole), next_problem, uuid.uuid4().hex)
-            self._wants_full &= whole.base_version is not None
-            self._change.notify_all()
+            newest = WeightVersion.of([self._shards[rank] for rank in range(num_ranks)])
+            self._shards = {}
+            known = () if self._published is None else self._published.versions
+            base = [version for version in known if version.version == newest.base_version]
+            self._published = PublishedVersions((*base, newest), next_problem, uuid.uuid4().hex)
+            self._needs_full &= newest.base_version is not None
+            self._changed.notify_all()
 
     async def newest(self, cursor: str | None, wait_seconds: float) -> PublishedVersions | None:
-        """What there is, once its mark is another; None if it stays as it is for so long.
+        """Wait for a cursor other than `cursor`; return None after `wait_seconds`.
 
         Raises:
-            Closed: nothing will come any more.
+            QueueClosed: the learners have ended.
         """
 
         def ready() -> bool:
-            changed = self._announced is not None and self._announced.cursor != cursor
-            return changed or self._closed is not None
+            is_new = self._published is not None and self._published.cursor != cursor
+            return is_new or self._closed is not None
 
-        async with self._change:
+        async with self._changed:
             try:
-                await asyncio.wait_for(self._change.wait_for(ready), wait_seconds)
+                await asyncio.wait_for(self._changed.wait_for(ready), wait_seconds)
             except TimeoutError:
                 return None
             if self._closed is not None:
                 raise QueueClosed(self._closed)
-            return self._announced
+            return self._published
 
     async def request_full(self) -> None:
-        """An engine cannot follow by changes: the next version shall be whole."""
-        self._wants_full = True
+        """Request a full version from the learners, for an engine that cannot apply deltas."""
+        self._needs_full = True
 
-    async def requested_update(self, version: int) -> Wish:
-        """What learners at `version` should publish or say again."""
-        newest = -1 if self._announced is None else self._announced.versions[-1].version
-        if self._wants_full:
+    async def requested_update(self, version: int) -> UpdateRequest:
+        """Return the update that learners at `version` must publish or announce again."""
+        newest = -1 if self._published is None else self._published.versions[-1].version
+        if self._needs_full:
             return "full"
-        return "nothing" if newest == version else "again"
+        return "none" if newest == version else "announce"
 
     async def close(self, reason: str) -> None:
-        """Wake everyone who waits."""
-        async with self._change:
+        """End all waits of `newest` with QueueClosed."""
+        async with self._changed:
             self._closed = reason
-            self._change.notify_all()
+            self._changed.notify_all()

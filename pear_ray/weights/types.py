@@ -1,4 +1,4 @@
-"""What a published version of the weights is: buckets in the object store and their contents."""
+"""The records of a published weight version: buckets in Ray's object store and their contents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ParamMeta:
-    """One parameter in a bucket: the rank's flat partition is `num_bytes` long, on every rank.
+    """One parameter of a bucket. The flat partition of each rank has `num_bytes`.
 
-    Entry("model.norm.weight", "float32", shape=(128,), num_bytes=256)
+    ParamMeta("model.norm.weight", "float32", shape=(128,), num_bytes=256)
     """
 
     name: str
@@ -22,26 +22,27 @@ class ParamMeta:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One object of the store: a list with one item for each entry, the partition's elements as
-    unsigned integers or, where there is a `base_version`, a `delta.Delta` from the rank's elements
-    in that version. `checksum` is the XXH3 (64 bits) of the partitions one after the other, whole
-    and as they are in this version: a delta on another base does not pass.
+    """One object of the store: a list with the rank's partition of each of `params`.
 
-    `reference` is a list of one, which keeps Ray from fetching the bytes wherever the manifest is
-    sent. `may_be_base`: deltas from these partitions may follow.
+    A partition is a flat array of unsigned integers or, with a `base_version`, a `delta.Delta`
+    from the rank's partition in that version. `checksum` is the XXH3 (64 bits) of the whole
+    partitions in this version, so a delta applied to a wrong base is detected. `may_be_base`:
+    deltas from these partitions may follow.
+
+    `reference` is a list of one, so that Ray does not fetch the bytes with this record.
     """
 
     reference: list[Any]
     rank: int
     checksum: int
-    entries: tuple[ParamMeta, ...]
+    params: tuple[ParamMeta, ...]
     base_version: int | None = None
     may_be_base: bool = False
 
 
 @dataclass(frozen=True)
 class RankShard:
-    """What one rank published of a version; its objects hold `num_bytes` of weights."""
+    """One rank's part of a version; its objects hold `num_bytes` of weights."""
 
     version: int
     rank: int
@@ -50,25 +51,30 @@ class RankShard:
 
     @property
     def base_version(self) -> int | None:
-        """The version that one must hold to take this share; None: no bucket is a delta."""
-        return next((b.base_version for b in self.buckets if b.base_version is not None), None)
+        """Return the version its deltas start from; None if it has no deltas."""
+        return base_version(self.buckets)
 
 
 @dataclass(frozen=True)
 class WeightVersion:
-    """All buckets of all ranks: version v is the policy after v optimizer steps."""
+    """All buckets of all ranks. Version v is the policy after v optimizer steps."""
 
     version: int
     num_ranks: int
     buckets: tuple[Bucket, ...]
 
     @classmethod
-    def of(cls, shares: Sequence[RankShard]) -> WeightVersion:
-        """What all ranks published of a version, in their order."""
-        buckets = (bucket for share in shares for bucket in share.buckets)
-        return cls(shares[0].version, len(shares), tuple(buckets))
+    def of(cls, shards: Sequence[RankShard]) -> WeightVersion:
+        """Join the shards of all ranks, in the order of ranks."""
+        buckets = (bucket for shard in shards for bucket in shard.buckets)
+        return cls(shards[0].version, len(shards), tuple(buckets))
 
     @property
     def base_version(self) -> int | None:
-        """The version that one must hold to take this one; None: no bucket is a delta."""
-        return next((b.base_version for b in self.buckets if b.base_version is not None), None)
+        """Return the version its deltas start from; None if it has no deltas."""
+        return base_version(self.buckets)
+
+
+def base_version(buckets: Sequence[Bucket]) -> int | None:
+    """Return the version that the deltas of `buckets` start from; None if all are full."""
+    return next((b.base_version for b in buckets if b.base_version is not None), None)

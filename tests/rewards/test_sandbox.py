@@ -1,4 +1,4 @@
-"""A thread without network, beside others that keep theirs."""
+"""The network denied to one thread, while others keep it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import pytest
 from pear_ray.rewards.sandbox import deny_network
 
 
-def make(family: int) -> str:
+def open_socket(family: int) -> str:
     try:
         socket.socket(family, socket.SOCK_STREAM).close()
     except PermissionError:
-        return "refused"
-    return "made"
+        return "denied"
+    return "opened"
 
 
 def in_a_thread(function: Callable[[], object]) -> object:
-    found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(function()))
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
     thread.join(10)
-    (result,) = found
+    (result,) = results
     return result
 
 
 @pytest.mark.parametrize(
     ("family", "expected"),
-    [(socket.AF_INET, "refused"), (socket.AF_INET6, "refused"), (socket.AF_UNIX, "made")],
+    [(socket.AF_INET, "denied"), (socket.AF_INET6, "denied"), (socket.AF_UNIX, "opened")],
 )
-def test_the_thread_and_those_it_starts_make_unix_sockets_only(family: int, expected: str) -> None:
+def test_the_thread_and_those_it_starts_open_unix_sockets_only(family: int, expected: str) -> None:
     def confined() -> tuple[str, object]:
         assert deny_network()
-        return make(family), in_a_thread(lambda: make(family))
+        return open_socket(family), in_a_thread(lambda: open_socket(family))
 
     assert in_a_thread(confined) == (expected, expected)
-    assert make(family) == "made"
+    assert open_socket(family) == "opened"

@@ -1,4 +1,4 @@
-"""A task whose answers do to their judge what they say. It is imported by verifiers' processes."""
+"""A task whose answers name the method of its grader to run; imported by reward workers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Troublesome:
         yield Problem("troublesome-1", self.name, (), "", split)
 
     def grade(self, problem, text):
-        word, *rest = text.split()
-        return getattr(self, word)(*rest)
+        method, *arguments = text.split()
+        return getattr(self, method)(*arguments)
 
     def right(self):
         return Grade(1.0, True)
@@ -44,9 +44,9 @@ class Troublesome:
         all(itertools.repeat(True))
 
     def fill_memory(self):
-        kept = []
+        blocks = []
         while True:
-            kept.append(bytes(2**26))
+            blocks.append(bytes(2**26))
 
     def end_process(self):
         os._exit(3)

@@ -1,4 +1,4 @@
-"""Learner ranks without learners, for the tests of what they publish."""
+"""Publishing ranks without learners."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pear_ray.weights.types import WeightVersion
 
 
 class Ranks:
-    """The publishers of so many ranks, and the shares of the version published last."""
+    """One publisher for each rank, and the shards of the last version."""
 
     def __init__(self, num_ranks, bucket_mib=1, full_every=1):
         self.publishers = [Publisher(rank, bucket_mib, full_every) for rank in range(num_ranks)]
-        self.shares = []
+        self.shards = []
 
     def publish(self, whole, version, full=False):
-        self.shares = [
+        self.shards = [
             publisher.publish(partitions(whole, rank, len(self.publishers)), version, full)
             for rank, publisher in enumerate(self.publishers)
         ]
-        return WeightVersion.of(self.shares)
+        return WeightVersion.of(self.shards)
 
 
 def partitions(whole, rank, num_ranks):
-    """What ZeRO-3 leaves a rank of every parameter: an equal, padded piece of the flat tensor."""
+    """Yield a rank's partitions as ZeRO-3 cuts them: equal, padded parts of each flat tensor."""
     for name, tensor in whole.items():
         length = -(-tensor.numel() // num_ranks)
         flat = torch.full((length * num_ranks,), 99, dtype=tensor.dtype)
@@ -36,24 +36,24 @@ def partitions(whole, rank, num_ranks):
 
 
 def bits(tensor):
-    """The elements as integers, of which NaN and -0.0 are some like others."""
+    """Return the elements as unsigned integers, so that NaN equals itself."""
     return tensor.reshape(-1).view(torch.uint8).numpy().view(f"u{tensor.element_size()}")
 
 
 def random_bits(rng, shape, dtype):
-    """A tensor of any values that the dtype has."""
+    """Return a tensor of random bits, NaN and infinities included."""
     size = int(np.prod(shape)) * dtype.itemsize
     return torch.from_numpy(rng.integers(0, 256, size, np.uint8)).view(dtype).view(shape)
 
 
-def changed(rng, tensor, share):
-    """A copy in which about this share of the elements differs."""
+def with_changes(rng, tensor, share):
+    """Return a copy with about this share of the elements changed."""
     copy = tensor.clone()
     bits(copy)[rng.random(copy.numel()) < share] ^= 1
     return copy
 
 
-def assert_same(found, whole):
+def assert_equal_bits(found, whole):
     assert found.keys() == whole.keys()
     for name, tensor in whole.items():
         assert found[name].dtype == tensor.dtype, name

@@ -1,4 +1,4 @@
-"""Adapters alone through the store: merged they are what the learner's export merges."""
+"""Published adapters, merged on fetch, equal the learner's merged export."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from pear_ray.config import Lora
 from pear_ray.errors import ConfigError
 from pear_ray.train.lora import add_adapters, merged_parameters
-from pear_ray.weights.adapters import AdapterCache, adapter_partitions, merge
+from pear_ray.weights.adapters import AdapterCache, adapter_partitions, merge_lora
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.types import WeightVersion
-from tests.weights.ranks import assert_same, bits, partitions
+from tests.weights.ranks import assert_equal_bits, bits, partitions
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -24,7 +24,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def adapted(tiny_model):
-    """By dtype: a start folder and its model with adapters."""
+    """Return a start folder and, by dtype, its model with adapters."""
     from transformers import AutoModelForCausalLM
 
     folder = tiny_model(True)
@@ -38,7 +38,7 @@ def adapted(tiny_model):
 
 
 def trained(model, seed):
-    """What a few steps might make of the adapters."""
+    """Return the parameters with random adapters, as after a few steps."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -62,47 +62,50 @@ def published(publishers, whole, version, scaling=SETTINGS.alpha / SETTINGS.rank
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_merged_is_what_the_export_merges(adapted, dtype, num_ranks):
+def test_merged_weights_equal_the_export(adapted, dtype, num_ranks):
     folder, models = adapted
     base = load_file(folder / "model.safetensors")
-    replica = AdapterCache(str(folder))
+    cache = AdapterCache(str(folder))
     publishers = [Publisher(rank, 1, full_every=2) for rank in range(num_ranks)]
     for version in range(3):
         whole = trained(models[dtype], version)
-        found = replica.fetch(published(publishers, whole, version), 30)
-        assert replica.version == version
+        found = cache.fetch(published(publishers, whole, version), 30)
+        assert cache.version == version
         exported = {name: made().detach() for name, _, made in merged_parameters(models[dtype])}
-        assert_same(found, exported)
+        assert_equal_bits(found, exported)
         changed = {n for n in found if not torch.equal(found[n], base[n].to(dtype))}
         assert len(changed) == 6
 
 
-def test_only_adapters_travel(adapted):
+def test_only_adapters_are_published(adapted):
     _, models = adapted
     whole = trained(models[torch.float32], 0)
     version = published([Publisher(0, 1, 1)], whole, 0)
-    names = [entry.name for bucket in version.buckets for entry in bucket.entries]
+    names = [entry.name for bucket in version.buckets for entry in bucket.params]
     assert names == [name for name in whole if ".lora_" in name] + ["lora_scaling"]
     assert len(names) == 13
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_merge_is_the_sum_element_by_element(dtype):
+def test_merge_lora_matches_elementwise_sums(dtype):
     draw = torch.Generator().manual_seed(0)
     base, lora_A, lora_B = (
         torch.randn(shape, generator=draw).to(dtype) for shape in ((4, 5), (2, 5), (4, 2))
     )
-    found = merge(base, lora_A, lora_B, 0.3)
+    found = merge_lora(base, lora_A, lora_B, 0.3)
     # The summands are smaller than 4, and each is rounded.
     assert max(part.abs().max() for part in (base, found)) < 4
     bound = 4 * torch.finfo(dtype).eps
     for row in range(4):
         for column in range(5):
             product = sum(float(lora_B[row, r]) * float(lora_A[r, column]) for r in range(2))
-            wanted = float(base[row, column]) + 0.3 * product
-            assert float(found[row, column]) == pytest.approx(wanted, abs=bound)
+            expected = float(base[row, column]) + 0.3 * product
+            assert float(found[row, column]) == pytest.approx(expected, abs=bound)
     assert found.dtype == dtype
-    assert bits(merge(base, lora_A, torch.zeros_like(lora_B), 0.3)).tolist() == bits(base).tolist()
+    assert (
+        bits(merge_lora(base, lora_A, torch.zeros_like(lora_B), 0.3)).tolist()
+        == bits(base).tolist()
+    )
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def folder_of(tmp_path, **tensors):
     return str(tmp_path)
 
 
-def test_weights_come_from_any_file_of_the_folder(tmp_path, whole):
+def test_base_weights_may_be_in_any_file_of_the_folder(tmp_path, whole):
     base = torch.randn(4, 5)
     save_file({"other": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({f"{Q}.weight": base}, tmp_path / "model-00002-of-00002.safetensors")
@@ -129,46 +132,38 @@ def test_weights_come_from_any_file_of_the_folder(tmp_path, whole):
     torch.testing.assert_close(found[f"{Q}.weight"], base + 0.5 * B @ A)
 
 
-FOLDERS = {
-    "a weight is missing": (
-        {"other": (4, 5)},
-        f"FOLDER: read no {Q}.weight, which is adapted",
-    ),
-    "a weight has another shape": (
-        {f"{Q}.weight": (5, 4)},
-        f"FOLDER: {Q}.weight: read shape (5, 4), expected (4, 5) as its adapter has",
-    ),
-}
-
-
-@pytest.mark.parametrize(("shapes", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_a_folder_that_does_not_fit_is_refused(tmp_path, whole, shapes, message):
+@pytest.mark.parametrize(
+    ("shapes", "got"), [({"other": (4, 5)}, None), ({f"{Q}.weight": (5, 4)}, (5, 4))]
+)
+def test_a_missing_or_misshapen_base_weight_is_refused(tmp_path, whole, shapes, got):
     folder = folder_of(tmp_path, **{name: torch.zeros(shape) for name, shape in shapes.items()})
-    replica = AdapterCache(str(folder))
+    cache = AdapterCache(str(folder))
     with pytest.raises(ConfigError) as caught:
-        replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
-    assert str(caught.value) == message.replace("FOLDER", str(folder))
+        cache.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
+    message = f"{folder}: {Q}.weight: expected shape (4, 5) of its adapter, got {got}"
+    assert str(caught.value) == message
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    message = f"{tmp_path}: read no *.safetensors, expected those of the start model"
+    message = f"{tmp_path}: expected *.safetensors files of the start model, got none"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         AdapterCache(str(tmp_path))
 
 
-@pytest.mark.parametrize("lost", ["lora_A.default.weight", "lora_B.default.weight"])
-def test_half_an_adapter_is_refused(tmp_path, whole, lost):
-    del whole[f"{Q}.{lost}"]
-    replica = AdapterCache(folder_of(tmp_path, **{f"{Q}.weight": torch.zeros(4, 5)}))
+@pytest.mark.parametrize(("lost", "kept"), [("A", "B"), ("B", "A")])
+def test_half_an_adapter_is_refused(tmp_path, whole, lost, kept):
+    del whole[f"{Q}.lora_{lost}.default.weight"]
+    cache = AdapterCache(folder_of(tmp_path, **{f"{Q}.weight": torch.zeros(4, 5)}))
     with pytest.raises(ValueError) as caught:
-        replica.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
-    assert str(caught.value) == f"weights version 4: lacks {Q}.{lost}, half of an adapter"
+        cache.fetch(published([Publisher(0, 1, 1)], whole, 4), 30)
+    message = f"weights version 4: {Q}: expected lora_A and lora_B, got {{'{kept}'}}"
+    assert str(caught.value) == message
 
 
-def test_a_version_of_whole_parameters_is_refused(tmp_path):
-    share = Publisher(0, 1, 1).publish(partitions({"w": torch.zeros(3)}, 0, 1), 4)
-    replica = AdapterCache(folder_of(tmp_path, w=torch.zeros(3)))
+def test_a_version_without_adapters_is_refused(tmp_path):
+    shard = Publisher(0, 1, 1).publish(partitions({"w": torch.zeros(3)}, 0, 1), 4)
+    cache = AdapterCache(folder_of(tmp_path, w=torch.zeros(3)))
     with pytest.raises(ValueError) as caught:
-        replica.fetch(WeightVersion(4, 1, share.buckets), 30)
-    message = "weights version 4: lacks lora_scaling, expected adapters and their scaling"
+        cache.fetch(WeightVersion(4, 1, shard.buckets), 30)
+    message = "weights version 4: expected lora_scaling beside adapters, got none"
     assert str(caught.value) == message

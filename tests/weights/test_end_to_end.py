@@ -1,5 +1,5 @@
-"""From DeepSpeed learners through the object store into a vLLM engine: both sides hold the same,
-whether versions travel whole or as what changed."""
+"""DeepSpeed learners publish full versions and deltas, a vLLM engine loads them, and the weights
+and log-probs of both sides agree."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from pear_ray.weights.publish import Publisher
 from pear_ray.weights.registry import PolicyVersions
 
 
-class Kind(NamedTuple):
-    """Whether embeddings are tied, how many ranks learn, and how often a version is whole."""
+class Case(NamedTuple):
+    """One combination of tied embeddings, number of learner ranks and `weights.full_every`."""
 
     tied: bool
     num_ranks: int
     full_every: int
 
 
-KINDS = [Kind(*kind) for kind in itertools.product((True, False), (1, 2), (1, 8))]
+CASES = [Case(*case) for case in itertools.product((True, False), (1, 2), (1, 8))]
 SETTINGS = Settings(tokens_per_micro_batch=200, timeout_seconds=200)
 OPTIMIZER = Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
 NUM_VERSIONS = 3
-# Of all elements, those that a step is let change where versions are to travel as changes.
+# Share of the elements that a step may change if versions are to be deltas.
 CHANGED_SHARE = 0.1
 
 
@@ -59,46 +59,46 @@ def sequences(seed, count=12):
     ]
 
 
-PROBE = sequences(seed=99)
+PARITY_SEQUENCES = sequences(seed=99)
 
 
 @ray.remote(max_calls=1)
-def learn(rank, num_ranks, meetings, folder):
-    """What every rank does, for one kind after the other: publish, be looked at, learn."""
+def learn(rank, num_ranks, channels, folder):
+    """Publish, export and take a step on one rank, for one case after the other."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting-{num_ranks}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
-    for kind, (model, versions_actor, queue) in meetings.items():
+    init_method = f"file://{folder}/init-{num_ranks}"
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=num_ranks)
+    for case, (model, registry, queue) in channels.items():
         learner = Learner(model, "float32", SETTINGS, OPTIMIZER, num_steps=3, seed=0)
-        publisher = Publisher(rank, bucket_mib=1, full_every=kind.full_every)
+        publisher = Publisher(rank, bucket_mib=1, full_every=case.full_every)
         for version in range(NUM_VERSIONS):
-            share = publisher.publish(learner.partitions(), version)
-            ray.get(versions_actor.announce.remote(share, num_ranks, 0, "only"))
-            probe = pack(PROBE, 1, SETTINGS.tokens_per_micro_batch)[0]
-            logprobs = by_origin(probe, learner.logprobs(probe))
-            learner.export(folder / f"{name_of(kind)}-{version}", model)
+            shard = publisher.publish(learner.partitions(), version)
+            ray.get(registry.announce.remote(shard, num_ranks, 0, "only"))
+            batches = pack(PARITY_SEQUENCES, 1, SETTINGS.tokens_per_micro_batch)[0]
+            logprobs = by_origin(batches, learner.logprobs(batches))
+            learner.export(folder / f"{name_of(case)}-{version}", model)
             if rank == 0:
-                np.savez(folder / f"{name_of(kind)}-{version}.npz", **logprobs)
-            # Buckets die with this process: it goes on once they have been fetched.
+                np.savez(folder / f"{name_of(case)}-{version}.npz", **logprobs)
+            # Wait until the engine has fetched the buckets: they are lost with this process.
             ray.get(queue.take.remote(version, SETTINGS.timeout_seconds))
             before = [part.clone() for _, _, part in learner.partitions()]
             batches = pack(sequences(version), num_ranks, SETTINGS.tokens_per_micro_batch)
             learner.step(batches[rank], Supervised())
-            if kind.full_every > 1:
+            if case.full_every > 1:
                 undo_most(learner, before, version)
 
 
 def undo_most(learner, before, seed):
-    """Leave of a step's changes a few, as a small learning rate does in bfloat16."""
+    """Undo most of a step's changes, as a small learning rate does in bfloat16."""
     draw = torch.Generator().manual_seed(seed)
     for (_, _, part), old in zip(learner.partitions(), before, strict=True):
         undone = torch.rand(part.shape, generator=draw) > CHANGED_SHARE
         part[undone] = old[undone]
 
 
-def name_of(kind):
-    return "-".join(map(str, kind))
+def name_of(case):
+    return "-".join(map(str, case))
 
 
 def by_origin(batches, logprobs):
@@ -109,29 +109,29 @@ def by_origin(batches, logprobs):
     return found
 
 
-def generate(meetings, engine_of):
-    """The other side: take every version, and say what was received and what the engine gives."""
+def generate(channels, engine_of):
+    """Load every version into an engine; return what was fetched, scored and sampled."""
     seen = {}
-    traces = [
+    requests = [
         ScoreRequest(
             tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist())
         )
-        for s in PROBE
+        for s in PARITY_SEQUENCES
     ]
-    for kind, (model, versions_actor, queue) in meetings.items():
+    for case, (model, registry, queue) in channels.items():
         try:
-            engine, replica, mark = engine_of(kind.tied), WeightCache(), None
+            engine, cache, cursor = engine_of(case.tied), WeightCache(), None
             engine.load_folder(model)
             for number in range(NUM_VERSIONS):
-                announced = ray.get(versions_actor.newest.remote(mark, SETTINGS.timeout_seconds))
-                mark, newest = announced.mark, announced.versions[-1]
-                loaded = served(engine, announced.versions, traces)
-                fetched = {n: t.clone() for n, t in replica.fetch(newest, 60).items()}
-                answers = engine.generate(
-                    [SampleRequest(traces[0].prompt_ids, 1, seed=0, min_version=number)]
+                published = ray.get(registry.newest.remote(cursor, SETTINGS.timeout_seconds))
+                cursor, newest = published.cursor, published.versions[-1]
+                update = update_engine(engine, published.versions, requests)
+                fetched = {n: t.clone() for n, t in cache.fetch(newest, 60).items()}
+                completions = engine.generate(
+                    [SampleRequest(requests[0].prompt_ids, 1, seed=0, min_version=number)]
                 )
                 is_delta = newest.base_version is not None
-                seen[kind, number] = (newest.version, is_delta, fetched, loaded, answers)
+                seen[case, number] = (newest.version, is_delta, fetched, update, completions)
                 ray.get(queue.put.remote(number, [ray.put(None)]))
         except BaseException as error:
             ray.get(queue.close.remote(repr(error)))
@@ -139,92 +139,92 @@ def generate(meetings, engine_of):
     return seen
 
 
-def served(engine, versions, traces):
-    """What the only engine says once it serves the last of the versions."""
-    engine.serve(versions, traces, SETTINGS.timeout_seconds)
+def update_engine(pool, versions, parity_requests):
+    """Load the last of `versions` into the pool's only engine; return its WeightUpdateResult."""
+    pool.update_weights(versions, parity_requests, SETTINGS.timeout_seconds)
     end = time.monotonic() + SETTINGS.timeout_seconds
     while time.monotonic() < end:
-        engine.finished()
-        assert engine.failed_loads == []
-        if engine.loaded:
-            ((_, loaded),) = engine.loaded
-            engine.loaded = []
-            return loaded
-        ray.wait(engine.calls, timeout=1)
+        pool.pop_finished()
+        assert pool.failed_updates == []
+        if pool.weight_updates:
+            ((_, update),) = pool.weight_updates
+            pool.weight_updates = []
+            return update
+        ray.wait(pool.pending_calls, timeout=1)
     raise TimeoutError(f"version {versions[-1].version} was not loaded")
 
 
 @pytest.fixture(scope="module")
-def met(tiny_model, engine_of, tmp_path_factory):
-    """One run of both sides: (folder with the learner's files, what the generator's side saw)."""
-    folder = tmp_path_factory.mktemp("met")
+def exchange(tiny_model, engine_of, tmp_path_factory):
+    """Run both sides; return (folder of the learners' files, results of the engine's side)."""
+    folder = tmp_path_factory.mktemp("exchange")
     seen = {}
     for num_ranks in (1, 2):
-        meetings = {
-            kind: (str(tiny_model(kind.tied)), PolicyVersions.remote(), BatchQueue.remote())
-            for kind in KINDS
-            if kind.num_ranks == num_ranks
+        channels = {
+            case: (str(tiny_model(case.tied)), PolicyVersions.remote(), BatchQueue.remote())
+            for case in CASES
+            if case.num_ranks == num_ranks
         }
         with ThreadPoolExecutor(1) as executor:
-            generators = executor.submit(generate, meetings, engine_of)
+            generators = executor.submit(generate, channels, engine_of)
             try:
-                ranks = [learn.remote(n, num_ranks, meetings, folder) for n in range(num_ranks)]
+                ranks = [learn.remote(n, num_ranks, channels, folder) for n in range(num_ranks)]
                 ray.get(ranks, timeout=SETTINGS.timeout_seconds)
             finally:
-                for _, versions_actor, _ in meetings.values():
-                    ray.get(versions_actor.close.remote("the learners have ended"))
+                for _, registry, _ in channels.values():
+                    ray.get(registry.close.remote("the learners have ended"))
             seen |= generators.result()
-        for _, versions_actor, queue in meetings.values():
-            ray.kill(versions_actor)
+        for _, registry, queue in channels.values():
+            ray.kill(registry)
             ray.kill(queue)
     return folder, seen
 
 
-MEETINGS = [(kind, number) for kind in KINDS for number in range(NUM_VERSIONS)]
+RESULTS = [(case, number) for case in CASES for number in range(NUM_VERSIONS)]
 
 
-@pytest.fixture(params=MEETINGS, ids=lambda meeting: f"{name_of(meeting[0])}-{meeting[1]}")
-def meeting(request, met):
-    folder, seen = met
-    kind, number = request.param
-    return folder / f"{name_of(kind)}-{number}", seen[request.param]
+@pytest.fixture(params=RESULTS, ids=lambda key: f"{name_of(key[0])}-{key[1]}")
+def result(request, exchange):
+    folder, seen = exchange
+    case, number = request.param
+    return folder / f"{name_of(case)}-{number}", seen[request.param]
 
 
-def test_what_is_fetched_is_what_is_exported(meeting):
-    exported, (version, _, fetched, *_) = meeting
+def test_fetched_weights_equal_the_export(result):
+    exported, (version, _, fetched, *_) = result
     assert version == int(exported.name[-1])
     saved = load_file(exported / "model.safetensors")
     assert fetched.keys() == saved.keys()
     assert all(torch.equal(fetched[name], tensor) for name, tensor in saved.items())
 
 
-def test_learner_and_generator_give_the_probe_the_same_logprobs(meeting):
-    exported, (version, _, _, loaded, _) = meeting
+def test_learner_and_engine_logprobs_agree(result):
+    exported, (version, _, _, update, _) = result
     learned = np.load(exported.with_name(f"{exported.name}.npz"))
     gaps = [
         float(np.abs(learned[sequence.origin] - scores).max())
-        for sequence, scores in zip(PROBE, loaded.probe, strict=True)
+        for sequence, scores in zip(PARITY_SEQUENCES, update.parity_logprobs, strict=True)
     ]
     assert max(gaps) <= 1e-4
-    assert loaded.version == version and 0 < loaded.pause_seconds < 60
+    assert update.version == version and 0 < update.pause_seconds < 60
 
 
-def test_answers_carry_the_version(meeting):
-    _, (version, *_, answers) = meeting
-    ((answer,),) = answers
-    assert answer.policy_versions == (version, version)
+def test_completions_carry_the_version(result):
+    _, (version, *_, completions) = result
+    ((completion,),) = completions
+    assert completion.policy_versions == (version, version)
 
 
-def test_after_the_first_version_changes_travel_where_they_are_few(met):
-    _, seen = met
+def test_versions_after_the_first_are_deltas_if_few_elements_change(exchange):
+    _, seen = exchange
     found = {key: is_delta for key, (_, is_delta, *_) in seen.items()}
-    assert found == {(kind, number): kind.full_every > 1 and number > 0 for kind, number in found}
+    assert found == {(case, number): case.full_every > 1 and number > 0 for case, number in found}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_versions_differ_by_far_more_than_the_engines(met, kind):
-    _, seen = met
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_versions_differ_by_far_more_than_learner_and_engine(exchange, case):
+    _, seen = exchange
     for one, other in ((0, 1), (1, 2)):
-        old, new = seen[kind, one][3].probe, seen[kind, other][3].probe
+        old, new = seen[case, one][3].parity_logprobs, seen[case, other][3].parity_logprobs
         gaps = [float(np.abs(a - b).max()) for a, b in zip(old, new, strict=True)]
         assert max(gaps) > 0.02

@@ -1,4 +1,4 @@
-"""Partitions of several ranks through the object store and back, and what can go wrong."""
+"""Publish and fetch the partitions of several ranks, with and without failures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import Publisher, checksum
-from tests.weights.ranks import Ranks, assert_same, partitions, random_bits, with_bucket
+from tests.weights.ranks import Ranks, assert_equal_bits, partitions, random_bits, with_bucket
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-# Odd sizes, one element, more than a bucket holds, and less than there are ranks.
+# Odd sizes, a single element, more than one bucket, and fewer elements than ranks.
 SHAPES = {
     "embed.weight": (101, 1031),
     "layer.bias": (7,),
@@ -29,10 +29,7 @@ SHAPES = {
     "head.weight": (333, 777),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-A_RANK_IS_MISSING = (
-    "weights version 5: embed.weight lacks a rank's partition: read those of ranks {},"
-    " expected one of each of 3"
-)
+RANK_MISSING = "weights version 5: embed.weight: expected partitions of ranks [0, 1, 2], got {}"
 
 
 def tensors(seed):
@@ -46,12 +43,12 @@ def tensors(seed):
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("bucket_mib", [1, 512])
 @pytest.mark.parametrize("full_every", [1, 2])
-def test_what_is_fetched_is_what_was_published(num_ranks, bucket_mib, full_every):
+def test_fetched_weights_equal_the_published_ones(num_ranks, bucket_mib, full_every):
     whole = tensors(num_ranks)
     version = Ranks(num_ranks, bucket_mib, full_every).publish(whole, 5)
     num_buckets = len(version.buckets) / num_ranks
     assert num_buckets == 1 if bucket_mib == 512 else num_buckets > 1
-    assert_same(WeightCache().fetch(version, 30), whole)
+    assert_equal_bits(WeightCache().fetch(version, 30), whole)
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,17 +58,17 @@ def test_what_is_fetched_is_what_was_published(num_ranks, bucket_mib, full_every
     num_ranks=st.integers(1, 4),
     full_every=st.integers(1, 2),
 )
-def test_every_bit_arrives(seed, shapes, num_ranks, full_every):
+def test_random_tensors_arrive_bit_by_bit(seed, shapes, num_ranks, full_every):
     rng = np.random.default_rng(seed)
     whole = {
         str(number): random_bits(rng, tuple(shape), DTYPES[rng.integers(len(DTYPES))])
         for number, shape in enumerate(shapes)
     }
     version = Ranks(num_ranks, full_every=full_every).publish(whole, 0)
-    assert_same(WeightCache().fetch(version, 30), whole)
+    assert_equal_bits(WeightCache().fetch(version, 30), whole)
 
 
-def test_other_dtypes_arrive_too():
+def test_other_dtypes_and_special_values_arrive():
     whole = {
         "nan": torch.tensor([float("nan"), -0.0, float("inf")], dtype=torch.bfloat16),
         "double": torch.linspace(0, 1, 11, dtype=torch.float64),
@@ -80,26 +77,26 @@ def test_other_dtypes_arrive_too():
         "none": torch.empty(0, 3),
     }
     for num_ranks in (1, 2):
-        assert_same(WeightCache().fetch(Ranks(num_ranks).publish(whole, 0), 30), whole)
+        assert_equal_bits(WeightCache().fetch(Ranks(num_ranks).publish(whole, 0), 30), whole)
 
 
-def test_a_bucket_is_no_longer_than_asked_unless_one_partition_is():
+def test_buckets_stay_below_bucket_mib_unless_one_partition_exceeds_it():
     ranks = Ranks(2)
     version = ranks.publish(tensors(0), 5)
     total = 0
     for bucket in version.buckets:
-        size = sum(entry.num_bytes for entry in bucket.entries)
+        size = sum(entry.num_bytes for entry in bucket.params)
         assert sum(item.nbytes for item in ray.get(bucket.reference[0])) == size
-        assert size <= 2**20 or len(bucket.entries) == 1
+        assert size <= 2**20 or len(bucket.params) == 1
         total += size
-    assert sum(share.num_bytes for share in ranks.shares) == total
+    assert sum(shard.num_bytes for shard in ranks.shards) == total
 
 
-def test_buckets_may_come_in_any_order_of_ranks():
+def test_buckets_may_come_in_any_order():
     whole = tensors(1)
     version = Ranks(3).publish(whole, 5)
     backwards = dataclasses.replace(version, buckets=version.buckets[::-1])
-    assert_same(WeightCache().fetch(backwards, 30), whole)
+    assert_equal_bits(WeightCache().fetch(backwards, 30), whole)
 
 
 def test_one_rank_without_deltas_is_not_copied():
@@ -110,29 +107,29 @@ def test_one_rank_without_deltas_is_not_copied():
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_where_deltas_may_follow_a_replica_writes_into_the_same_memory(num_ranks):
-    ranks, replica = Ranks(num_ranks, full_every=2), WeightCache()
-    places = [
-        [tensor.data_ptr() for tensor in replica.fetch(ranks.publish(tensors(n), n), 30).values()]
+def test_a_cache_for_deltas_reuses_its_memory(num_ranks):
+    ranks, cache = Ranks(num_ranks, full_every=2), WeightCache()
+    pointers = [
+        [tensor.data_ptr() for tensor in cache.fetch(ranks.publish(tensors(n), n), 30).values()]
         for n in range(3)
     ]
-    assert places[0] == places[1] == places[2]
+    assert pointers[0] == pointers[1] == pointers[2]
 
 
-def test_a_replica_outlives_a_change_of_the_number_of_ranks():
-    replica = WeightCache()
+def test_the_number_of_ranks_may_change():
+    cache = WeightCache()
     for version, num_ranks in enumerate((2, 3, 1)):
         whole = tensors(num_ranks)
-        found = replica.fetch(Ranks(num_ranks, full_every=2).publish(whole, version), 30)
-        assert_same(found, whole)
+        found = cache.fetch(Ranks(num_ranks, full_every=2).publish(whole, version), 30)
+        assert_equal_bits(found, whole)
 
 
-def test_published_is_what_was_there_when_publish_was_called():
+def test_later_changes_do_not_reach_a_published_version():
     whole = {"weight": torch.zeros(1000, dtype=torch.bfloat16)}
-    shares = [Publisher(0, 1, every).publish(partitions(whole, 0, 1), 0) for every in (1, 2)]
+    shards = [Publisher(0, 1, every).publish(partitions(whole, 0, 1), 0) for every in (1, 2)]
     whole["weight"] += 1
-    for share in shares:
-        assert not ray.get(share.buckets[0].reference[0])[0].any()
+    for shard in shards:
+        assert not ray.get(shard.buckets[0].reference[0])[0].any()
 
 
 @pytest.mark.parametrize("full_every", [1, 2])
@@ -148,7 +145,7 @@ def test_a_flipped_bit_is_refused(full_every):
     assert str(caught.value) == message
 
 
-def test_a_shortened_object_is_refused():
+def test_a_truncated_object_is_refused():
     version = Ranks(2).publish(tensors(2), 5)
     for change in (lambda items: items[:-1], lambda items: [*items[:-1], items[-1][:-1]]):
         items = change(ray.get(version.buckets[0].reference[0]))
@@ -163,22 +160,22 @@ def test_a_missing_rank_is_refused():
         with pytest.raises(ValueError) as caught:
             WeightCache().fetch(dataclasses.replace(version, buckets=kept), 30)
         left = [rank for rank in range(3) if rank != absent]
-        assert str(caught.value) == A_RANK_IS_MISSING.format(left)
+        assert str(caught.value) == RANK_MISSING.format(left)
 
 
-def test_the_checksum_is_that_of_the_bytes_in_a_row():
+def test_checksum_covers_the_concatenated_bytes():
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 256, size, np.uint8) for size in (0, 1, 1000, 70_000)]
     joined = np.concatenate(arrays)
     assert checksum(arrays) == checksum([joined])
-    assert checksum([]) == 0x2D06800538D394C2  # XXH3 of nothing, as its specification has it
+    assert checksum([]) == 0x2D06800538D394C2  # XXH3 of empty input, from its specification
     joined[500] ^= 1
     assert checksum(arrays) != checksum([joined])
 
 
 @ray.remote(num_cpus=0)
 class Learner:
-    """Publishes from a process of its own, with which its objects die."""
+    """Publishes from a process of its own; its objects are lost when it dies."""
 
     def publish(self, whole):
         return Ranks(1).publish(whole, 5)
@@ -187,11 +184,11 @@ class Learner:
         time.sleep(3600)
 
 
-def test_a_bucket_that_never_comes_ends_the_wait_at_its_deadline():
+def test_a_missing_bucket_raises_at_the_timeout():
     learner = Learner.remote()
     version = ray.get(learner.publish.remote(tensors(4)))
     late = with_bucket(version, 1, reference=[learner.never.remote()])
-    # The buckets before it do not lengthen the wait.
+    # Waiting for the other buckets does not extend the timeout.
     started = time.monotonic()
     with pytest.raises(TimeoutError) as caught:
         WeightCache().fetch(late, 1)
@@ -200,12 +197,12 @@ def test_a_bucket_that_never_comes_ends_the_wait_at_its_deadline():
     ray.kill(learner)
 
 
-def test_a_bucket_whose_publisher_died_is_named():
+def test_a_bucket_of_a_dead_publisher_raises():
     learner = Learner.remote()
     version = ray.get(learner.publish.remote(tensors(5)))
     ray.kill(learner)
     end = time.monotonic() + 60
-    with pytest.raises(LookupError, match=r"version 5, rank 0, bucket \d: no longer in the store"):
-        # The store learns of the death a moment later; until then the version is whole.
+    with pytest.raises(LookupError, match=r"version 5, rank 0, bucket \d: lost from the store"):
+        # Ray needs a moment to notice the death; until then the objects are available.
         while time.monotonic() < end:
             WeightCache().fetch(version, 60)
