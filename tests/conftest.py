@@ -167,9 +167,9 @@ def engine_of(
 
         @cache
         def engine(tied: bool) -> EnginePool:
-            servers = VllmEngineFactory("float32", settings, seed=0)
+            factory = VllmEngineFactory("float32", settings, seed=0)
             pool = EnginePool(
-                servers, str(tiny_model(tied)), settings, tell=lambda kind, text: None
+                factory, str(tiny_model(tied)), settings, log_event=lambda kind, text: None
             )
             return started.enter_context(pool)
 

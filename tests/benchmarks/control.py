@@ -30,8 +30,9 @@ import psutil
 import ray
 
 from pear_ray.config import Job, Pretrain
-from pear_ray.data.batch_queue import BatchQueue, take
-from pear_ray.engines.engine_actor import Report, WeightUpdateResult
+from pear_ray.data.batch_queue import BatchQueue, take_batch
+from pear_ray.engines.engine_actor import PollResult, WeightUpdateResult
+from pear_ray.engines.engine_factory import VllmEngineFactory
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion
@@ -41,7 +42,7 @@ from pear_ray.rl.rollouts import answer
 from pear_ray.rl.stage import Stage
 from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
-from pear_ray.train.model import write_new_model
+from pear_ray.train.new_model import write_new_model
 from pear_ray.weights.registry import PolicyVersions
 from pear_ray.weights.types import RankShard
 
@@ -102,16 +103,16 @@ class Host:
             self._made[version] = [answers_of(version, draw) for _ in range(NUM_DIFFERENT)]
         return self._made[version][request.seed % NUM_DIFFERENT]
 
-    async def finished(self, name: str, wait_seconds: float) -> Report:
+    async def poll(self, name: str, wait_seconds: float) -> PollResult:
         try:
             await asyncio.wait_for(self._news[name].wait(), wait_seconds)
         except TimeoutError:
-            return Report([], 0.0)
+            return PollResult([], 0.0)
         self._news[name].clear()
         found, self._finished[name] = self._finished[name], []
-        return Report(found, 0.0)
+        return PollResult(found, 0.0)
 
-    async def update(
+    async def update_weights(
         self, name: str, versions: Any, probe: Any, seconds: float
     ) -> WeightUpdateResult:
         self._version[name] = versions[-1].version
@@ -132,11 +133,11 @@ class Pretended:
     """An engine's actor, as a fleet sees it."""
 
     def __init__(self, host: Any, name: str) -> None:
-        for method in ("ready", "submit", "finished", "update"):
+        for method in ("ready", "submit", "poll", "update_weights"):
             setattr(self, method, TrainStep(getattr(host, method), name))
 
 
-class PretendedServers:
+class PretendedServers(VllmEngineFactory):
     """Pretended engines, dealt over a few processes."""
 
     def __init__(self, num_hosts: int, latency_seconds: float) -> None:
@@ -149,7 +150,7 @@ class PretendedServers:
         host = self._hosts[self._num_started % len(self._hosts)]
         return Pretended(host, str(self._num_started))
 
-    def end(self, actor: Pretended) -> None:
+    def stop(self, actor: Pretended) -> None:
         """They end with their hosts."""
 
 
@@ -192,13 +193,13 @@ class Learners:
     def _learn(self) -> None:
         due, step = time.monotonic(), 0
         while True:
-            batch = take(self._queue, step, 120.0).pop_batch
+            batch = take_batch(self._queue, step, 120.0).pop_batch
             due = max(due + SECONDS_PER_STEP, time.monotonic() - 1)
             time.sleep(max(0.0, due - time.monotonic()))
             step += 1
             share = RankShard(step, 0, (), 0)
             ray.get(self._board.announce.remote(share, 1, batch.next_problem, "only"))
-            ray.get(self._queue.forget_before.remote(step - 1))
+            ray.get(self._queue.drop_before.remote(step - 1))
             self._num_groups += len(batch.groups)
 
 
@@ -234,7 +235,7 @@ def cpu_seconds() -> dict[str, float]:
             used = sum(process.cpu_times()[:2])
         except psutil.Error:
             continue
-        for name in ("Board", "BatchQueue", "RewardWorker", "Learners", "Host"):
+        for name in ("PolicyVersions", "BatchQueue", "RewardWorker", "Learners", "Host"):
             if title.startswith(name):
                 found[name] = found.get(name, 0.0) + used
     return found

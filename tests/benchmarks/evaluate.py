@@ -51,13 +51,13 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
 
 def asked(model: str, num_problems: int, num_samples: int) -> tuple[Any, Any, list[Any]]:
     """Job, problems and requests."""
-    from pear_ray.data.tokenizer import prompts_that_fit
+    from pear_ray.data.tokenizer import encode_problems
     from pear_ray.evaluate.attempts import requests
     from pear_ray.tasks import heldout_problems
 
     job = job_of(model, num_problems, num_samples)
     problems = heldout_problems(job.tasks, num_problems, 0)
-    prompts = prompts_that_fit(model, problems, job.generator.max_model_len)
+    prompts = encode_problems(model, problems, job.generator.max_model_len)
     return job, problems, list(requests(job, prompts, problems, set()))
 
 
@@ -103,7 +103,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     """Prints the same of the stage's work on one checkpoint."""
     import ray
 
-    from pear_ray.engines.engine_factory import engine_pool
+    from pear_ray.engines.engine_pool import EnginePool
     from pear_ray.evaluate.attempts import Store, attempt
     from pear_ray.rewards.pool import RewardPool
 
@@ -112,7 +112,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     job, problems, work = asked(model, num_problems, num_samples)
     with (
         tempfile.TemporaryDirectory() as folder,
-        engine_pool(job, model, print) as pool,
+        EnginePool.from_job(job, model, print) as pool,
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         pool.generate([request for _, request in work[:16]])
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="answers to each problem")
     words = parser.parse_args()
     from pear_ray.config import Pretrain
-    from pear_ray.train.model import write_new_model
+    from pear_ray.train.new_model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     with tempfile.TemporaryDirectory() as folder:

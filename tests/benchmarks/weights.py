@@ -43,7 +43,7 @@ from pear_ray.config import Generator, Pretrain
 from pear_ray.engines.engine_factory import VllmEngineFactory
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.rl.rollouts import Watch
-from pear_ray.train.model import write_new_model
+from pear_ray.train.new_model import write_new_model
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.registry import PolicyVersions
 
@@ -182,15 +182,15 @@ def one_round(
     while news is None:
         ray.wait([watch.call], timeout=DEADLINE_SECONDS)
         news = watch.news()
-    pool.serve(news.versions, (), DEADLINE_SECONDS)
-    while len(pool.loaded) < NUM_ENGINES:
-        ray.wait(pool.calls, timeout=DEADLINE_SECONDS, fetch_local=False)
-        pool.finished()
-        if pool.failed_loads:
-            raise pool.failed_loads[0][1]
+    pool.update_weights(news.versions, (), DEADLINE_SECONDS)
+    while len(pool.weight_updates) < NUM_ENGINES:
+        ray.wait(pool.pending_calls, timeout=DEADLINE_SECONDS, fetch_local=False)
+        pool.pop_finished()
+        if pool.failed_updates:
+            raise pool.failed_updates[0][1]
     total = time.perf_counter() - started
     published = ray.get(publishing, timeout=DEADLINE_SECONDS)
-    loads, pool.loaded = [load for _, load in pool.loaded], []
+    loads, pool.weight_updates = [load for _, load in pool.weight_updates], []
     return {
         "mib": sum(num_bytes for num_bytes, _ in published) / 2**20,
         "total": total,

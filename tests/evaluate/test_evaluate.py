@@ -60,8 +60,8 @@ class Bench:
     def drain(self) -> None:
         """What a dead process leaves under way dies with its engines; this one is used again."""
         while self.pool.num_sequences or self.reward_pool.num_waiting:
-            self.pool.finished()
-            self.reward_pool.finished(0.1)
+            self.pool.pop_finished()
+            self.reward_pool.pop_finished(0.1)
 
 
 @pytest.fixture(scope="module")
