@@ -1,117 +1,178 @@
-"""What a step does with rollouts and traces, all but BRIDGE."""
+"""Shared parts of the methods, and the weighted sum of both losses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pear_ray.config import Job
-from pear_ray.cooperate.metrics import both_signals_metrics, numbers_of_rollouts, of_traces
-from pear_ray.cooperate.settings import settings_of, traces_job
-from pear_ray.losses.mixed import HighEntropyOnly, JointTokenMean, LambdaMix, rl_weight_at
+from pear_ray.config import BridgeMethod, Cooperate, Job, SumMethod
+from pear_ray.data.loader import batches
+from pear_ray.data.scored_dataset import RowFilter, RowGroup
+from pear_ray.data.scored_dataset import training_sequences as sequences_of_rows
+from pear_ray.losses.mixed import (
+    DEMONSTRATION_PREFIX,
+    HighEntropyOnly,
+    JointTokenMean,
+    LambdaMix,
+    rl_weight_at,
+)
 from pear_ray.losses.sft import Supervised
-from pear_ray.records import TrainingBatch, TrainingSequence
-from pear_ray.rl.build import objective_of, sequences_of
-from pear_ray.rl.learners import TrainStep
+from pear_ray.records import RolloutGroup, TrainingBatch, TrainingSequence
+from pear_ray.rl.build import build_rl_loss, training_sequences
 from pear_ray.rl.rollouts import RolloutBatch
-from pear_ray.sft.build import objective_of as supervised_of
+from pear_ray.rl.scheduler import RolloutScheduler, StepBatch
+from pear_ray.rl.train_step import RankConfig, TrainStep, step_metrics
+from pear_ray.sft.build import build_sft_loss
 
 if TYPE_CHECKING:
-    from pear_ray.train.learner import Learner
+    from pear_ray.train.learner import Learner, StepResult
 
-Told = tuple[dict[str, float], list[TrainingBatch]]
+StepOutput = tuple[dict[str, float], list[TrainingBatch]]
 
 
-class TwoSignalStep(TrainStep):
-    """What the methods have in common: a learner, both objectives, and the traces of a step."""
+def cooperate_settings(job: Job) -> Cooperate:
+    """Return [cooperate], which a job with this stage has."""
+    assert job.cooperate is not None
+    return job.cooperate
 
-    def __init__(self, job: Job, config: dict[str, Any]) -> None:
-        super().__init__(job, self._learners_of(job, config["start"]))
-        self._settings = settings_of(job)
-        shown = traces_job(job)
-        self._rl = objective_of(job)
-        sft = supervised_of(shown, config["groups"], self.learner)
-        share = self._settings.entropy_top_frac
-        self._sft: Supervised = (
-            sft if share == 1 else replace(sft, loss=HighEntropyOnly(sft.loss, share))
+
+def demonstration_job(job: Job) -> Job:
+    """Return the job with the [sft] that holds for demonstrations, `cooperate.sft` applied."""
+    return job.model_copy(update={"sft": cooperate_settings(job).sft_of(job.sft)})
+
+
+class CooperateStep(TrainStep):
+    """A train step with two losses: that of [rl] for rollouts, of [sft] for demonstrations."""
+
+    def __init__(self, groups: Sequence[RowGroup], config: RankConfig) -> None:
+        super().__init__(config, self._build_learners(config))
+        self._settings = cooperate_settings(config.job)
+        self._rl_loss = build_rl_loss(config.job)
+        self._sft_loss: Supervised = build_sft_loss(
+            demonstration_job(config.job), groups, self.learner
         )
+        frac = self._settings.entropy_top_frac
+        if frac < 1:
+            loss = HighEntropyOnly(self._sft_loss.loss, frac)
+            self._sft_loss = replace(self._sft_loss, loss=loss)
 
-    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
+    def _build_learners(self, config: RankConfig) -> Mapping[str, Learner]:
+        """Return the learners by their names in the checkpoint, the policy first."""
         from pear_ray.train.learner import Learner
 
-        learner = Learner(start, job.model.dtype, job.learner, job.rl, job.rl.steps, job.run.seed)
-        return {"policy": learner}
-
-    def _traces_of(self, rollouts: RolloutBatch) -> list[TrainingSequence]:
-        """A step's traces, marked as such; there may be none."""
-        traces = rollouts.batch.traces
-        return [replace(sequence, from_trace=sequence.trainable) for sequence in traces]
-
-
-class SumStep(TwoSignalStep):
-    """One loss: lambda times that of the rollouts and 1 - lambda times that of the traces. What is
-    multiplied by 0 is not computed; where a step has no traces it is that of the rollouts."""
-
-    def step(self, step: int, rollouts: RolloutBatch) -> Told:
-        answers = sequences_of(self._job, rollouts.batch.groups)
-        packs, share = self._mixture(step, answers, rollouts)
-        result = self.learner.step(packs, LambdaMix(self._rl, self._sft, share))
-        return both_signals_metrics(result, packs[0]) | {"rl_weight": share}, packs
-
-    def _mixture(
-        self, step: int, answers: list[TrainingSequence], rollouts: RolloutBatch
-    ) -> tuple[list[TrainingBatch], float]:
-        """What the step learns from, and lambda: 1 where it has no traces."""
-        settings = self._settings
-        share = rl_weight_at(step, self._job.rl.steps, settings.rl_weight, settings.last_rl_weight)
-        traces = self._traces_of(rollouts) if share < 1 else []
-        packs = self.learner.share((answers if share > 0 else []) + traces)
-        return packs, share if traces else 1.0
-
-
-class TrapoStep(TwoSignalStep):
-    """TRAPO (arXiv 2512.17636): the policy goes on from the beginnings of traces, the beginning is
-    learned as a trace and what follows by RL, in one loss."""
-
-    def step(self, step: int, rollouts: RolloutBatch) -> Told:
-        packs = self.learner.share(sequences_of(self._job, rollouts.batch.groups))
-        result = self.learner.step(packs, JointTokenMean(self._rl, self._sft))
-        return both_signals_metrics(result, packs[0]), packs
-
-
-class AlternateStep(TwoSignalStep):
-    """An optimizer step on rollouts, then one on traces, with one optimizer for both (the order and
-    the shared optimizer are this project's choices). As MIFO (arXiv 2510.04454) has it, the second
-    may leave alone what the first has moved most; AdamW's own momentum stands for the history that
-    MIFO+ keeps. A step without traces has the first alone."""
-
-    def _learners_of(self, job: Job, start: str) -> Mapping[str, Learner]:
-        from pear_ray.train.freeze import FreezingLearner
-
-        num_steps = 2 * job.rl.steps
-        learner = FreezingLearner(
-            start, job.model.dtype, job.learner, job.rl, num_steps, job.run.seed
+        job, rl = config.job, config.job.rl
+        learner = Learner(
+            config.start_model, job.model.dtype, job.learner, rl, rl.steps, job.run.seed
         )
         return {"policy": learner}
 
-    def step(self, step: int, rollouts: RolloutBatch) -> Told:
-        learner: Any = self.learner
-        share = self._settings.frozen_frac
-        before = learner.values() if share else {}
-        packs = learner.share(sequences_of(self._job, rollouts.batch.groups))
-        numbers = numbers_of_rollouts(learner.step(packs, self._rl))
-        traces = self._traces_of(rollouts)
-        if not traces:
-            return numbers, packs
-        held = learner.moved_most(before, share) if share else {}
-        values = learner.values() if share else {}
-        more = learner.share(traces)
-        result = learner.step(more, JointTokenMean(self._rl, self._sft))
-        if held:
-            learner.put_back(values, held)
-            numbers["frozen_frac"] = float(np.mean([mask.float().mean() for mask in held.values()]))
-        numbers["sft_grad_norm"] = result.grad_norm
-        return numbers | of_traces(result.facts, more[0]), packs
+    def _train_on(self, sequences: list[TrainingSequence], loss: JointTokenMean) -> StepOutput:
+        """Take one optimizer step."""
+        micro_batches = self.learner.micro_batches(sequences)
+        result = self.learner.step(micro_batches, loss)
+        return mixed_metrics(result, micro_batches[0]), micro_batches
+
+    def _demonstrations(self, rollouts: RolloutBatch) -> list[TrainingSequence]:
+        """Return the demonstrations of a step, if any, with their tokens marked as such."""
+        return [
+            replace(sequence, from_demonstration=sequence.trainable)
+            for sequence in rollouts.batch.demonstrations
+        ]
+
+
+class SumStep(CooperateStep):
+    """One loss: lambda times RL plus 1 - lambda times SFT. A loss with weight 0 is not computed; a
+    step without demonstrations is RL alone."""
+
+    def train(self, step: int, rollouts: RolloutBatch) -> StepOutput:
+        completions = training_sequences(self._job, rollouts.batch.groups)
+        sequences, rl_weight = self._mix(step, completions, rollouts)
+        loss = LambdaMix(self._rl_loss, self._sft_loss, rl_weight)
+        metrics, micro_batches = self._train_on(sequences, loss)
+        return metrics | {"rl_weight": rl_weight}, micro_batches
+
+    def _mix(
+        self, step: int, completions: list[TrainingSequence], rollouts: RolloutBatch
+    ) -> tuple[list[TrainingSequence], float]:
+        """Return the sequences to train on, and lambda: 1 if the step has no demonstrations."""
+        method = self._settings.method
+        assert isinstance(method, SumMethod | BridgeMethod)
+        rl_weight = rl_weight_at(step, self._job.rl.steps, method.rl_weight, method.rl_weight_final)
+        demonstrations = self._demonstrations(rollouts) if rl_weight < 1 else []
+        sequences = (completions if rl_weight > 0 else []) + demonstrations
+        return sequences, rl_weight if demonstrations else 1.0
+
+
+class MixedDataScheduler(RolloutScheduler):
+    """A rollout scheduler whose batches also have the corpus rows that `sft` would train on in the
+    same step, over and over if there are fewer than all steps need."""
+
+    def __init__(
+        self,
+        sft_job: Job,
+        groups: Sequence[RowGroup],
+        job: Job,
+        path: str,
+        first_step: int,
+        first_problem: int,
+    ) -> None:
+        super().__init__(job, path, first_step, first_problem)
+        self._negative_coefficient = sft_job.sft.negative_coefficient
+        num_rows = sum(group.num_train for group in groups)
+        self._tables = batches(
+            groups,
+            RowFilter.from_job(sft_job),
+            num_epochs=-(-job.rl.steps * sft_job.sft.examples_per_step // num_rows),
+            rows_per_step=sft_job.sft.examples_per_step,
+            rows_per_window=sft_job.sft.rows_per_window,
+            seed=job.run.seed,
+            first_step=first_step,
+        )
+
+    def _build_batch(self, groups: tuple[RolloutGroup, ...], dropped: tuple[str, ...]) -> StepBatch:
+        batch = super()._build_batch(groups, dropped)
+        rows = sequences_of_rows(next(self._tables), self._negative_coefficient)
+        return replace(batch, demonstrations=tuple(rows))
+
+
+def mixed_metrics(result: StepResult, batch: TrainingBatch) -> dict[str, float]:
+    """Return the metrics of a step whose loss is one of `losses.mixed`: those of `rl` for rollouts,
+    and the demonstrations' with a prefix. The SFT loss and the reward stand side by side, since
+    each rises at the expense of the other (arXiv 2601.07389). `batch` is any of its micro-batches.
+    """
+    metrics = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+    }
+    num_tokens = batch.num_trainable_tokens_global - batch.num_demonstration_tokens_global
+    if num_tokens:
+        metrics = step_metrics(replace(result, num_tokens=num_tokens)) | metrics
+        metrics["rl_loss"] = float(result.metric_sums["rl_loss"]) / num_tokens
+    return metrics | demonstration_metrics(result.metric_sums, batch)
+
+
+def demonstration_metrics(
+    metric_sums: Mapping[str, np.ndarray], batch: TrainingBatch
+) -> dict[str, float]:
+    """Return a step's metrics of demonstrations, per token; none if it had none."""
+    num_tokens = batch.num_demonstration_tokens_global
+    if not num_tokens:
+        return {}
+    sums = {
+        name.removeprefix(DEMONSTRATION_PREFIX): float(value)
+        for name, value in metric_sums.items()
+        if name.startswith(DEMONSTRATION_PREFIX) and np.ndim(value) == 0
+    }
+    metrics = {
+        "loss": sums["loss"] / num_tokens,
+        "nll": sums["nll"] / max(1.0, sums["tokens_to_learn"]),
+        "tokens": num_tokens,
+    }
+    if "weight" in sums:
+        metrics["weight_mean"] = sums["weight"] / num_tokens
+        metrics["effective_sample_size"] = sums["weight"] ** 2 / sums["weight_squared"] / num_tokens
+    return {DEMONSTRATION_PREFIX + name: value for name, value in metrics.items()}

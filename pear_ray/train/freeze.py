@@ -1,4 +1,4 @@
-"""A learner that can hold still, during one update, what another one moved most."""
+"""A learner that can undo part of an update: the elements that an earlier one changed most."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pear_ray.train.learner import Learner
 
 
 class FreezingLearner(Learner):
-    """Under ZeRO-3 alone."""
+    """A learner under ZeRO-3, which alone partitions each parameter by itself."""
 
-    def values(self) -> dict[str, Tensor]:
-        """A copy of this rank's partition of every trained parameter, float32."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy this rank's partition of every trained parameter, float32."""
         return {name: safe_get_local_fp32_param(p).clone() for name, p in self._trainable()}
 
-    def moved_most(self, before: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Of each parameter on its own, the `share` of its elements that changed most since
-        `before`, as a mask of this rank's partition, bool. More where several changed as much as
-        the last of them, and none that did not change."""
-        found = {}
+    def most_changed(self, before: dict[str, Tensor], frac: float) -> dict[str, Tensor]:
+        """Return a mask of this rank's partitions, bool: the `frac` of each parameter's elements
+        that changed most since the snapshot `before`. Ties for the last place are all included,
+        unchanged elements never."""
+        masks = {}
         for name, parameter in self._trainable():
-            moved = (safe_get_local_fp32_param(parameter) - before[name]).abs()
-            num_held = int(share * parameter.ds_numel)
-            everywhere = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
-            dist.all_gather(everywhere, moved)
-            largest = torch.cat(everywhere).topk(max(1, num_held)).values
-            found[name] = (moved >= largest[-1]) & (moved > 0) & (num_held > 0)
-        return found
+            change = (safe_get_local_fp32_param(parameter) - before[name]).abs()
+            num_frozen = int(frac * parameter.ds_numel)
+            changes = [torch.empty_like(change) for _ in range(dist.get_world_size())]
+            dist.all_gather(changes, change)
+            largest = torch.cat(changes).topk(max(1, num_frozen)).values
+            masks[name] = (change >= largest[-1]) & (change > 0) & (num_frozen > 0)
+        return masks
 
-    def put_back(self, values: dict[str, Tensor], where: dict[str, Tensor]) -> None:
-        """Give elements the values that they had."""
+    def reset(self, snapshot: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """Set the masked elements back to their values in the snapshot."""
         for name, parameter in self._trainable():
-            now = safe_get_local_fp32_param(parameter)
-            value = torch.where(where[name], values[name], now)
+            value = safe_get_local_fp32_param(parameter)
+            value = torch.where(masks[name], snapshot[name], value)
             safe_set_local_fp32_param(parameter, value)
             parameter.ds_tensor.data.copy_(value)
 
