@@ -1,6 +1,4 @@
-"""Log lines: words for people, or one JSON object per line that says to which run, stage and step
-it belongs, for those who collect the logs of many jobs.
-"""
+"""Log lines: text for people, or JSON objects with run, stage and step for log collectors."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ from typing import Any, Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-WORDS = "%(message)s"
-FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(run)s %(stage)s %(step)s"
+TEXT_FORMAT = "%(message)s"
+JSON_FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s %(run)s %(stage)s %(step)s"
 
 
 class LogContext(logging.Filter):
-    """What this process works on; every record carries it."""
+    """Run and stage of this process, added to every log record."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,12 +20,14 @@ class LogContext(logging.Filter):
         self.stage: str | None = None
 
     def set(self, run: str | None, stage: str | None) -> None:
-        """Say what the process works on from now on."""
-        self.run, self.stage = run, stage
+        """Set run and stage of the records to come."""
+        self.run = run
+        self.stage = stage
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add run, stage, and the step where the line is of one (`extra={"step": step}`)."""
-        record.run, record.stage = self.run, self.stage
+        """Add run, stage and step (`extra={"step": step}`) to a record."""
+        record.run = self.run
+        record.stage = self.stage
         record.step = getattr(record, "step", None)
         return True
 
@@ -35,12 +35,14 @@ class LogContext(logging.Filter):
 LOG_CONTEXT = LogContext()
 
 
-def configure_logging(form: Literal["text", "json"], words: str = WORDS, **clock: Any) -> None:
-    """Send this process's log lines to its standard error, as `tracking.logs` wants them; `words`
-    and `clock` are the format of those for people."""
+def configure_logging(
+    form: Literal["text", "json"], text_format: str = TEXT_FORMAT, **options: Any
+) -> None:
+    """Send this process's log lines to stderr, in the form of `tracking.logs`; `options` go to
+    logging.Formatter for text."""
     handler = logging.StreamHandler()
     handler.addFilter(LOG_CONTEXT)
     handler.setFormatter(
-        JsonFormatter(FIELDS) if form == "json" else logging.Formatter(words, **clock)
+        JsonFormatter(JSON_FIELDS) if form == "json" else logging.Formatter(text_format, **options)
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""What a job may say, how it is read, and how its mistakes are told."""
+"""What a job may set, and how it is read."""
 
 from pear_ray.config.arms import (
     LAST_STAGES,
@@ -9,44 +9,58 @@ from pear_ray.config.arms import (
     last_stage_with,
     start_of,
 )
-from pear_ray.config.cooperate import Cooperate
+from pear_ray.config.base import describe
+from pear_ray.config.cooperate import (
+    AlternateMethod,
+    BridgeMethod,
+    Cooperate,
+    SumMethod,
+    TrapoMethod,
+)
 from pear_ray.config.corpus import Columns, Corpus, CorpusSample
-from pear_ray.config.errors import format_validation_error
+from pear_ray.config.engines import Generator, Learner, Lora, Placement, Rewards, Weights
 from pear_ray.config.job import (
     Evaluation,
-    Generator,
     Job,
     Model,
     ModelSource,
-    Placement,
     Pretrain,
     Ranking,
-    Rewards,
-    Rl,
     Run,
     TaskSpec,
     Tracking,
-    Weights,
 )
-from pear_ray.config.job_file import read_job
-from pear_ray.config.secrets import refuse_secrets
-from pear_ray.config.sft import Learner, Lora, Optimizer, Sft
+from pear_ray.config.read import read_job
+from pear_ray.config.rl import NftLoss, Rl, TruncatedSampling
+from pear_ray.config.sft import (
+    IwObjective,
+    KlObjective,
+    Optimizer,
+    SedObjective,
+    Sft,
+    TrSftObjective,
+)
 
 __all__ = [
     "LAST_STAGES",
     "TRAINING_STAGES",
+    "AlternateMethod",
     "Arm",
+    "BridgeMethod",
     "Columns",
     "Cooperate",
     "Corpus",
     "CorpusSample",
     "Evaluation",
     "Generator",
+    "IwObjective",
     "Job",
+    "KlObjective",
     "Learner",
     "Lora",
     "Model",
     "ModelSource",
+    "NftLoss",
     "Optimizer",
     "Placement",
     "Pretrain",
@@ -54,15 +68,19 @@ __all__ = [
     "Rewards",
     "Rl",
     "Run",
+    "SedObjective",
     "Sft",
     "Study",
+    "SumMethod",
     "TaskSpec",
+    "TrSftObjective",
     "Tracking",
+    "TrapoMethod",
+    "TruncatedSampling",
     "Weights",
-    "format_validation_error",
+    "describe",
     "is_after_rl",
     "last_stage_with",
     "read_job",
-    "refuse_secrets",
     "start_of",
 ]

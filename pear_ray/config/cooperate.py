@@ -1,4 +1,4 @@
-"""What a job may say of stage `cooperate`, which learns from rollouts and from offline traces."""
+"""Keys of stage `cooperate`, which trains on rollouts and on offline traces."""
 
 from __future__ import annotations
 
@@ -6,186 +6,183 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pear_ray.config.base import Section
-from pear_ray.config.errors import format_validation_error
+from pear_ray.config.base import Fraction, Section, TypeAsString, describe
+from pear_ray.config.engines import Learner, Lora
 from pear_ray.config.rl import Rl
-from pear_ray.config.sft import Learner, Lora, Optimizer, Sft
+from pear_ray.config.sft import Optimizer, Sft
 
-Share = Annotated[float, Field(ge=0, le=1)]
-
-# Keys that only one method reads.
-OWN_KEYS = {
-    "alternate": ("frozen_frac",),
-    "bridge": (
-        "lora",
-        "lora_learning_rate",
-        "meta_objective",
-        "refresh_steps",
-        "shadow_offload",
-    ),
-    "trapo": ("prefix_groups", "prefix_fracs", "prefix_returns"),
-}
-
-# Keys of [sft] that say how long and with which optimizer it trains.
-OF_STAGE_SFT = ("epochs", *Optimizer.model_fields)
+# Keys of [sft] that have no meaning here: steps and optimizer are those of [rl].
+UNUSED_SFT_KEYS = ("epochs", *Optimizer.model_fields)
 
 
-class Cooperate(Section):
-    """Rollouts are as [rl] says and traces as [sft] says; steps and optimizer are [rl]'s."""
+class Mixture(Section):
+    """Weights of the two signals in one loss."""
 
-    method: Literal["sum", "alternate", "bridge", "trapo"] = "sum"
-    """One loss of both signals; an optimizer step on rollouts and then one on traces; BRIDGE; or
-    TRAPO, where the policy goes on from the beginnings of traces."""
-    rl_weight: Share = 0.5
-    """sum and bridge: share of the rollouts in the loss, lambda; 1 is `rl`, 0 is `sft`."""
-    rl_weight_final: Share | None = None
-    """The same in the last step, with a straight line between; without it all steps are alike."""
-    traces: Literal["all", "failed"] = "all"
-    """Which traces a step learns from: the next rows of the corpus, or those of the problems that
-    its own rollouts failed (MIFO). Not for trapo."""
-    failed_pass_rate: float = Field(0.0, ge=0, lt=1)
-    """A problem with at most this share of right answers has failed."""
-    entropy_top_frac: float = Field(1.0, gt=0, le=1)
-    """Share of each trace's tokens that are learned, those of the highest entropy (MIFO)."""
+    rl_weight: Fraction = 0.5
+    """Weight lambda of the rollouts in the loss; 1 is `rl`, 0 is `sft`."""
+    rl_weight_final: Fraction = Field(default_factory=lambda data: data["rl_weight"])
+    """lambda in the last step, interpolated linearly; by default `rl_weight`."""
+
+
+class SumMethod(Mixture):
+    """One loss of both signals."""
+
+    type: Literal["sum"] = "sum"
+
+
+class AlternateMethod(Section):
+    """An optimizer step on rollouts, then one on traces."""
+
+    type: Literal["alternate"] = "alternate"
     frozen_frac: float = Field(0.0, ge=0, lt=1)
-    """alternate: share of each parameter that the step on traces leaves alone, those elements which
-    the step on rollouts moved most (MIFO)."""
-    sft: dict[str, Any] = Field({})
-    """Keys of [sft] that are different for the traces here. trapo's objective is "trsft" unless it
-    is said here."""
+    """Fraction of each parameter that the step on traces leaves alone: the elements that the step
+    on rollouts moved most (MIFO)."""
+
+
+class BridgeMethod(Mixture):
+    """BRIDGE: adapters beside the weights, and a shadow of both that sees RL alone."""
+
+    type: Literal["bridge"] = "bridge"
     lora: Lora = Lora()
-    """bridge: the adapters beside the weights."""
+    """Adapters beside the weights."""
     lora_learning_rate: float | None = Field(None, gt=0)
-    """bridge: the adapters' learning rate; without it ten times the weights'."""
+    """Learning rate of the adapters; by default ten times that of the weights."""
     meta_objective: bool = True
-    """bridge: adapters learn what the traces gain for RL, for which a shadow of the weights sees
-    RL alone; without it they learn as the weights do, and there is no shadow."""
+    """Train the adapters on what the traces gain for RL; otherwise they train as the weights do,
+    and there is no shadow."""
     refresh_steps: int = Field(0, ge=0)
-    """bridge: steps after which the shadow's weights become the policy's again; 0: never."""
+    """Steps after which the shadow's weights are reset to the policy's; 0: never."""
     shadow_offload: Literal["none", "optimizer", "parameters"] = "none"
-    """bridge: what of the shadow a GPU leaves to the memory of its machine."""
-    prefix_groups: tuple[Annotated[int, Field(gt=0)], ...] = (4, 2, 1, 1)
-    """trapo: answers of a problem that are sampled together, one group after another."""
-    prefix_fracs: tuple[Share, ...] = (0.0, 0.2, 0.5, 1.0)
-    """trapo: share of a trace that each group's answers begin with."""
-    prefix_returns: tuple[float, ...] = (-1.0, 0.5, 0.7, 0.9)
-    """trapo: a group gets its beginning only where the mean reward of the problem's answers so far
-    is lower."""
-
-    @property
-    def last_rl_weight(self) -> float:
-        """`rl_weight_final`, or what stands for it."""
-        return self.rl_weight if self.rl_weight_final is None else self.rl_weight_final
-
-    def sft_of(self, sft: Sft) -> Sft:
-        """How traces are learned, in a job with this [sft]."""
-        own = {"objective": "trsft"} if self.method == "trapo" else {}
-        return Sft(**{**sft.model_dump(), **own, **self.sft})
+    """Keep the shadow's optimizer states, or parameters too, in the memory of the GPU's host."""
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Cooperate:
-        fields = type(self).model_fields
-        changed = {name for name in fields if getattr(self, name) != fields[name].default}
-        for method, keys in OWN_KEYS.items():
-            for key in keys:
-                if key in changed and self.method != method:
-                    raise ValueError(
-                        f"{key}: read {getattr(self, key)!r} with method {self.method!r}; only"
-                        f" {method!r} has it"
-                    )
-        if self.method in ("alternate", "trapo") and {"rl_weight", "rl_weight_final"} & changed:
-            raise ValueError(
-                f"rl_weight: read {self.rl_weight} to {self.last_rl_weight} with method"
-                f' {self.method!r}, which has no such share; expected "sum" or "bridge"'
-            )
-        if self.method == "trapo" and self.traces != "all":
-            raise ValueError(
-                f'traces: read {self.traces!r} with method "trapo", whose traces are the beginnings'
-                ' of answers; expected "all"'
-            )
-        if "failed_pass_rate" in changed and self.traces != "failed":
-            raise ValueError(
-                f"failed_pass_rate: read {self.failed_pass_rate} with traces {self.traces!r};"
-                ' expected "failed"'
-            )
+    def _check_shadow(self) -> BridgeMethod:
         for key in ("refresh_steps", "shadow_offload"):
-            if key in changed and not self.meta_objective:
+            default, value = type(self).model_fields[key].default, getattr(self, key)
+            if not self.meta_objective and value != default:
                 raise ValueError(
-                    f"{key}: read {getattr(self, key)!r} without meta_objective, where there is no"
-                    f" shadow; expected {fields[key].default!r}"
-                )
-        for key in OF_STAGE_SFT:
-            if key in self.sft:
-                raise ValueError(
-                    f"sft.{key}: read {self.sft[key]!r}; steps and optimizer are those of [rl],"
-                    " expected none"
+                    f"{key}: expected {default!r} without meta_objective, which has the shadow, got"
+                    f" {value!r}"
                 )
         if self.lora.dropout:
             raise ValueError(
-                f"lora.dropout: read {self.lora.dropout}; adapters beside trained weights drop"
-                " nothing, expected 0"
-            )
-        lengths = [len(self.prefix_groups), len(self.prefix_fracs), len(self.prefix_returns)]
-        if len(set(lengths)) > 1 or not lengths[0]:
-            raise ValueError(
-                "prefix_groups, prefix_fracs and prefix_returns: read"
-                f" {lengths[0]}, {lengths[1]} and {lengths[2]} entries; expected equally many, at"
-                " least one"
+                f"lora.dropout: expected 0 beside trained weights, got {self.lora.dropout}"
             )
         return self
 
-    def refuse_misfits(self, sft: Sft, rl: Rl, learner: Learner) -> None:
-        """Say what of it does not go with the other sections.
 
-        Raises:
-            ValueError: the first that does not.
-        """
+class TrapoMethod(Section):
+    """TRAPO: completions continue prefixes of traces."""
+
+    type: Literal["trapo"] = "trapo"
+    prefix_groups: tuple[Annotated[int, Field(gt=0)], ...] = Field((4, 2, 1, 1), min_length=1)
+    """Sizes of the chunks in which a prompt's completions are sampled, one after another."""
+    prefix_fracs: tuple[Fraction, ...] = (0.0, 0.2, 0.5, 1.0)
+    """Fraction of a trace that the completions of each chunk begin with."""
+    prefix_returns: tuple[float, ...] = (-1.0, 0.5, 0.7, 0.9)
+    """A chunk gets its prefix only if the mean reward of the prompt's earlier completions is lower
+    than this."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> TrapoMethod:
+        for key in ("prefix_fracs", "prefix_returns"):
+            if len(getattr(self, key)) != len(self.prefix_groups):
+                raise ValueError(
+                    f"{key}: expected {len(self.prefix_groups)} values, as in prefix_groups, got"
+                    f" {len(getattr(self, key))}"
+                )
+        return self
+
+
+class Cooperate(Section):
+    """Stage `cooperate`. Rollouts, steps and optimizer are those of [rl], traces those of [sft]."""
+
+    method: Annotated[
+        SumMethod | AlternateMethod | BridgeMethod | TrapoMethod,
+        Field(discriminator="type"),
+        TypeAsString,
+    ] = SumMethod()
+    """How a step uses both signals."""
+    traces: Literal["all", "failed"] = "all"
+    """Traces of a step: the next rows of the corpus, or those of the prompts that its own rollouts
+    failed (MIFO). With method "trapo" only "all"."""
+    failed_pass_rate: float = Field(0.0, ge=0, lt=1)
+    """A prompt has failed if at most this fraction of its completions is correct."""
+    entropy_top_frac: float = Field(1.0, gt=0, le=1)
+    """Fraction of each trace's tokens to train on, those of the highest entropy (MIFO)."""
+    sft: dict[str, Any] = Field({})
+    """Keys of [sft] that differ here. Method "trapo" has objective "trsft" unless it is set
+    here."""
+
+    def sft_of(self, sft: Sft) -> Sft:
+        """Return the settings for traces in a job with this [sft]."""
+        objective = {"objective": "trsft"} if self.method.type == "trapo" else {}
+        return Sft(**{**sft.model_dump(), **objective, **self.sft})
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Cooperate:
+        if self.method.type == "trapo" and self.traces != "all":
+            raise ValueError(f'traces: expected "all" with method "trapo", got {self.traces!r}')
+        if self.failed_pass_rate and self.traces != "failed":
+            raise ValueError(
+                f"failed_pass_rate: expected 0 with traces {self.traces!r}, got"
+                f" {self.failed_pass_rate}"
+            )
+        for key in UNUSED_SFT_KEYS:
+            if key in self.sft:
+                raise ValueError(
+                    f"sft.{key}: expected none, since steps and optimizer are those of [rl], got"
+                    f" {self.sft[key]!r}"
+                )
+        return self
+
+    def check_job(self, sft: Sft, rl: Rl, learner: Learner) -> None:
+        """Raise ValueError if the section does not fit the other sections."""
+        method = self.method
         try:
             traces = self.sft_of(sft)
         except ValidationError as error:
-            raise ValueError(format_validation_error("cooperate.sft", error, Sft)) from error
-        if traces.objective == "kl":
+            raise ValueError("\n".join(describe(error, Sft, "cooperate.sft"))) from error
+        if traces.objective.type == "kl":
             raise ValueError(
-                'cooperate.sft.objective: read "kl"; rollouts have no likeliest tokens of a'
-                " behavior policy, expected another objective"
+                "cooperate.sft.objective: expected another objective, since rollouts have no"
+                ' top log-probs of a behavior policy, got "kl"'
             )
-        if traces.normalize == "per_batch" or traces.control == "mean_weight":
+        for key, value in (("normalize", "per_batch"), ("control", "mean_weight")):
+            if getattr(traces, key) == value:
+                raise ValueError(
+                    f"cooperate.sft.{key}: expected another value, since this one would scale the"
+                    f" rollouts' gradient too, got {value!r}"
+                )
+        if traces.negatives and (method.type == "trapo" or self.traces == "failed"):
             raise ValueError(
-                f"cooperate.sft: read normalize {traces.normalize!r} and control"
-                f" {traces.control!r}; they would change the rollouts' gradient too, expected"
-                " others"
+                "cooperate.sft.negatives: expected false with method trapo or traces failed, whose"
+                " traces must be correct, got true"
             )
-        if traces.negatives and (self.method == "trapo" or self.traces == "failed"):
+        if method.type == "trapo" and sum(method.prefix_groups) != rl.group_size:
             raise ValueError(
-                "cooperate.sft.negatives: read true; a trace that is shown to the policy must be"
-                " right, expected false"
+                f"cooperate.method.prefix_groups: expected a sum of rl.group_size {rl.group_size},"
+                f" got {list(method.prefix_groups)}"
             )
-        if self.method == "trapo" and sum(self.prefix_groups) != rl.group_size:
+        if method.type == "trapo" and rl.loss.type == "nft":
             raise ValueError(
-                f"cooperate.prefix_groups: read {list(self.prefix_groups)}, together"
-                f" {sum(self.prefix_groups)}; expected rl.group_size, {rl.group_size}"
+                'rl.loss: expected another loss with cooperate.method "trapo", since NFT needs'
+                ' completions that the policy sampled in full, got "nft"'
             )
-        if self.method == "trapo" and rl.loss == "nft":
+        freezes = method.type == "alternate" and method.frozen_frac > 0
+        if (method.type == "bridge" or freezes) and learner.zero_stage != 3:
             raise ValueError(
-                'cooperate.method: read "trapo" with rl.loss "nft", whose answers must all be the'
-                " policy's own; expected another loss"
+                f'learner.zero_stage: expected 3 with cooperate.method "{method.type}", which works'
+                f" on partitioned gradients and parameters, got {learner.zero_stage}"
             )
-        partitioned = self.method == "bridge" or self.frozen_frac > 0
-        if partitioned and learner.zero_stage != 3:
+        if method.type == "bridge" and learner.lora is not None:
             raise ValueError(
-                f"learner.zero_stage: read {learner.zero_stage} with cooperate.method"
-                f" {self.method!r}, which reaches for its own part of each gradient and parameter;"
-                " expected 3"
+                'learner.lora: expected none with cooperate.method "bridge", which trains the'
+                " weights and the adapters of cooperate.method.lora, got one"
             )
-        if self.method == "bridge" and learner.lora is not None:
+        if method.type == "bridge" and learner.min_workers != learner.num_workers:
             raise ValueError(
-                'learner.lora: read one with cooperate.method "bridge", which trains weights and'
-                " the adapters of cooperate.lora; expected none"
-            )
-        fewest = learner.min_workers or learner.num_workers
-        if self.method == "bridge" and fewest != learner.num_workers:
-            raise ValueError(
-                f'learner.min_workers: read {fewest} with cooperate.method "bridge", whose'
-                " checkpoints are for one number of ranks; expected learner.num_workers,"
-                f" {learner.num_workers}"
+                f"learner.min_workers: expected learner.num_workers {learner.num_workers} with"
+                ' cooperate.method "bridge", whose checkpoints fix the number of ranks, got'
+                f" {learner.min_workers}"
             )

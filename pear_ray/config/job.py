@@ -1,178 +1,168 @@
-"""What a job may say. One frozen section per part of the job, one docstring per field.
+"""A job: one frozen section per table, one docstring per key.
 
 A job is a TOML file; `--section.key value` on the command line overrides it. Paths in a job are
-relative to the folder in which the command is given.
+relative to the working directory of the command.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from pear_ray.config.arms import Arm, Study, last_stage_with
-from pear_ray.config.base import Section
+from pear_ray.config.base import Section, describe
 from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Corpus
-from pear_ray.config.errors import format_validation_error
-from pear_ray.config.rl import Generator, Rl, Weights
-from pear_ray.config.sft import Learner, Sft
+from pear_ray.config.engines import Generator, Learner, Placement, Rewards, Weights
+from pear_ray.config.rl import Rl
+from pear_ray.config.sft import Sft
 
 
 class Run(Section):
+    """The run directory and the seed."""
+
     dir: str
-    """Run folder: everything the job writes. Made if absent."""
+    """Run directory, for everything the job writes; created if missing."""
     seed: int = 0
-    """Seed of everything random in the job: order of data, sampling, problems."""
+    """Seed of everything random: data order, sampling, problems."""
     wait_seconds: float = Field(3600.0, gt=0)
-    """How long to wait for another process that is working in the same run folder."""
+    """Longest wait for another process that works in the same run directory."""
 
 
 class Pretrain(Section):
-    """Makes a small Qwen3 from nothing, on demonstrations which the job's first task writes."""
+    """Train a small Qwen3 from scratch, on demonstrations written by the job's first task."""
 
     styles: dict[str, float]
     """Weight of each demonstration style of the task."""
     solved_fraction: float = Field(1.0, ge=0, le=1)
-    """Share of the demonstrations that reach the right answer; the others are legal play."""
+    """Fraction of the demonstrations that reach the correct answer; the others are legal play."""
     steps: int = Field(600, gt=0)
     """Optimizer steps."""
     examples_per_step: int = Field(128, gt=0)
-    """Demonstrations in one step."""
+    """Demonstrations per step."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak of the cosine schedule."""
     seed: int = 0
     """Seed of the initial weights and of the demonstrations."""
     start_from: str | None = None
-    """Begin with the weights of another model of the job: "base", or a source of [behavior]."""
+    """Start from the weights of another model of the job: "base", or a source of [behavior]."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
     hidden_size: int = Field(128, gt=0)
-    """Width of the network."""
+    """Hidden size."""
     intermediate_size: int = Field(256, gt=0)
-    """Width of the feed-forward layers."""
+    """Hidden size of the feed-forward layers."""
     num_layers: int = Field(3, gt=0)
     """Decoder layers."""
     num_heads: int = Field(2, gt=0)
-    """Attention heads, as many key-value heads; the head size is 64."""
+    """Attention heads and key-value heads; the head size is 64."""
     tie_word_embeddings: bool = False
-    """Whether the output head is the input embedding."""
+    """Share the output head with the input embedding."""
     timeout_seconds: float = Field(3600.0, gt=0)
     """Longest wait for this model, and for the one it starts from."""
 
 
 class ModelSource(Section):
+    """A model: a folder, a hub name, or one to train from scratch."""
+
     path: str | None = None
     """Hugging Face folder or hub name."""
     pretrain: Pretrain | None = None
-    """How to make the model when there is none to download."""
+    """Train the model from scratch instead."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> ModelSource:
+    def _check_origin(self) -> ModelSource:
         if (self.path is None) == (self.pretrain is None):
-            raise ValueError("give either path (a folder or a hub name) or pretrain, not both")
+            got = "neither" if self.path is None else "both"
+            raise ValueError(f"path: expected either path or pretrain, got {got}")
         return self
 
 
 class Model(ModelSource):
+    """The policy to train."""
+
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in which weights are trained and served. CPUs want float32."""
+    """Precision of the weights in training and serving; use float32 on CPUs."""
 
 
 class Evaluation(Section):
+    """Stage `evaluate`."""
+
     num_problems: int = Field(256, gt=0)
     """Held-out problems of each task."""
     samples_per_problem: int = Field(16, gt=0)
-    """Answers to each problem."""
-    ks: tuple[int, ...] = Field((1, 8), min_length=1)
-    """k of the reported pass@k."""
+    """Completions per problem."""
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 8), min_length=1)
+    """Values of k in the reported pass@k."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     checkpoints: dict[str, str] = Field({})
-    """Further models to evaluate beside those of this run: name and Hugging Face folder."""
+    """Further models to evaluate beside those of the run: name and Hugging Face folder."""
 
     @model_validator(mode="after")
-    def _enough_samples(self) -> Evaluation:
+    def _check_ks(self) -> Evaluation:
         for k in self.ks:
-            if not 1 <= k <= self.samples_per_problem:
+            if k > self.samples_per_problem:
                 raise ValueError(
-                    f"ks holds {k}, which must lie between 1 and samples_per_problem"
-                    f" {self.samples_per_problem}"
+                    f"ks: expected at most samples_per_problem {self.samples_per_problem}, got {k}"
                 )
         return self
 
 
 class Ranking(Section):
+    """Stage `rank`."""
+
     k: int = Field(0, ge=0)
     """k of the pass@k to rank by; 0: the largest of evaluation.ks."""
     runs: tuple[str, ...] = ()
     """Further run folders whose evaluated checkpoints take part, as "FOLDER:name"."""
     after_rl: dict[str, float] = Field({})
-    """pass@1 after RL of checkpoints for which it is known; that of the run's arms is found."""
+    """Known pass@1 after RL of checkpoints; that of the run's arms is found."""
     trained_on: dict[str, str] = Field({})
-    """A name for data and loss of a checkpoint's SFT, for those that no arm of a run made. Held-out
-    losses are compared within one name."""
+    """A name for data and loss of a checkpoint's SFT, for checkpoints that no arm of a run made.
+    Held-out losses are compared within one name."""
 
     @model_validator(mode="after")
-    def _are_shares(self) -> Ranking:
+    def _check_rates(self) -> Ranking:
         for name, value in self.after_rl.items():
             if not 0 <= value <= 1:
-                raise ValueError(f"after_rl.{name}: read {value}; expected pass@1, from 0 to 1")
+                raise ValueError(f"after_rl.{name}: expected a pass@1 from 0 to 1, got {value}")
         return self
 
 
 class Tracking(Section):
+    """Logs, and metrics beside metrics.jsonl."""
+
     logs: Literal["text", "json"] = "text"
-    """Log lines for people, or JSON objects that name run, stage and step."""
+    """Log lines for people, or JSON objects with run, stage and step."""
     tensorboard: bool = False
-    """Also write TensorBoard events to RUN/tensorboard."""
+    """Write TensorBoard events to RUN/tensorboard."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project."""
-
-
-class Placement(Section):
-    """Node labels (`ray start --labels`, a worker group's `labels`) that say which role runs where.
-    A value may also be "!value", "in(one, other)" or "!in(one, other)"."""
-
-    learners: dict[str, str] = Field({})
-    """Labels of the nodes for ranks of every stage that trains; none: any node."""
-    generators: dict[str, str] = Field({})
-    """Labels of the nodes for engines; none: any node."""
-    gpu_gib: float | None = Field(None, gt=0)
-    """Memory of one GPU in GiB, for `--plan` to refuse what cannot fit."""
+    """Log to this Weights & Biases project."""
 
 
 class TaskSpec(Section):
+    """A task: a family of problems with a grader."""
+
     name: str = Field(min_length=1)
-    """Which family of problems: "countdown", "math", "reasoning_gym", one that an installed package
-    offers as an entry point of the group `pear_ray.tasks`, or "package.module:Class"."""
+    """"countdown", "math", "reasoning_gym", an entry point of the group `pear_ray.tasks`, or
+    "package.module:Class"."""
     weight: float = Field(1.0, gt=0)
-    """Share of the training problems, relative to the other tasks' weights. `evaluate` takes as
-    many held-out problems of each."""
+    """Share of the training problems, relative to the weights of the other tasks. `evaluate` takes
+    the same number of held-out problems from each."""
     options: dict[str, Any] = Field({})
-    """The family's own options; `label` tells two tasks of one family apart."""
-
-
-class Rewards(Section):
-    """Processes that judge answers."""
-
-    processes: int = Field(2, gt=0)
-    """How many there are: so many answers are judged at once."""
-    timeout_seconds: float = Field(10.0, ge=0.1, le=3600)
-    """Longest judging of one answer; cut off, it earns nothing."""
-    memory_mib: int = Field(2048, ge=256)
-    """Memory that judging an answer may take beyond what the process has already."""
-    network: bool = False
-    """Judges may reach the network, as one that asks another model must. Answers may run in some
-    judges: without need it stays off."""
+    """Options of the family; `label` tells two tasks of one family apart."""
 
 
 class Job(Section):
+    """All sections."""
+
     run: Run
-    """Where the run lives, and its seed."""
+    """The run directory and the seed."""
     model: Model
-    """The policy to be trained."""
+    """The policy to train."""
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Problems for `sample`, `rl` and `evaluate`."""
     corpus: Corpus = Corpus()
@@ -184,128 +174,105 @@ class Job(Section):
     rl: Rl = Rl()
     """Stage `rl`."""
     cooperate: Cooperate | None = None
-    """Stage `cooperate`; with it a job without arms goes through `cooperate` instead of `rl`."""
+    """Stage `cooperate`; if set, a job without arms runs `cooperate` instead of `rl`."""
     generator: Generator
     """The vLLM engines."""
     learner: Learner = Learner()
     """The DeepSpeed ranks."""
     weights: Weights = Weights()
-    """Weight hand-over."""
+    """Weight transfer."""
     rewards: Rewards = Rewards()
-    """Processes that judge answers."""
+    """Reward workers."""
     evaluation: Evaluation = Evaluation()
     """Stage `evaluate`."""
     rank: Ranking = Ranking()
     """Stage `rank`."""
     tracking: Tracking = Tracking()
-    """Where numbers go besides metrics.jsonl."""
+    """Logs and metrics."""
     placement: Placement = Placement()
-    """Which role runs where."""
+    """Node labels of each role."""
     arms: tuple[Arm, ...] = ()
-    """Arms of stages `pipeline` and `study`; without any, the job itself is the only one."""
+    """Arms of stages `pipeline` and `study`; without any, the job is the only one."""
     study: Study = Study()
-    """Stage `study`: every arm with several seeds."""
+    """Stage `study`."""
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Job:
-        if self.learner.tokens_per_pack < self.generator.max_model_len:
-            raise ValueError(
-                f"learner.tokens_per_micro_batch {self.learner.tokens_per_micro_batch} (shared by"
-                f" {self.learner.sequence_parallel}) cannot hold"
-                f" one sequence of generator.max_model_len {self.generator.max_model_len} tokens"
-            )
-        for field in ("source", "fallback_scorer"):
-            named = getattr(self.corpus, field)
-            # The job of an arm has no behavior models: its corpus is scored already.
-            if named is not None and self.behavior and named not in self.behavior:
+    def _check_sources(self) -> Job:
+        sampled = self.corpus.sample.num_examples if self.corpus.sample else ()
+        sources = {f"sample.num_examples.{source}": source for source in sampled}
+        # The job of an arm has no behavior models: its corpus is scored already.
+        if self.behavior:
+            sources |= {key: getattr(self.corpus, key) for key in ("source", "fallback_scorer")}
+        for key, source in sources.items():
+            if source is not None and source not in self.behavior:
                 raise ValueError(
-                    f"corpus.{field}: read {named!r}, expected one of [behavior]:"
-                    f" {sorted(self.behavior)}"
+                    f"corpus.{key}: expected one of [behavior] {sorted(self.behavior)}, got"
+                    f" {source!r}"
                 )
-        if self.corpus.sample is not None:
-            for source in self.corpus.sample.num_examples:
-                if source not in self.behavior:
-                    raise ValueError(
-                        f"corpus.sample.num_examples names source {source!r}, expected one of"
-                        f" [behavior]: {sorted(self.behavior)}"
-                    )
-        made = {"base": self.model, **self.behavior}
-        for source, origin in made.items():
-            start = origin.pretrain.start_from if origin.pretrain else None
-            parent = made[start].pretrain if start in made else None
+        models = {"base": self.model, **self.behavior}
+        for name, model in models.items():
+            start = model.pretrain.start_from if model.pretrain else None
+            parent = models[start].pretrain if start in models else None
             if start is not None and (parent is None or parent.start_from is not None):
+                table = "model" if model is self.model else f"behavior.{name}"
                 raise ValueError(
-                    f"start_from of {source!r}: read {start!r}; expected a model with `pretrain`"
-                    " and without a start_from of its own"
+                    f"{table}.pretrain.start_from: expected a model with `pretrain` and without"
+                    f" start_from, got {start!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Job:
+        max_model_len, max_new_tokens = self.generator.max_model_len, self.generator.max_new_tokens
+        if self.learner.tokens_per_pack < max_model_len:
+            raise ValueError(
+                "learner.tokens_per_micro_batch: expected room for a sequence of"
+                f" generator.max_model_len {max_model_len} on sequence_parallel"
+                f" {self.learner.sequence_parallel} ranks, got"
+                f" {self.learner.tokens_per_micro_batch}"
+            )
+        if self.rl.overlong_buffer_tokens > max_new_tokens:
+            raise ValueError(
+                f"rl.overlong_buffer_tokens: expected at most generator.max_new_tokens"
+                f" {max_new_tokens}, got {self.rl.overlong_buffer_tokens}"
+            )
+        num_groups = self.learner.num_workers // self.learner.sequence_parallel
+        if self.rl.prompts_per_step * self.rl.group_size < num_groups:
+            raise ValueError(
+                f"rl.prompts_per_step: expected a completion for each of {num_groups} ranks of"
+                f" learner.num_workers, got {self.rl.prompts_per_step} prompts with"
+                f" {self.rl.group_size} each"
+            )
+        if self.cooperate is not None:
+            self.cooperate.check_job(self.sft, self.rl, self.learner)
+        return self
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> Job:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names):
-            raise ValueError(f"arms: each name once, read {names}")
+            raise ValueError(f"arms: expected each name once, got {names}")
         if unknown := sorted(set(self.study.arms) - set(names)):
-            raise ValueError(f"study.arms: read {unknown}; expected names among {names}")
-        named = [arm.name for arm in self.study_arms]
-        if self.study.baseline not in (None, *named):
+            raise ValueError(f"study.arms: expected names among {names}, got {unknown}")
+        compared = [arm.name for arm in self.study_arms]
+        if self.study.baseline not in (None, *compared):
             raise ValueError(
-                f"study.baseline: read {self.study.baseline!r}; expected an arm: {named}"
+                f"study.baseline: expected one of {compared}, got {self.study.baseline!r}"
             )
+        trained = {"sft": self.sft}
         for arm in self.arms:
-            changes: dict[str, tuple[Section, dict[str, Any]]] = {
-                "sft": (self.sft, arm.sft or {}),
-                "rl": (self.rl, arm.rl),
-            }
-            if arm.cooperate is not None:
-                changes["cooperate"] = self.cooperate or Cooperate(), arm.cooperate
-            for key, (section, changed) in changes.items():
-                try:
-                    type(section)(**{**section.model_dump(), **changed})
-                except ValidationError as error:
-                    where = f"arms.{arm.name}.{key}"
-                    raise ValueError(
-                        format_validation_error(where, error, type(section))
-                    ) from error
-        return self
-
-    @model_validator(mode="after")
-    def _both_signals_fit(self) -> Job:
-        if self.cooperate is not None:
-            self.cooperate.refuse_misfits(self.sft, self.rl, self.learner)
-        for arm in self.arms:
-            if arm.cooperate is not None:
-                try:
-                    self.of_arm(arm)
-                except ValidationError as error:
-                    raise ValueError(
-                        format_validation_error(f"arms.{arm.name}", error, Job)
-                    ) from error
-        return self
-
-    @model_validator(mode="after")
-    def _rl_fits_the_machines(self) -> Job:
-        cache, longest = self.rl.overlong_buffer_tokens, self.generator.max_new_tokens
-        if cache > longest:
-            raise ValueError(
-                f"rl.overlong_buffer_tokens: read {cache}; expected at most"
-                f" generator.max_new_tokens, {longest}"
-            )
-        num_answers = self.rl.prompts_per_step * self.rl.group_size
-        if num_answers < self.learner.num_workers // self.learner.sequence_parallel:
-            raise ValueError(
-                f"rl.prompts_per_step {self.rl.prompts_per_step} of {self.rl.group_size} answers"
-                f" are fewer than learner.num_workers {self.learner.num_workers} can share"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _distillation_has_a_teacher(self) -> Job:
-        objectives = {"sft": self.sft.objective} | {
-            f"arms.{arm.name}.sft": arm.sft.get("objective") for arm in self.arms if arm.sft
-        }
-        distilled = [where for where, objective in objectives.items() if objective == "kl"]
-        # A corpus that was scored before brings what it has, and the stage looks.
+            try:
+                job = self.of_arm(arm)
+            except ValidationError as error:
+                lines = describe(error, Job, f"arms.{arm.name}")
+                raise ValueError("\n".join(lines)) from error
+            if arm.sft:
+                trained[f"arms.{arm.name}.sft"] = job.sft
+        # A corpus that was scored before may hold top log-probs: the stage checks.
+        distilled = [key for key, sft in trained.items() if sft.objective.type == "kl"]
         if distilled and self.corpus.scored_path is None and not self.corpus.top_logprobs:
             raise ValueError(
-                f'{distilled[0]}.objective: read "kl", which needs likeliest tokens of'
-                " the behavior policy, and corpus.top_logprobs 0; expected at least 1"
+                f'corpus.top_logprobs: expected at least 1 for {distilled[0]}.objective "kl", got 0'
             )
         return self
 
@@ -315,17 +282,17 @@ class Job(Section):
         return tuple(arm for arm in self.arms if arm.name in (self.study.arms or (arm.name,)))
 
     def last_stage_of(self, home: str) -> str:
-        """The stage that training ends with in one of the `homes`."""
+        """Return the last training stage in one of the `homes`."""
         of_arms = {arm.name: arm.last_stage for arm in self.arms}
         return of_arms.get(home.partition("@")[0], last_stage_with(self.cooperate))
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """The run directory."""
         return Path(self.run.dir)
 
     def model_path(self, source: str | None = None) -> str:
-        """Folder or hub name of the model to be trained, or of the behavior model of `source`."""
+        """Return folder or hub name of the base model, or of the behavior model of `source`."""
         origin = self.model if source is None else self.behavior[source]
         if origin.path is not None:
             return origin.path
@@ -333,13 +300,13 @@ class Job(Section):
 
     @property
     def scored_folder(self) -> Path:
-        """Where the ScoredExample rows are."""
+        """Folder of the ScoredExample rows."""
         return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
 
     def homes(self, folder: Path) -> dict[str, Path]:
-        """Below the run folder, where stages that train leave what they make, by the name that
-        begins the labels of their checkpoints: the run itself "", arms "pear", and in a study
-        "pear@3"."""
+        """Return the output folders of training stages below a run directory, by the prefix of
+        their checkpoints' labels: "" for the run itself, "pear" for an arm, "pear@3" for an arm
+        with a seed of a study."""
         arms = {arm.name: folder / "arms" / arm.name for arm in self.arms}
         seeds = {
             f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
@@ -349,8 +316,8 @@ class Job(Section):
         return {"": folder} | arms | seeds
 
     def of_arm(self, arm: Arm, seed: int | None = None) -> Job:
-        """The job of one arm, or of one arm of a study with a seed of its own: its run folder is
-        below this one's, its corpus is this one's, scored."""
+        """Return the job of an arm, or of an arm with a seed of a study: in a run directory below
+        this one, on this job's scored corpus."""
         document = self.model_dump()
         name = arm.name if seed is None else f"{arm.name}@{seed}"
         document["run"]["dir"] = str(self.homes(self.folder)[name])
@@ -361,7 +328,9 @@ class Job(Section):
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
         document["sft"] |= arm.sft or {}
         document["rl"] |= arm.rl
-        own = self.cooperate or Cooperate()
-        document["cooperate"] = None if arm.cooperate is None else own.model_dump() | arm.cooperate
+        shared = self.cooperate or Cooperate()
+        document["cooperate"] = None
+        if arm.cooperate is not None:
+            document["cooperate"] = shared.model_dump() | arm.cooperate
         document["arms"], document["study"] = (), {}
         return Job(**document)

@@ -1,366 +1,215 @@
-"""What a job says of stage `cooperate`: mistakes are named when the command line reads them."""
+"""Keys of stage `cooperate`, arms that end with it, and labels of checkpoints."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from pear_ray.__main__ import main
-from pear_ray.config import TRAINING_STAGES, Arm, Job, is_after_rl, read_job, start_of
+from pear_ray.config import TRAINING_STAGES, Arm, Cooperate, Job, is_after_rl, start_of
+from tests.config.mistakes import assert_one_mistake, job_of
 
-JOB = """
-[run]
-dir = "run"
-[model]
-path = "./model"
-[corpus]
-path = "corpus.jsonl"
-[generator]
-max_new_tokens = 8
-max_model_len = 16
-[[tasks]]
-name = "countdown"
-"""
-NO_SHADOW = "without meta_objective, where there is no shadow; expected"
+BRIDGE = {"method": "bridge"}
+TRAPO = {"method": "trapo"}
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """A working folder with everything that the job names."""
-    monkeypatch.chdir(tmp_path)
-    Path("model").mkdir()
-    for path in ("model/config.json", "model/tokenizer.json", "corpus.jsonl"):
-        Path(path).write_text("{}")
+def method(kind, **keys):
+    return {"method": {"type": kind, **keys}}
 
 
-@pytest.fixture
-def dry_run(capsys):
-    """Has the command line read a job with these lines: (exit code, printed, complained)."""
-
-    def run(lines, *words):
-        Path("job.toml").write_text(JOB + lines)
-        with pytest.raises(SystemExit) as end:
-            main(["cooperate", "job.toml", *words, "--dry-run"])
-        return end.value.code, *capsys.readouterr()
-
-    return run
-
-
-# What is wrong: (lines of the job, what the message says).
-MISTAKES = {
-    "an unknown method": (
-        "[cooperate]\nmethod = 'mix'",
-        ["cooperate.method:", "'sum', 'alternate', 'bridge' or 'trapo'; read 'mix'"],
+# Keys of [cooperate], and the mistake.
+COOPERATE_MISTAKES = [
+    (
+        {"method": "mix"},
+        "method: expected one of 'sum', 'alternate', 'bridge', 'trapo', got 'mix'",
     ),
-    "an unknown key": (
-        "[cooperate]\nshare = 0.5",
-        ["cooperate.share: unknown key; expected one of:", "rl_weight", "read 0.5"],
-    ),
-    "more than all": ("[cooperate]\nrl_weight = 1.5", ["cooperate.rl_weight:", "read 1.5"]),
-    "less than nothing at the end": (
-        "[cooperate]\nrl_weight_final = -0.1",
-        ["cooperate.rl_weight_final:", "read -0.1"],
-    ),
-    "no token of any trace": (
-        "[cooperate]\nentropy_top_frac = 0",
-        ["cooperate.entropy_top_frac:", "greater than 0; read 0"],
-    ),
-    "everything frozen": (
-        "[cooperate]\nmethod = 'alternate'\nfrozen_frac = 1",
-        ["cooperate.frozen_frac:", "less than 1; read 1"],
-    ),
-    "frozen in one step of both": (
-        "[cooperate]\nfrozen_frac = 0.5",
-        ["frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it"],
-    ),
-    **{
-        f"{key} without BRIDGE": (
-            f"[cooperate]\nmethod = 'trapo'\n{key} = {value}",
-            [f"cooperate: Value error, {key}: read", "with method 'trapo'; only 'bridge' has it"],
+    ({"share": 0.5}, "share: unknown key, got 0.5; expected one of: entropy_top_frac"),
+    (method("sum", rl_weight=1.5), "method.rl_weight: expected less than or equal to 1"),
+    (method("sum", rl_weight_final=-0.1), "method.rl_weight_final: expected greater than or"),
+    ({"entropy_top_frac": 0}, "entropy_top_frac: expected greater than 0, got 0"),
+    (method("alternate", frozen_frac=1), "method.frozen_frac: expected less than 1, got 1"),
+    (method("sum", frozen_frac=0.5), "method.frozen_frac: unknown key, got 0.5"),
+    *(
+        (method("trapo", **{key: 1}), f"method.{key}: unknown key")
+        for key in (
+            "lora_learning_rate",
+            "meta_objective",
+            "refresh_steps",
+            "shadow_offload",
+            "rl_weight",
         )
-        for key, value in (
-            ("lora", "{rank = 8}"),
-            ("lora_learning_rate", "1e-4"),
-            ("meta_objective", "false"),
-            ("refresh_steps", "10"),
-            ("shadow_offload", "'optimizer'"),
-        )
-    },
-    **{
-        f"{key} without TRAPO": (
-            f"[cooperate]\n{key} = [1, 1, 1, 1]",
-            [f"{key}: read (1", "with method 'sum'; only 'trapo' has it"],
-        )
+    ),
+    (method("alternate", rl_weight_final=0.2), "method.rl_weight_final: unknown key, got 0.2"),
+    *(
+        (method("sum", **{key: [1, 1, 1, 1]}), f"method.{key}: unknown key")
         for key in ("prefix_groups", "prefix_fracs", "prefix_returns")
+    ),
+    (
+        {**TRAPO, "traces": "failed"},
+        'traces: expected "all" with method "trapo", got \'failed\'',
+    ),
+    ({"failed_pass_rate": 0.25}, "failed_pass_rate: expected 0 with traces 'all', got 0.25"),
+    ({"traces": "failed", "failed_pass_rate": 1}, "failed_pass_rate: expected less than 1, got 1"),
+    (
+        method("bridge", lora={"dropout": 0.1}),
+        "method.lora.dropout: expected 0 beside trained weights, got 0.1",
+    ),
+    (
+        method("bridge", meta_objective=False, refresh_steps=5),
+        "method.refresh_steps: expected 0 without meta_objective",
+    ),
+    (
+        method("bridge", meta_objective=False, shadow_offload="parameters"),
+        "method.shadow_offload: expected 'none' without meta_objective",
+    ),
+    (method("bridge", lora={"rank": 0}), "method.lora.rank: expected greater than 0, got 0"),
+    (method("trapo", prefix_groups=[4, 4]), "method.prefix_fracs: expected 2 values"),
+    (
+        method("trapo", prefix_groups=[], prefix_fracs=[], prefix_returns=[]),
+        "method.prefix_groups: expected at least 1 item",
+    ),
+    (method("trapo", prefix_groups=[4, 2, 2, 0]), "method.prefix_groups.3: expected greater than"),
+    (method("trapo", prefix_fracs=[0, 0.2, 0.5, 1.2]), "method.prefix_fracs.3: expected less than"),
+    ({"sft": {"objective": "kl"}}, "sft.objective: expected another objective"),
+    ({"sft": {"normalize": "per_batch"}}, "sft.normalize: expected another value"),
+    ({**TRAPO, "sft": {"negatives": True}}, "sft.negatives: expected false"),
+    ({"traces": "failed", "sft": {"negatives": True}}, "sft.negatives: expected false"),
+    *(
+        ({"sft": {key: value}}, f"sft.{key}: expected none")
+        for key, value in (("learning_rate", 1e-3), ("epochs", 2), ("schedule", "linear"))
+    ),
+    ({"sft": {"levle": "none"}}, "sft.levle: unknown key, got 'none'"),
+    (
+        {"sft": {"level": "none", "control": "centered"}},
+        'sft.control: expected "none" with level "none"',
+    ),
+    ({"sft": "plain"}, "sft: expected a table, got 'plain'"),
+]
+# [cooperate], other sections, and the mistake.
+JOB_MISTAKES = [
+    (TRAPO, {"rl": {"group_size": 4}}, "cooperate.method.prefix_groups: expected a sum of rl.gro"),
+    (TRAPO, {"rl": {"loss": "nft"}}, "rl.loss: expected another loss"),
+    (BRIDGE, {"learner": {"zero_stage": 2}}, "learner.zero_stage: expected 3 with cooperate.me"),
+    (
+        method("alternate", frozen_frac=0.1),
+        {"learner": {"zero_stage": 2}},
+        "learner.zero_stage: expected 3 with cooperate.method",
+    ),
+    (BRIDGE, {"learner": {"lora": {}}}, "learner.lora: expected none with cooperate.method"),
+    (
+        BRIDGE,
+        {"learner": {"num_workers": 4, "min_workers": 2}},
+        "learner.min_workers: expected learner.num_workers 4",
+    ),
+    ({}, {"sft": {"control": "mean_weight"}}, "cooperate.sft.control: expected another value"),
+    (TRAPO, {"sft": {"negatives": True}}, "cooperate.sft.negatives: expected false"),
+]
+# Keys of an arm, [cooperate], and the mistake.
+ARM_MISTAKES = [
+    ({"cooperate": {"method": "mix"}}, None, "arms.a.cooperate.method: expected one of 'sum'"),
+    ({"cooperate": {"methd": "sum"}}, None, "arms.a.cooperate.methd: unknown key, got 'sum'"),
+    ({"cooperate": True}, None, "arms.0.cooperate: expected a table, got True"),
+    (
+        {"cooperate": TRAPO, "rl": {"group_size": 16}},
+        None,
+        "arms.a.cooperate.method.prefix_groups: expected a sum of rl.group_size 16",
+    ),
+    (
+        {"cooperate": {"traces": "failed"}, "sft": {"negatives": True}},
+        None,
+        "arms.a.cooperate.sft.negatives: expected false",
+    ),
+    (
+        {"cooperate": {"traces": "all"}},
+        {"traces": "failed", "failed_pass_rate": 0.5},
+        "arms.a.cooperate.failed_pass_rate: expected 0 with traces 'all'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "expected"), COOPERATE_MISTAKES, ids=str)
+def test_a_mistake_in_cooperate_is_refused(keys, expected):
+    assert_one_mistake(f"cooperate.{expected}", cooperate=keys)
+
+
+@pytest.mark.parametrize(("keys", "sections", "expected"), JOB_MISTAKES, ids=str)
+def test_sections_that_do_not_fit_cooperate_are_refused(keys, sections, expected):
+    assert_one_mistake(expected, cooperate=keys, **sections)
+
+
+@pytest.mark.parametrize(("keys", "cooperate", "expected"), ARM_MISTAKES, ids=str)
+def test_a_mistake_in_an_arms_cooperate_is_refused(keys, cooperate, expected):
+    assert_one_mistake(expected, arms=[{"name": "a", **keys}], cooperate=cooperate)
+
+
+# Keys of [cooperate] as a job may give them; they and the defaults read back.
+GOOD = [
+    {},
+    method("sum", rl_weight=0.2, rl_weight_final=1.0),
+    {
+        **method("alternate", frozen_frac=0.5),
+        "traces": "failed",
+        "failed_pass_rate": 0.25,
+        "entropy_top_frac": 0.2,
     },
-    **{
-        f"a share of {method}": (
-            f"[cooperate]\nmethod = '{method}'\nrl_weight_final = 0.2",
-            [f"rl_weight: read 0.5 to 0.2 with method '{method}', which has no such share"],
-        )
-        for method in ("alternate", "trapo")
-    },
-    "failed problems with TRAPO": (
-        "[cooperate]\nmethod = 'trapo'\ntraces = 'failed'",
-        ["traces: read 'failed' with method \"trapo\"", 'expected "all"'],
-    ),
-    "failed, but all are learned": (
-        "[cooperate]\nfailed_pass_rate = 0.25",
-        ["failed_pass_rate: read 0.25 with traces 'all'; expected \"failed\""],
-    ),
-    "all have failed": (
-        "[cooperate]\ntraces = 'failed'\nfailed_pass_rate = 1",
-        ["cooperate.failed_pass_rate:", "less than 1; read 1"],
-    ),
-    "adapters beside weights that drop inputs": (
-        "[cooperate]\nmethod = 'bridge'\nlora = {dropout = 0.1}",
-        ["lora.dropout: read 0.1", "expected 0"],
-    ),
-    "a shadow of nothing is refreshed": (
-        "[cooperate]\nmethod = 'bridge'\nmeta_objective = false\nrefresh_steps = 5",
-        [f"refresh_steps: read 5 {NO_SHADOW} 0"],
-    ),
-    "a shadow of nothing is offloaded": (
-        "[cooperate]\nmethod = 'bridge'\nmeta_objective = false\nshadow_offload = 'parameters'",
-        [f"shadow_offload: read 'parameters' {NO_SHADOW} 'none'"],
-    ),
-    "no rank": (
-        "[cooperate]\nmethod = 'bridge'\nlora = {rank = 0}",
-        ["cooperate.lora.rank:", "read 0"],
-    ),
-    "groups without shares": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_groups = [4, 4]",
-        ["prefix_returns: read 2, 4 and 4 entries; expected equally many"],
-    ),
-    "no groups": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_groups = []\nprefix_fracs = []\nprefix_returns = []",
-        ["read 0, 0 and 0 entries; expected equally many, at least one"],
-    ),
-    "a group of nobody": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_groups = [4, 2, 2, 0]",
-        ["cooperate.prefix_groups.3:", "greater than 0; read 0"],
-    ),
-    "more than a whole trace": (
-        "[cooperate]\nmethod = 'trapo'\nprefix_fracs = [0, 0.2, 0.5, 1.2]",
-        ["cooperate.prefix_fracs.3:", "less than or equal to 1; read 1.2"],
-    ),
-    "other groups than RL's": (
-        "[cooperate]\nmethod = 'trapo'\n[rl]\ngroup_size = 4",
-        ["cooperate.prefix_groups: read [4, 2, 1, 1], together 8; expected rl.group_size, 4"],
-    ),
-    "guided where answers must be its own": (
-        "[cooperate]\nmethod = 'trapo'\n[rl]\nloss = 'nft'",
-        ['cooperate.method: read "trapo" with rl.loss "nft"', "expected another loss"],
-    ),
-    **{
-        f"{of} partitioned by nobody": (
-            f"[cooperate]\n{lines}\n[learner]\nzero_stage = 2",
-            [f"learner.zero_stage: read 2 with cooperate.method '{of}'", "expected 3"],
-        )
-        for of, lines in (
-            ("bridge", "method = 'bridge'"),
-            ("alternate", "method = 'alternate'\nfrozen_frac = 0.1"),
-        )
-    },
-    "adapters twice": (
-        "[cooperate]\nmethod = 'bridge'\n[learner]\nlora = {}",
-        ['learner.lora: read one with cooperate.method "bridge"', "expected none"],
-    ),
-    "a shadow of fewer ranks": (
-        "[cooperate]\nmethod = 'bridge'\n[learner]\nnum_workers = 4\nmin_workers = 2",
-        ["learner.min_workers: read 2", "expected learner.num_workers, 4"],
-    ),
-    "distilled": (
-        "[cooperate]\nsft = {objective = 'kl'}",
-        ['cooperate.sft.objective: read "kl"', "expected another objective"],
-    ),
-    "weights over both signals": (
-        "[cooperate]\nsft = {normalize = 'per_batch'}",
-        ["cooperate.sft: read normalize 'per_batch' and control 'none'", "expected others"],
-    ),
-    "a mean over both signals": (
-        "[cooperate]\n[sft]\ncontrol = 'mean_weight'",
-        ["cooperate.sft: read normalize 'none' and control 'mean_weight'", "expected others"],
-    ),
-    "wrong traces as guides": (
-        "[cooperate]\nmethod = 'trapo'\n[sft]\nnegatives = true",
-        ["cooperate.sft.negatives: read true", "must be right, expected false"],
-    ),
-    "wrong traces for what has failed": (
-        "[cooperate]\ntraces = 'failed'\nsft = {negatives = true}",
-        ["cooperate.sft.negatives: read true", "must be right, expected false"],
-    ),
-    **{
-        f"{key} of its own": (
-            f"[cooperate]\nsft = {{{key} = {value}}}",
-            [f"sft.{key}: read", "steps and optimizer are those of [rl], expected none"],
-        )
-        for key, value in (("learning_rate", "1e-3"), ("epochs", "2"), ("schedule", "'linear'"))
-    },
-    "an unknown key for traces": (
-        "[cooperate]\nsft = {levle = 'none'}",
-        ["cooperate.sft: levle: unknown key", "read 'none'"],
-    ),
-    "a wrong value for traces": (
-        "[cooperate]\nsft = {level = 'none', control = 'centered'}",
-        ["cooperate.sft:", "control: read 'centered' with level \"none\""],
-    ),
-    "traces as a word": ("[cooperate]\nsft = 'plain'", ["cooperate.sft:", "read 'plain'"]),
-    "an arm's unknown method": (
-        "[[arms]]\nname = 'a'\ncooperate = {method = 'mix'}",
-        ["arms.a.cooperate: method:", "read 'mix'"],
-    ),
-    "an arm's unknown key": (
-        "[[arms]]\nname = 'a'\ncooperate = {methd = 'sum'}",
-        ["arms.a.cooperate: methd: unknown key", "read 'sum'"],
-    ),
-    "an arm that may or may not": (
-        "[[arms]]\nname = 'a'\ncooperate = true",
-        ["arms.0.cooperate:", "read True"],
-    ),
-    "an arm's misfit with its own RL": (
-        "[[arms]]\nname = 'a'\ncooperate = {method = 'trapo'}\nrl = {group_size = 16}",
-        ["arms.a:", "cooperate.prefix_groups: read", "expected rl.group_size, 16"],
-    ),
-    "an arm's misfit with its own SFT": (
-        "[[arms]]\nname = 'a'\ncooperate = {traces = 'failed'}\nsft = {negatives = true}",
-        ["arms.a:", "cooperate.sft.negatives: read true"],
-    ),
-    "an arm's method without the job's keys": (
-        "[cooperate]\nmethod = 'bridge'\nrefresh_steps = 9\n"
-        "[[arms]]\nname = 'a'\ncooperate = {method = 'sum'}",
-        ["arms.a.cooperate:", "refresh_steps: read 9 with method 'sum'; only 'bridge' has it"],
-    ),
-}
+    method("bridge", refresh_steps=20, shadow_offload="optimizer", lora={"rank": 4}),
+    method("bridge", meta_objective=False),
+    method("trapo", prefix_groups=(6, 2), prefix_fracs=(0.0, 0.5), prefix_returns=(-1.0, 0.5)),
+    {"sft": {"level": "sequence", "normalize": "per_sequence", "examples_per_step": 8}},
+]
 
 
-@pytest.mark.parametrize(("lines", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused_by_name(dry_run, lines, said):
-    code, printed, complained = dry_run(lines)
-    assert code == 2 and not printed
-    assert complained.startswith("pear-ray: job.toml: ") and len(complained.splitlines()) == 1
-    for part in said:
-        assert part in complained, complained
-    assert not Path("run").exists()
-
-
-def test_the_stage_alone_needs_its_section(dry_run):
-    code, printed, complained = dry_run("[[arms]]\nname = 'a'\ncooperate = {}")
-    assert code == 2 and not printed
-    assert complained == (
-        "pear-ray: cooperate: missing; expected a section [cooperate] with a method\n"
-    )
-
-
-def test_a_mistake_in_an_override_is_refused(dry_run):
-    code, _, complained = dry_run("[cooperate]", "--cooperate.frozen-frac", "0.5")
-    assert code == 2
-    told = " ".join(complained.replace("│", " ").split())
-    assert "frozen_frac: read 0.5 with method 'sum'; only 'alternate' has it" in told
-
-
-# What the job says, and what of it is not as it is without it.
-GOOD = {
-    "nothing more": ("", {}),
-    "another share at the end": (
-        "rl_weight = 0.2\nrl_weight_final = 1",
-        {"rl_weight": 0.2, "rl_weight_final": 1.0},
-    ),
-    "MIFO": (
-        "method = 'alternate'\ntraces = 'failed'\nfailed_pass_rate = 0.25\nentropy_top_frac = 0.2\n"
-        "frozen_frac = 0.5",
-        {
-            "method": "alternate",
-            "traces": "failed",
-            "failed_pass_rate": 0.25,
-            "entropy_top_frac": 0.2,
-            "frozen_frac": 0.5,
-        },
-    ),
-    "BRIDGE": (
-        "method = 'bridge'\nrefresh_steps = 20\nshadow_offload = 'optimizer'\nlora = {rank = 4}",
-        {"method": "bridge", "refresh_steps": 20, "shadow_offload": "optimizer"},
-    ),
-    "BRIDGE without its objective": (
-        "method = 'bridge'\nmeta_objective = false",
-        {"method": "bridge", "meta_objective": False},
-    ),
-    "TRAPO": (
-        "method = 'trapo'\nprefix_groups = [6, 2]\nprefix_fracs = [0, 0.5]\n"
-        "prefix_returns = [-1, 0.5]",
-        {
-            "method": "trapo",
-            "prefix_groups": (6, 2),
-            "prefix_fracs": (0.0, 0.5),
-            "prefix_returns": (-1.0, 0.5),
-        },
-    ),
-    "traces of its own": (
-        "sft = {level = 'sequence', normalize = 'per_sequence', examples_per_step = 8}",
-        {"sft": {"level": "sequence", "normalize": "per_sequence", "examples_per_step": 8}},
-    ),
-}
-
-
-@pytest.mark.parametrize(("lines", "changed"), GOOD.values(), ids=GOOD)
-def test_what_fits_together_is_taken_and_reads_back(dry_run, lines, changed):
-    code, printed, complained = dry_run(f"[cooperate]\n{lines}")
-    assert code == 0, complained
-    job = Job.model_validate_json(printed)
-    assert job == read_job(Path("job.toml"))
-    assert job.cooperate.model_dump() == job.cooperate.model_dump() | changed
+@pytest.mark.parametrize("keys", GOOD, ids=str)
+def test_valid_settings_read_back(keys):
+    job = job_of(cooperate=keys)
+    assert Job.model_validate_json(job.model_dump_json()) == job
+    found = job.cooperate.model_dump()
+    assert found == found | {key: value for key, value in keys.items() if key != "method"}
+    own = keys.get("method", {"type": "sum"})
+    for key, value in own.items():
+        known = found["method"][key]
+        assert known == (known | value if isinstance(value, dict) else value)
     assert job.last_stage_of("") == "cooperate"
 
 
+def test_the_final_rl_weight_is_by_default_the_first():
+    assert Cooperate(method="sum").method.rl_weight_final == 0.5
+    assert Cooperate(**method("bridge", rl_weight=0.7)).method.rl_weight_final == 0.7
+    assert Cooperate(**method("sum", rl_weight_final=0.0)).method.rl_weight_final == 0.0
+
+
 @pytest.mark.parametrize(
-    ("lines", "objective"),
-    [
-        ("[cooperate]", "dft"),
-        ("[cooperate]\nmethod = 'trapo'", "trsft"),
-        ("[cooperate]\nmethod = 'trapo'\nsft = {objective = 'nll'}", "nll"),
-    ],
+    ("keys", "objective"),
+    [({}, "dft"), (TRAPO, "trsft"), ({**TRAPO, "sft": {"objective": "nll"}}, "nll")],
     ids=str,
 )
-def test_traces_are_learned_as_the_method_the_section_or_sft_says(lines, objective):
-    Path("job.toml").write_text(f"{JOB}[sft]\nobjective = 'dft'\nepochs = 3\n{lines}")
-    job = read_job(Path("job.toml"))
+def test_the_objective_on_traces_is_that_of_method_section_or_sft(keys, objective):
+    job = job_of(sft={"objective": "dft", "epochs": 3}, cooperate=keys)
     own = job.cooperate.sft_of(job.sft)
-    assert (own.objective, own.epochs, own.level) == (objective, 3, "token")
+    assert (own.objective.type, own.epochs, own.level) == (objective, 3, "token")
 
 
-def test_arms_end_with_either_stage(dry_run):
-    lines = """
-    [cooperate]
-    rl_weight = 0.7
-    [[arms]]
-    name = "after"
-    [[arms]]
-    name = "both"
-    cooperate = {}
-    [[arms]]
-    name = "bridge"
-    sft = false
-    cooperate = {method = "bridge"}
-    rl = {steps = 3}
-    """
-    code, printed, complained = dry_run(lines)
-    assert code == 0, complained
-    job = Job.model_validate_json(printed)
+def test_arms_end_with_either_stage():
+    job = job_of(
+        cooperate={"entropy_top_frac": 0.7},
+        arms=[
+            {"name": "after"},
+            {"name": "both", "cooperate": {}},
+            {"name": "bridge", "sft": False, "cooperate": BRIDGE, "rl": {"steps": 3}},
+        ],
+    )
     assert [arm.stages for arm in job.arms] == [
         ("sft", "rl"), ("sft", "cooperate"), ("cooperate",),
     ]  # fmt: skip
     after, both, bridge = (job.of_arm(arm) for arm in job.arms)
     assert after.cooperate is None and after.last_stage_of("") == "rl"
     assert both.cooperate == job.cooperate
-    assert (bridge.cooperate.method, bridge.cooperate.rl_weight) == ("bridge", 0.7)
+    assert (bridge.cooperate.method.type, bridge.cooperate.entropy_top_frac) == ("bridge", 0.7)
     assert bridge.rl.steps == 3
     assert [job.last_stage_of(home) for home in ("after", "both@3", "bridge@3")] == [
         "rl", "cooperate", "cooperate",
     ]  # fmt: skip
 
 
-def test_labels_say_what_came_before():
+def test_labels_name_the_stage_before():
     labels = ["base", "a/sft", "a/cooperate", "b@1/cooperate", "cooperate", "sft", "mine"]
     assert [is_after_rl(label) for label in labels] == [
         False, False, True, True, True, False, False,
