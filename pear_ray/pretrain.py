@@ -1,7 +1,5 @@
-"""Make the models that the job wants made: the student, and the authors of its corpus.
-
-Jobs that name models by folder or hub name have nothing to do here.
-"""
+"""Stage `pretrain`: train the small models that a job asks for, the student and the authors of its
+corpus. Models named by folder or hub name need none of this."""
 
 from __future__ import annotations
 
@@ -15,51 +13,60 @@ from pear_ray.config import Job, Pretrain, TaskSpec
 from pear_ray.errors import ConfigError
 from pear_ray.ray_cluster import connect
 from pear_ray.run import RunDir
-from pear_ray.tasks import Demonstrator, make_tasks
+from pear_ray.tasks import make_tasks
+from pear_ray.tasks.task import Demonstrator
 
 log = logging.getLogger(__name__)
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
-    """Train each model in a Ray task of one CPU; one that exists is kept."""
+    """Train every missing model in a Ray task with one CPU; return each one's final loss.
+
+    Raises:
+        ConfigError: the job's first task cannot write demonstrations.
+        TimeoutError: no model was finished within the longest `timeout_seconds`.
+    """
     connect()
-    origins = {"base": job.model, **job.behavior}
-    wanted = {name: origin.pretrain for name, origin in origins.items() if origin.pretrain}
-    if wanted and not isinstance(make_tasks(job.tasks)[0], Demonstrator):
+    sources = {"base": job.model, **job.behavior}
+    models = {name: source.pretrain for name, source in sources.items() if source.pretrain}
+    if models and not isinstance(make_tasks(job.tasks)[0], Demonstrator):
         raise ConfigError(
-            f"tasks.0: {job.tasks[0].name!r} cannot write demonstrations;"
-            " expected a task that can, for the models with `pretrain`"
+            "tasks.0: expected a task that writes demonstrations, for the models with `pretrain`,"
+            f" got {job.tasks[0].name!r}"
         )
     folder = run.folder / "pretrain"
     folder.mkdir(exist_ok=True)
-    calls: dict[str, Any] = {}
-    # Those that others begin with are asked for first; Ray makes the others wait for them.
-    for name, settings in sorted(wanted.items(), key=lambda item: item[1].start_from is not None):
+    losses: dict[str, Any] = {}
+    # Parents first; Ray starts a child once its parent's loss is there.
+    for name, settings in sorted(models.items(), key=lambda item: item[1].start_from is not None):
         if not (folder / name / "config.json").exists():
-            parent = calls.get(settings.start_from or "")
-            calls[name] = make_model.remote(folder / name, settings, job.tasks[0], parent)
-    facts: dict[str, Any] = {}
-    names = {call: name for name, call in calls.items()}
-    waiting = list(names)
-    deadline = max((wanted[name].timeout_seconds for name in calls), default=0.0)
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=deadline)
+            parent_loss = losses.get(settings.start_from or "")
+            losses[name] = train_model.remote(folder / name, settings, job.tasks[0], parent_loss)
+    results: dict[str, Any] = {}
+    names = {loss: name for name, loss in losses.items()}
+    pending = list(names)
+    timeout = max((models[name].timeout_seconds for name in losses), default=0.0)
+    while pending:
+        done, pending = ray.wait(pending, timeout=timeout)
         if not done:
-            late = ", ".join(names[call] for call in waiting)
-            raise TimeoutError(f"pretrain: waited {deadline:.0f} s (timeout_seconds) for {late}")
-        loss = ray.get(done[0])
-        facts[names[done[0]]] = {"final_loss": round(loss, 4)}
-        log.info("pretrain: %s made, loss %.3f nats per token", names[done[0]], loss)
-    return facts
+            late = ", ".join(names[loss] for loss in pending)
+            raise TimeoutError(
+                f"pretrain: timeout_seconds: expected a model within {timeout:.0f} s, still"
+                f" training {late}"
+            )
+        name, loss = names[done[0]], ray.get(done[0])
+        results[name] = {"final_loss": round(loss, 4)}
+        log.info("pretrain: %s done, loss %.3f nats per token", name, loss)
+    return results
 
 
 @ray.remote(num_cpus=1)
-def make_model(
+def train_model(
     folder: Path, settings: Pretrain, spec: TaskSpec, parent_loss: float | None
 ) -> float:
-    """One model, in a process of its own, once the model that it begins with is there."""
-    from pear_ray.train.new_model import pretrain
+    """Train one model in its own process; `parent_loss` makes Ray wait for the parent."""
+    from pear_ray.train.new_model import pretrain_model
 
     task = make_tasks([spec])[0]
     assert isinstance(task, Demonstrator)
-    return pretrain(folder, settings, task, num_threads=1)
+    return pretrain_model(folder, settings, task, num_threads=1)

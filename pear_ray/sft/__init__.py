@@ -1,97 +1,118 @@
-"""Supervised fine-tuning on the scored corpus, every token weighted by PEAR's importance ratio
-(or by 1, for level "none").
+"""Supervised fine-tuning on the scored corpus; every token is weighted by PEAR's importance ratio
+(by 1 for level "none").
 
-Ray Data mixes the corpus and reads ahead; DeepSpeed ranks under Ray Train take the rows of one step
-after another; the export is what RL starts from. The held-out loss is measured on the way: beside
-`export`, the last state, stands `best`, the state with the lowest, where they differ.
+    driver: feed_rows                            ranks: train_loop (DeepSpeed under Ray Train)
+
+    scored corpus                                each rank packs its share of a step's rows,
+      Ray Data shuffles windows of rows            takes an optimizer step, and logs it
+      one table per step ----> BatchQueue ---->  every eval_every steps: held-out loss
+            (4 steps ahead)        ^             every save_every steps: checkpoint
+                                   '--- drop steps before the latest committed checkpoint
+
+The last weights become `export`, which `rl` starts from; if an earlier checkpoint has a lower
+held-out loss, it becomes `best`.
 """
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from pear_ray.config import Job
-from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take
-from pear_ray.data.loader import steps
-from pear_ray.data.scored_dataset import RowGroup, refuse_too_few, row_filter, scan, sequences_of
+from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take_batch
+from pear_ray.data.loader import batches
+from pear_ray.data.scored_dataset import (
+    RowFilter,
+    RowGroup,
+    check_enough_rows,
+    scan_dataset,
+    training_sequences,
+)
 from pear_ray.metrics import Tracker
-from pear_ray.ray_cluster import connect, here
+from pear_ray.ray_cluster import connect, this_node_only
 from pear_ray.records import TrainingBatch
 from pear_ray.run import RunDir
-from pear_ray.sft.build import objective_of
-from pear_ray.sft.heldout import HeldOut
-from pear_ray.sft.metrics import numbers_of, speak
+from pear_ray.sft.build import build_sft_loss
+from pear_ray.sft.metrics import HeldOut, log_step, step_metrics
 from pear_ray.train.ray_train import (
     PreemptionWatcher,
     best_checkpoint,
     latest_checkpoint,
-    rank_and_count,
+    rank_and_world_size,
+    run_ray_train,
     save_checkpoint,
     setup_worker,
-    train,
 )
 from pear_ray.train.supported import check_supported
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
 
-log = logging.getLogger(__name__)
-
 STEPS_READ_AHEAD = 4
-# Learners may wait for nodes that a cloud has yet to give; `run` closes the queue when they end.
-LEARNER_SECONDS = 24 * 3600.0
+# Learners may wait for nodes that a cloud has yet to add; `run` closes the queue when they end.
+LEARNER_TIMEOUT_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class SftInputs:
+    """Everything the driver passes to the ranks. Example: SftInputs(job, Path("runs/a"),
+    [RowGroup("runs/a/scored/0.parquet", 0, 960, 40, ("teacher",))], queue)"""
+
+    job: Job
+    run_dir: Path
+    groups: list[RowGroup]
+    queue: Any
+    """Handle of the `BatchQueue` actor."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps over all epochs; the last one may have fewer rows."""
+        num_rows = self.job.sft.epochs * sum(group.num_train for group in self.groups)
+        return -(-num_rows // self.job.sft.examples_per_step)
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
-    """Look through the corpus, then train while rows are read ahead."""
-    groups = scan(job.scored_folder, row_filter(job))
-    num_rows = sum(group.num_train for group in groups)
+    """Scan the corpus, then train while rows are read ahead."""
+    groups = scan_dataset(job.scored_folder, RowFilter.from_job(job))
     num_heldout = sum(group.num_heldout for group in groups)
-    refuse_too_few(job, groups)
+    check_enough_rows(job, groups)
     check_supported(job, job.model_path())
     connect()
     queue = BatchQueue.options(  # type: ignore[attr-defined]
-        scheduling_strategy=here()
+        scheduling_strategy=this_node_only()
     ).remote(STEPS_READ_AHEAD)
-    config = {
-        "job": job.model_dump(),
-        "folder": str(run.folder),
-        "queue": queue,
-        "groups": groups,
-    }
     with ThreadPoolExecutor(1) as executor:
-        fed = executor.submit(feed, job, groups, queue)
+        feeding = executor.submit(feed_rows, job, groups, queue)
         try:
-            folder = run.folder / "sft" / f"{run.folder.name}-sft"
-            done = train(
-                learn,
-                config,
+            result = run_ray_train(
+                train_loop,
+                SftInputs(job, run.folder, groups, queue),
                 job.learner,
                 job.placement.learners,
-                folder,
+                run.folder / "sft" / f"{run.folder.name}-sft",
                 keep_best=num_heldout > 0,
             )
         except Exception as error:
-            if fed.done() and (cause := fed.exception()) is not None:
+            if feeding.done() and (cause := feeding.exception()) is not None:
                 raise cause from error
             raise
         finally:
             ray.get(queue.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
-    return done | {"examples": num_rows, "heldout_examples": num_heldout}
+    num_examples = sum(group.num_train for group in groups)
+    return result | {"examples": num_examples, "heldout_examples": num_heldout}
 
 
-def feed(job: Job, groups: list[RowGroup], queue: Any) -> None:
-    """The reading side: rows of one step after another, from the first that learners ask for."""
+def feed_rows(job: Job, groups: list[RowGroup], queue: Any) -> None:
+    """Put each step's rows into the queue, from the first step that learners request."""
     try:
-        first_step = ray.get(queue.first_wanted.remote(LEARNER_SECONDS))
-        tables = steps(
+        first_step = ray.get(queue.first_requested.remote(LEARNER_TIMEOUT_SECONDS))
+        tables = batches(
             groups,
-            row_filter(job),
+            RowFilter.from_job(job),
             num_epochs=job.sft.epochs,
             rows_per_step=job.sft.examples_per_step,
             rows_per_window=job.sft.rows_per_window,
@@ -99,70 +120,72 @@ def feed(job: Job, groups: list[RowGroup], queue: Any) -> None:
             first_step=first_step,
         )
         for step, table in enumerate(tables, first_step):
-            ray.get(queue.put.remote(step, [ray.put(table)], LEARNER_SECONDS))
+            ray.get(queue.put.remote(step, [ray.put(table)], LEARNER_TIMEOUT_SECONDS))
     except BaseException as error:
-        ray.get(queue.close.remote(f"reading failed: {error!r}"), timeout=GRACE_SECONDS)
+        ray.get(queue.close.remote(f"reading rows failed: {error!r}"), timeout=GRACE_SECONDS)
         raise
 
 
-def learn(config: dict[str, Any]) -> dict[str, Any]:
-    """What every rank does."""
-    # The driver, which only names this function, need not wait for DeepSpeed.
+def train_loop(inputs: SftInputs) -> dict[str, Any]:
+    """Train on one rank: take a step's rows, learn, measure, save; export at the end."""
+    # Imported here because DeepSpeed takes seconds, and the driver only names this function.
     from pear_ray.train.learner import Learner
 
-    job, folder = Job(**config["job"]), Path(config["folder"])
+    job, folder, num_steps = inputs.job, inputs.run_dir / "sft", inputs.num_steps
     setup_worker(job, "sft")
-    settings, deadline = job.sft, job.learner.timeout_seconds
-    rank, _ = rank_and_count()
-    num_rows = settings.epochs * sum(group.num_train for group in config["groups"])
-    num_steps = -(-num_rows // settings.examples_per_step)
+    settings, timeout_seconds = job.sft, job.learner.timeout_seconds
     learner = Learner(
         job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed
     )
-    objective = objective_of(job, config["groups"], learner)
-    heldout = HeldOut.of(job, config["groups"], learner)
-    start = 0
-    if (kept := latest_checkpoint()) is not None:
-        kept.restore({"policy": learner}, folder / "sft")
-        start, heldout = kept.notes["next_step"], heldout.after(kept.notes)
-    tracker = Tracker(folder, "sft", job.tracking).rewind(start) if rank == 0 else None
-    departures = PreemptionWatcher()
+    loss = build_sft_loss(job, inputs.groups, learner)
+    heldout = HeldOut.create(job, inputs.groups, learner)
+    first_step = 0
+    checkpoint = latest_checkpoint()
+    if checkpoint is not None:
+        checkpoint.restore({"policy": learner}, folder)
+        first_step = checkpoint.metadata["next_step"]
+        heldout = heldout.resume(checkpoint.metadata)
+    rank, _ = rank_and_world_size()
+    tracker = Tracker(inputs.run_dir, "sft", job.tracking).rewind(first_step) if rank == 0 else None
+    preemptions = PreemptionWatcher()
 
-    def batches_of(step: int) -> list[TrainingBatch]:
-        rows = take(config["queue"], step, deadline)
-        distils = settings.objective == "kl"
-        return learner.share(sequences_of(rows, settings.negative_coefficient, distils))
+    def load(step: int) -> list[TrainingBatch]:
+        rows = take_batch(inputs.queue, step, timeout_seconds)
+        with_teacher = settings.objective.type == "kl"
+        sequences = training_sequences(rows, settings.negative_coefficient, with_teacher)
+        return learner.micro_batches(sequences)
 
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(batches_of, start)
-        for step in range(start, num_steps):
-            batches = coming.result()
+    with ThreadPoolExecutor(1) as executor:
+        next_batches = executor.submit(load, first_step)
+        for step in range(first_step, num_steps):
+            step_batches = next_batches.result()
             if step + 1 < num_steps:
-                coming = ahead.submit(batches_of, step + 1)
-            result = learner.step(batches, objective)
+                next_batches = executor.submit(load, step + 1)
+            result = learner.step(step_batches, loss)
             is_last = step + 1 == num_steps
-            is_due = (step + 1) % job.learner.save_every == 0 and not is_last
-            if is_due or is_last or (step + 1) % settings.eval_every == 0:
-                heldout = heldout.measured(learner)
+            is_save_due = (step + 1) % job.learner.save_every == 0 and not is_last
+            if is_save_due or is_last or (step + 1) % settings.eval_every == 0:
+                heldout = heldout.measure(learner)
             if tracker:
-                tracker.log(step, **numbers_of(job, result), **heldout.numbers)
-                speak(step, num_steps, numbers_of(job, result), heldout)
-            if departures.any_new() or is_due:
-                safe_step = save_checkpoint(
-                    {"policy": learner}, step + 1, deadline, **heldout.numbers
+                metrics = step_metrics(job, result)
+                tracker.log(step, **metrics, **heldout.metrics)
+                log_step(step, num_steps, metrics, heldout)
+            if preemptions.any_new() or is_save_due:
+                resume_step = save_checkpoint(
+                    {"policy": learner}, step + 1, timeout_seconds, **heldout.metrics
                 )
-                ray.get(config["queue"].forget_before.remote(safe_step), timeout=deadline)
-    learner.export(folder / "sft" / "export", job.model_path())
-    export_best(learner, folder / "sft", job, heldout)
+                ray.get(inputs.queue.drop_before.remote(resume_step), timeout=timeout_seconds)
+    learner.export(folder / "export", job.model_path())
+    export_best(learner, folder, job, heldout)
     if tracker:
         tracker.close()
-    return {"steps": num_steps} | heldout.numbers
+    return {"steps": num_steps} | heldout.metrics
 
 
-def export_best(learner: Learner, folder: Path, job: Job, last: HeldOut) -> None:
-    """Write `best` where a checkpoint has a lower held-out loss than the last state."""
-    kept = best_checkpoint(job.learner.timeout_seconds)
-    # A last loss that is not a number is no better.
-    if kept is not None and not kept.notes["heldout_loss"] >= last.loss:
-        kept.restore({"policy": learner}, folder)
+def export_best(learner: Learner, folder: Path, job: Job, heldout: HeldOut) -> None:
+    """Export `best` if a checkpoint has a lower held-out loss than the last weights."""
+    best = best_checkpoint(job.learner.timeout_seconds)
+    # Not `<`: any measured checkpoint is better than a last loss of NaN.
+    if best is not None and not best.metadata["heldout_loss"] >= heldout.loss:
+        best.restore({"policy": learner}, folder)
         learner.export(folder / "best", job.model_path())

@@ -1,18 +1,17 @@
-"""From the job's words to the objective that is minimized."""
+"""Build the SFT loss from the job."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pear_ray.config import Job
-from pear_ray.data.scored_dataset import RowGroup, first_rows, row_filter, sequences_of
+from pear_ray.config import IwObjective, Job, KlObjective, SedObjective, TrSftObjective
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, first_rows, training_sequences
 from pear_ray.data.tokenizer import num_embeddings
-from pear_ray.losses.sft import Supervised, TopMasses, Weighted
-from pear_ray.losses.token_losses import Dft, IwSft, Kl, Nll, SedSft, TokenLoss, TrSft
-from pear_ray.losses.weighting import (
+from pear_ray.losses.pear import (
     Centered,
     MeanWeightOnly,
     NoNormalization,
@@ -21,33 +20,33 @@ from pear_ray.losses.weighting import (
     PerSequence,
     Shuffled,
 )
+from pear_ray.losses.sft import (
+    Dft,
+    IwSft,
+    Kl,
+    Nll,
+    SedSft,
+    Supervised,
+    TokenLoss,
+    TopMasses,
+    TrSft,
+    Weighted,
+)
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
 
-# As many sequences as SED-SFT's authors take to choose their bound.
-ROWS_FOR_SED = 100
+# SED-SFT chooses its bound on 100 sequences (arXiv 2602.07464).
+SED_NUM_ROWS = 100
 
 NORMALIZATIONS = {"none": NoNormalization, "per_sequence": PerSequence, "per_batch": PerBatch}
 
 
-def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
-    """Any base objective, weighted or not. Every rank calls this, before anything is learned."""
+def build_sft_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
+    """Return the base objective, PEAR-weighted unless sft.level is "none". Collective: SED-SFT
+    measures the untrained model."""
     settings = job.sft
-
-    def sed() -> TokenLoss:
-        bound = decided_mass(job, groups, learner)
-        return SedSft(settings.sed_strength, settings.sed_top_k, bound)
-
-    losses: dict[str, Callable[[], TokenLoss]] = {
-        "nll": Nll,
-        "dft": Dft,
-        "kl": lambda: Kl(num_embeddings(job.model_path())),
-        "trsft": lambda: TrSft(settings.trsft_alpha),
-        "iw": lambda: IwSft(settings.iw_temperature, settings.iw_bounds),
-        "sed": sed,
-    }
-    loss = losses[settings.objective]()
+    loss = token_loss(job, groups, learner)
     if settings.level == "none":
         return Supervised(loss)
     pear = (
@@ -57,28 +56,46 @@ def objective_of(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supe
         settings.ratio_bounds,
         settings.clip_log_weight,
     )
-    weighers: dict[str, Callable[[], Pear]] = {
-        "none": lambda: Pear(*pear),
-        "mean_weight": lambda: Pear(*pear),
-        "shuffled": lambda: Shuffled(*pear, seed=job.run.seed),
-        "centered": lambda: Centered(*pear),
+    weighings: dict[str, Callable[..., Pear]] = {
+        "none": Pear,
+        "mean_weight": Pear,
+        "shuffled": partial(Shuffled, seed=job.run.seed),
+        "centered": Centered,
     }
     only_mean = settings.control == "mean_weight"
     return Weighted(
         loss,
-        weigh=weighers[settings.control](),
+        weigh=weighings[settings.control](*pear),
         normalization=MeanWeightOnly() if only_mean else NORMALIZATIONS[settings.normalize](),
         sources=settings.sources
         or tuple(sorted({name for group in groups for name in group.sources})),
     )
 
 
-def decided_mass(job: Job, groups: Sequence[RowGroup], learner: Learner) -> float:
-    """SED-SFT's bound: the mass of the likeliest tokens above which the wanted share of places
-    lies, under the model before training (arXiv 2602.07464, from 100 sequences of the corpus)."""
-    table = first_rows(groups, row_filter(job), "train", ROWS_FOR_SED)
+def token_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> TokenLoss:
+    """Return the base objective."""
+    objective = job.sft.objective
+    match objective:
+        case KlObjective():
+            return Kl(num_embeddings(job.model_path()))
+        case TrSftObjective():
+            return TrSft(objective.alpha)
+        case IwObjective():
+            return IwSft(objective.temperature, objective.bounds)
+        case SedObjective():
+            bound = decided_mass(job, objective, groups, learner)
+            return SedSft(objective.strength, objective.top_k, bound)
+    return Dft() if objective.type == "dft" else Nll()
+
+
+def decided_mass(
+    job: Job, objective: SedObjective, groups: Sequence[RowGroup], learner: Learner
+) -> float:
+    """Return SED-SFT's bound: the top-k probability exceeded at `decided_frac` of the positions,
+    under the model before training (arXiv 2602.07464)."""
+    table = first_rows(groups, RowFilter.from_job(job), "train", SED_NUM_ROWS)
     assert table is not None
-    facts = learner.measure(learner.share(sequences_of(table, 1.0)), TopMasses(job.sft.sed_top_k))
-    counts = facts["histogram"]
+    batches = learner.micro_batches(training_sequences(table, 1.0))
+    counts = learner.evaluate(batches, TopMasses(objective.top_k))["histogram"]
     cumulative = np.cumsum(counts) / counts.sum()
-    return float((np.searchsorted(cumulative, 1 - job.sft.sed_decided_frac) + 1) / len(counts))
+    return float((np.searchsorted(cumulative, 1 - objective.decided_frac) + 1) / len(counts))

@@ -1,72 +1,124 @@
-"""What a step of `sft` says: numbers, a line, and advice."""
+"""Metrics of stage `sft`: a step's numbers, the held-out loss, log lines and warnings."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pear_ray.config import Job
-from pear_ray.sft.heldout import HeldOut
-from pear_ray.statistics import weight_summary
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, first_rows, training_sequences
+from pear_ray.losses.sft import Supervised
+from pear_ray.records import TrainingBatch
+from pear_ray.statistics import overtraining, weight_summary
 
 if TYPE_CHECKING:
-    from pear_ray.train.learner import StepResult
+    from pear_ray.train.learner import Learner, StepResult
 
 log = logging.getLogger(__name__)
 
-STEPS_PER_LINE = 10
-# Below the first, few tokens carry the step; above the second, one bound decides most weights.
-LEAST_EFFECTIVE_SHARE = 0.2
-MOST_AT_A_CLIP = 0.5
+STEPS_PER_LOG_LINE = 10
+# Below the first, few tokens carry the step; above the second, one clip sets most weights.
+MIN_EFFECTIVE_SAMPLE_SIZE = 0.2
+MAX_CLIPPED = 0.5
 
 
-def numbers_of(job: Job, result: StepResult) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    numbers = {
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's micro-batches of the held-out rows; the latest loss over all ranks, in nats per
+    token (NaN before the first), and the lowest so far."""
+
+    batches: tuple[TrainingBatch, ...]
+    loss: float = math.nan
+    lowest: float = math.inf
+
+    @classmethod
+    def create(cls, job: Job, groups: Sequence[RowGroup], learner: Learner) -> HeldOut:
+        """Read the first `sft.heldout_rows` held-out rows."""
+        table = first_rows(groups, RowFilter.from_job(job), "heldout", job.sft.heldout_rows)
+        if table is None:
+            return cls(())
+        return cls(tuple(learner.micro_batches(training_sequences(table, 1.0))))
+
+    def measure(self, learner: Learner) -> HeldOut:
+        """Return a copy with the learner's current loss; unchanged if no row is held out."""
+        if not self.batches:
+            return self
+        sums = learner.evaluate(self.batches, Supervised())
+        loss = float(sums["nll"]) / float(sums["tokens_to_learn"])
+        return replace(self, loss=loss, lowest=min(loss, self.lowest))
+
+    def resume(self, metadata: Mapping[str, Any]) -> HeldOut:
+        """Return a copy with the losses of a checkpoint."""
+        lowest = metadata.get("lowest_heldout_loss", math.inf)
+        return replace(self, loss=metadata.get("heldout_loss", math.nan), lowest=lowest)
+
+    @property
+    def regime(self) -> str:
+        """The degree of over-training (`statistics.overtraining`)."""
+        return overtraining(self.loss, self.lowest)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The losses for metrics.jsonl and checkpoints; empty before the first measurement."""
+        if math.isnan(self.loss):
+            return {}
+        return {"heldout_loss": self.loss, "lowest_heldout_loss": self.lowest}
+
+
+def step_metrics(job: Job, result: StepResult) -> dict[str, Any]:
+    """Return one step's row of metrics.jsonl."""
+    sums = result.metric_sums
+    metrics = {
         "loss": result.loss,
-        "nll": float(result.facts["nll"]) / max(1.0, float(result.facts["tokens_to_learn"])),
-        "entropy": float(result.facts["entropy"]) / result.num_tokens,
+        "nll": float(sums["nll"]) / max(1.0, float(sums["tokens_to_learn"])),
+        "entropy": float(sums["entropy"]) / result.num_tokens,
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "num_tokens": result.num_tokens,
     }
     if job.sft.level == "none":
-        return numbers
-    return numbers | weight_summary(result.facts, result.num_tokens, job.sft.clip_log_weight)
+        return metrics
+    return metrics | weight_summary(sums, result.num_tokens, job.sft.clip_log_weight)
 
 
-def speak(step: int, num_steps: int, numbers: dict[str, Any], heldout: HeldOut) -> None:
-    """A line in the log now and then, and a warning when weights or held-out loss ask for one."""
-    if step % STEPS_PER_LINE and step + 1 < num_steps:
+def log_step(step: int, num_steps: int, metrics: Mapping[str, Any], heldout: HeldOut) -> None:
+    """Log every tenth step and the last one, with a warning if weights have collapsed."""
+    if step % STEPS_PER_LOG_LINE and step + 1 < num_steps:
         return
-    line = f"sft: step {step + 1} of {num_steps}: loss {numbers['loss']:.4f}"
-    if heldout.numbers:
+    line = f"sft: step {step + 1} of {num_steps}: loss {metrics['loss']:.4f}"
+    if heldout.metrics:
         line += f", held-out loss {heldout.loss:.4f} ({heldout.regime})"
     log.info(line, extra={"step": step})
-    if advice := advice_on(numbers):
-        log.warning("sft: step %d: %s", step + 1, advice, extra={"step": step})
+    if warning := weight_warning(metrics):
+        log.warning("sft: step %d: %s", step + 1, warning, extra={"step": step})
 
 
-def advice_on(numbers: dict[str, Any]) -> str | None:
-    """What to do about weights that have collapsed; None where they have not, or there are none."""
-    if "effective_sample_size" not in numbers:
+def weight_warning(metrics: Mapping[str, Any]) -> str | None:
+    """Return the most severe sign of collapsed weights and its remedy; None if there is none."""
+    if "effective_sample_size" not in metrics:
         return None
-    share, floor = numbers["effective_sample_size"], numbers["weight_frac_at_floor"]
-    lower = numbers["clip_frac_low"]
-    if floor > MOST_AT_A_CLIP:
+    sample_size, at_floor = metrics["effective_sample_size"], metrics["weight_frac_at_floor"]
+    clipped_low = metrics["clip_frac_low"]
+    if at_floor > MAX_CLIPPED:
         return (
-            f"{floor:.0%} of the tokens have the smallest weight there is: only the ends of traces"
-            ' are learned. The corpus is far from this model; try sft.level = "block", a narrower'
-            " sft.clip_log_ratio, or a behavior policy nearer to the model"
+            f"{at_floor:.0%} of the tokens have the smallest possible weight: only the ends of"
+            " traces are learned. The corpus is far from this model; try"
+            ' sft.level = "block", a narrower sft.clip_log_ratio, or a behavior policy closer to'
+            " the model"
         )
-    if share < LEAST_EFFECTIVE_SHARE:
+    if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
         return (
-            f"the effective sample size is {share:.0%} of the tokens: a few of them carry the step."
-            " Try a narrower sft.clip_log_weight or sft.clip_log_ratio, or more examples_per_step"
+            f"the effective sample size is {sample_size:.0%} of the tokens: few tokens carry the"
+            " step. Try a narrower sft.clip_log_weight or sft.clip_log_ratio, or more"
+            " sft.examples_per_step"
         )
-    if lower > MOST_AT_A_CLIP:
+    if clipped_low > MAX_CLIPPED:
         return (
-            f"{lower:.0%} of the log-ratios are at the lower clip: weights count tokens rather than"
-            " weigh them. Try a wider sft.clip_log_ratio, or check behavior_logprobs in the report"
+            f"{clipped_low:.0%} of the log-ratios are at the lower clip: weights count tokens"
+            " instead of weighing them. Try a wider sft.clip_log_ratio, or check"
+            " behavior_logprobs in the report"
         )
     return None

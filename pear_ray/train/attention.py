@@ -1,9 +1,8 @@
-"""Attention over a pack of sequences, none of which sees another.
+"""Causal attention within each sequence of a pack.
 
-Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's own
-variable-length flash attention. `pack_by_runs`, for CPUs and float32, is a causal kernel for each
-run of sequences of one length, which needs neither mask nor padding: packs have their sequences in
-order of length, so runs are few.
+Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's
+variable-length flash attention. `pack_by_runs` (CPUs, float32) calls a causal kernel for each run
+of sequences of equal length, without mask or padding; packs are sorted by length, so runs are few.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from transformers.masking_utils import AttentionMaskInterface
 BY_RUNS, VARLEN = "pack_by_runs", "pack_varlen"
 
 
-def best(dtype: str) -> str:
-    """The name of the attention for a model in `dtype` on this machine."""
+def kernel_name(dtype: str) -> str:
+    """Return the fastest kernel's name for a model in `dtype` on this machine."""
     return VARLEN if torch.cuda.is_available() and dtype == "bfloat16" else BY_RUNS
 
 
-def layout(sequence_ids_T: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """What either attention wants to know of a pack."""
+def pack_layout(sequence_ids_T: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Return the keyword arguments by which both kernels know the sequences of a pack."""
     lengths = np.bincount(sequence_ids_T)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
     return {
-        "runs": runs(lengths),
+        "runs": equal_length_runs(lengths),
         "sequence_starts": starts.to(device),
         "longest": int(lengths.max()),
     }
 
 
-def runs(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Neighbours of one length: (how many sequences, tokens in each), in the order of the pack."""
+def equal_length_runs(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Return (number of sequences, tokens in each) of each run of equal lengths, in pack order."""
     return tuple((len(list(same)), int(length)) for length, same in groupby(lengths))
 
 
@@ -54,7 +53,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """The same as `attention_by_runs`, and with a sliding window where the model has one."""
+    """Compute `attention_by_runs`, with a sliding window if the layer has one."""
     from torch.nn.attention.varlen import varlen_attn
 
     attended: Any = varlen_attn(
@@ -82,35 +81,37 @@ def attention_by_runs(
     sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """Causal attention within each sequence. Tensors are [1, heads, tokens, head size]; the
-    result is [1, tokens, heads, head size].
+    """Attend causally within each sequence: [1, heads, tokens, head size] to [1, tokens, heads,
+    head size].
 
     Raises:
-        ValueError: the layer wants a sliding window, which is not offered here.
+        ValueError: the layer has a sliding window shorter than a sequence.
     """
     longest = max(length for _, length in runs)
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
-            f"the model's attention has a sliding window of {sliding_window}; expected full"
-            f" attention for sequences of up to {longest} tokens"
+            f"sliding_window: expected at least {longest} tokens, the longest sequence, got"
+            f" {sliding_window}"
         )
     num_tokens = [number * length for number, length in runs]
     by_run = (states[0].split(num_tokens, 1) for states in (query, key, value))
     attended = []
-    for run, *of_run in zip(runs, *by_run, strict=True):
-        # [heads, tokens, size] as [sequences, heads, length, size], without a copy
-        q, k, v = (states.unflatten(1, run).transpose(0, 1) for states in of_run)
-        with_groups = query.shape[1] != key.shape[1]
-        found = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=with_groups
+    for run, *states_of_run in zip(runs, *by_run, strict=True):
+        # [heads, tokens, size] viewed as [sequences, heads, length, size]
+        q, k, v = (states.unflatten(1, run).transpose(0, 1) for states in states_of_run)
+        is_grouped = query.shape[1] != key.shape[1]
+        output = scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped
         )
-        attended.append(found.transpose(1, 2).flatten(0, 1))
+        attended.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)[None]
 
 
-def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """A kernel as transformers calls it. Where a `group` of ranks shares the pack, each sends the
-    states of its tokens and receives those of all tokens, for its share of the heads."""
+def transformers_attention(
+    kernel: Callable[..., Tensor],
+) -> Callable[..., tuple[Tensor, None]]:
+    """Wrap a kernel in the signature that transformers calls. If a `group` of ranks shares the
+    pack, each rank sends the states of its tokens and receives all tokens for its heads."""
 
     def attention(
         module: torch.nn.Module,
@@ -123,7 +124,7 @@ def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None
         **layout: Any,
     ) -> tuple[Tensor, None]:
         if s_aux is not None:
-            raise ValueError("the model's attention has sinks; expected one without")
+            raise ValueError("attention: expected no sinks, got a model with attention sinks")
         if group is None:
             return kernel(query, key, value, **layout), None
         from deepspeed.sequence.layer import DistributedAttention
@@ -131,16 +132,16 @@ def as_called(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None
         def attend(*states: Tensor) -> Tensor:
             return kernel(*(state.transpose(1, 2) for state in states), **layout)
 
-        exchanged = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
-        return exchanged(*(state.transpose(1, 2) for state in (query, key, value)), 0), None
+        exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+        return exchange(*(state.transpose(1, 2) for state in (query, key, value)), 0), None
 
     return attention
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """The layout is the mask."""
+    """Return no mask: the layout of the pack replaces it."""
 
 
-for name, function in ((BY_RUNS, attention_by_runs), (VARLEN, varlen_attention)):
-    AttentionInterface.register(name, as_called(function))
+for name, kernel in ((BY_RUNS, attention_by_runs), (VARLEN, varlen_attention)):
+    AttentionInterface.register(name, transformers_attention(kernel))
     AttentionMaskInterface.register(name, no_mask)

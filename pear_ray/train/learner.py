@@ -1,4 +1,9 @@
-"""One rank of a DeepSpeed learner. It knows tokens and coefficients, not algorithms."""
+"""One rank of a DeepSpeed learner. It knows tokens, coefficients and sums, not algorithms: the
+objective turns a micro-batch into a loss.
+
+    sequences of a step --micro_batches--> this rank's packs --backward--> gradients, sums
+                                                             --update----> StepResult
+"""
 
 from __future__ import annotations
 
@@ -15,14 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from pear_ray.config import Learner as Settings
+from pear_ray.config import Learner as LearnerConfig
 from pear_ray.config import Optimizer
 from pear_ray.losses.inputs import LossInputs, Objective
 from pear_ray.losses.packing import pack
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.seeds import seed_of
 from pear_ray.train import zero
-from pear_ray.train.export import write_folder
+from pear_ray.train.hf_folder import write_hf_folder
 from pear_ray.train.lora import add_adapters, merged_parameters
 from pear_ray.train.model import PackedPolicy, load_policy, policy_inputs
 from pear_ray.train.ulysses import SequenceGroup
@@ -30,42 +35,48 @@ from pear_ray.train.ulysses import SequenceGroup
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: loss per trainable token of the global batch, the gradient's
-    norm before clipping, and the objective's facts summed over micro-batches and ranks."""
+    """One optimizer step: loss per trainable token of the global batch, gradient norm before
+    clipping, and the objective's sums over micro-batches and ranks. Example:
+
+    StepResult(loss=0.93, grad_norm=1.7, learning_rate=1e-5, num_tokens=4096,
+               metric_sums={"nll": array(3809.3), "tokens_to_learn": array(4096.0)})
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
     num_tokens: int
-    facts: dict[str, np.ndarray]
+    metric_sums: dict[str, np.ndarray]
 
 
 class Learner:
-    """Parameters, gradients and optimizer states of one rank; every method is collective."""
+    """One rank's parameters, gradients and optimizer states. Every method is collective."""
 
     def __init__(
         self,
         path: str,
         dtype: str,
-        settings: Settings,
+        config: LearnerConfig,
         optimizer: Optimizer,
         num_steps: int,
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        self._settings, self._dtype, self._seed = settings, dtype, seed
-        config = zero.deepspeed_config(dtype, settings, optimizer)
-        # Alive while the model loads, it lets transformers partition each parameter at once.
-        self._partitioned_loading = HfDeepSpeedConfig(config)
-        policy = load_policy(path, dtype, settings.logits_mib)
-        trained = self._trained(policy, optimizer)
-        if settings.activation_checkpointing:
+        self._dtype = dtype
+        self._config = config
+        self._seed = seed
+        deepspeed_config = zero.deepspeed_config(dtype, config, optimizer)
+        # While this object lives, transformers partitions each parameter as it loads it.
+        self._partition_on_load = HfDeepSpeedConfig(deepspeed_config)
+        policy = load_policy(path, dtype, config.logits_mib)
+        parameters = self._trained_parameters(policy, optimizer)
+        if config.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
         self._engine, *_ = deepspeed.initialize(
             model=policy,
-            model_parameters=trained,
-            config=config,
+            model_parameters=parameters,
+            config=deepspeed_config,
             lr_scheduler=lambda adam: get_scheduler(
                 optimizer.schedule,
                 adam,
@@ -74,101 +85,104 @@ class Learner:
             ),
         )
         self._device = self._engine.device
-        size = settings.sequence_parallel
-        self._group = SequenceGroup.of(size, settings.timeout_seconds) if size > 1 else None
+        size = config.sequence_parallel
+        self._group = SequenceGroup.create(size, config.timeout_seconds) if size > 1 else None
         self._crossover_tokens = crossover_tokens(policy.language_model)
 
-    def _trained(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
-        """What the optimizer is given, parameters or groups of them, after adapters were put in."""
-        if self._settings.lora is not None:
-            add_adapters(policy.language_model, self._settings.lora)
+    def _trained_parameters(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
+        """Insert adapters, if any; return the optimizer's parameters or parameter groups."""
+        if self._config.lora is not None:
+            add_adapters(policy.language_model, self._config.lora)
         return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
-    def share(
+    def micro_batches(
         self,
         sequences: Sequence[TrainingSequence],
         counted: Sequence[TrainingSequence] | None = None,
     ) -> list[TrainingBatch]:
-        """This rank's micro-batches of the sequences of one step, which all ranks are given alike;
-        `counted` as for `pack`.
+        """Return this rank's micro-batches of one step. Every rank passes the same `sequences`;
+        `counted` as in `pack`.
 
         Raises:
             ValueError: no sequence, or one longer than a micro-batch.
         """
-        size = self._settings.sequence_parallel
-        tokens_per_pack = self._settings.tokens_per_pack
+        size = self._config.sequence_parallel
+        tokens_per_pack = self._config.tokens_per_pack
         num_groups = dist.get_world_size() // size
-        packed = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens, counted)
-        return packed[dist.get_rank() // size]
+        packs = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens, counted)
+        return packs[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
-        """One optimizer step on this rank's micro-batches of the global batch."""
-        facts = self.backward(batches, objective)
+        """Take one optimizer step on this rank's micro-batches of the global batch."""
+        sums = self.backward(batches, objective)
         num_tokens = batches[0].num_trainable_tokens_global
-        return self.update(facts, num_tokens, objective.factor(facts, num_tokens))
+        return self.update(sums, num_tokens, objective.grad_scale(sums, num_tokens))
 
     def backward(
         self, batches: Sequence[TrainingBatch], objective: Objective
     ) -> dict[str, np.ndarray]:
-        """Gradients of one optimizer step, for `update`. Returns the objective's facts and `loss`,
-        summed over micro-batches and ranks.
+        """Accumulate the gradients of one step. Return the objective's sums and `loss`, over
+        micro-batches and ranks.
 
-        Sums of the losses are divided by the GLOBAL number of trainable tokens, and multiplied by
-        the number of ranks because DeepSpeed averages gradients over ranks: so the step does not
-        depend on how the batch was cut.
+        Each loss, a sum, is divided by the GLOBAL number of trainable tokens, and multiplied by
+        the number of ranks because DeepSpeed averages gradients over ranks. Thus the step does not
+        depend on how the batch is cut.
         """
-        # What is dropped depends on the step alone, also in a run that was taken up again.
+        # Dropout depends on the step alone, so a resumed run repeats it.
         torch.manual_seed(seed_of(self._seed, self._engine.global_steps, dist.get_rank()))
         scale = dist.get_world_size() / batches[0].num_trainable_tokens_global
         totals: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            sums = objective(self._forward(batch, objective.top_k))
-            self._engine.backward(sums.loss * scale)
-            add(totals, sums.facts | {"loss": sums.loss.detach()})
-        return self._over_ranks(totals)
+            outputs = objective(self._forward(batch, objective.top_k))
+            self._engine.backward(outputs.loss * scale)
+            accumulate(totals, outputs.metric_sums | {"loss": outputs.loss.detach()})
+        return self._reduce(totals)
 
     def update(
-        self, facts: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0
+        self, sums: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0
     ) -> StepResult:
-        """The optimizer's step with the gradients of `backward`, which said these facts of so many
-        tokens, times `factor`."""
+        """Multiply the gradients of `backward` by `factor` and take the optimizer's step. `sums`
+        is what `backward` returned, over `num_tokens` trainable tokens."""
         learning_rate = self._engine.get_lr()[0]
         if factor != 1.0:
             zero.scale_gradients(self._engine, factor)
-        plain_norm = zero.norm_of_plain_grads(self._engine.module, self._settings, self._dtype)
+        # Taken before the step, which clips these gradients in place.
+        grad_norm = zero.unpartitioned_grad_norm(self._engine.module, self._config, self._dtype)
         self._engine.step()
+        if grad_norm is None:
+            grad_norm = self._engine.get_global_grad_norm()
         return StepResult(
-            loss=float(facts["loss"]) * factor / num_tokens,
-            grad_norm=zero.grad_norm(self._engine, plain_norm),
+            loss=float(sums["loss"]) * factor / num_tokens,
+            grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             num_tokens=num_tokens,
-            facts={name: fact for name, fact in facts.items() if name != "loss"},
+            metric_sums={name: value for name, value in sums.items() if name != "loss"},
         )
 
     @torch.no_grad()
-    def measure(
+    def evaluate(
         self, batches: Sequence[TrainingBatch], objective: Objective
     ) -> dict[str, np.ndarray]:
-        """The objective's facts and `loss`, summed over micro-batches and ranks, without a step."""
+        """Return the sums of `backward` without gradients, in evaluation mode."""
         self._engine.eval()
         totals: dict[str, Tensor] = {}
         for batch in batches:
-            sums = objective(self._forward(batch, objective.top_k))
-            add(totals, sums.facts | {"loss": sums.loss})
+            outputs = objective(self._forward(batch, objective.top_k))
+            accumulate(totals, outputs.metric_sums | {"loss": outputs.loss})
         self._engine.train()
-        return self._over_ranks(totals)
+        return self._reduce(totals)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TrainingBatch]) -> list[np.ndarray]:
-        """Log-probs of the trainable tokens of each micro-batch of this rank, float32."""
+        """Return the log-probs of the trainable tokens of each micro-batch, float32."""
         self._engine.eval()
-        found = [self._forward(batch, 0).logprobs.cpu().numpy() for batch in batches]
+        logprobs = [self._forward(batch, 0).logprobs.cpu().numpy() for batch in batches]
         self._engine.train()
-        return found
+        return logprobs
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Name (as in the Hugging Face folder), full shape, and this rank's flat partition of
+        """Yield name (as in the Hugging Face folder), full shape and this rank's flat partition of
         every parameter (`zero.partitions`)."""
         return zero.partitions(self._engine.module.language_model)
 
@@ -177,71 +191,74 @@ class Learner:
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Go on from a checkpoint that as many ranks saved, or from one in DeepSpeed's universal
-        form, for any number of ranks."""
-        # Looked at when a checkpoint is loaded, whatever was configured at the start.
+        """Load a checkpoint written by the same number of ranks, or one in DeepSpeed's universal
+        format by any number."""
+        # DeepSpeed reads this flag at load time, not only from its initial configuration.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag="state")
 
     def export(self, folder: Path, tokenizer_path: str) -> None:
-        """Write a Hugging Face folder, from rank 0; a few parameters at a time are gathered.
-        Adapters are merged into the weights they adapt."""
+        """Write a Hugging Face folder from rank 0, with adapters merged. Parameters are gathered
+        one by one."""
         model = self._engine.module.language_model
         state: dict[str, Tensor] = {}
-        for name, parameters, merge in self._whole_parameters(model):
-            with zero.whole(parameters):
+        for name, parameters, merge in self._export_parameters(model):
+            with zero.gathered(parameters):
                 if dist.get_rank() == 0:
                     state[name] = merge().detach().cpu().clone()
         if dist.get_rank() == 0:
-            write_folder(model, state, folder, tokenizer_path)
+            write_hf_folder(model, state, folder, tokenizer_path)
         dist.barrier()
 
-    def _whole_parameters(
+    def _export_parameters(
         self, model: PreTrainedModel
     ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
         return merged_parameters(model)
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> LossInputs:
-        # What is padded for the ranks of a group is not trainable: nothing of it is chosen below.
-        shared = batch if self._group is None else self._group.padded(batch)
-        logprobs, entropies, top_masses = self._read(policy_inputs(shared, self._device), top_k)
+        # Padding added for a sequence group is not trainable, so `select` never reaches it.
+        padded = batch if self._group is None else self._group.pad(batch)
+        logprobs, entropies, top_masses = self._predict(policy_inputs(padded, self._device), top_k)
 
-        def chosen(values_T: np.ndarray) -> Tensor:
+        def select(values_T: np.ndarray | None) -> Any:
+            if values_T is None:
+                return None
             return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
-        theirs_T, reference_T = batch.teacher_logprobs_T, batch.reference_logprobs_T
         return LossInputs(
             logprobs=logprobs[:, 0],
             entropies=entropies,
-            sampled_logprobs=chosen(batch.sampled_logprobs_T),
-            coefficients=chosen(batch.coefficients_T),
-            sequence_ids=chosen(batch.sequence_ids_T),
+            sampled_logprobs=select(batch.sampled_logprobs_T),
+            coefficients=select(batch.coefficients_T),
+            sequence_ids=select(batch.sequence_ids_T),
             origins=batch.origins,
             num_tokens_global=batch.num_trainable_tokens_global,
             num_sequences_global=batch.num_sequences_global,
             top_masses=top_masses,
-            teacher_logprobs=None if theirs_T is None else chosen(theirs_T),
-            logprobs_of_teacher=None if theirs_T is None else logprobs[:, 1:],
-            reference_logprobs=None if reference_T is None else chosen(reference_T),
-            from_trace=None if batch.from_trace_T is None else chosen(batch.from_trace_T),
-            num_trace_tokens_global=batch.num_trace_tokens_global,
-            num_trace_sequences_global=batch.num_trace_sequences_global,
+            teacher_logprobs=select(batch.teacher_logprobs_T),
+            logprobs_of_teacher=None if batch.teacher_logprobs_T is None else logprobs[:, 1:],
+            reference_logprobs=select(batch.reference_logprobs_T),
+            from_demonstration=select(batch.from_demonstration_T),
+            num_demonstration_tokens_global=batch.num_demonstration_tokens_global,
+            num_demonstration_sequences_global=batch.num_demonstration_sequences_global,
         )
 
-    def _read(self, inputs: dict[str, Any], top_k: int) -> tuple[Tensor, ...]:
+    def _predict(self, inputs: dict[str, Any], top_k: int) -> tuple[Tensor, ...]:
+        """Run the model on a whole pack, or on this rank's slice of one and gather the rest."""
         if self._group is None:
             return self._engine(**inputs, top_k=top_k)
         group, num_predictions = self._group, len(inputs["predicted"])
-        stretch, own = group.stretch(inputs)
-        found = self._engine(**stretch, top_k=top_k)
-        return tuple(group.joined(values, own, num_predictions) for values in found)
+        own_inputs, own = group.slice_inputs(inputs)
+        outputs = self._engine(**own_inputs, top_k=top_k)
+        return tuple(group.gather(values, own, num_predictions) for values in outputs)
 
-    def _over_ranks(self, totals: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    def _reduce(self, totals: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Sum over ranks, in one all-reduce."""
         names = sorted(totals)
         flat = torch.cat([totals[name].reshape(-1) for name in names])
         dist.all_reduce(flat)
-        # Ranks that share a pack have each counted all of it.
-        flat /= self._settings.sequence_parallel
+        # Each rank of a sequence group has counted the whole pack.
+        flat /= self._config.sequence_parallel
         parts = flat.cpu().split([totals[name].numel() for name in names])
         return {
             name: part.reshape(totals[name].shape).numpy()
@@ -250,14 +267,14 @@ class Learner:
 
 
 def crossover_tokens(model: PreTrainedModel) -> float:
-    """The length at which the attention of a sequence costs as much as its matrix products, in a
-    forward and backward pass: 6 weights FLOP per token against 6 layers width length."""
+    """Return the sequence length at which attention costs as much as the matrix products in a
+    forward and backward pass: 6 * weights FLOP per token = 6 * layers * width * length."""
     config = model.config.get_text_config()
     num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     return num_weights / (config.num_hidden_layers * config.hidden_size)
 
 
-def add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    """Add one micro-batch's sums, in float64."""
-    for name, value in more.items():
+def accumulate(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add one micro-batch's sums to `totals`, in float64."""
+    for name, value in sums.items():
         totals[name] = totals.get(name, 0) + value.double()

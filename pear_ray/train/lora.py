@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: a few weights are trained beside the frozen ones."""
+"""Low-rank adapters through peft: small trained matrices beside frozen weights."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from pear_ray.config import Lora
 ADAPTER = "default"
 
 
-def add_adapters(model: PreTrainedModel, settings: Lora) -> None:
-    """Put adapters into the model's linear layers and freeze everything else."""
+def add_adapters(model: PreTrainedModel, config: Lora) -> None:
+    """Insert adapters into the model's linear layers and freeze all other parameters."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
     )
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER)
 
 
 def merged_parameters(
     model: PreTrainedModel,
 ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
-    """Of every parameter of the model without adapters: its name in the Hugging Face folder, the
-    parameters that must be whole to know it, and how it is made of them."""
+    """Yield, for every parameter of the model without adapters: its name in the Hugging Face
+    folder, the parameters to gather, and a function that merges the gathered ones."""
     adapted = {
         f"{name}.base_layer.weight": layer
         for name, layer in model.named_modules()
         if hasattr(layer, "lora_A")
     }
     for name, parameter in model.named_parameters():
+        plain_name = name.replace(".base_layer.", ".")
         if name in adapted:
             layer = adapted[name]
-            pieces = [parameter, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-            yield name.replace(".base_layer.", "."), pieces, partial(merge, layer)
+            parts = [parameter, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+            yield plain_name, parts, partial(merge_adapter, layer)
         elif ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), [parameter], partial(Tensor.detach, parameter)
+            yield plain_name, [parameter], partial(Tensor.detach, parameter)
 
 
-def merge(layer: Any) -> Tensor:
-    """The weight of an adapted layer with its adapter added."""
+def merge_adapter(layer: Any) -> Tensor:
+    """Return the weight of an adapted layer plus its adapter's update."""
     return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)

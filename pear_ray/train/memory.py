@@ -1,9 +1,9 @@
-"""Memory of a rank, of an engine and of a node's object store, in bytes, item by item.
+"""Memory of a rank, an engine and a node's object store in bytes, from a model's config alone.
 
-What a rank holds follows from ZeRO (arXiv 1910.02054, section 3: 16 bytes per parameter in mixed
-precision, partitioned by stage) and from DeepSpeed's default buckets. What its layers keep for the
-backward pass was counted with hooks on saved tensors, for gated MLPs and an attention that does not
-keep its scores (tests/test_plan_memory.py). Of an engine the key-value cache is what is left.
+A rank follows ZeRO (arXiv 1910.02054, section 3: 16 bytes per parameter in mixed precision,
+partitioned by stage) and DeepSpeed's default buckets. The activations of a layer were counted with
+hooks on saved tensors, for gated MLPs and an attention that does not keep its scores
+(tests/train/test_memory.py). An engine gives the rest of its memory to the key-value cache.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pear_ray.config import Learner as LearnerConfig
+from pear_ray.config import Lora
+from pear_ray.errors import ConfigError
+
 GIB = 2**30
-# DeepSpeed's defaults: parameters that are gathered at once, and fetched ahead; gradients that are
-# reduced at once; parameters that the optimizer steps over at once.
+# DeepSpeed's defaults, in elements: parameters gathered at once and prefetched, gradients reduced
+# at once, parameters updated at once.
 MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9
-# Context, communication, and what PyTorch's allocator cannot use.
+# Context, communication, and fragmentation in PyTorch's allocator.
 OVERHEAD = 3 * GIB
-# What a learner keeps while another one on its device works; gathered parameters, a step's own and
-# activations are there for one of them at a time.
-AT_REST = ("weights", "gradients", "optimizer", "buckets")
-# What a step keeps of an element that it may put back: values from before and from between two
-# updates, in float32, and whether it does.
-HELD = 4 + 4 + 1
-# vLLM's own, beside weights, cache and logits: CUDA graphs, context.
+# Items that an idle learner keeps beside an active one on its device.
+IDLE_ITEMS = ("weights", "gradients", "optimizer", "buckets")
+# Bytes per element that a step may freeze: its values before and between two updates, in float32,
+# and a mask.
+FROZEN_BYTES = 4 + 4 + 1
+# vLLM's CUDA graphs and context.
 ENGINE_OVERHEAD = 2 * GIB
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """What of a decoder decides its memory. Example: Shape(8_190_735_360, 36, 4096, 12288, 4096,
-    1024, 151_936) is Qwen3-8B in full."""
+    """The dimensions of a decoder that decide its memory. Example: ModelDims(8_190_735_360, 36,
+    4096, 12288, 4096, 1024, 151_936) is Qwen3-8B in full."""
 
     num_parameters: int
     num_layers: int
@@ -39,91 +45,110 @@ class ModelDims:
     queries: int
     """Query heads times their width."""
     keys: int
-    """Key heads times their width; values are as many."""
+    """Key heads times their width; values are the same."""
     vocabulary: int
 
     @property
     def saved_per_token(self) -> int:
-        """Elements that a layer keeps of each token for the backward pass."""
+        """Elements that a layer saves per token for the backward pass."""
         return 8 * self.hidden + 4 * self.intermediate + 5 * self.queries + 5 * self.keys
 
     def cache_per_token(self, element_bytes: int) -> int:
-        """Bytes of the key-value cache for each token."""
+        """Return the bytes of key-value cache per token."""
         return 2 * self.num_layers * self.keys * element_bytes
 
-
-@dataclass(frozen=True)
-class Training:
-    """How ranks are set up; `num_trainable` is less than all parameters with adapters."""
-
-    num_ranks: int
-    zero_stage: int
-    num_trainable: int
-    tokens_per_micro_batch: int
-    checkpoints_activations: bool
-    logits_bytes: float
-    offloads_optimizer: bool = False
-    offloads_parameters: bool = False
+    def lora_parameters(self, lora: Lora) -> int:
+        """Return an upper bound of the adapters' parameters: two thin matrices beside each adapted
+        layer, all as wide as the widest."""
+        widest = self.hidden + max(self.intermediate, self.queries)
+        return self.num_layers * len(lora.targets) * lora.rank * widest
 
 
-def of_rank(shape: ModelDims, element_bytes: int, how: Training) -> dict[str, float]:
-    """Bytes on the device of one rank, by item."""
-    parts_of = [1 if how.zero_stage < stage else how.num_ranks for stage in (3, 2, 1)]
-    of_weights, of_gradients, of_states = parts_of
-    trained, is_partitioned = how.num_trainable, how.zero_stage > 0
-    keeps_master = element_bytes == 2 or is_partitioned
-    states = (12 if keeps_master else 8) * trained / of_states
-    weights = shape.num_parameters * element_bytes / of_weights
+def read_model_dims(field: str, path: str) -> ModelDims:
+    """Read the dimensions of a folder (config.json is enough) or hub name; load no weights.
+
+    Raises:
+        ConfigError: no configuration can be read; names the job's `field`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line, *_ = str(error).splitlines()
+        raise ConfigError(
+            f"{field}: expected a folder with config.json or a reachable hub name, got {path!r}:"
+            f" {first_line}"
+        ) from error
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return ModelDims(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        queries=text.num_attention_heads * head_width,
+        keys=num_key_heads * head_width,
+        vocabulary=text.vocab_size,
+    )
+
+
+def rank_memory(
+    dims: ModelDims, element_bytes: int, learner: LearnerConfig, num_trained: int
+) -> dict[str, float]:
+    """Return the bytes of each item on a rank's device; `num_trained` parameters get gradients."""
+    stage, num_ranks = learner.zero_stage, learner.num_workers
+    weight_ranks, gradient_ranks, state_ranks = (num_ranks if stage >= s else 1 for s in (3, 2, 1))
+    state_bytes = 12 if element_bytes == 2 or stage > 0 else 8  # 4 of them a master copy
+    weights = dims.num_parameters * element_bytes / weight_ranks
+    optimizer = state_bytes * num_trained / state_ranks
+    update = 4.0 * min(num_trained / state_ranks, SUB_GROUP)
     items = {
-        "weights": 0.0 if how.offloads_parameters else weights,
-        "gradients": trained * element_bytes / of_gradients,
-        "optimizer": 0.0 if how.offloads_optimizer else states,
-        "step": 0.0 if how.offloads_optimizer else 4.0 * min(trained / of_states, SUB_GROUP),
+        "weights": 0.0 if learner.offload == "parameters" else weights,
+        "gradients": num_trained * element_bytes / gradient_ranks,
+        "optimizer": optimizer if learner.offload == "none" else 0.0,
+        "step": update if learner.offload == "none" else 0.0,
     }
-    if how.zero_stage == 3:
-        items["gathered"] = (min(shape.num_parameters, MAX_LIVE) + PREFETCH) * element_bytes
-    if is_partitioned:
-        items["buckets"] = min(trained, REDUCE_BUCKET) * element_bytes
+    if stage == 3:
+        items["gathered"] = (min(dims.num_parameters, MAX_LIVE) + PREFETCH) * element_bytes
+    if stage > 0:
+        items["buckets"] = min(num_trained, REDUCE_BUCKET) * element_bytes
+    saved_elements = dims.num_layers * dims.saved_per_token
+    if learner.activation_checkpointing:
+        # Every layer's input, and everything of the layer that is recomputed.
+        saved_elements = dims.num_layers * dims.hidden + dims.saved_per_token
     return items | {
-        "activations": activations(shape, element_bytes, how),
-        "logits": 2 * how.logits_bytes,
+        "activations": float(learner.tokens_per_micro_batch * saved_elements * element_bytes),
+        "logits": 2 * learner.logits_mib * 2**20,
         "overhead": OVERHEAD,
     }
 
 
-def at_rest(items: Mapping[str, float]) -> float:
-    """Bytes of a second learner beside one that works, of the items of `of_rank`."""
-    return sum(items.get(name, 0.0) for name in AT_REST)
+def idle_memory(items: Mapping[str, float]) -> float:
+    """Return the bytes, of `rank_memory`'s items, of a second learner while the first works."""
+    return sum(items.get(name, 0.0) for name in IDLE_ITEMS)
 
 
-def activations(shape: ModelDims, element_bytes: int, how: Training) -> float:
-    """What is kept of a micro-batch: everything, or the layers' inputs and one layer's rest."""
-    layer = shape.saved_per_token
-    per_token = shape.num_layers * layer
-    if how.checkpoints_activations:
-        per_token = shape.num_layers * shape.hidden + layer
-    return float(how.tokens_per_micro_batch * per_token * element_bytes)
-
-
-def of_engine(
-    shape: ModelDims,
+def engine_memory(
+    dims: ModelDims,
     element_bytes: int,
     tensor_parallel_size: int,
     tokens_with_logits: int,
     context: int,
 ) -> dict[str, float]:
-    """Bytes on each device of an engine that holds one sequence of `context` tokens and makes
-    logits, in float32 and once more as log-probs, for so many tokens at once."""
+    """Return the bytes of each item on an engine's device, for one sequence of `context` tokens and
+    logits of `tokens_with_logits` tokens at once, in float32 and again as log-probs."""
     return {
-        "weights": shape.num_parameters * element_bytes / tensor_parallel_size,
-        "logits": 2.0 * 4 * tokens_with_logits * shape.vocabulary / tensor_parallel_size,
-        "one sequence": context * shape.cache_per_token(element_bytes) / tensor_parallel_size,
+        "weights": dims.num_parameters * element_bytes / tensor_parallel_size,
+        "logits": 2.0 * 4 * tokens_with_logits * dims.vocabulary / tensor_parallel_size,
+        "one sequence": context * dims.cache_per_token(element_bytes) / tensor_parallel_size,
         "overhead": ENGINE_OVERHEAD,
     }
 
 
-def of_store(shape: ModelDims, element_bytes: int, ranks_on_node: int, num_ranks: int) -> float:
-    """Bytes in the object store of a node with so many of the ranks, or, where it has none, with
-    engines: two versions of the weights are alive at most."""
+def store_memory(dims: ModelDims, element_bytes: int, ranks_on_node: int, num_ranks: int) -> float:
+    """Return the object store's bytes on a node with `ranks_on_node` ranks, or with engines if 0:
+    at most two versions of the weights are alive."""
     share = ranks_on_node / num_ranks if ranks_on_node else 1.0
-    return 2 * shape.num_parameters * element_bytes * share
+    return 2 * dims.num_parameters * element_bytes * share

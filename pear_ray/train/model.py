@@ -1,41 +1,26 @@
-"""Hugging Face models: a policy over packs, and small new models."""
+"""A Hugging Face causal LM that maps packed sequences to the log-probs of chosen tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pear_ray.config import Pretrain
 from pear_ray.errors import ConfigError
 from pear_ray.losses.logprobs import predicted_logprobs
-from pear_ray.records import TrainingBatch
+from pear_ray.losses.packing import pack
+from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.train import attention
-from pear_ray.train.supported import refuse_other_than_plain
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}"
-    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
-)
+from pear_ray.train.supported import check_architecture
 
 
 class LogprobHead(nn.Module):
-    """Takes the place of a model's output head and gives log-probs instead of logits, in one use:
-    under ZeRO-3 the weight is gathered once in each pass."""
+    """Replaces a model's output head and returns log-probs instead of logits. The weight is used
+    once per pass, so ZeRO-3 gathers it once."""
 
     def __init__(self, head: nn.Linear, logits_mib: float) -> None:
         super().__init__()
@@ -45,17 +30,20 @@ class LogprobHead(nn.Module):
     def forward(
         self, hidden_T: Tensor, token_ids: Tensor, predicted: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `logprobs.predicted_logprobs` returns."""
-        weight, mib = self.weight, self.logits_mib
-        found = predicted_logprobs(
-            hidden_T, weight, token_ids, predicted, logits_mib=mib, top_k=top_k
+        """Return the fields of `logprobs.predicted_logprobs`."""
+        result = predicted_logprobs(
+            hidden_T,
+            self.weight,
+            token_ids,
+            predicted,
+            logits_mib=self.logits_mib,
+            top_k=top_k,
         )
-        return found.logprobs, found.entropies, found.top_masses
+        return result.logprobs, result.entropies, result.top_masses
 
 
 class PackedPolicy(nn.Module):
-    """A causal language model whose forward pass takes a pack of sequences and gives the
-    log-probabilities of chosen tokens."""
+    """A causal LM whose forward pass takes a pack and returns log-probs of chosen tokens."""
 
     def __init__(self, language_model: PreTrainedModel, logits_mib: float) -> None:
         super().__init__()
@@ -72,9 +60,9 @@ class PackedPolicy(nn.Module):
         top_k: int = 0,
         **layout: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs [n, m] (with gradient), entropies [n] and masses of the `top_k` likeliest
-        tokens [n], float32, of the m `token_ids` at each of the n positions `predicted`. `layout`
-        tells the attention where sequences begin."""
+        """Return, for the m candidate `token_ids` at each of the n positions `predicted`, in
+        float32: log-probs [n, m] (with gradient), entropies [n] and the total probability of the
+        `top_k` likeliest tokens [n]. `layout` goes to the attention (`attention.pack_layout`)."""
         hidden = self.language_model.base_model(
             input_ids=packed_ids_T[None],
             position_ids=position_ids_T[None],
@@ -86,8 +74,8 @@ class PackedPolicy(nn.Module):
 
 
 def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
-    """Arguments of `PackedPolicy` for the trainable tokens of a micro-batch: their own log-probs
-    first, then those of the teacher's likeliest tokens where there are any."""
+    """Return `PackedPolicy.forward`'s arguments for the trainable tokens of a micro-batch. The
+    first candidate is the token itself; the teacher's likeliest tokens follow, if any."""
     predicted = np.flatnonzero(batch.trainable_T)
     token_ids = batch.token_ids_T[predicted, None]
     if batch.teacher_ids_T is not None:
@@ -99,66 +87,67 @@ def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
         "predicted": predicted,
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-    return tensors | attention.layout(batch.sequence_ids_T, device)
+    return tensors | attention.pack_layout(batch.sequence_ids_T, device)
 
 
 def load_policy(
     path: str, dtype: str, logits_mib: float = 512.0, device_map: str | None = None
 ) -> PackedPolicy:
-    """The model of a Hugging Face folder or hub name, from safetensors only.
+    """Load a Hugging Face folder or hub name, from safetensors only.
 
     Raises:
-        ConfigError: its logits are not simply the product with its output head, or it is not all
+        ConfigError: the logits are not a plain product with the output head, or some layer is not
             attention.
     """
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention.best(dtype),
+        attn_implementation=attention.kernel_name(dtype),
         use_safetensors=True,
         trust_remote_code=False,
         device_map=device_map,
     )
-    refuse_other_than_plain(path, model.config.get_text_config())
+    check_architecture(path, model.config.get_text_config())
     if model._is_stateful:
-        raise ConfigError(
-            f"{path}: the model keeps a state from token to token; expected attention"
-        )
+        raise ConfigError(f"{path}: expected attention only, got a model with recurrent state")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ConfigError(f"{path}: the output head has a bias; expected one without")
+        raise ConfigError(f"{path}: expected an output head without bias, got one with")
     return PackedPolicy(model, logits_mib)
 
 
-def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str]) -> None:
-    """A Qwen3 with random weights and a word-level tokenizer over `vocabulary`."""
-    specials = ["<pad>", "<eos>", "<unk>"]
-    words = {word: number for number, word in enumerate([*specials, *vocabulary])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    # Padded to a multiple of 64, as matrix kernels like it.
-    vocab_size = -(-len(words) // 64) * 64
-    torch.manual_seed(settings.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size,
-            num_hidden_layers=settings.num_layers,
-            num_attention_heads=settings.num_heads,
-            num_key_value_heads=settings.num_heads,
-            head_dim=64,
-            max_position_embeddings=4096,
-            tie_word_embeddings=settings.tie_word_embeddings,
-            initializer_range=settings.initializer_range,
-            pad_token_id=words["<pad>"],
-            eos_token_id=words["<eos>"],
-            bos_token_id=None,
-        )
-    )
-    model.generation_config.eos_token_id = words["<eos>"]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def trainer_logprobs(
+    path: str,
+    dtype: str,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    tokens_per_pack: int,
+    num_threads: int,
+) -> list[np.ndarray]:
+    """Load a model and return `policy_logprobs` of `rows`, as the learner computes them at step 0:
+    same code, precision and packing. The model is spread over all visible GPUs, if any."""
+    torch.set_num_threads(num_threads)
+    on_gpu = torch.cuda.is_available()
+    policy = load_policy(path, dtype, device_map="auto" if on_gpu else None).eval()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return policy_logprobs(policy, rows, tokens_per_pack, device)
+
+
+@torch.no_grad()
+def policy_logprobs(
+    policy: PackedPolicy,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    tokens_per_pack: int,
+    device: torch.device,
+) -> list[np.ndarray]:
+    """Return the log-probs of the response tokens of each (prompt_ids, response_ids), float32."""
+    sequences = [
+        TrainingSequence.of(prompt, response, np.zeros(len(response)), 1.0, str(number))
+        for number, (prompt, response) in enumerate(rows)
+    ]
+    by_row: dict[int, np.ndarray] = {}
+    (batches,) = pack(sequences, 1, tokens_per_pack)
+    for batch in batches:
+        logprobs = policy(**policy_inputs(batch, device))[0][:, 0].cpu().numpy()
+        lengths = np.bincount(batch.sequence_ids_T[batch.trainable_T])
+        pieces = np.split(logprobs, np.cumsum(lengths)[:-1])
+        by_row |= {int(row): piece for row, piece in zip(batch.origins, pieces, strict=True)}
+    return [by_row[row] for row in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Learner ranks as a Ray Train run: start them, restart them, and where they go on."""
+"""Learner ranks as a Ray Train run: start and restart them, save and find their checkpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import ray.train
@@ -28,7 +29,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pear_ray.config import Job
-from pear_ray.config import Learner as Settings
+from pear_ray.config import Learner as LearnerConfig
 from pear_ray.logs import LOG_CONTEXT, configure_logging
 
 if TYPE_CHECKING:
@@ -36,60 +37,56 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELDOUT = "heldout_loss"
-# Ray Train gives up an attempt to start all ranks after so many seconds, and begins another.
+BEST_METRIC = "heldout_loss"
+# Longest attempt to start all ranks, after which Ray Train begins another.
 START_SECONDS = 60.0
 
+Inputs = TypeVar("Inputs")
 
-def train(
-    loop: Callable[[dict[str, Any]], Any],
-    config: dict[str, Any],
-    settings: Settings,
+
+def run_ray_train(
+    train_loop: Callable[[Inputs], dict[str, Any]],
+    inputs: Inputs,
+    config: LearnerConfig,
     labels: dict[str, str],
     folder: Path,
     keep_best: bool = False,
-) -> Any:
-    """Run `loop(config)` on every rank, on nodes with these `labels`, and return what rank 0
-    returns.
+) -> dict[str, Any]:
+    """Run `train_loop(inputs)` on every rank, on nodes with these `labels`; return rank 0's result.
 
-    A run which was cut off, by the death of a rank or of the driver, goes on from its newest
-    checkpoint below `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays
-    beside the newest.
+    A run cut off by the death of a rank or of the driver resumes from its latest checkpoint below
+    `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays beside the latest.
 
     Raises:
-        TimeoutError: the ranks did not start in `settings.timeout_seconds` and a little more, for
-            want of resources.
+        TimeoutError: the cluster had no room for the ranks within about `config.timeout_seconds`.
     """
-    attempt_seconds = min(START_SECONDS, settings.timeout_seconds)
-    # Attempts on the whole run: also a node that dies under a rank which is starting costs one.
-    num_attempts = int(settings.timeout_seconds / attempt_seconds) + settings.max_failures
+    attempt_seconds = min(START_SECONDS, config.timeout_seconds)
+    # Over the whole run: a node that dies under a starting rank costs an attempt too.
+    num_attempts = int(config.timeout_seconds / attempt_seconds) + config.max_failures
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_seconds)
-    worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
-    most, fewest = settings.num_workers, settings.min_workers
-    best_checkpoint = {"checkpoint_score_attribute": HELDOUT, "checkpoint_score_order": "min"}
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    most, fewest = config.num_workers, config.min_workers
+    best = {"checkpoint_score_attribute": BEST_METRIC, "checkpoint_score_order": "min"}
     trainer = TorchTrainer(
-        loop,
-        train_loop_config=config,
+        partial(train_loop, inputs),
         scaling_config=ScalingConfig(
-            num_workers=most if fewest in (None, most) else (fewest, most),
-            use_gpu=settings.use_gpu,
-            resources_per_worker=worker,
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
             label_selector=labels or None,
         ),
         torch_config=TorchConfig(
-            backend="nccl" if settings.use_gpu else "gloo",
-            timeout_s=int(settings.timeout_seconds),
+            backend="nccl" if config.use_gpu else "gloo",
+            timeout_s=int(config.timeout_seconds),
         ),
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=FailureConfig(
-                max_failures=settings.max_failures,
+                max_failures=config.max_failures,
                 controller_failure_limit=num_attempts - 1,
             ),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, **(best_checkpoint if keep_best else {})
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
         ),
     )
     try:
@@ -97,57 +94,66 @@ def train(
     except ray.train.ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(no_room(settings, worker, labels)) from error
+        raise TimeoutError(startup_timeout_message(config, resources, labels)) from error
 
 
-def no_room(settings: Settings, worker: dict[str, float], labels: dict[str, str]) -> str:
-    """What was waited for in vain, and what there is of it."""
+def startup_timeout_message(
+    config: LearnerConfig, resources: dict[str, float], labels: dict[str, str]
+) -> str:
+    """Return the error message for ranks that found no room: resources needed and present."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    there = ", ".join(
-        f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in worker
+    present = ", ".join(
+        f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources
     )
+    where = f" on nodes with labels {labels}" if labels else ""
     return (
-        f"waited more than {settings.timeout_seconds:.0f} s (learner.timeout_seconds) for"
-        f" {settings.min_workers or settings.num_workers} ranks with {worker} each"
-        f"{f' on nodes with labels {labels}' if labels else ''}; the cluster"
-        f" has {there}"
+        f"learner.timeout_seconds: expected {config.min_workers} ranks with"
+        f" {resources} each{where} to start within {config.timeout_seconds:.0f} s;"
+        f" the cluster has {present}"
     )
 
 
-def rank_and_count() -> tuple[int, int]:
-    """This rank's number, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this rank's number and the number of ranks."""
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size()
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A checkpoint: the folder that holds it, below which every rank has its part, and what was
-    noted beside it: `next_step`, `num_ranks`, and the metrics given to `keep`."""
+    """A saved checkpoint: a folder that holds every rank's part, and its metadata. Example:
+
+    CheckpointRef(Path("runs/a/sft/a-sft/checkpoint_3"),
+                  {"next_step": 150, "num_ranks": 8, "heldout_loss": 0.71})
+    """
 
     folder: Path
-    notes: dict[str, Any]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str) -> CheckpointRef:
+        """Read the metadata of a checkpoint in the run's storage, which all nodes share."""
+        return cls(Path(folder), json.loads((Path(folder) / "progress.json").read_text()))
 
     def restore(self, learners: Mapping[str, Learner], scratch: Path) -> None:
-        """Bring the learners there, by the names that they were kept under; every rank calls this.
-        What another number of ranks wrote is converted to a form for any number below `scratch`, a
-        folder that all ranks see."""
+        """Load each learner by its name in the checkpoint; collective. A checkpoint of another
+        number of ranks is converted to the universal format below `scratch`, a shared folder."""
         for name, learner in learners.items():
             self._restore(name, learner, scratch)
 
     def _restore(self, name: str, learner: Learner, scratch: Path) -> None:
-        rank, num_ranks = rank_and_count()
-        # Under stage 0 nothing is partitioned: every rank has written everything.
+        rank, num_ranks = rank_and_world_size()
+        # ZeRO stage 0 partitions nothing: every rank has written everything.
         is_whole = not any((self.folder / name / "state").glob("*optim_states.pt"))
-        if self.notes["num_ranks"] == num_ranks or is_whole:
+        if self.metadata["num_ranks"] == num_ranks or is_whole:
             learner.load(self.folder / name)
             return
-        universal = scratch / f"universal-{self.notes['next_step']}"
+        universal = scratch / f"universal-{self.metadata['next_step']}"
         if rank == 0:
-            from pear_ray.train.zero import to_universal
+            from pear_ray.train.zero import write_universal_checkpoint
 
             shutil.rmtree(universal, ignore_errors=True)
-            to_universal(self.folder / name, universal)
+            write_universal_checkpoint(self.folder / name, universal)
         torch.distributed.barrier()
         learner.load(universal, universal=True)
         torch.distributed.barrier()
@@ -156,81 +162,76 @@ class CheckpointRef:
 
 
 def latest_checkpoint() -> CheckpointRef | None:
-    """The checkpoint that the run goes on from, if there is any."""
+    """Return the checkpoint that the run resumes from, if any."""
     checkpoint = ray.train.get_checkpoint()
-    return None if checkpoint is None else read_kept(Path(checkpoint.path))
+    return None if checkpoint is None else CheckpointRef.open(checkpoint.path)
 
 
 def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
-    """The checkpoint with the lowest held-out loss, if any was measured; the same on all ranks."""
-    chosen: list[str | None] = [None]
-    if rank_and_count()[0] == 0:
+    """Return the checkpoint with the lowest held-out loss, if any was measured; collective."""
+    best_path: list[str | None] = [None]
+    if rank_and_world_size()[0] == 0:
         reported = ray.train.get_all_reported_checkpoints(
             CheckpointConsistencyMode.COMMITTED, timeout_seconds
         )
-        measured = [found for found in reported if HELDOUT in found.metrics]
+        measured = [report for report in reported if BEST_METRIC in report.metrics]
         if measured:
-            found = min(measured, key=lambda found: found.metrics[HELDOUT])
-            chosen = [found.checkpoint.path]
-    torch.distributed.broadcast_object_list(chosen)
-    (path,) = chosen
-    return None if path is None else read_kept(Path(path))
-
-
-def read_kept(folder: Path) -> CheckpointRef:
-    """What Ray Train knows as a checkpoint. A run's storage is a folder that all nodes see."""
-    return CheckpointRef(folder, json.loads((folder / "progress.json").read_text()))
+            best = min(measured, key=lambda report: report.metrics[BEST_METRIC])
+            best_path = [best.checkpoint.path]
+    torch.distributed.broadcast_object_list(best_path)
+    (path,) = best_path
+    return None if path is None else CheckpointRef.open(path)
 
 
 def save_checkpoint(
     learners: Mapping[str, Learner], next_step: int, timeout_seconds: float, **metrics: float
 ) -> int:
-    """Write a checkpoint, of which each rank holds its part, each learner's below its name. It is
-    copied to the run's storage while the next steps run.
+    """Save every learner below its name; collective. The upload overlaps the next steps.
 
     Returns:
-        The step from which a run that is cut off now goes on at the earliest: that of the
-        checkpoint before, which is in its place by now.
+        The earliest step from which the run can resume if cut off now: that of the previous
+        checkpoint, which is committed by now.
     """
-    # What was reported is forgotten if a rank dies before Ray Train's controller has seen it.
+    # Wait for it: a report is lost if a rank dies before Ray Train's controller has seen it.
     committed = ray.train.get_all_reported_checkpoints(
         CheckpointConsistencyMode.COMMITTED, timeout_seconds
     )
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     for name, learner in learners.items():
         learner.save(folder / name)
-    notes = {"next_step": next_step, "num_ranks": rank_and_count()[1], **metrics}
-    (folder / "progress.json").write_text(json.dumps(notes))
+    _, num_ranks = rank_and_world_size()
+    metadata = {"next_step": next_step, "num_ranks": num_ranks, **metrics}
+    (folder / "progress.json").write_text(json.dumps(metadata))
     ray.train.report(
-        notes,
+        metadata,
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
     )
-    return max((found.metrics["next_step"] for found in committed), default=0)
+    return max((report.metrics["next_step"] for report in committed), default=0)
 
 
 class PreemptionWatcher:
-    """Nodes of the run that are going to be taken back, as Ray tells of it."""
+    """Ray's notices that nodes of the run are about to be preempted."""
 
     def __init__(self) -> None:
-        self._known: set[str] = set()
-        # Where nobody watches, asking would cost each step a message for nothing.
-        self._are_watched = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+        self._seen: set[str] = set()
+        # Without Ray's watcher, polling would only cost each step a message.
+        self._is_enabled = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 
     def any_new(self) -> bool:
-        """Whether another one was announced: time for a checkpoint. Every rank asks after every
-        step, and all hear the same."""
-        notice = ray.train.get_preemption_info() if self._are_watched else None
-        new = set(notice.preempted_node_ids) - self._known if notice else set()
-        self._known |= new
+        """Return whether another node was announced, which calls for a checkpoint. Ranks poll after
+        every step and get the same answer."""
+        notice = ray.train.get_preemption_info() if self._is_enabled else None
+        new = set(notice.preempted_node_ids) - self._seen if notice else set()
+        self._seen |= new
         if new:
-            log.warning("nodes are going to be taken back: %s", ", ".join(sorted(new)))
+            log.warning("nodes will be preempted: %s", ", ".join(sorted(new)))
         return bool(new)
 
 
 def setup_worker(job: Job, stage: str) -> None:
-    """Settle a rank's process: one compute thread per CPU, since ranks that share cores wait on
-    each other, and log lines that reach the job's log."""
+    """Configure a rank's process: logging, and one compute thread per CPU, since ranks that share
+    cores wait on each other."""
     configure_logging(job.tracking.logs)
     LOG_CONTEXT.set(str(job.folder.absolute()), stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)

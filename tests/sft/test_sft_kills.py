@@ -1,4 +1,4 @@
-"""Whoever is killed while training, the loss curve is that of an undisturbed run."""
+"""The loss curve survives the death of a rank, a node or the driver unchanged."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pytest
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from pear_ray.__main__ import command
+from pear_ray.__main__ import run_command
 
 SECONDS = 300.0
-# A worker and the driver; "all" adds a node, and the driver once more.
+# Kill a rank and the driver; "all" adds a node and the driver once more.
 ALL = os.environ.get("PEAR_RAY_SFT_KILLS") == "all"
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
-NUMBERS = ("loss", "nll", "grad_norm", "learning_rate", "num_tokens", "effective_sample_size")
+METRICS = ("loss", "nll", "grad_norm", "learning_rate", "num_tokens", "effective_sample_size")
 
 
 @pytest.fixture(scope="module")
 def job(corpus: Any, scored_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs over the scored corpus, whose rows are mixed in several windows."""
+    """Two epochs over the scored corpus, shuffled in several windows."""
     folder = tmp_path_factory.mktemp("sft")
     path = folder / "job.toml"
     path.write_text(
@@ -65,25 +65,25 @@ def job(corpus: Any, scored_run: Path, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Path, ray_session: None) -> Path:
-    """A run in one go, on one rank."""
-    assert command(["sft", str(job), "--learner.num_workers", "1"]) == 0
+    """An uninterrupted run on one rank."""
+    assert run_command(["sft", str(job), "--learner.num_workers", "1"]) == 0
     return job.parent / "undisturbed"
 
 
 @contextmanager
-def driver(job: Path, cluster: Cluster, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The stage in a process of its own, killed at the end if it still runs."""
+def driver(job: Path, cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The stage in its own process, killed on exit if it still runs."""
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with (job.parent / "driver.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pear_ray", "sft", str(job), *words],
+            [sys.executable, "-m", "pear_ray", "sft", str(job), *arguments],
             stdout=log,
             stderr=log,
             env=environment,
@@ -95,10 +95,10 @@ def driver(job: Path, cluster: Cluster, *words: str) -> Iterator[subprocess.Pope
             process.wait()
 
 
-def past(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a step is written."""
+def wait_for_step(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until metrics.jsonl has a step."""
     deadline = time.monotonic() + SECONDS
-    while not any(row["step"] >= step for row in rows(folder)):
+    while not any(row["step"] >= step for row in read_rows(folder)):
         log = folder.parent / "driver.log"
         assert process.poll() is None, log.read_text()[-5000:]
         assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for step {step}"
@@ -106,37 +106,37 @@ def past(step: int, folder: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_a_rank(draw: random.Random) -> None:
-    found = []
+    ranks = []
     for process in psutil.Process().children(recursive=True):
         try:
             if " ".join(process.cmdline()).startswith("ray::RayTrainWorker"):
-                found.append(process)
+                ranks.append(process)
         except psutil.Error:
             continue
-    assert found
-    draw.choice(found).kill()
+    assert ranks
+    draw.choice(ranks).kill()
 
 
 @pytest.fixture(scope="module")
 def disturbed(job: Path, undisturbed: Path) -> Path:
-    """The same run on a cluster of its own: killed, and finished by one rank instead of two."""
+    """The same run on its own cluster: killed, and finished by one rank instead of two."""
     folder, draw = job.parent / "disturbed", random.Random(0)
-    words = ("--run.dir", str(folder))
+    arguments = ("--run.dir", str(folder))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **RAYLETS})
     try:
         node = cluster.add_node(num_cpus=2, **RAYLETS)
-        with driver(job, cluster, *words) as process:
-            past(draw.randrange(6, 9), folder, process)
+        with driver(job, cluster, *arguments) as process:
+            wait_for_step(draw.randrange(6, 9), folder, process)
             kill_a_rank(draw)
             if ALL:
-                past(draw.randrange(11, 14), folder, process)
+                wait_for_step(draw.randrange(11, 14), folder, process)
                 cluster.remove_node(node, allow_graceful=False)
                 cluster.add_node(num_cpus=2, **RAYLETS)
-            past(draw.randrange(16, 19), folder, process)
+            wait_for_step(draw.randrange(16, 19), folder, process)
         if ALL:
-            with driver(job, cluster, *words) as process:
-                past(draw.randrange(22, 24), folder, process)
-        with driver(job, cluster, *words, "--learner.num_workers", "1") as process:
+            with driver(job, cluster, *arguments) as process:
+                wait_for_step(draw.randrange(22, 24), folder, process)
+        with driver(job, cluster, *arguments, "--learner.num_workers", "1") as process:
             assert process.wait(SECONDS) == 0, (job.parent / "driver.log").read_text()[-5000:]
     finally:
         cluster.shutdown()
@@ -144,18 +144,18 @@ def disturbed(job: Path, undisturbed: Path) -> Path:
 
 
 @pytest.mark.timeout(1200)
-def test_the_loss_curve_is_that_of_an_undisturbed_run(undisturbed: Path, disturbed: Path) -> None:
-    theirs, ours = rows(undisturbed), rows(disturbed)
+def test_the_loss_curve_matches_an_undisturbed_run(undisturbed: Path, disturbed: Path) -> None:
+    theirs, ours = read_rows(undisturbed), read_rows(disturbed)
     assert len(theirs) >= 30
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert [row["step"] for row in ours] == list(range(len(ours)))
     for mine, other in zip(ours, theirs, strict=True):
-        for name in NUMBERS:
+        for name in METRICS:
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), (name, mine)
         assert mine.get("heldout_loss") == pytest.approx(other.get("heldout_loss"), abs=1e-5)
 
 
-def test_the_weights_are_those_of_an_undisturbed_run(undisturbed: Path, disturbed: Path) -> None:
+def test_the_weights_match_an_undisturbed_run(undisturbed: Path, disturbed: Path) -> None:
     theirs, ours = (
         load_file(folder / "sft" / "export" / "model.safetensors")
         for folder in (undisturbed, disturbed)
@@ -164,7 +164,7 @@ def test_the_weights_are_those_of_an_undisturbed_run(undisturbed: Path, disturbe
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-4
 
 
-def test_every_row_is_learned_from_once_in_each_epoch(scored_run: Path, disturbed: Path) -> None:
+def test_every_row_is_trained_on_once_per_epoch(scored_run: Path, disturbed: Path) -> None:
     stored = sorted((scored_run / "scored").glob("*.parquet"))
     table = pq.read_table(stored, columns=["split", "response_ids", "trainable"])
     num_tokens = sum(
@@ -172,12 +172,12 @@ def test_every_row_is_learned_from_once_in_each_epoch(scored_run: Path, disturbe
         for row in table.to_pylist()
         if row["split"] == "train"
     )
-    assert sum(row["num_tokens"] for row in rows(disturbed)) == 2 * num_tokens
+    assert sum(row["num_tokens"] for row in read_rows(disturbed)) == 2 * num_tokens
 
 
 def test_the_loss_falls_and_held_out_rows_are_measured(undisturbed: Path) -> None:
-    numbers = rows(undisturbed)
-    assert numbers[-1]["nll"] < numbers[0]["nll"]
-    measured = [row["heldout_loss"] for row in numbers if "heldout_loss" in row]
+    metrics = read_rows(undisturbed)
+    assert metrics[-1]["nll"] < metrics[0]["nll"]
+    measured = [row["heldout_loss"] for row in metrics if "heldout_loss" in row]
     assert len(set(measured)) >= 3
-    assert numbers[-1]["lowest_heldout_loss"] == min(measured)
+    assert metrics[-1]["lowest_heldout_loss"] == min(measured)

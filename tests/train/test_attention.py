@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.train.attention import attention_by_runs, runs
+from pear_ray.train.attention import attention_by_runs, equal_length_runs
 
 SCALING = 0.3
 
@@ -36,9 +36,9 @@ def states(num_heads, num_tokens, seed):
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12))
 def test_runs_are_neighbors_of_one_length(lengths):
-    found = runs(np.array(lengths))
-    assert [length for number, length in found for _ in range(number)] == lengths
-    assert all(one[1] != other[1] for one, other in pairwise(found))
+    runs = equal_length_runs(np.array(lengths))
+    assert [length for number, length in runs for _ in range(number)] == lengths
+    assert all(one[1] != other[1] for one, other in pairwise(runs))
 
 
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
@@ -56,7 +56,9 @@ def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_he
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
     packed = outcome(
-        lambda q, k, v: attention_by_runs(q, k, v, scaling=SCALING, runs=runs(np.array(lengths)))
+        lambda q, k, v: attention_by_runs(
+            q, k, v, scaling=SCALING, runs=equal_length_runs(np.array(lengths))
+        )
     )
     slow = outcome(lambda q, k, v: slow_attention(q, k, v, sequence_ids_T))
     for ours, theirs in zip(packed, slow, strict=True):
@@ -66,6 +68,6 @@ def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_he
 def test_a_window_shorter_than_a_sequence_is_refused():
     query = states(2, 6, 0)
     arguments = {"scaling": SCALING, "runs": ((1, 4), (1, 2))}
-    with pytest.raises(ValueError, match=r"sliding window of 3; expected full .* up to 4 tokens"):
+    with pytest.raises(ValueError, match="sliding_window: expected at least 4 tokens.*got 3"):
         attention_by_runs(query, query, query, sliding_window=3, **arguments)
     attention_by_runs(query, query, query, sliding_window=4, **arguments)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from pear_ray.config import Learner
-from pear_ray.train.ray_train import train
+from pear_ray.train.ray_train import run_ray_train
 
 
-def test_ranks_without_room_are_waited_for_only_so_long(ray_session: None, tmp_path: Path) -> None:
-    settings = Learner(
+def test_ranks_without_room_time_out_and_name_what_is_missing(
+    ray_session: None, tmp_path: Path
+) -> None:
+    config = Learner(
         num_workers=2,
         cpus_per_worker=1000,
         tokens_per_micro_batch=64,
@@ -19,8 +21,8 @@ def test_ranks_without_room_are_waited_for_only_so_long(ray_session: None, tmp_p
         max_failures=0,
     )
     expected = (
-        r"waited more than 3 s \(learner.timeout_seconds\) for 2 ranks with"
-        r" \{'CPU': 1000.0\} each; the cluster has 4 CPU \(\S+ free\)"
+        r"learner\.timeout_seconds: expected 2 ranks with \{'CPU': 1000\.0\} each to start within"
+        r" 3 s; the cluster has 4 CPU \(\S+ free\)"
     )
     with pytest.raises(TimeoutError, match=expected):
-        train(lambda config: None, {}, settings, {}, tmp_path / "run")
+        run_ray_train(lambda inputs: {}, None, config, {}, tmp_path / "run")
