@@ -1,8 +1,7 @@
-"""Corpora as they are found: Parquet or JSON lines, on disk, in an object store or on the hub."""
+"""Corpus files, Parquet or JSON lines, on disk, in an object store or on the hub."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,36 +17,38 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from ray.data.datasource import FileBasedDatasource
 
 from pear_ray.config import Columns
+from pear_ray.data.tokenizer import fingerprint
 from pear_ray.errors import ConfigError
 
-LINES = tuple(
-    kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
+JSON_SUFFIXES = tuple(
+    suffix + packed for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
 )
+# A path component that starts with a dot or an underscore; Ray Data skips them too.
 HIDDEN = re.compile(r"(^|/)[._]")
 ROWS_PER_BLOCK = 1024
-KINDS = f"expected .parquet or one of {', '.join(LINES)}"
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of one corpus, all of one kind, and a fingerprint of their names, sizes and
-    times."""
+class CorpusFiles:
+    """The files of one corpus, all of one kind; `digest` covers their names, sizes and times."""
 
-    system: AbstractFileSystem
+    filesystem: AbstractFileSystem
     paths: tuple[str, ...]
     are_parquet: bool
-    fingerprint: str
+    digest: str
 
 
 class JsonLines(FileBasedDatasource):
-    """Lines of text, undecoded, with the place where they stand. Ray Data's own readers of JSON
-    and text take a whole file into memory, and the former stops at the first bad line."""
+    """Undecoded lines of text with their position, `FILE:LINE`.
+
+    Ray Data 2.x's readers of JSON and text load whole files; the former stops at a bad line.
+    """
 
     def _read_stream(self, f: pa.NativeFile, path: str) -> Iterator[pa.Table]:
         texts: list[bytes] = []
         places: list[str] = []
         name = path.rpartition("/")[2]
-        for number, line in enumerate(whole_lines(f, path), start=1):
+        for number, line in enumerate(read_lines(f, path), start=1):
             if line.strip():
                 texts.append(line)
                 places.append(f"{name}:{number}")
@@ -58,16 +59,15 @@ class JsonLines(FileBasedDatasource):
             yield pa.table({"text": texts, "place": places})
 
 
-def whole_lines(f: pa.NativeFile, path: str, num_bytes: int = 2**20) -> Iterator[bytes]:
-    """The lines of a stream, which is read piece by piece.
+def read_lines(stream: pa.NativeFile, path: str, chunk_bytes: int = 2**20) -> Iterator[bytes]:
+    """Yield the lines of a stream, read in chunks.
 
-    Raises:
-        OSError: it breaks off, or is not compressed as its name says; tells the path.
+    Raise OSError, naming `path`, if it is truncated or not compressed as its name claims.
     """
     rest = b""
     try:
-        while piece := f.read(num_bytes):
-            *lines, rest = (rest + piece).split(b"\n")
+        while chunk := stream.read(chunk_bytes):
+            *lines, rest = (rest + chunk).split(b"\n")
             yield from lines
     except OSError as error:
         raise OSError(f"{path}: {error}") from error
@@ -75,91 +75,91 @@ def whole_lines(f: pa.NativeFile, path: str, num_bytes: int = 2**20) -> Iterator
         yield rest
 
 
-def find(path: str) -> Files:
-    """What a path, a folder or a pattern names.
+def find_corpus_files(path: str) -> CorpusFiles:
+    """Return the corpus files of a path, a folder or a pattern, in the order of their names.
 
-    Raises:
-        ConfigError: nothing is there, or it cannot be reached, or of no known kind.
+    Raise ConfigError if the path cannot be reached or does not match files of exactly one kind.
     """
     try:
-        system, name = filesystem_of(path)
-        if system.isfile(name):
-            found = {name: system.info(name)}
+        filesystem, name = resolve_filesystem(path)
+        if filesystem.isfile(name):
+            infos = {name: filesystem.info(name)}
         elif any(sign in name for sign in "*["):
-            found = system.glob(name, detail=True)
+            infos = filesystem.glob(name, detail=True)
         else:
-            found = system.find(name, detail=True)
+            infos = filesystem.find(name, detail=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"corpus.path: {path} cannot be reached: {error}") from error
-    files = {file: info for file, info in sorted(found.items()) if info["type"] == "file"}
-    # As Ray Data does, leave out what other programs put beside data.
-    root = re.split(r"[*\[]", name)[0]
-    names = [file for file in files if not HIDDEN.search(file.removeprefix(root))]
-    parquet = tuple(file for file in names if file.endswith(".parquet"))
-    lines = tuple(file for file in names if file.endswith(LINES))
-    if parquet:
-        # A folder of Parquet may hold JSON that describes it.
-        lines = tuple(file for file in lines if not file.endswith(".json"))
+    files = [file for file in sorted(infos) if infos[file]["type"] == "file"]
+    parquet, lines = split_by_kind(files, root=re.split(r"[*\[]", name)[0])
     if parquet and lines:
         raise ConfigError(
-            f"corpus.path: {path} holds {parquet[0]} and {lines[0]}; expected files of one kind"
-            " (a pattern can choose)"
+            f"corpus.path: expected files of one kind (a pattern can select them), got {parquet[0]}"
+            f" and {lines[0]}"
         )
     if not parquet and not lines:
-        raise ConfigError(f"corpus.path: {path} holds no file that can be read; {KINDS}")
-    chosen = parquet or lines
-    facts = [(file, files[file].get("size"), str(files[file].get("mtime"))) for file in chosen]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Files(system, chosen, bool(parquet), digest)
+        raise ConfigError(
+            f"corpus.path: expected .parquet or one of {', '.join(JSON_SUFFIXES)}, got {path}"
+            " without such a file"
+        )
+    paths = parquet or lines
+    facts = [(file, infos[file].get("size"), str(infos[file].get("mtime"))) for file in paths]
+    return CorpusFiles(filesystem, tuple(paths), bool(parquet), fingerprint(json.dumps(facts)))
 
 
-def filesystem_of(path: str) -> tuple[AbstractFileSystem, str]:
-    """Where a path leads: the disk, the hub, or what pyarrow knows by the scheme."""
+def split_by_kind(files: list[str], root: str) -> tuple[list[str], list[str]]:
+    """Return the Parquet files and the JSON lines among `files`, without those hidden below `root`.
+
+    Beside Parquet, a .json file is metadata.
+    """
+    visible = [file for file in files if not HIDDEN.search(file.removeprefix(root))]
+    parquet = [file for file in visible if file.endswith(".parquet")]
+    lines = [file for file in visible if file.endswith(JSON_SUFFIXES)]
+    if parquet:
+        lines = [file for file in lines if not file.endswith(".json")]
+    return parquet, lines
+
+
+def resolve_filesystem(path: str) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a path (local, hub, or by scheme) and the path within it."""
     if path.startswith("hf://"):
         from huggingface_hub import HfFileSystem
 
         return HfFileSystem(), path.removeprefix("hf://")
     if "://" in path:
-        system, name = pyarrow.fs.FileSystem.from_uri(path)
-        return ArrowFSWrapper(system), name
+        filesystem, name = pyarrow.fs.FileSystem.from_uri(path)
+        return ArrowFSWrapper(filesystem), name
     return ArrowFSWrapper(pyarrow.fs.LocalFileSystem()), os.path.abspath(os.path.expanduser(path))
 
 
-def read(files: Files, columns: Columns) -> ray.data.Dataset:
-    """The rows as they stand: Parquet with those of its columns that are asked for, JSON as lines
-    in `text` and `place`.
+def read_corpus(files: CorpusFiles, columns: Columns) -> ray.data.Dataset:
+    """Read rows: Parquet with the columns that the job names, JSON lines as `text` and `place`.
 
-    Raises:
-        ConfigError: a file cannot be read, or no column holds conversations.
+    Raise ConfigError if a file cannot be read or no column holds conversations.
     """
     paths = list(files.paths)
     if not files.are_parquet:
-        # Reading waits for storage; less than a CPU leaves the rest to the tokenizers.
-        return ray.data.read_datasource(JsonLines(paths, filesystem=files.system), num_cpus=0.5)
-    there = parquet_columns(files.system, paths[0])
-    wanted = [name for name in columns.model_dump().values() if name in there]
-    conversation = (
-        [columns.messages] if columns.prompt is None else [columns.prompt, columns.response]
-    )
-    missing = [name for name in conversation if name not in there]
+        # Reading waits for storage: a fraction of a CPU leaves the rest to tokenization.
+        source = JsonLines(paths, filesystem=files.filesystem)
+        return ray.data.read_datasource(source, num_cpus=0.5)
+    present = parquet_columns(files.filesystem, paths[0])
+    needed = [columns.messages] if columns.prompt is None else [columns.prompt, columns.response]
+    missing = [name for name in needed if name not in present]
     if missing:
         raise ConfigError(
-            f"corpus.path: {paths[0]} has columns {sorted(there)}; expected also {missing} (or"
-            " other names in [corpus.columns])"
+            f"corpus.path: {paths[0]}: expected columns {missing} (or other names in"
+            f" [corpus.columns]), got {sorted(present)}"
         )
-    # Each of Ray Data's readers of file footers is a process; it would start eight for one file.
+    used = {name for name in columns.model_dump().values() if name in present}
+    # Each reader of Parquet footers is a process; Ray Data would start eight for a single file.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", str(min(8, len(paths))))
-    return ray.data.read_parquet(paths, filesystem=files.system, columns=sorted(set(wanted)))
+    return ray.data.read_parquet(paths, filesystem=files.filesystem, columns=sorted(used))
 
 
-def parquet_columns(system: AbstractFileSystem, path: str) -> list[str]:
-    """Top-level columns of a Parquet file.
-
-    Raises:
-        ConfigError: it is none.
-    """
+def parquet_columns(filesystem: AbstractFileSystem, path: str) -> list[str]:
+    """Return a Parquet file's top-level columns; raise ConfigError if it is not Parquet."""
     try:
-        with system.open(path) as file:
+        with filesystem.open(path) as file:
             return pq.read_schema(file).names
     except (OSError, pa.ArrowInvalid) as error:
         raise ConfigError(f"corpus.path: {path} cannot be read as Parquet: {error}") from error

@@ -1,10 +1,10 @@
-"""From a scored corpus to one table of rows for each optimizer step.
+"""The batch loader: a scored corpus to one table of rows per optimizer step.
 
-Ray Data reads ahead while learners learn. Rows are dealt in windows: blocks of neighbors in random
-order, so many together that their rows are well mixed, and the rows of a window in random order. A
-block begins after so many rows and not where a row group does, for these are cut elsewhere whenever
-a corpus is scored anew. So the order depends on rows and seed alone, and a position in it is a
-whole number: a run goes on with the row after the last one that it learned from.
+Ray Data reads ahead while the learners train. An epoch shuffles in two levels: blocks of
+neighboring rows in random order form windows, and the rows of a window are permuted. Blocks have a
+fixed number of rows and ignore row groups, which differ when a corpus is scored again. So the order
+depends on rows and seed only, and a position in it is one integer: a resumed run continues with the
+row after the last one it trained on.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ import ray.data
 from pear_ray.data.scored_dataset import RowFilter, RowGroup, read_row_group
 from pear_ray.seeds import seed_of
 
-# Windows that are read at the same time.
+# Windows read concurrently.
 NUM_READERS = 2
-
-
-# Of so many blocks a window is made: more are better mixed, and read more row groups in part.
+# More blocks per window shuffle better, and read more row groups only in part.
 BLOCKS_PER_WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Training rows of a row group, from `start` to `stop`."""
+    """Training rows `start` to `stop` of a row group."""
 
     group: RowGroup
     start: int
@@ -40,8 +38,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are mixed, in one epoch; the first `num_skipped` mixed rows were learned from
-    before."""
+    """Rows that are shuffled together; the first `num_skipped` of the result were trained on."""
 
     epoch: int
     number: int
@@ -50,67 +47,67 @@ class Window:
 
     @property
     def num_rows(self) -> int:
-        """Training rows in the window."""
+        """Number of rows, with the skipped ones."""
         return sum(piece.stop - piece.start for piece in self.slices)
 
 
-def blocks(groups: Sequence[RowGroup], rows_per_block: int) -> list[list[Slice]]:
-    """All training rows in order, cut after every so many; the last block may be smaller."""
-    found: list[list[Slice]] = []
+def cut_blocks(groups: Sequence[RowGroup], rows_per_block: int) -> list[list[Slice]]:
+    """Cut all training rows, in order, into blocks; the last one may be smaller."""
+    blocks: list[list[Slice]] = []
     room = 0
     for group in groups:
         start = 0
         while start < group.num_train:
             if not room:
-                found.append([])
+                blocks.append([])
                 room = rows_per_block
             stop = min(group.num_train, start + room)
-            found[-1].append(Slice(group, start, stop))
+            blocks[-1].append(Slice(group, start, stop))
             room -= stop - start
             start = stop
-    return found
+    return blocks
 
 
 def windows(
     groups: Sequence[RowGroup], num_epochs: int, rows_per_window: int, seed: int, position: int
 ) -> Iterator[Window]:
-    """All windows of all epochs from `position` on, counted in rows."""
-    cut = blocks(groups, -(-rows_per_window // BLOCKS_PER_WINDOW))
+    """Yield the windows of all epochs from `position` (in rows) on."""
+    blocks = cut_blocks(groups, -(-rows_per_window // BLOCKS_PER_WINDOW))
     for epoch in range(num_epochs):
-        order = np.random.default_rng(seed_of(seed, "sft", epoch)).permutation(len(cut))
-        held: list[Slice] = []
+        order = np.random.default_rng(seed_of(seed, "sft", epoch)).permutation(len(blocks))
+        slices: list[Slice] = []
         number = 0
-        for place, block in enumerate(order, 1):
-            held += cut[block]
-            window = Window(epoch, number, tuple(held), position)
-            if window.num_rows < rows_per_window and place < len(order):
+        for count, block in enumerate(order, 1):
+            slices += blocks[block]
+            window = Window(epoch, number, tuple(slices), position)
+            if window.num_rows < rows_per_window and count < len(order):
                 continue
             if position < window.num_rows:
                 yield window
             position = max(0, position - window.num_rows)
-            held, number = [], number + 1
+            slices, number = [], number + 1
 
 
-def read_window(batch: dict[str, Any], wanted: RowFilter, seed: int) -> pa.Table:
-    """The rows of one window, mixed."""
+def read_window(batch: dict[str, Any], row_filter: RowFilter, seed: int) -> pa.Table:
+    """Return the rows of one window, shuffled; `batch` holds it as a dict (Ray Data's rows)."""
     (window,) = batch["window"]
     groups: dict[tuple[str, int], pa.Table] = {}
     pieces = []
     for piece in window["slices"]:
         group = RowGroup(**piece["group"])
-        where = group.file, group.number
-        if where not in groups:
-            groups[where] = read_row_group(group, wanted, "train")
-        pieces.append(groups[where].slice(piece["start"], piece["stop"] - piece["start"]))
+        key = group.file, group.number
+        if key not in groups:
+            groups[key] = read_row_group(group, row_filter, "train")
+        pieces.append(groups[key].slice(piece["start"], piece["stop"] - piece["start"]))
     table = pa.concat_tables(pieces)
-    mixed = np.random.default_rng(seed_of(seed, "sft", window["epoch"], window["number"]))
-    order = mixed.permutation(table.num_rows)[window["num_skipped"] :]
+    rng = np.random.default_rng(seed_of(seed, "sft", window["epoch"], window["number"]))
+    order = rng.permutation(table.num_rows)[window["num_skipped"] :]
     return table.take(pa.array(order)).combine_chunks()
 
 
 def batches(
     groups: Sequence[RowGroup],
-    wanted: RowFilter,
+    row_filter: RowFilter,
     *,
     num_epochs: int,
     rows_per_step: int,
@@ -118,8 +115,10 @@ def batches(
     seed: int,
     first_step: int,
 ) -> Iterator[pa.Table]:
-    """The rows of each optimizer step from `first_step` on. Steps go on over the end of an epoch;
-    only the last one of all may be smaller."""
+    """Yield the rows of each optimizer step from `first_step` on.
+
+    A step may span two epochs; only the very last one may be smaller.
+    """
     position = first_step * rows_per_step
     items = [
         {"window": asdict(window)}
@@ -128,14 +127,14 @@ def batches(
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_window,
         batch_size=1,
-        fn_kwargs={"wanted": wanted, "seed": seed},
-        # Learners may hold all CPUs there are; reading takes a little of one.
+        fn_kwargs={"row_filter": row_filter, "seed": seed},
+        # Learners may hold all CPUs; reading takes little of one.
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(NUM_READERS),
     )
     dataset.context.execution_options.preserve_order = True
     dataset.set_name("sft")
-    # Its plans and progress fill the log of a job; they are on the dashboard.
+    # Plans and progress would fill the job's log; the Ray dashboard shows them.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     yield from dataset.iter_batches(
         batch_size=rows_per_step, batch_format="pyarrow", prefetch_batches=2

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers, and what a conversation is as token ids."""
+"""Hugging Face tokenizers and chat templates: conversations to token ids and back."""
 
 from __future__ import annotations
 
@@ -17,52 +17,74 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
-    """The tokenizer of a folder or hub name, which `field` of the job gives.
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids before the first answer and from there on.
 
-    Raises:
-        ConfigError: there is none, or it has no chat template or no end-of-sequence token.
+    `trainable` has one flag per response token: True for the assistant's tokens, each answer up to
+    and including its end-of-sequence token.
     """
-    # Its import takes long enough for engines, asked for before, to start beside it.
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    trainable: list[bool]
+
+
+def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
+    """Load the tokenizer of a folder or hub name.
+
+    Raise ConfigError, naming `field`, if there is none or it lacks a chat template or an
+    end-of-sequence token.
+    """
+    # Slow to import (seconds); engines that were requested earlier start meanwhile.
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: {path}: no tokenizer can be loaded; expected one: {error}"
-        ) from error
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"{field}: {path}: the tokenizer has no chat template; expected one")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{field}: {path}: the tokenizer has no end-of-sequence token; expected one"
-        )
+        raise ConfigError(f"{field}: expected a tokenizer, got {path}: {error}") from error
+    for part, value in (
+        ("chat template", tokenizer.chat_template),
+        ("end-of-sequence token", tokenizer.eos_token_id),
+    ):
+        if value is None:
+            raise ConfigError(f"{field}: expected a tokenizer with a {part}, got none in {path}")
     return tokenizer
 
 
+def num_embeddings(path: str) -> int:
+    """Return the number of embedding rows of a model: every token id must be below it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config.get_text_config().vocab_size
+
+
 def tokenizer_digests(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Fingerprints of the vocabulary and of the chat template: equal ids mean equal tokens only
-    where these agree."""
-    words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return _digest(words), _digest(str(tokenizer.chat_template))
+    """Return fingerprints of the vocabulary and the chat template.
+
+    Token ids are comparable between two models only if both digests agree.
+    """
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return fingerprint(vocabulary), fingerprint(str(tokenizer.chat_template))
+
+
+def fingerprint(text: str) -> str:
+    """Return the first 16 hexadecimal digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_problems(
     path: str, problems: Sequence[Problem], max_model_len: int
 ) -> list[tuple[int, ...]]:
-    """Token ids of each problem's prompt, with the tokenizer in `path`.
-
-    Raises:
-        ConfigError: a prompt leaves no room for an answer.
-    """
+    """Return each problem's prompt ids; raise ConfigError if one leaves no room to answer."""
     tokenizer = load_tokenizer(path)
     prompts = encode_prompts(tokenizer, [problem.messages for problem in problems])
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) >= max_model_len:
             raise ConfigError(
-                f"held-out problem {problem.problem_id}: its prompt has {len(prompt)} tokens;"
-                f" expected fewer than generator.max_model_len {max_model_len}"
+                f"generator.max_model_len: expected more than {len(prompt)}, the prompt tokens of"
+                f" held-out problem {problem.problem_id}, got {max_model_len}"
             )
     return prompts
 
@@ -70,8 +92,10 @@ def encode_problems(
 def encode_prompts(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]
 ) -> list[tuple[int, ...]]:
-    """Token ids of many conversations, of each up to where the assistant is to speak. Together, as
-    the tokenizer takes longer to be called than to read a prompt."""
+    """Return the prompt ids of each conversation, up to the assistant's turn.
+
+    Batched: a tokenizer call costs more than the tokens of one prompt.
+    """
     if not conversations:
         return []
     texts = tokenizer.apply_chat_template(
@@ -81,84 +105,64 @@ def encode_prompts(
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant is to speak."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Return the token ids of a conversation, up to the assistant's turn."""
+    return _token_ids(tokenizer, messages, add_generation_prompt=True)
 
 
 def decode_completion(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """An answer as its judge reads it."""
+    """Return a completion's text as reward functions see it: no special tokens, stripped."""
     return str(tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Token ids up to the first answer, and from there on; `trainable` marks the answers' tokens
-    among the latter, each up to and with its end-of-sequence token."""
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedConversation:
+    """Tokenize a conversation that ends with an answer, as the model saw and sampled it.
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    trainable: list[bool]
-
-
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> Conversation:
-    """A conversation whose last message is the assistant's, as the model saw and wrote it.
-
-    Raises:
-        ValueError: the template refuses the conversation, or writes what stands before an answer
-            differently once more follows; or an answer is empty.
+    Raise ValueError if the template rejects it or renders the tokens before an answer differently
+    once more turns follow, or if an answer is empty.
     """
     try:
-        whole = _ids(tokenizer, messages)
-        answers = [
-            _answer(tokenizer, messages, number, whole)
+        ids = _token_ids(tokenizer, messages)
+        spans = [
+            _answer_span(tokenizer, messages, number, ids)
             for number, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-    # An expression in a template may fail as Python's own do.
+    # Python errors inside a template expression surface as TypeError.
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"messages: the chat template refuses them: {error}") from error
-    first, last = answers[0][0], answers[-1][1]
-    trainable = [False] * len(whole)
-    for start, end in answers:
+        raise ValueError(f"messages: rejected by the chat template: {error}") from error
+    first, last = spans[0][0], spans[-1][1]
+    trainable = [False] * len(ids)
+    for start, end in spans:
         trainable[start:end] = [True] * (end - start)
-    return Conversation(whole[:first], whole[first:last], trainable[first:last])
+    return EncodedConversation(ids[:first], ids[first:last], trainable[first:last])
 
 
-def _answer(
-    tokenizer: Tokenizer, messages: Sequence[Message], number: int, whole: list[int]
+def _answer_span(
+    tokenizer: Tokenizer, messages: Sequence[Message], number: int, ids: list[int]
 ) -> tuple[int, int]:
-    """Where message `number` starts and ends in the ids of the whole conversation."""
+    """Return start and end of answer `number` in the ids of the whole conversation."""
     before = encode_prompt(tokenizer, messages[:number])
     is_last = number == len(messages) - 1
-    until = whole if is_last else _ids(tokenizer, messages[: number + 1])
-    if whole[: len(before)] != before or whole[: len(until)] != until:
+    until = ids if is_last else _token_ids(tokenizer, messages[: number + 1])
+    if ids[: len(before)] != before or ids[: len(until)] != until:
         raise ValueError(
-            f"messages.{number}: the chat template does not keep the tokens before and of this"
-            " answer when more follows; expected the ids that its author saw and wrote"
+            f"messages.{number}: expected a chat template that keeps the tokens up to this answer"
+            " when more turns follow, got different ones"
         )
     end = len(until)
     while end > len(before) and until[end - 1] != tokenizer.eos_token_id:
         end -= 1
-    # A template that ends no answer: everything up to the next message is the answer.
+    # Without an end-of-sequence token, everything up to the next message is the answer.
     end = end if end > len(before) else len(until)
     if until[len(before) : end] in ([], [tokenizer.eos_token_id]):
-        raise ValueError(f"messages.{number}: the assistant's answer is empty")
+        raise ValueError(f"messages.{number}: expected an answer, got an empty one")
     return len(before), end
 
 
-def _ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+def _token_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def num_embeddings(path: str) -> int:
-    """How many token ids the model of a folder or hub name knows."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return config.get_text_config().vocab_size
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,11 +1,16 @@
-"""Log-probability of every response token under the policy that wrote it.
+"""Stage `score`: log-probability of every response token under the policy that wrote it.
 
-Ray Data reads the corpus, tokenizes it once and sorts it by name into parts. vLLM actors score
-part after part, each under the model of its author; rows that bring log-probs are scored only
-where a probe asks for it. What they found is put together with the tokens, file by file. Unusable
-rows go to rejected.jsonl with the reason. A probe then compares engine, trainer and record.
+    corpus files ──read_corpus──▶ rows ──TokenizeRows──▶ token ids ──sort by id, write_sorted──┐
+                                                                                               ▼
+       logprobs/ ◀──Scorer: vLLM actors, shard by shard── plan ◀──plan_scoring── tokenized/ (shards)
+           │                                                                          │
+           └─────────────────────────────▶ MergeLogprobs ◀────────────────────────────┘
+                                                 ▼
+                          scored/  rejected/  probe/ ──compare_with_trainer──▶ gap to the trainer
 
-A part that is stored is never scored again: after any crash the same command scores the others.
+Each row is scored by the model of its source. Rows with recorded log-probs are scored only if they
+are in the probe, which compares engine, trainer and record. Rejected rows go to rejected.jsonl with
+the reason. A stored shard is never scored again: after a crash the same command scores the others.
 """
 
 from __future__ import annotations
@@ -13,146 +18,132 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
 from pear_ray.config import Job
-from pear_ray.data import corpus_files
-from pear_ray.data.tokenizer import num_embeddings
-from pear_ray.engines.generator import same_architecture
+from pear_ray.data.corpus_files import CorpusFiles, find_corpus_files, read_corpus
 from pear_ray.errors import ConfigError
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect
 from pear_ray.run import LAYOUT, RunDir, installed_versions, write_json
-from pear_ray.score.calibration import calibrate
 from pear_ray.score.checks import (
+    check_recorded_logprobs,
+    check_rejected,
     check_same_tokenizer,
-    refuse_disagreement,
-    refuse_too_many,
-    refuse_unconfirmed,
+    check_trainer_gaps,
+    compare_with_trainer,
 )
-from pear_ray.score.merge import MergeLogprobs, ScoreStats
+from pear_ray.score.merge import MergeLogprobs, ScoreStats, merged_rejects
 from pear_ray.score.progress import Progress
-from pear_ray.score.scorer import Scorer
-from pear_ray.score.shards import ScoringPlan, Shard, logprobs_file, write_sorted
-from pear_ray.score.tokenize import Tokenize, TokenizeConfig
+from pear_ray.score.scorer import Scorer, group_by_architecture
+from pear_ray.score.shards import (
+    ScoringPlan,
+    Shard,
+    TokenizedFile,
+    all_shards,
+    plan_scoring,
+    tokenization_rejects,
+    write_sorted,
+)
+from pear_ray.score.tokenize import TokenizeConfig, TokenizeRows
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 256
 BYTES_PER_BLOCK = 16 * 2**20
-# Parts of one task are told of together, so a task has one part unless there are very many.
+# Ray Data returns the results of a task together: one item per task, up to this many tasks.
 MAX_TASKS = 4096
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
-    """Score the corpus into RUN/scored."""
-    prints = check_same_tokenizer(job)
+    """Score the corpus into RUN/scored; return the facts for the manifest."""
+    digests = check_same_tokenizer(job)
     path = job.corpus.path or str(run.folder / "sample")
-    files = corpus_files.find(path)
-    made_from = {
-        "corpus": files.fingerprint,
-        "tokenizer": prints,
-        "versions": installed_versions(),
-    }
+    files = find_corpus_files(path)
+    made_from = {"corpus": files.digest, "tokenizer": digests, "versions": installed_versions()}
     if not run.is_made_from("scored", made_from):
         connect()
-        prepare_ray_data(job)
+        configure_ray_data(job)
         with run.resumable_folder("scored", made_from) as folder:
-            facts = make(job, run, files, path, folder, prints)
+            facts = score_corpus(job, run, files, path, folder, digests)
             write_json(folder / "scored" / "facts.json", {"layout": LAYOUT} | facts)
     facts = json.loads((run.folder / "scored" / "facts.json").read_text())
     log.info("score: %d of %d rows rejected", facts["rejected"], facts["rows"])
-    for source, numbers in facts["sources"].items():
-        log.info("score: %s: %s", source, in_words(numbers))
+    for source, stats in facts["sources"].items():
+        rows, tokens, gap = (stats[k] for k in ("rows", "response_tokens", "recorded_gap_max"))
+        note = "" if gap is None else f", recorded log-probs off by at most {gap:.1e} nats"
+        log.info("score: %s: %d rows, %d response tokens%s", source, rows, tokens, note)
     return facts
 
 
-def make(
-    job: Job,
-    run: RunDir,
-    files: corpus_files.Files,
-    path: str,
-    folder: Path,
-    prints: tuple[str, str],
+def score_corpus(
+    job: Job, run: RunDir, files: CorpusFiles, path: str, folder: Path, digests: tuple[str, str]
 ) -> dict[str, Any]:
-    """Everything from the corpus to `folder`/scored, or what of it is missing there."""
-    tokenized = tokenize(job, files, folder)
-    num_rows = sum(file["num_rows"] for file in tokenized)
+    """Do the steps that are missing in the work directory `folder`; return the stage's facts."""
+    tokenized = tokenize_corpus(job, files, folder)
+    num_rows = sum(file.num_rows for file in tokenized)
     if num_rows == 0:
-        raise ConfigError(f"corpus.path: {path} holds no rows; expected at least one")
-    num_rejected = sum(file["num_rejected"] for file in tokenized)
-    refuse_too_many(job, path, num_rejected, num_rows, rejected_rows(folder, tokenized))
-    selection = select(job, folder, tokenized)
-    score(job, run, folder, tokenized, selection)
-    figures = assemble(job, folder, tokenized, selection, prints)
-    refuse_too_many(job, path, figures.num_rejected, num_rows, rejected_lines(folder))
-    refuse_unconfirmed(job, figures)
-    calibration = compare_with_trainer(job, folder)
-    refuse_disagreement(job, calibration)
-    with (folder / "scored" / "rejected.jsonl").open("w") as whole:
-        whole.writelines(json.dumps(row) + "\n" for row in rejected_lines(folder))
+        raise ConfigError(f"corpus.path: expected at least one row, got none in {path}")
+    num_rejected = sum(file.num_rejected for file in tokenized)
+    check_rejected(job, path, num_rejected, num_rows, tokenization_rejects(folder, tokenized))
+
+    plan = plan_scoring(folder, tokenized, job.corpus.probe_rows)
+    score_shards(job, run, folder, plan, tokenized)
+    stats = merge_files(job, folder, plan, tokenized, digests)
+    check_rejected(job, path, stats.num_rejected, num_rows, merged_rejects(folder))
+    check_recorded_logprobs(job, stats)
+
+    gaps = compare_with_trainer(job, folder)
+    check_trainer_gaps(job, gaps)
+    with (folder / "scored" / "rejected.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in merged_rejects(folder))
+    no_probe = {"rows": 0, "tokens": 0}
     return {
         "rows": num_rows,
-        "rejected": figures.num_rejected,
-        "sources": figures.by_source(),
-        "calibration": calibration,
+        "rejected": stats.num_rejected,
+        "sources": stats.by_source(),
+        "calibration": {s: no_probe if gap is None else asdict(gap) for s, gap in gaps.items()},
     }
 
 
-def prepare_ray_data(job: Job) -> None:
-    """Small blocks, so that memory does not depend on the corpus, and quiet."""
+def configure_ray_data(job: Job) -> None:
+    """Use small blocks, so that memory does not grow with the corpus, and log little."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = BYTES_PER_BLOCK
-    # Once a second it would stop an engine, for as long as the kernel takes to count its pages.
+    # Polling stops an engine every second while the kernel counts its pages.
     context.memory_usage_poll_interval_s = None
     context.wait_for_min_actors_s = int(job.generator.timeout_seconds)
-    # Its plans fill the log of a job. Its progress bars are in a terminal and on the dashboard.
+    # Plans would fill the job's log; progress is on the Ray dashboard.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def tokenize(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str, Any]]:
-    """Write the corpus as tokens below `folder`, unless that is done; returns what
-    `write_sorted` says of each file, in the order of their rows."""
+def tokenize_corpus(job: Job, files: CorpusFiles, folder: Path) -> list[TokenizedFile]:
+    """Write the corpus as token ids, unless done; return the files in the order of their rows."""
     done = folder / "tokenized.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return [TokenizedFile.from_dict(document) for document in json.loads(done.read_text())]
     shutil.rmtree(folder / "tokenized", ignore_errors=True)
     (folder / "tokenized").mkdir()
-    paths = [job.model_path(), *(job.model_path(source) for source in job.behavior)]
-    settings = job.corpus
-    rules = TokenizeConfig(
-        columns=settings.columns,
-        sources=frozenset(job.behavior),
-        source=settings.source,
-        fallback_scorer=settings.fallback_scorer,
-        heldout_fraction=settings.heldout_fraction,
-        max_model_len=job.generator.max_model_len,
-        truncates=settings.on_overlength == "truncate",
-        keeps_recorded=settings.recorded_logprobs == "probe",
-        num_embeddings=min(num_embeddings(path) for path in paths),
-    )
-    to_ids = Tokenize(job.model_path(), rules)
+    tokenizer = TokenizeRows(job.model_path(), TokenizeConfig.from_job(job))
     try:
         written = (
-            corpus_files.read(files, settings.columns)
+            read_corpus(files, job.corpus.columns)
             .map_batches(
-                to_ids.table if files.are_parquet else to_ids.lines,
+                tokenizer.from_parquet if files.are_parquet else tokenizer.from_json_lines,
                 batch_size=ROWS_PER_BATCH,
                 batch_format="pyarrow",
             )
             .sort("example_id")
             .map_batches(
                 write_sorted,
-                fn_args=(folder / "tokenized", settings.rows_per_part),
+                fn_args=(folder, job.corpus.rows_per_part),
                 batch_size=None,
                 batch_format="pyarrow",
             )
@@ -160,92 +151,52 @@ def tokenize(job: Job, files: corpus_files.Files, folder: Path) -> list[dict[str
         )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OSError | ValueError):
-            # What follows the first line is Ray's advice on retries.
+            # After the first line comes Ray's advice on retries.
             first, *_ = str(error.cause).splitlines()
             raise ConfigError(f"corpus.path: cannot be read: {first}") from error
         raise
-    tokenized = [json.loads(row["facts"]) for row in written]
-    tokenized.sort(key=lambda file: file["first_id"])
-    write_json(done, tokenized)
+    tokenized = [TokenizedFile.from_dict(json.loads(row["file"])) for row in written]
+    tokenized.sort(key=lambda file: file.first_id)
+    write_json(done, [asdict(file) for file in tokenized])
     return tokenized
 
 
-def select(job: Job, folder: Path, tokenized: list[dict[str, Any]]) -> ScoringPlan:
-    """The probe's share of each scorer's rows, and prompts both trained on and held out."""
-    totals: dict[str, int] = {}
-    for part in parts_of(tokenized):
-        totals[part.scorer] = totals.get(part.scorer, 0) + part.num_rows
-    probes = {scorer: min(1.0, job.corpus.probe_rows / total) for scorer, total in totals.items()}
-    if not any(file["splits_are_given"] for file in tokenized):
-        return ScoringPlan(probes, frozenset())
-    names = [folder / "tokenized" / f"{file['file']}.parquet" for file in tokenized]
-
-    def contents(split: str, among: np.ndarray | None) -> np.ndarray:
-        found = [np.empty(0, np.int64)]
-        for name in names:
-            table = pq.read_table(name, columns=["content"], filters=[("split", "==", split)])
-            values = np.unique(table.column("content").drop_null().to_numpy())
-            found.append(values if among is None else np.intersect1d(values, among))
-        return np.unique(np.concatenate(found))
-
-    overlapping = contents("train", among=contents("heldout", among=None))
-    return ScoringPlan(probes, frozenset(overlapping.tolist()))
-
-
-def score(
-    job: Job, run: RunDir, folder: Path, tokenized: list[dict[str, Any]], selection: ScoringPlan
+def score_shards(
+    job: Job, run: RunDir, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile]
 ) -> None:
-    """Score every part that has no log-probs yet, one set of engines after the other."""
+    """Score every shard without log-probs, one architecture after the other."""
     (folder / "logprobs").mkdir(exist_ok=True)
-    parts = parts_of(tokenized)
-    missing = [part for part in parts if not logprobs_file(folder, *part.key).exists()]
-    if len(missing) < len(parts):
-        text = f"{len(parts) - len(missing)} of {len(parts)} parts were scored before"
+    shards = all_shards(tokenized)
+    missing = [shard for shard in shards if not shard.logprobs_path(folder).exists()]
+    if len(missing) < len(shards):
+        text = f"{len(shards) - len(missing)} of {len(shards)} shards were scored before"
         run.event("score", "resumed", text)
         log.info("score: %s", text)
     with closing(Tracker(run.folder, "score", job.tracking).rewind(0)) as tracker:
-        rejected = sum(file["num_rejected"] for file in tokenized)
-        progress = Progress(run, tracker, missing, rejected)
-        for models in sharing_engines(job):
-            mine = [part for part in missing if part.scorer in models]
-            if mine:
-                progress.follow(scored(job, folder, models, selection, mine))
+        num_rejected = sum(file.num_rejected for file in tokenized)
+        progress = Progress(run, tracker, missing, num_rejected)
+        for models in group_by_architecture(job):
+            of_models = [shard for shard in missing if shard.scorer in models]
+            if of_models:
+                progress.follow(run_scorers(job, folder, plan, models, of_models))
 
 
-def sharing_engines(job: Job) -> list[dict[str, str]]:
-    """Model of each source, apart by architecture: an engine that serves one model of several
-    loads the others' weights sooner than another engine starts."""
-    shared: list[dict[str, str]] = []
-    for source in sorted(job.behavior):
-        path = job.model_path(source)
-        for models in shared:
-            if same_architecture(next(iter(models.values())), path):
-                models[source] = path
-                break
-        else:
-            shared.append({source: path})
-    return shared
-
-
-def scored(
-    job: Job, folder: Path, models: dict[str, str], selection: ScoringPlan, parts: list[Shard]
+def run_scorers(
+    job: Job, folder: Path, plan: ScoringPlan, models: dict[str, str], shards: list[Shard]
 ) -> ray.data.Dataset:
-    """What engines of these models do with these parts, as they do it."""
-    in_order = sorted(parts, key=lambda part: part.scorer)
+    """Return a lazy dataset of `ShardResult`; vLLM actors score the shards as it is consumed."""
     settings = job.generator
-    return ray.data.from_items(
-        [asdict(part) for part in in_order], override_num_blocks=min(len(parts), MAX_TASKS)
-    ).map(
+    items = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.scorer)]
+    return ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS)).map(
         Scorer,
         fn_constructor_args=(
-            folder, models, selection, job.model.dtype, settings, job.run.seed,
-            job.corpus.top_logprobs,
+            folder, models, plan, job.model.dtype, settings, job.run.seed, job.corpus.top_logprobs
         ),
         compute=ray.data.ActorPoolStrategy(
-            min_size=settings.fewest_engines,
+            min_size=settings.min_engines,
             max_size=settings.num_engines,
-            # Else an engine is called from another thread than it was made in, and an engine on
-            # CPUs keeps its number of threads by thread.
+            # Without it Ray 2.60 calls the engine from another thread than the constructor's, and
+            # on CPUs the number of threads is kept per thread.
             enable_true_multi_threading=True,
             max_concurrent_calls_per_actor=1,
         ),
@@ -255,76 +206,22 @@ def scored(
     )  # fmt: skip
 
 
-def assemble(
+def merge_files(
     job: Job,
     folder: Path,
-    tokenized: list[dict[str, Any]],
-    selection: ScoringPlan,
-    prints: tuple[str, str],
+    plan: ScoringPlan,
+    tokenized: Sequence[TokenizedFile],
+    digests: tuple[str, str],
 ) -> ScoreStats:
-    """Put tokens and log-probs together, file by file."""
+    """Merge token ids and log-probs, file by file; return the statistics of all rows."""
     for name in ("scored", "rejected", "probe"):
         (folder / name).mkdir(exist_ok=True)
-    facts_of_scorer = {
-        source: {
-            "behavior_model": job.model_path(source),
-            "tokenizer_digest": prints[0],
-            "template_digest": prints[1],
-        }
-        for source in job.behavior
-    }
-    files = [{"number": n, "file": file["file"]} for n, file in enumerate(tokenized)]
-    done = ray.data.from_items(files, override_num_blocks=min(len(files), MAX_TASKS)).map(
-        MergeLogprobs(folder, selection, facts_of_scorer)
+    models = {source: job.model_path(source) for source in job.behavior}
+    items = [{"number": number, "name": file.name} for number, file in enumerate(tokenized)]
+    merged = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS)).map(
+        MergeLogprobs(folder, plan, models, digests)
     )
-    figures = ScoreStats()
-    for row in done.iter_rows():
-        figures.merge(json.loads(row["facts"]))
-    return figures
-
-
-def compare_with_trainer(job: Job, folder: Path) -> dict[str, Any]:
-    """How the trainer's forward pass and the engine differ on the probe, by behavior model."""
-    settings = job.generator
-    resources = {"num_cpus": settings.num_cpus, "num_gpus": -(-settings.num_gpus // 1)}
-    calls = {
-        source: calibrate.options(**resources, label_selector=job.placement.generators).remote(
-            folder / "probe",
-            job.model_path(source),
-            job.model.dtype,
-            job.learner.tokens_per_pack,
-            settings.threads,
-        )
-        for source in job.behavior
-    }
-    deadline = settings.timeout_seconds
-    return {source: ray.get(call, timeout=deadline) for source, call in calls.items()}
-
-
-def rejected_rows(folder: Path, tokenized: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows that tokenizing rejected."""
-    for file in tokenized:
-        if file["num_rejected"]:
-            path = folder / "tokenized" / f"{file['file']}.parquet"
-            columns = ["example_id", "reason"]
-            found = pq.read_table(path, columns=columns, filters=[("reason", "!=", "")])
-            yield from found.to_pylist()
-
-
-def rejected_lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows that were rejected by the end, in order."""
-    for path in sorted((folder / "rejected").glob("*.jsonl")):
-        with path.open() as lines:
-            yield from map(json.loads, lines)
-
-
-def parts_of(tokenized: list[dict[str, Any]]) -> list[Shard]:
-    """All parts, in the order of their rows."""
-    return [Shard(**part) for file in tokenized for part in file["parts"]]
-
-
-def in_words(numbers: dict[str, Any]) -> str:
-    """What was measured of one source, on one line."""
-    gap = numbers["recorded_gap_max"]
-    beside = "" if gap is None else f", at most {gap:.1e} nats from the recorded log-probs"
-    return f"{numbers['rows']} rows, {numbers['response_tokens']} response tokens{beside}"
+    stats = ScoreStats()
+    for row in merged.iter_rows():
+        stats.merge(json.loads(row["stats"]))
+    return stats

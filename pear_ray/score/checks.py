@@ -1,9 +1,15 @@
-"""What stops the stage, with nothing written."""
+"""Checks that stop stage `score` before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
 
 from pear_ray.config import Job
 from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
@@ -11,66 +17,122 @@ from pear_ray.errors import ConfigError
 from pear_ray.score.merge import ScoreStats
 
 
-def check_same_tokenizer(job: Job) -> tuple[str, str]:
-    """The digests of vocabulary and chat template.
+@dataclass(frozen=True)
+class TrainerGap:
+    """Trainer minus engine log-probs of one model's probe, nats per trainable token.
 
-    Raises:
-        ConfigError: a behavior policy has another than the student: a token ratio compares
-            two probabilities of the SAME token.
+    `bias` is the mean, `spread` the standard deviation; the gaps are absolute.
+    """
+
+    rows: int
+    tokens: int
+    bias: float
+    spread: float
+    mean_gap: float
+    max_gap: float
+
+
+def check_same_tokenizer(job: Job) -> tuple[str, str]:
+    """Return the digests of tokenizer and chat template.
+
+    Raise ConfigError if a behavior policy has others: a PEAR ratio compares two probabilities of
+    the SAME token.
     """
     ours = tokenizer_digests(load_tokenizer(job.model_path()))
     for source in job.behavior:
-        theirs = tokenizer_digests(
-            load_tokenizer(job.model_path(source), f"behavior.{source}.path")
-        )
+        field, path = f"behavior.{source}.path", job.model_path(source)
+        theirs = tokenizer_digests(load_tokenizer(path, field))
         if theirs != ours:
-            what = "vocabulary" if theirs[0] != ours[0] else "chat template"
+            part = "vocabulary" if theirs[0] != ours[0] else "chat template"
             raise ConfigError(
-                f"behavior.{source}: {job.model_path(source)} has another {what} than"
-                f" {job.model_path()}; expected the same, since PEAR divides the probabilities of"
-                " one token, at one place of one text, under both models"
+                f"{field}: expected the {part} of {job.model_path()}, since PEAR divides two"
+                f" probabilities of the same token, got another one in {path}"
             )
     return ours
 
 
-def refuse_too_many(
-    job: Job, path: str, num_rejected: int, num_rows: int, rejected: Iterator[dict[str, Any]]
+def check_rejected(
+    job: Job, path: str, num_rejected: int, num_rows: int, rejected: Iterator[dict[str, str]]
 ) -> None:
-    """Stop, with nothing written, when more rows are unusable than the job allows."""
-    allowed = job.corpus.max_rejected_fraction
-    if num_rejected > allowed * num_rows:
+    """Raise ConfigError, with the first reason, if too many rows are rejected."""
+    limit = job.corpus.max_rejected_fraction
+    if num_rejected > limit * num_rows:
         first = next(rejected)
         raise ConfigError(
             f"{path}: row {first['example_id']!r}: {first['reason']}\n"
-            f"{num_rejected} of {num_rows} rows are unusable; expected at most a share of"
-            f" corpus.max_rejected_fraction = {allowed}"
+            f"corpus.max_rejected_fraction: expected at most {limit} of the rows rejected, got"
+            f" {num_rejected} of {num_rows}"
         )
 
 
-def refuse_unconfirmed(job: Job, figures: ScoreStats) -> None:
-    """Stop where the log-probs that a corpus brings are not those of the model that is said to
-    have written it."""
+def check_recorded_logprobs(job: Job, stats: ScoreStats) -> None:
+    """Raise ConfigError if recorded log-probs are not those of the source's model."""
     limit = job.corpus.max_logprob_gap
-    for source, numbers in figures.by_source().items():
+    for source, numbers in stats.by_source().items():
         gap = numbers["recorded_gap_mean"]
         if gap is not None and not gap <= limit:
             raise ConfigError(
-                f"{job.corpus.columns.behavior_logprobs}: on a probe, those of source {source!r}"
-                f" differ by {gap:.3g} nats per token from those of {job.model_path(source)};"
-                f" expected at most corpus.max_logprob_gap = {limit} (or"
-                ' corpus.recorded_logprobs = "ignore", to compute them anew)'
+                f"{job.corpus.columns.behavior_logprobs}: expected log-probs of"
+                f" {job.model_path(source)} for source {source!r} within"
+                f" corpus.max_logprob_gap = {limit} nats per token, got a gap of {gap:.3g} (or set"
+                ' corpus.recorded_logprobs = "ignore" to compute them)'
             )
 
 
-def refuse_disagreement(job: Job, calibration: dict[str, Any]) -> None:
-    """Stop where the engine and the trainer's forward pass do not say the same of a probe: the
-    ratios would be made of that difference."""
+def check_trainer_gaps(job: Job, gaps: Mapping[str, TrainerGap | None]) -> None:
+    """Raise ConfigError if engine and trainer disagree: PEAR ratios would consist of that error."""
     limit = job.corpus.max_logprob_gap
-    for source, numbers in calibration.items():
-        gap = numbers.get("mean_gap", 0.0)
-        if not gap <= limit:
+    for source, gap in gaps.items():
+        if gap is not None and not gap.mean_gap <= limit:
             raise ConfigError(
-                f"behavior.{source}: {job.model_path(source)}: engine and trainer's forward pass"
-                f" differ by {gap:.3g} nats per token on {numbers['rows']} rows; expected at most"
-                f" corpus.max_logprob_gap = {limit}"
+                f"behavior.{source}: expected engine and trainer log-probs of"
+                f" {job.model_path(source)} within corpus.max_logprob_gap = {limit} nats per token,"
+                f" got a gap of {gap.mean_gap:.3g} on {gap.rows} rows"
             )
+
+
+def compare_with_trainer(job: Job, folder: Path) -> dict[str, TrainerGap | None]:
+    """Return the gaps between trainer and engine on the probe, by source."""
+    settings = job.generator
+    task = measure_trainer_gap.options(
+        num_cpus=settings.num_cpus,
+        num_gpus=-(-settings.num_gpus // 1),
+        label_selector=job.placement.generators,
+    )
+    tokens_per_pack, threads = job.learner.tokens_per_pack, settings.threads
+    gaps = {
+        source: task.remote(
+            folder / "probe", job.model_path(source), job.model.dtype, tokens_per_pack, threads
+        )
+        for source in job.behavior
+    }
+    timeout = settings.timeout_seconds
+    return {source: ray.get(gap, timeout=timeout) for source, gap in gaps.items()}
+
+
+@ray.remote
+def measure_trainer_gap(
+    folder: Path, model: str, dtype: str, tokens_per_pack: int, num_threads: int
+) -> TrainerGap | None:
+    """Run the trainer's forward pass on the probe's rows of one model; None if it has none."""
+    from pear_ray.train.model import trainer_logprobs
+
+    table = pq.ParquetDataset(sorted(map(str, folder.glob("*.parquet")))).read()
+    rows = table.filter(pc.equal(table.column("behavior_model"), model)).to_pylist()
+    if not rows:
+        return None
+    ids = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    logprobs = trainer_logprobs(model, dtype, ids, tokens_per_pack, num_threads)
+    differences = [
+        (ours - np.asarray(row["behavior_logprobs"]))[row["trainable"] or ...]
+        for ours, row in zip(logprobs, rows, strict=True)
+    ]
+    gaps = np.concatenate(differences).astype(np.float64)
+    return TrainerGap(
+        rows=len(rows),
+        tokens=len(gaps),
+        bias=float(gaps.mean()),
+        spread=float(gaps.std()),
+        mean_gap=float(np.abs(gaps).mean()),
+        max_gap=float(np.abs(gaps).max()),
+    )

@@ -1,10 +1,12 @@
-"""Tokenized rows and their log-probs, put together file by file into what `sft` reads."""
+"""Tokenized rows and their log-probs merged, file by file, into the scored dataset."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,146 +16,157 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pear_ray.records import SCORED_SCHEMA
-from pear_ray.score.shards import ScoringPlan, arrays, logprobs_file
+from pear_ray.score.shards import ScoringPlan, logprobs_path, tokenized_path
+
+
+@dataclass(frozen=True)
+class RowLogprobs:
+    """Log-probs of one row, and the columns of the scored dataset that describe them.
+
+    `gaps` are the absolute differences to the recorded log-probs of the trainable tokens, in nats,
+    if the row has both; top_ids and top_logprobs are flat.
+    """
+
+    behavior_logprobs: np.ndarray
+    logprobs_from: str = "recorded"
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    gaps: np.ndarray | None = None
+
+    @property
+    def recorded_gap(self) -> float | None:
+        """Return the largest difference to the recorded log-probs."""
+        return None if self.gaps is None else float(self.gaps.max())
 
 
 class MergeLogprobs:
-    """Maps {file, number} to {facts}, JSON of what `Figures` counts. `facts_of_scorer` gives, by
-    scorer, the columns that are the same in all its rows."""
+    """Maps {number, name} of a tokenized file to {stats}, JSON of `ScoreStats`.
+
+    Writes scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet. `models` are
+    the behavior models by scorer, `digests` those of tokenizer and chat template.
+    """
 
     def __init__(
-        self,
-        folder: Path,
-        selection: ScoringPlan,
-        facts_of_scorer: Mapping[str, Mapping[str, str]],
+        self, folder: Path, plan: ScoringPlan, models: Mapping[str, str], digests: tuple[str, str]
     ) -> None:
         self._folder = folder
-        self._selection = selection
-        self._facts_of_scorer = facts_of_scorer
+        self._plan = plan
+        self._models = models
+        self._digests = digests
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        """Write scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet."""
-        number, figures = f"{item['number']:06d}", ScoreStats()
-        tokenized = pq.ParquetFile(self._folder / "tokenized" / f"{item['file']}.parquet")
-        with (
-            pq.ParquetWriter(
-                self._folder / "scored" / f"part-{number}.parquet", SCORED_SCHEMA
-            ) as scored,
-            pq.ParquetWriter(self._folder / "probe" / f"{number}.parquet", SCORED_SCHEMA) as probe,
-            (self._folder / "rejected" / f"{number}.jsonl").open("w") as rejected,
-        ):
+    def __call__(self, file: dict[str, Any]) -> dict[str, str]:
+        """Merge one file."""
+        number, stats = f"{file['number']:06d}", ScoreStats()
+        tokenized = pq.ParquetFile(tokenized_path(self._folder, file["name"]))
+        with ExitStack() as stack:
+            scored, probe = (
+                stack.enter_context(pq.ParquetWriter(self._folder / path, SCORED_SCHEMA))
+                for path in (f"scored/part-{number}.parquet", f"probe/{number}.parquet")
+            )
+            path = self._folder / "rejected" / f"{number}.jsonl"
+            rejected = stack.enter_context(path.open("w"))
             for group in range(tokenized.num_row_groups):
                 table = tokenized.read_row_group(group)
-                answers, reasons = self._answers(item["file"], group, table)
+                results = self._results(file["name"], group, table)
                 names = table.column("example_id").to_pylist()
-                for name, reason in zip(names, reasons, strict=True):
-                    if reason:
-                        rejected.write(json.dumps({"example_id": name, "reason": reason}) + "\n")
-                kept = pa.array([not reason for reason in reasons], pa.bool_())
-                given = [answer for answer in answers if answer is not None]
-                rows = self._scored(table.filter(kept), given)
-                figures.num_rejected += len(answers) - len(given)
-                figures.add(rows, [answer.get("gaps") for answer in given])
+                for name, result in zip(names, results, strict=True):
+                    if isinstance(result, str):
+                        rejected.write(json.dumps({"example_id": name, "reason": result}) + "\n")
+                logprobs = [result for result in results if isinstance(result, RowLogprobs)]
+                is_usable = [isinstance(result, RowLogprobs) for result in results]
+                usable = table.filter(pa.array(is_usable, pa.bool_()))
+                rows = self._scored_rows(usable, logprobs)
+                stats.num_rejected += len(results) - len(logprobs)
+                stats.add_rows(rows, logprobs)
                 scored.write_table(rows)
-                probe.write_table(rows.filter(pa.array(self._selection.probed(table.filter(kept)))))
-        return {"facts": json.dumps(figures.document())}
+                probe.write_table(rows.filter(pa.array(self._plan.in_probe(usable))))
+        return {"stats": json.dumps(stats.to_dict())}
 
-    def _answers(
-        self, file: str, group: int, table: pa.Table
-    ) -> tuple[list[dict[str, Any] | None], list[str]]:
-        """Log-probs of each row with their origin, or None with the reason."""
-        reasons = self._selection.reasons(table)
-        computed: dict[int, dict[str, Any]] = {}
+    def _results(self, name: str, group: int, table: pa.Table) -> list[RowLogprobs | str]:
+        """Return the log-probs of each row of a row group, or why it is rejected."""
+        computed: dict[int, RowLogprobs] = {}
         for scorer in table.column("scorer").unique().drop_null().to_pylist():
-            path = logprobs_file(self._folder, file, group, scorer)
+            path = logprobs_path(self._folder, name, group, scorer)
             if path.exists():
                 computed |= read_logprobs(path)
-        recorded = arrays(table.column("recorded_logprobs"))
-        trainable = arrays(table.column("trainable"))
-        sources, scorers = (table.column(name).to_pylist() for name in ("source", "scorer"))
-        answers: list[dict[str, Any] | None] = [None] * table.num_rows
-        for i in range(table.num_rows):
-            if reasons[i]:
-                continue
-            ours, theirs = computed.get(i), recorded[i]
-            if ours is not None and not np.isfinite(ours["behavior_logprobs"]).all():
-                reasons[i] = (
-                    f"behavior_logprobs: the model of {scorers[i]!r} gave a NaN or infinity;"
-                    " expected finite log-probs"
+        recorded, trainable = (
+            table.column(column).to_numpy() for column in ("recorded_logprobs", "trainable")
+        )
+        sources, scorers = (table.column(column).to_pylist() for column in ("source", "scorer"))
+        results: list[RowLogprobs | str] = []
+        for i, reason in enumerate(self._plan.reject_reasons(table)):
+            if reason:
+                results.append(reason)
+            elif i not in computed and recorded[i] is None:
+                raise RuntimeError(f"{name}: row {i} of row group {group} was never scored")
+            elif i not in computed:
+                results.append(RowLogprobs(recorded[i]))
+            elif not np.isfinite(computed[i].behavior_logprobs).all():
+                results.append(
+                    "behavior_logprobs: expected finite log-probs, got NaN or infinity from the"
+                    f" model of {scorers[i]!r}"
                 )
-            elif ours is not None:
+            else:
                 origin = "behavior" if sources[i] == scorers[i] else "reference"
                 gaps = None
-                if theirs is not None:
-                    own = ... if trainable[i] is None else trainable[i]
-                    gaps = np.abs(theirs - ours["behavior_logprobs"])[own]
-                answers[i] = ours | {"logprobs_from": origin, "gaps": gaps}
-            elif theirs is not None:
-                answers[i] = {"behavior_logprobs": theirs, "logprobs_from": "recorded"}
-            else:
-                raise RuntimeError(f"{file}: row {i} of part {group} was never scored")
-        return answers, reasons
+                if recorded[i] is not None:
+                    is_own = ... if trainable[i] is None else trainable[i]
+                    gaps = np.abs(recorded[i] - computed[i].behavior_logprobs)[is_own]
+                results.append(replace(computed[i], logprobs_from=origin, gaps=gaps))
+        return results
 
-    def _scored(self, rows: pa.Table, answers: list[dict[str, Any]]) -> pa.Table:
-        """ScoredExample rows of usable rows."""
-        constant = [self._facts_of_scorer[scorer] for scorer in rows.column("scorer").to_pylist()]
-        gaps = [answer.get("gaps") for answer in answers]
-        made: dict[str, list[Any]] = {
-            "recorded_gap": [None if gap is None else float(gap.max()) for gap in gaps],
-            **{
-                name: [answer.get(name) for answer in answers]
-                for name in ("behavior_logprobs", "logprobs_from", "top_ids", "top_logprobs")
-            },
-            **{
-                name: [facts[name] for facts in constant]
-                for name in ("behavior_model", "tokenizer_digest", "template_digest")
-            },
-        }
+    def _scored_rows(self, rows: pa.Table, logprobs: list[RowLogprobs]) -> pa.Table:
+        """Return ScoredExample rows of usable tokenized rows."""
+        new: dict[str, list[Any]] = {
+            name: [getattr(row, name) for row in logprobs]
+            for name in (
+                "behavior_logprobs", "logprobs_from", "recorded_gap", "top_ids", "top_logprobs"
+            )
+        }  # fmt: skip
+        new["behavior_model"] = [self._models[s] for s in rows.column("scorer").to_pylist()]
+        new["tokenizer_digest"] = [self._digests[0]] * rows.num_rows
+        new["template_digest"] = [self._digests[1]] * rows.num_rows
         columns = [
-            pa.array(made[field.name], field.type)
-            if field.name in made
-            else rows.column(field.name)
+            pa.array(new[field.name], field.type) if field.name in new else rows.column(field.name)
             for field in SCORED_SCHEMA
         ]
         return pa.table(columns, schema=SCORED_SCHEMA)
 
 
 class ScoreStats:
-    """What became of rows: how many were rejected; and of each source rows, response tokens, rows
-    by the origin of their log-probs, rows cut short, and differences to recorded log-probs."""
+    """Statistics of scored rows by source, and the number of rejected rows; mergeable."""
 
     def __init__(self) -> None:
         self.num_rejected = 0
         self._sums: dict[str, Counter[Any]] = defaultdict(Counter)
-        self._largest: dict[str, float] = {}
+        self._max_gaps: dict[str, float] = {}
 
-    def add(self, rows: pa.Table, gaps: list[np.ndarray | None]) -> None:
-        """Count these rows; `gaps` are the absolute differences of each, where there are any."""
-        names = ("source", "logprobs_from", "truncated")
-        facts = zip(*(rows.column(name).to_pylist() for name in names), strict=True)
+    def add_rows(self, rows: pa.Table, logprobs: list[RowLogprobs]) -> None:
+        """Count scored rows with their log-probs."""
+        columns = (rows.column(name).to_pylist() for name in ("source", "truncated"))
         lengths = pc.list_value_length(rows.column("behavior_logprobs")).to_pylist()
-        for (source, origin, truncated), length, gap in zip(facts, lengths, gaps, strict=True):
+        for source, truncated, length, row in zip(*columns, lengths, logprobs, strict=True):
             sums = self._sums[source]
             sums.update({"rows": 1, "response_tokens": length, "truncated": int(truncated)})
-            sums[f"from_{origin}"] += 1
-            if gap is not None:
-                sums.update({"gap_sum": float(gap.sum()), "gap_tokens": len(gap)})
-                self._largest[source] = max(float(gap.max()), self._largest.get(source, 0.0))
+            sums[f"from_{row.logprobs_from}"] += 1
+            if row.gaps is not None:
+                sums.update({"gap_sum": float(row.gaps.sum()), "gap_tokens": len(row.gaps)})
+                self._max_gaps[source] = max(float(row.gaps.max()), self._max_gaps.get(source, 0.0))
 
     def merge(self, document: Mapping[str, Any]) -> None:
-        """Add what another one counted."""
+        """Add the statistics of another `to_dict`."""
         self.num_rejected += document["num_rejected"]
         for source, sums in document["sums"].items():
             self._sums[source].update(sums)
-        for source, gap in document["largest"].items():
-            self._largest[source] = max(gap, self._largest.get(source, 0.0))
+        for source, gap in document["max_gaps"].items():
+            self._max_gaps[source] = max(gap, self._max_gaps.get(source, 0.0))
 
-    def document(self) -> dict[str, Any]:
-        """Everything, as JSON."""
-        return {"num_rejected": self.num_rejected, "sums": self._sums, "largest": self._largest}
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, JSON-compatible."""
+        return {"num_rejected": self.num_rejected, "sums": self._sums, "max_gaps": self._max_gaps}
 
     def by_source(self) -> dict[str, dict[str, Any]]:
-        """The figures of each source."""
+        """Return counts and gaps of each source, as facts.json has them."""
         return {
             source: {
                 "rows": sums["rows"],
@@ -163,20 +176,24 @@ class ScoreStats:
                 "recorded_gap_mean": (
                     sums["gap_sum"] / sums["gap_tokens"] if sums["gap_tokens"] else None
                 ),
-                "recorded_gap_max": self._largest.get(source),
+                "recorded_gap_max": self._max_gaps.get(source),
             }
             for source, sums in sorted(self._sums.items())
         }
 
 
-def read_logprobs(path: Path) -> dict[int, dict[str, Any]]:
-    """What the engine said of the rows of a part, by their number in it."""
+def read_logprobs(path: Path) -> dict[int, RowLogprobs]:
+    """Return the log-probs that an engine computed for a shard, by position in the row group."""
     table = pq.read_table(path)
-    columns = zip(
-        *(arrays(table.column(name)) for name in ("logprobs", "top_ids", "top_logprobs")),
-        strict=True,
-    )
+    columns = (table.column(name).to_numpy() for name in ("logprobs", "top_ids", "top_logprobs"))
     return {
-        row: {"behavior_logprobs": logprobs, "top_ids": ids, "top_logprobs": top}
-        for row, (logprobs, ids, top) in zip(table.column("row").to_pylist(), columns, strict=True)
+        row: RowLogprobs(logprobs, top_ids=ids, top_logprobs=top)
+        for row, logprobs, ids, top in zip(table.column("row").to_pylist(), *columns, strict=True)
     }
+
+
+def merged_rejects(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield example_id and reason of all rejected rows, in order."""
+    for path in sorted((folder / "rejected").glob("*.jsonl")):
+        with path.open() as lines:
+            yield from map(json.loads, lines)

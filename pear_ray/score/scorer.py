@@ -1,4 +1,4 @@
-"""An actor that scores part after part of a tokenized corpus."""
+"""A Ray Data actor with a vLLM engine that scores shards of the tokenized corpus."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import faulthandler
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,116 +16,154 @@ import pyarrow.parquet as pq
 import ray
 
 from pear_ray.config import Generator as Settings
-from pear_ray.engines.generator import Generator
-from pear_ray.score.shards import ScoringPlan, arrays, logprobs_file, write_logprobs
+from pear_ray.config import Job
+from pear_ray.engines.generator import Generator, same_architecture
+from pear_ray.score.shards import (
+    ScoringPlan,
+    Shard,
+    tokenized_path,
+    write_logprobs,
+)
 
-COLUMNS = (
+COLUMNS = [
     "example_id", "scorer", "split", "content", "prompt_ids", "response_ids", "trainable",
     "recorded_logprobs", "reason",
-)  # fmt: skip
+]  # fmt: skip
 MAX_ATTEMPTS = 20
 
 
-class Scorer:
-    """Maps {file, row_group, scorer} to what was done, and stores the part's log-probs.
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard: rows and tokens scored (0 if it was stored before), and by which process.
 
-    One engine serves the model of each scorer in turn: parts of one scorer should come together.
+    `shard_tokens` counts all its rows; `ended` is Unix time.
+    """
+
+    shard_tokens: int
+    num_rows: int
+    num_tokens: int
+    ended: float
+    actor: str
+    process: str
+
+
+def group_by_architecture(job: Job) -> list[dict[str, str]]:
+    """Return the model of each source, grouped by architecture.
+
+    An engine loads the weights of another model of the same architecture faster than a new engine
+    starts.
+    """
+    groups: list[dict[str, str]] = []
+    for source in sorted(job.behavior):
+        path = job.model_path(source)
+        for models in groups:
+            if same_architecture(next(iter(models.values())), path):
+                models[source] = path
+                break
+        else:
+            groups.append({source: path})
+    return groups
+
+
+class Scorer:
+    """Maps a `Shard` (as a dict) to a `ShardResult` and stores the shard's log-probs.
+
+    One engine serves the models of several scorers in turn, so shards come sorted by scorer.
     """
 
     def __init__(
         self,
         folder: Path,
         models: dict[str, str],
-        selection: ScoringPlan,
+        plan: ScoringPlan,
         dtype: str,
         settings: Settings,
         seed: int,
-        num_top: int,
+        top_k: int,
     ) -> None:
         self._folder = folder
         self._models = models
-        self._selection = selection
-        self._deadline_seconds = settings.timeout_seconds
-        self._num_top = num_top
-        self._num_served = 0
-        self._served = next(iter(models.values()))
-        self._generator = Generator(self._served, dtype, settings, seed, num_top, only_scores=True)
+        self._plan = plan
+        self._timeout_seconds = settings.timeout_seconds
+        self._top_k = top_k
+        self._version = 0
+        self._model = next(iter(models.values()))
+        self._generator = Generator(self._model, dtype, settings, seed, top_k, only_scores=True)
         self._actor = ray.get_runtime_context().get_actor_id()
 
-    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        path = logprobs_file(self._folder, part["file"], part["row_group"], part["scorer"])
-        # Ray repeats the last part of an actor that died, perhaps after it was stored.
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Score one shard, unless its log-probs are stored."""
+        shard = Shard(**row)
+        path = shard.logprobs_path(self._folder)
+        # Ray retries the last shard of a dead actor, which may have stored it.
         num_rows = num_tokens = 0
         if not path.exists():
-            self._attempt(path)
-            table = self._rows(part)
-            num_rows, num_tokens = table.num_rows, self._score(table, part["scorer"], path)
-            # What parts of other sizes left in pieces would add up.
+            self._count_attempt(path)
+            table = self._read_rows(shard)
+            num_rows, num_tokens = table.num_rows, self._score(table, shard.scorer, path)
+            # Shards differ in size: return their fragments, which would add up.
             ctypes.CDLL(None).malloc_trim(0)
-        return {
-            "part_tokens": part["num_tokens"],
-            "num_rows": num_rows,
-            "num_tokens": num_tokens,
-            "ended": time.time(),
-            "actor": self._actor,
-            "process": f"{ray.util.get_node_ip_address()}:{os.getpid()}",
-        }
+        process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+        result = ShardResult(
+            shard.num_tokens, num_rows, num_tokens, time.time(), self._actor, process
+        )
+        return asdict(result)
 
-    def _attempt(self, path: Path) -> None:
-        """Leave a mark before each attempt: a part that ended so many engines ends the next."""
-        marks = path.with_suffix(".attempts")
-        num_attempts = marks.stat().st_size if marks.exists() else 0
+    def _count_attempt(self, path: Path) -> None:
+        """Count attempts in a file: a shard that killed this many engines kills the next one."""
+        counter = path.with_suffix(".attempts")
+        num_attempts = counter.stat().st_size if counter.exists() else 0
         if num_attempts == MAX_ATTEMPTS:
-            raise RuntimeError(f"{path.name}: {num_attempts} engines died over this part")
-        with marks.open("ab") as file:
+            raise RuntimeError(f"{path.name}: {num_attempts} engines died while scoring this shard")
+        with counter.open("ab") as file:
             file.write(b"x")
 
-    def _rows(self, part: dict[str, Any]) -> pa.Table:
-        """The part's rows that want a score, with their place in the row group as `row`."""
-        file = pq.ParquetFile(self._folder / "tokenized" / f"{part['file']}.parquet")
-        table = file.read_row_group(part["row_group"], columns=list(COLUMNS))
+    def _read_rows(self, shard: Shard) -> pa.Table:
+        """Return the shard's rows to score; column `row` is their position in the row group."""
+        file = pq.ParquetFile(tokenized_path(self._folder, shard.file))
+        table = file.read_row_group(shard.row_group, columns=COLUMNS)
         scorers = np.array(table.column("scorer").to_pylist(), dtype=object)
-        chosen = np.flatnonzero(self._selection.scored(table) & (scorers == part["scorer"]))
-        return table.take(pa.array(chosen)).append_column("row", pa.array(chosen, pa.int32()))
+        rows = np.flatnonzero(self._plan.to_score(table) & (scorers == shard.scorer))
+        return table.take(pa.array(rows)).append_column("row", pa.array(rows, pa.int32()))
 
     def _score(self, table: pa.Table, scorer: str, path: Path) -> int:
-        """Score and store rows; returns the tokens that the engine read."""
-        self._serve(self._models[scorer])
+        """Score and store rows; return the number of tokens that the engine processed."""
+        self._load(self._models[scorer])
         ids = (table.column(name).to_pylist() for name in ("prompt_ids", "response_ids"))
         rows = list(zip(*ids, strict=True))
         lengths = [len(prompt) + len(response) for prompt, response in rows]
-        # Rows near in length travel together.
+        # Rows of similar length share engine batches.
         order = np.argsort(lengths, kind="stable")
-        # An engine that hangs ends its process: Ray starts another, which repeats the part.
-        faulthandler.dump_traceback_later(self._deadline_seconds, exit=True)
+        # A hanging engine ends its process: Ray starts another, which retries the shard.
+        faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         try:
-            found = self._ask([rows[i] for i in order])
+            scores = self._run_engine([rows[i] for i in order])
         finally:
             faulthandler.cancel_dump_traceback_later()
-        numbers, trainable = table.column("row").to_pylist(), arrays(table.column("trainable"))
-        stored = []
-        for i, (logprobs, top_ids, top_logprobs) in zip(order, found, strict=True):
+        positions, trainable = table.column("row").to_pylist(), table.column("trainable").to_numpy()
+        scored = []
+        for i, (logprobs, top_ids, top_logprobs) in zip(order, scores, strict=True):
             mask = trainable[i]
-            stored.append(
+            scored.append(
                 {
-                    "row": numbers[i],
+                    "row": positions[i],
                     "logprobs": logprobs if mask is None else np.where(mask, logprobs, 0),
                     "top_ids": top_ids,
                     "top_logprobs": top_logprobs,
                 }
             )
-        write_logprobs(path, stored)
+        write_logprobs(path, scored)
         return sum(lengths)
 
-    def _ask(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[Any, Any, Any]]:
-        """Log-probs, likeliest ids and their log-probs of each row, the last two flat or None."""
-        if not self._num_top:
+    def _run_engine(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[Any, Any, Any]]:
+        """Return log-probs, flat top-k ids and log-probs (or None) of each row."""
+        if not self._top_k:
             return [(logprobs, None, None) for logprobs in self._generator.score(rows)]
-        found = self._generator.score_top(rows, self._num_top)
-        return [(logprobs, ids.ravel(), top.ravel()) for logprobs, ids, top in found]
+        scores = self._generator.score_top(rows, self._top_k)
+        return [(logprobs, ids.ravel(), top.ravel()) for logprobs, ids, top in scores]
 
-    def _serve(self, model: str) -> None:
-        if model != self._served:
-            self._num_served += 1
-            self._generator.load_folder(model, self._num_served)
-            self._served = model
+    def _load(self, model: str) -> None:
+        if model != self._model:
+            self._version += 1
+            self._generator.load_folder(model, self._version)
+            self._model = model

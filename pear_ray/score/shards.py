@@ -1,20 +1,19 @@
-"""The tokenized corpus on its way to scored rows, in parts that are scored and stored whole.
+"""The tokenized corpus in shards, which are scored, stored and resumed as a whole.
 
-Below one folder, while the stage works:
+The work directory of the stage:
 
-    tokenized/NAME.parquet            rows in the order of example_id, one part per row group
-    logprobs/NAME-GROUP-SCORER.parquet    what the model of one scorer says of them
-    scored/part-NUMBER.parquet  rejected/  probe/    both put together, file by file
+    tokenized/NAME.parquet              rows in the order of example_id, cut into row groups
+    logprobs/NAME-GROUP-SCORER.parquet  one shard: the rows of one scorer in a row group
+    scored/part-NUMBER.parquet  rejected/  probe/    both merged, file by file
 
-A part is done when its log-probs are there. Which rows an engine sees together depends on the
-corpus alone, never on who was killed when: so what is written is the same to the bit.
+A shard is done if its log-probs exist. Which rows an engine sees together depends on the corpus
+only, never on interruptions, so the output is bit-identical after any crash.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pear_ray.data.tokenizer import fingerprint
 from pear_ray.run import atomic_write
 from pear_ray.seeds import seed_of
 
+LEAKED = "split: expected 'heldout', as in other rows of this prompt, got 'train'"
 LOGPROBS_SCHEMA = pa.schema(
     [
         ("row", pa.int32()),
@@ -39,9 +40,9 @@ LOGPROBS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of one scorer in one row group of one tokenized file.
+    """The usable rows of one scorer in one row group of a tokenized file.
 
-    Part("3f0c", row_group=2, scorer="tutor", num_rows=391, num_tokens=80122)
+    Shard("3f0c", row_group=2, scorer="tutor", num_rows=391, num_tokens=80122)
     """
 
     file: str
@@ -50,144 +51,164 @@ class Shard:
     num_rows: int
     num_tokens: int
 
-    @property
-    def key(self) -> tuple[str, int, str]:
-        """What tells it from all others."""
-        return self.file, self.row_group, self.scorer
+    def logprobs_path(self, folder: Path) -> Path:
+        """Return the path of the shard's log-probs."""
+        return logprobs_path(folder, self.file, self.row_group, self.scorer)
+
+
+@dataclass(frozen=True)
+class TokenizedFile:
+    """One tokenized file, `tokenized/NAME.parquet`."""
+
+    name: str
+    first_id: str
+    shards: tuple[Shard, ...]
+    num_rows: int
+    num_rejected: int
+    has_given_splits: bool
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> TokenizedFile:
+        """Return the file that `asdict` and JSON made a dict of."""
+        shards = tuple(Shard(**shard) for shard in document["shards"])
+        return cls(**{**document, "shards": shards})
 
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Which rows are scored: all of `probes`' share of each scorer, and those of the others that
-    bring no log-probs; none in training whose prompt (`overlapping`) is held out elsewhere."""
+    """Which rows are rejected, scored, and part of the probe.
 
-    probes: Mapping[str, float]
-    overlapping: frozenset[int]
+    `probe_fractions` is the share of each scorer's rows in the probe; `leaked_prompts` are the
+    contents (hashes) of held-out prompts that also occur in training rows.
+    """
 
-    def usable(self, table: pa.Table) -> np.ndarray:
-        """Rows that training or evaluation may see, bool [rows]."""
-        reasons = self.reasons(table)
-        return np.array([not reason for reason in reasons], dtype=bool)
+    probe_fractions: Mapping[str, float]
+    leaked_prompts: frozenset[int]
 
-    def reasons(self, table: pa.Table) -> list[str]:
-        """Why each row is no use, "" where it is of use."""
+    def reject_reasons(self, table: pa.Table) -> list[str]:
+        """Return why each row is rejected, "" if it is not."""
         reasons = table.column("reason").to_pylist()
-        if self.overlapping:
-            pairs = zip(
-                table.column("split").to_pylist(), table.column("content").to_pylist(), strict=True
-            )
-            for number, (split, content) in enumerate(pairs):
-                if not reasons[number] and split == "train" and content in self.overlapping:
-                    reasons[number] = (
-                        "split: read 'train'; expected 'heldout', as rows of this prompt are"
-                    )
+        if self.leaked_prompts:
+            columns = (table.column(name).to_pylist() for name in ("split", "content"))
+            for row, (split, content) in enumerate(zip(*columns, strict=True)):
+                if not reasons[row] and split == "train" and content in self.leaked_prompts:
+                    reasons[row] = LEAKED
         return reasons
 
-    def probed(self, table: pa.Table) -> np.ndarray:
-        """Rows of the probe, bool [rows]: drawn by name, whatever else there is."""
-        pairs = zip(
-            table.column("example_id").to_pylist(), table.column("scorer").to_pylist(), strict=True
-        )
-        return np.array(
-            [seed_of("probe", name) < self.probes.get(scorer, 0) * 2**31 for name, scorer in pairs],
-            dtype=bool,
-        )
+    def in_probe(self, table: pa.Table) -> np.ndarray:
+        """Return which rows are in the probe, bool [rows]; the draw depends on example_id only."""
+        columns = (table.column(name).to_pylist() for name in ("example_id", "scorer"))
+        drawn = [
+            seed_of("probe", example_id) < self.probe_fractions.get(scorer, 0) * 2**31
+            for example_id, scorer in zip(*columns, strict=True)
+        ]
+        return np.array(drawn, dtype=bool)
 
-    def scored(self, table: pa.Table) -> np.ndarray:
-        """Rows for an engine, bool [rows]."""
-        brings_none = table.column("recorded_logprobs").is_null().to_numpy(zero_copy_only=False)
-        return self.usable(table) & (brings_none | self.probed(table))
+    def to_score(self, table: pa.Table) -> np.ndarray:
+        """Return which rows an engine scores, bool [rows]: not recorded, or in the probe."""
+        is_usable = np.array([not reason for reason in self.reject_reasons(table)], dtype=bool)
+        has_none = table.column("recorded_logprobs").is_null().to_numpy(zero_copy_only=False)
+        return is_usable & (has_none | self.in_probe(table))
 
 
-def write_sorted(block: pa.Table, folder: Path, rows_per_part: int) -> pa.Table:
-    """Write the rows of a block, no id of which is in another block, as a tokenized file.
+def plan_scoring(folder: Path, files: Sequence[TokenizedFile], probe_rows: int) -> ScoringPlan:
+    """Return a plan with about `probe_rows` rows per scorer in the probe."""
+    totals: dict[str, int] = {}
+    for shard in all_shards(files):
+        totals[shard.scorer] = totals.get(shard.scorer, 0) + shard.num_rows
+    fractions = {scorer: min(1.0, probe_rows / total) for scorer, total in totals.items()}
+    # Drawn splits depend on the prompt alone; only given ones can leak.
+    if not any(file.has_given_splits for file in files):
+        return ScoringPlan(fractions, frozenset())
 
-    Of rows with one name the first usable one is kept, in the order of their content.
+    def prompts(split: str, among: np.ndarray | None = None) -> np.ndarray:
+        found = [np.empty(0, np.int64)]
+        for file in files:
+            path = tokenized_path(folder, file.name)
+            table = pq.read_table(path, columns=["content"], filters=[("split", "==", split)])
+            values = np.unique(table.column("content").drop_null().to_numpy())
+            found.append(values if among is None else np.intersect1d(values, among))
+        return np.unique(np.concatenate(found))
 
-    Returns:
-        One row, `facts`: JSON with the file's name, first id, parts, rejected rows, and whether
-        any split was given.
+    leaked = prompts("train", among=prompts("heldout"))
+    return ScoringPlan(fractions, frozenset(leaked.tolist()))
+
+
+def write_sorted(block: pa.Table, folder: Path, rows_per_shard: int) -> pa.Table:
+    """Write a block of rows as a tokenized file and return it as one row, JSON in column `file`.
+
+    No other block has rows with the same ids.
     """
     if not block.num_rows:
-        return pa.table({"facts": pa.array([], pa.string())})
-    block = without_repeats(block.combine_chunks())
+        return pa.table({"file": pa.array([], pa.string())})
+    block = reject_repeats(block.combine_chunks())
     first_id = block.column("example_id")[0].as_py()
-    name = name_of(first_id)
-    write_whole(folder / f"{name}.parquet", block, rows_per_part)
-    parts = [
-        asdict(part)
-        for group, start in enumerate(range(0, block.num_rows, rows_per_part))
-        for part in parts_of(block.slice(start, rows_per_part), name, group)
-    ]
-    facts = {
-        "file": name,
-        "first_id": first_id,
-        "parts": parts,
-        "num_rows": block.num_rows,
-        "num_rejected": block.num_rows - sum(part["num_rows"] for part in parts),
-        "splits_are_given": bool(pc.any(block.column("split_is_given")).as_py()),
-    }
-    return pa.table({"facts": [json.dumps(facts)]})
+    name = fingerprint(first_id)
+    with atomic_write(tokenized_path(folder, name)) as partial:
+        pq.write_table(block, partial, row_group_size=rows_per_shard)
+    shards = tuple(
+        shard
+        for group, start in enumerate(range(0, block.num_rows, rows_per_shard))
+        for shard in cut_shards(block.slice(start, rows_per_shard), name, group)
+    )
+    num_rejected = block.num_rows - sum(shard.num_rows for shard in shards)
+    has_given_splits = bool(pc.any(block.column("split_is_given")).as_py())
+    file = TokenizedFile(name, first_id, shards, block.num_rows, num_rejected, has_given_splits)
+    return pa.table({"file": [json.dumps(asdict(file))]})
 
 
-def without_repeats(block: pa.Table) -> pa.Table:
-    """The block in the order of its ids, all but the first usable row of each with a reason."""
-    is_unusable = pc.not_equal(block.column("reason"), "")
-    keys = [("example_id", "ascending"), ("is_unusable", "ascending"), ("digest", "ascending")]
-    order = pc.sort_indices(block.append_column("is_unusable", is_unusable), sort_keys=keys)
+def reject_repeats(block: pa.Table) -> pa.Table:
+    """Sort rows by id and reject all but the first usable row (by digest) of each id."""
+    is_rejected = pc.not_equal(block.column("reason"), "")
+    keys = [("example_id", "ascending"), ("is_rejected", "ascending"), ("digest", "ascending")]
+    order = pc.sort_indices(block.append_column("is_rejected", is_rejected), sort_keys=keys)
     block = block.take(order)
     ids, reasons = block.column("example_id").to_pylist(), block.column("reason").to_pylist()
-    for number in range(1, len(ids)):
-        if ids[number] == ids[number - 1] and not reasons[number]:
-            reasons[number] = (
-                f"example_id: read {ids[number]!r} more than once; expected a name of its own for"
-                " each row"
-            )
-    place = block.schema.get_field_index("reason")
-    return block.set_column(place, "reason", pa.array(reasons, pa.string()))
+    for row in range(1, len(ids)):
+        if ids[row] == ids[row - 1] and not reasons[row]:
+            reasons[row] = f"example_id: expected unique ids, got {ids[row]!r} more than once"
+    position = block.schema.get_field_index("reason")
+    return block.set_column(position, "reason", pa.array(reasons, pa.string()))
 
 
-def parts_of(rows: pa.Table, file: str, row_group: int) -> Iterator[Shard]:
-    """The parts of one row group."""
+def cut_shards(rows: pa.Table, file: str, row_group: int) -> Iterator[Shard]:
+    """Yield the shards of one row group, in the order of their scorers."""
     usable = rows.filter(pc.equal(rows.column("reason"), ""))
     lengths = pc.add(
         pc.list_value_length(usable.column("prompt_ids")),
         pc.list_value_length(usable.column("response_ids")),
     )
-    counted = pa.table({"scorer": usable.column("scorer"), "tokens": lengths})
-    totals = counted.group_by("scorer").aggregate([([], "count_all"), ("tokens", "sum")])
+    table = pa.table({"scorer": usable.column("scorer"), "tokens": lengths})
+    totals = table.group_by("scorer").aggregate([([], "count_all"), ("tokens", "sum")])
     for row in totals.sort_by("scorer").to_pylist():
         yield Shard(file, row_group, row["scorer"], row["count_all"], row["tokens_sum"])
 
 
-def logprobs_file(folder: Path, file: str, row_group: int, scorer: str) -> Path:
-    """Where the log-probs of a part are, or will be."""
-    return folder / "logprobs" / f"{file}-{row_group}-{name_of(scorer)}.parquet"
+def all_shards(files: Sequence[TokenizedFile]) -> list[Shard]:
+    """Return all shards in the order of their rows."""
+    return [shard for file in files for shard in file.shards]
+
+
+def tokenization_rejects(folder: Path, files: Sequence[TokenizedFile]) -> Iterator[dict[str, str]]:
+    """Yield example_id and reason of the rows that tokenization rejected."""
+    for file in files:
+        if file.num_rejected:
+            path, columns = tokenized_path(folder, file.name), ["example_id", "reason"]
+            table = pq.read_table(path, columns=columns, filters=[("reason", "!=", "")])
+            yield from table.to_pylist()
+
+
+def tokenized_path(folder: Path, name: str) -> Path:
+    """Return the path of a tokenized file."""
+    return folder / "tokenized" / f"{name}.parquet"
+
+
+def logprobs_path(folder: Path, file: str, row_group: int, scorer: str) -> Path:
+    """Return the path of the log-probs of a shard; `scorer` may hold any characters."""
+    return folder / "logprobs" / f"{file}-{row_group}-{fingerprint(scorer)}.parquet"
 
 
 def write_logprobs(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Store a part's log-probs: from here on it is done."""
-    write_whole(path, pa.Table.from_pylist(rows, LOGPROBS_SCHEMA), max(1, len(rows)))
-
-
-def write_whole(path: Path, table: pa.Table, rows_per_group: int) -> None:
-    """Write a Parquet file atomically."""
+    """Store a shard's log-probs atomically; the shard is done."""
     with atomic_write(path) as partial:
-        pq.write_table(table, partial, row_group_size=rows_per_group)
-
-
-def arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
-    """A column of lists as one numpy array per row, None where there is none."""
-    lists = column.combine_chunks()
-    lists = lists if isinstance(lists, pa.ListArray) else pa.concat_arrays(lists.chunks)
-    values, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
-    is_there = lists.is_valid().to_numpy(zero_copy_only=False)
-    return [
-        values[start:end] if there else None
-        for there, start, end in zip(is_there, ends[:-1], ends[1:], strict=True)
-    ]
-
-
-def name_of(text: str) -> str:
-    """A file name for any text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        pq.write_table(pa.Table.from_pylist(rows, LOGPROBS_SCHEMA), partial)

@@ -1,4 +1,4 @@
-"""A scored corpus of a few rows, for the tests of what reads one."""
+"""A scored dataset of a few rows, for the tests of its readers."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ def row(example_id, **changes):
     return good | changes
 
 
+def of_length(num_prompt, num_response):
+    """Changes to a row that give it these numbers of tokens, with one likeliest token each."""
+    ids, logprobs = [7] * num_response, [-1.0] * num_response
+    return {
+        "prompt_ids": [4] * num_prompt,
+        **dict.fromkeys(("response_ids", "top_ids"), ids),
+        **dict.fromkeys(("behavior_logprobs", "top_logprobs"), logprobs),
+    }
+
+
 def table_of(*rows):
     return pa.Table.from_pylist(rows, SCORED_SCHEMA)
 
@@ -47,7 +57,7 @@ GOOD = table_of(row("a"), row("b"), row("c", split="heldout"))
 
 
 def stored(folder, *tables, rows_per_group=2):
-    """The folder, with a file of each table: 0.parquet and so on."""
+    """Write each table to NUMBER.parquet; return the folder."""
     for number, table in enumerate(tables):
         pq.write_table(table, folder / f"{number}.parquet", row_group_size=rows_per_group)
     return folder

@@ -1,4 +1,4 @@
-"""Scored corpora as `sft` reads them: counted, picked, and made into sequences."""
+"""The scored dataset: row groups counted, rows selected, training sequences built."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from pear_ray.data.scored_dataset import (
     list_extremes,
     list_lengths,
     read_row_group,
-    row_filter,
     scan_dataset,
     training_sequences,
 )
 from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.errors import ConfigError
 from pear_ray.losses.packing import pack
-from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
+from tests.data.scored_rows import GOOD, WANTED, of_length, row, stored, table_of
 
 FLOATS, INTS = pa.list_(pa.float32()), pa.list_(pa.int32())
 
@@ -38,22 +37,13 @@ def names_of(table):
     return table.column("example_id").to_pylist()
 
 
-def of_length(num_prompt, num_response):
-    ids, logprobs = [7] * num_response, [-1.0] * num_response
-    return {
-        "prompt_ids": [4] * num_prompt,
-        **dict.fromkeys(("response_ids", "top_ids"), ids),
-        **dict.fromkeys(("behavior_logprobs", "top_logprobs"), logprobs),
-    }
-
-
 GOOD_ROWS = {
     "as long as a micro-batch": of_length(3, 5),
     "of one token each": of_length(1, 1),
     "the smallest and the largest id": {"prompt_ids": [0, 99], "response_ids": [99, 0, 99]},
     "certain tokens, rounded": {"behavior_logprobs": [0.0, -0.0, 0.0005]},
     "an unlikely token": {"behavior_logprobs": [-1e30, -1.0, -1.0]},
-    "another's tokens between": {
+    "tokens of others in between": {
         "trainable": [True, False, True],
         "behavior_logprobs": [-1.0, 0.0, -1.0],
     },
@@ -61,26 +51,26 @@ GOOD_ROWS = {
 
 
 @pytest.mark.parametrize("changes", GOOD_ROWS.values(), ids=GOOD_ROWS)
-def test_what_lies_within_the_bounds_is_taken(tmp_path, changes):
+def test_rows_within_the_bounds_are_accepted(tmp_path, changes):
     (group,) = scan_dataset(stored(tmp_path, table_of(row("a", **changes))), WANTED)
     assert (group.num_train, group.num_heldout) == (1, 0)
 
 
 def blank(name):
-    """A good table with nothing in a column, of no type either."""
+    """A good table with a column of nulls without a type."""
     return GOOD.set_column(GOOD.schema.get_field_index(name), name, pa.nulls(3))
 
 
 OTHER_COLUMNS = {
-    "none that may be missing": GOOD.drop_columns(sorted(OPTIONAL_COLUMNS)),
-    "more than are read": GOOD.append_column("note", pa.array(["new"] * 3)),
-    "in another order": GOOD.select(sorted(GOOD.column_names)),
-    **{f"nothing in {name}": blank(name) for name in sorted(OPTIONAL_COLUMNS | {"correct"})},
+    "no optional columns": GOOD.drop_columns(sorted(OPTIONAL_COLUMNS)),
+    "extra columns": GOOD.append_column("note", pa.array(["new"] * 3)),
+    "another order": GOOD.select(sorted(GOOD.column_names)),
+    **{f"null {name}": blank(name) for name in sorted(OPTIONAL_COLUMNS | {"correct"})},
 }
 
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
-def test_columns_may_be_others_than_score_writes(tmp_path, table):
+def test_optional_extra_and_reordered_columns_are_accepted(tmp_path, table):
     (group,) = scan_dataset(stored(tmp_path, table, rows_per_group=3), WANTED)
     assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("tutor",))
     found = training_sequences(read_row_group(group, WANTED, "train"), 0.1)
@@ -89,14 +79,14 @@ def test_columns_may_be_others_than_score_writes(tmp_path, table):
 
 
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
-def test_files_of_one_corpus_may_have_other_columns(tmp_path, table):
+def test_files_of_one_dataset_may_differ_in_columns(tmp_path, table):
     groups = scan_dataset(stored(tmp_path, GOOD, table, rows_per_group=3), WANTED)
     found = first_rows(groups, WANTED, "train", 4)
     assert names_of(found) == [*"abab"]
     assert [len(one.token_ids) for one in training_sequences(found, 0.1)] == [5] * 4
 
 
-def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
+def test_row_groups_are_counted_in_file_order(tmp_path):
     first = table_of(
         row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d")
     )
@@ -111,8 +101,8 @@ def test_row_groups_are_counted_in_the_order_of_files(tmp_path):
     assert sum(group.num_train + group.num_heldout for group in groups) == 5
 
 
-def test_a_first_file_of_no_rows_says_nothing_of_likeliest_tokens(tmp_path):
-    """Stage `score` leaves one where it rejects all rows of a part."""
+def test_top_k_is_found_behind_an_empty_file(tmp_path):
+    """Stage `score` writes one if it rejects all rows of a file."""
     groups = scan_dataset(
         stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True)
     )
@@ -132,7 +122,7 @@ some_rows = st.lists(
 
 @settings(max_examples=10, deadline=None)
 @given(files=st.lists(some_rows, min_size=1, max_size=3), per_group=st.integers(1, 5))
-def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_group):
+def test_row_groups_hold_the_selected_rows(files, per_group):
     rows = [
         [row(f"{f}-{n}", split=s, correct=c, source=o) for n, (s, c, o) in enumerate(file)]
         for f, file in enumerate(files)
@@ -157,17 +147,15 @@ def test_groups_hold_the_rows_that_are_wanted_whatever_the_files(files, per_grou
                     assert found == [one["example_id"] for one in chosen]
 
 
-def test_a_source_that_wrote_nothing_is_refused_with_those_that_did(tmp_path):
+def test_unknown_source_is_rejected(tmp_path):
     stored(tmp_path, table_of(row("a"), row("b", source="coder")))
-    told = r"sft\.sources: read \['tuto'\]; expected among \['coder', 'tutor'\], those of"
-    with pytest.raises(ConfigError, match=told):
+    expected = r"sft\.sources: expected among \['coder', 'tutor'\] .*, got \['tuto'\]"
+    with pytest.raises(ConfigError, match=expected):
         scan_dataset(tmp_path, replace(WANTED, sources=("coder", "tuto")))
 
 
 @pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
-def test_traces_known_to_be_wrong_are_trained_on_where_they_are_wanted(
-    tmp_path, negatives, expected
-):
+def test_negatives_are_trained_on_only_if_selected(tmp_path, negatives, expected):
     wanted = replace(WANTED, negatives=negatives)
     rows = [row("a", correct=True), row("b", correct=False), row("c")]
     held = [{**one, "example_id": f"{one['example_id']}-h", "split": "heldout"} for one in rows]
@@ -188,7 +176,7 @@ def slow_extremes(values):
 @pytest.mark.parametrize(("kind", "lists"), [(FLOATS, some_floats), (INTS, some_ids)], ids=str)
 @settings(deadline=None)
 @given(data=st.data(), start=st.integers(0, 5), length=st.integers(0, 9))
-def test_extremes_are_those_of_each_list_whatever_the_pieces(kind, lists, data, start, length):
+def test_list_extremes_match_a_plain_loop(kind, lists, data, start, length):
     pieces = data.draw(st.lists(st.lists(lists, max_size=4), max_size=4))
     column = pa.chunked_array([pa.array(piece, kind) for piece in pieces], kind)
     column = column.slice(start, length)
@@ -199,7 +187,7 @@ def test_extremes_are_those_of_each_list_whatever_the_pieces(kind, lists, data, 
     assert list_lengths(column).tolist() == [len(values or []) for values in column.to_pylist()]
 
 
-def test_what_lies_under_a_list_that_is_not_there_is_not_seen():
+def test_values_under_a_null_list_are_ignored():
     values = pa.array([-1.0, math.nan, -3.0, -4.0], pa.float32())
     hidden = pa.ListArray.from_arrays([0, 1, 2, 4], values, mask=pa.array([False, True, False]))
     column = pa.chunked_array([hidden])
@@ -215,7 +203,7 @@ def sequence_of(**changes):
     return sequence
 
 
-def test_a_row_is_a_sequence_with_nothing_to_learn_in_its_prompt():
+def test_prompt_of_a_sequence_is_not_trainable():
     sequence = sequence_of(source="coder")
     found = {name: getattr(sequence, name) for name in ("token_ids", "trainable")}
     assert {name: array.tolist() for name, array in found.items()} == {
@@ -235,7 +223,7 @@ def test_a_row_is_a_sequence_with_nothing_to_learn_in_its_prompt():
     [{}, {"correct": False}, {"trainable": [True, False, True]}, of_length(1, 1)],
     ids=["good", "wrong", "of two turns", "of one token"],
 )
-def test_arrays_of_a_sequence_are_of_the_types_that_learners_take(changes):
+def test_dtypes_of_a_sequence(changes):
     sequence = sequence_of(**changes)
     assert sequence.token_ids.dtype == sequence.teacher_ids.dtype == np.int64
     assert sequence.trainable.dtype == bool
@@ -245,26 +233,28 @@ def test_arrays_of_a_sequence_are_of_the_types_that_learners_take(changes):
 
 @pytest.mark.parametrize(("correct", "expected"), [(True, 1.0), (None, 1.0), (False, -0.25)])
 @pytest.mark.parametrize("trainable", [None, [True, False, True], [False] * 3])
-def test_coefficients_are_of_tokens_to_learn(correct, expected, trainable):
+def test_coefficients_are_zero_outside_trainable_tokens(correct, expected, trainable):
     table = table_of(row("a", correct=correct, trainable=trainable))
     (sequence,) = training_sequences(table, 0.25)
     mask = [False, False, *(trainable or [True] * 3)]
     assert sequence.trainable.tolist() == mask
-    assert sequence.coefficients.tolist() == [expected if learns else 0.0 for learns in mask]
+    assert sequence.coefficients.tolist() == [
+        expected if is_trainable else 0.0 for is_trainable in mask
+    ]
 
 
-def test_a_table_without_optional_columns_has_sequences_without_teachers():
+def test_table_without_optional_columns_has_no_teacher():
     (sequence,) = training_sequences(GOOD.slice(1, 1).drop_columns(sorted(OPTIONAL_COLUMNS)), 0.1)
     assert sequence.trainable.tolist() == [False, False, True, True, True]
     assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
 
 
-def test_likeliest_tokens_come_along_only_where_they_are_asked_for():
+def test_teacher_is_attached_only_on_request():
     for sequence in training_sequences(GOOD, 0.1):
         assert sequence.teacher_ids is None and sequence.teacher_logprobs is None
 
 
-def test_sequences_are_those_of_the_rows_whatever_was_cut_away():
+def test_sequences_of_a_sliced_table():
     rows = [
         row(str(n), prompt_ids=[n] * (1 + n % 3), trainable=None if n % 2 else [True, False, True])
         for n in range(9)
@@ -276,8 +266,8 @@ def test_sequences_are_those_of_the_rows_whatever_was_cut_away():
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
 
 
-def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_path):
-    """Where nothing is distilled; a corpus has both when some of its rows brought log-probs."""
+def test_rows_with_and_without_top_logprobs_are_packed_together(tmp_path):
+    """Rows with recorded log-probs have no top-k; without distillation it is not needed."""
     bare = {"top_ids": None, "top_logprobs": None}
     folder = stored(tmp_path, table_of(row("a"), row("b", **bare)), table_of(row("c", **bare)))
     table = first_rows(scan_dataset(folder, WANTED), WANTED, "train", 3)
@@ -286,7 +276,7 @@ def test_rows_with_and_without_likeliest_tokens_are_learned_from_together(tmp_pa
         assert batch.trainable_T.sum() == 9
 
 
-def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path):
+def test_first_rows_read_as_few_groups_as_possible(tmp_path):
     rows = [row(name, split="heldout" if name in "cd" else "train") for name in "abcdefg"]
     groups = scan_dataset(stored(tmp_path, table_of(*rows)), WANTED)
     gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("tutor",))
@@ -294,12 +284,12 @@ def test_the_first_rows_of_a_split_come_from_as_few_groups_as_it_takes(tmp_path)
         table = first_rows([*groups[:3], gone], WANTED, "train", most)
         assert names_of(table) == [*names]
     assert names_of(first_rows(groups, WANTED, "train", 99)) == [*"abefg"]
-    # Groups without a row of the split are not looked at.
+    # Groups without a row of the split are not read.
     unread = [replace(gone, num_heldout=0), groups[1]]
     assert names_of(first_rows(unread, WANTED, "heldout", 9)) == ["c", "d"]
 
 
-def test_there_may_be_no_rows_of_a_split(tmp_path):
+def test_first_rows_of_an_empty_split_are_none(tmp_path):
     groups = scan_dataset(stored(tmp_path, table_of(row("a"))), WANTED)
     assert first_rows(groups, WANTED, "heldout", 3) is None
     assert first_rows([], WANTED, "train", 3) is None
@@ -314,7 +304,7 @@ def test_there_may_be_no_rows_of_a_split(tmp_path):
     ],
     ids=["nll", "negatives", "kl of one source"],
 )
-def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_logprobs):
+def test_row_filter_follows_the_job(tiny_model, sft, negatives, top_logprobs):
     path = str(tiny_model(True))
     job = Job.model_validate(
         {
@@ -327,9 +317,9 @@ def test_what_is_wanted_is_what_the_job_says(tiny_model, sft, negatives, top_log
             "sft": sft,
         }
     )
-    # Ids below the rows of the embeddings, more than the 100 words of the tokenizer.
+    # 128 embedding rows, padded from the tokenizer's 100 words.
     sources = tuple(sft.get("sources", ()))
     expected = RowFilter(
         tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources
     )
-    assert row_filter(job) == expected
+    assert RowFilter.from_job(job) == expected

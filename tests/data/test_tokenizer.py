@@ -1,4 +1,4 @@
-"""What a conversation is as token ids, and tokenizers that cannot be used."""
+"""Conversations as token ids, and tokenizers that are rejected."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from pear_ray.errors import ConfigError
 WORDS = st.lists(st.sampled_from([f"w{n}" for n in range(97)]), min_size=1, max_size=6)
 
 
-def user(words):
-    return {"role": "user", "content": " ".join(words)}
-
-
-def assistant(words):
-    return {"role": "assistant", "content": " ".join(words)}
-
-
-def asked(role, words):
+def message(role, words):
     return {"role": role, "content": " ".join(words)}
 
 
-ASKED = st.lists(st.builds(asked, st.sampled_from(["system", "user", "tool"]), WORDS), min_size=1)
+def user(words):
+    return message("user", words)
+
+
+def assistant(words):
+    return message("assistant", words)
+
+
+QUESTIONS = st.lists(
+    st.builds(message, st.sampled_from(["system", "user", "tool"]), WORDS), min_size=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,13 @@ def tokenizer(tiny_model):
 
 
 @settings(deadline=None)
-@given(rounds=st.lists(st.tuples(ASKED, WORDS), min_size=1, max_size=4))
-def test_a_conversation_is_its_prompt_then_answers_with_their_ends_among_other_words(
-    tokenizer, rounds
-):
+@given(rounds=st.lists(st.tuples(QUESTIONS, WORDS), min_size=1, max_size=4))
+def test_conversation_is_prompt_then_trainable_answers_among_other_tokens(tokenizer, rounds):
     messages, expected = [], []
     for questions, answer in rounds:
         messages += [*questions, assistant(answer)]
-        for message in questions:
-            others = tokenizer.convert_tokens_to_ids(message["content"].split())
+        for question in questions:
+            others = tokenizer.convert_tokens_to_ids(question["content"].split())
             expected += [(token, False) for token in others]
         own = [*tokenizer.convert_tokens_to_ids(answer), tokenizer.eos_token_id]
         expected += [(token, True) for token in own]
@@ -59,7 +59,7 @@ def test_a_conversation_is_its_prompt_then_answers_with_their_ends_among_other_w
     answers = expected[len(found.prompt_ids) :]
     assert found.response_ids == [token for token, _ in answers]
     assert found.trainable == [is_own for _, is_own in answers]
-    # What the model saw before its last answer, as it will be asked for it.
+    # Before its last answer the model saw the same ids as a prompt.
     num_last = len(rounds[-1][1]) + 1
     whole = found.prompt_ids + found.response_ids
     assert whole[:-num_last] == encode_prompt(tokenizer, messages[:-1])
@@ -67,7 +67,7 @@ def test_a_conversation_is_its_prompt_then_answers_with_their_ends_among_other_w
     assert text == " ".join(rounds[-1][1])
 
 
-def test_what_follows_the_answers_end_is_not_learned(tiny_model):
+def test_tokens_after_the_end_of_an_answer_are_not_trainable(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     ending = "{{ ' w9' if message['role'] == 'assistant' }}{% if not loop.last %}"
     tokenizer.chat_template = tokenizer.chat_template.replace("{% if not loop.last %}", ending)
@@ -80,7 +80,7 @@ def test_what_follows_the_answers_end_is_not_learned(tiny_model):
         assert found.trainable == [True, True, False, False, True, True][: len(found.response_ids)]
 
 
-def test_an_answer_that_no_token_ends_is_learned_to_its_last_word(tiny_model):
+def test_answer_without_end_token_is_trainable_to_its_last_word(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4", "w5"])]
@@ -89,7 +89,7 @@ def test_an_answer_that_no_token_ends_is_learned_to_its_last_word(tiny_model):
     assert found.trainable == [True, False, True, True]
 
 
-def test_what_the_template_writes_for_the_assistant_to_begin_with_is_of_the_prompt(tiny_model):
+def test_generation_prompt_is_part_of_the_prompt(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'w90 ' if m['role'] == 'assistant' }}{{ m['content'] }} "
@@ -105,51 +105,49 @@ def test_what_the_template_writes_for_the_assistant_to_begin_with_is_of_the_prom
 
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("content", ["", "  "])
-def test_an_empty_answer_is_refused(tiny_model, content, number):
+def test_empty_answer_is_rejected(tiny_model, content, number):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4"])]
     messages[number] = {"role": "assistant", "content": content}
-    with pytest.raises(ValueError, match=rf"^messages\.{number}: the assistant's answer is empty$"):
+    with pytest.raises(
+        ValueError, match=rf"^messages\.{number}: expected an answer, got an empty one$"
+    ):
         encode_conversation(tokenizer, messages)
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(tiny_model):
+def test_template_that_rewrites_the_prompt_is_rejected(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     tokenizer.chat_template = "w{{ messages | length }} " + tokenizer.chat_template
-    with pytest.raises(
-        ValueError, match=r"^messages\.1: the chat template does not keep the tokens"
-    ):
+    with pytest.raises(ValueError, match=r"^messages\.1: expected a chat template"):
         encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"])])
 
 
-def test_a_template_that_rewrites_an_earlier_answer_is_refused(tiny_model):
+def test_template_that_rewrites_an_earlier_answer_is_rejected(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     kept = "(message['content'] if loop.last else message['content'].replace('w9 ', ''))"
     tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", kept)
     thought = [user(["w1"]), assistant(["w9", "w2"])]
     assert len(encode_conversation(tokenizer, thought).response_ids) == 3
     more = [*thought, user(["w3"]), assistant(["w4"])]
-    with pytest.raises(
-        ValueError, match=r"^messages\.1: the chat template does not keep the tokens"
-    ):
+    with pytest.raises(ValueError, match=r"^messages\.1: expected a chat template"):
         encode_conversation(tokenizer, more)
     assert encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"]), *more[2:]]).trainable
 
 
-def test_a_template_that_refuses_a_conversation_says_why(tiny_model):
+def test_error_of_the_template_is_reported(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     refusal = "{% if messages | length > 1 %}{{ raise_exception('too much') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    with pytest.raises(ValueError, match=r"^messages: the chat template refuses them: too much$"):
+    with pytest.raises(ValueError, match=r"^messages: rejected by the chat template: too much$"):
         encode_conversation(tokenizer, [user(["w1"]), assistant(["w2"])])
 
 
-def test_a_model_knows_as_many_ids_as_it_has_embeddings(tiny_model):
+def test_num_embeddings_is_padded(tiny_model):
     # 97 words and three special tokens, padded to a multiple of 64.
     assert num_embeddings(str(tiny_model(False))) == 128
 
 
-def test_digests_tell_vocabularies_and_templates_apart(tiny_model):
+def test_digests_separate_vocabulary_and_template(tiny_model):
     path = str(tiny_model(False))
     vocabulary, template = tokenizer_digests(load_tokenizer(path))
     assert (vocabulary, template) == tokenizer_digests(load_tokenizer(str(tiny_model(True))))
@@ -170,38 +168,40 @@ def copied_model(tiny_model, tmp_path):
     return shutil.copytree(tiny_model(False), tmp_path / "model")
 
 
-def test_a_folder_without_tokenizer_is_bad_input(copied_model):
+def test_folder_without_tokenizer_is_rejected(copied_model):
     for file in copied_model.glob("*token*"):
         file.unlink()
     (copied_model / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match=rf"model\.path: {copied_model}: .* expected one"):
+    with pytest.raises(ConfigError, match=rf"model\.path: expected a tokenizer .* {copied_model}"):
         load_tokenizer(str(copied_model))
 
 
-def test_a_folder_that_is_not_there_is_bad_input(tmp_path):
+def test_missing_folder_is_rejected(tmp_path):
     absent = tmp_path / "absent"
-    with pytest.raises(ConfigError, match=rf"model\.path: {absent}: no tokenizer .* expected one"):
+    with pytest.raises(ConfigError, match=rf"model\.path: expected a tokenizer, got {absent}"):
         load_tokenizer(str(absent))
 
 
-def test_a_tokenizer_without_template_is_bad_input(copied_model):
+def test_tokenizer_without_template_is_rejected(copied_model):
     (copied_model / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigError, match=r"no chat template; expected one"):
+    with pytest.raises(ConfigError, match=r"^model\.path: expected .* chat template, got none"):
         load_tokenizer(str(copied_model))
 
 
-def test_a_tokenizer_without_end_of_sequence_is_bad_input(copied_model):
+def test_tokenizer_without_end_of_sequence_is_rejected(copied_model):
     path = copied_model / "tokenizer_config.json"
     facts = json.loads(path.read_text())
     del facts["eos_token"]
     path.write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match=r"no end-of-sequence token; expected one"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.path: expected .* end-of-sequence token, got none"
+    ):
         load_tokenizer(str(copied_model))
 
 
-def test_a_damaged_tokenizer_is_bad_input(copied_model):
+def test_damaged_tokenizer_is_rejected(copied_model):
     (copied_model / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(
-        ConfigError, match=rf"model\.path: {copied_model}: no tokenizer can be loaded"
+        ConfigError, match=rf"model\.path: expected a tokenizer, got {copied_model}"
     ):
         load_tokenizer(str(copied_model))

@@ -1,4 +1,4 @@
-"""What tests of corpora share: tokenizers of rows by their rules."""
+"""Fixtures of the tokenization tests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cache
 import pytest
 
 from pear_ray.config import Columns
-from pear_ray.score.tokenize import Tokenize, TokenizeConfig
+from pear_ray.score.tokenize import TokenizeConfig, TokenizeRows
 
 TOKENIZE_CONFIG = TokenizeConfig(
     columns=Columns(),
     sources=frozenset({"tutor", "coder"}),
-    source=None,
+    default_source=None,
     fallback_scorer=None,
     heldout_fraction=0.0,
     max_model_len=12,
@@ -25,8 +25,8 @@ TOKENIZE_CONFIG = TokenizeConfig(
 
 
 @pytest.fixture(scope="session")
-def making(tiny_model, tmp_path_factory):
-    """Makes a Tokenize with some of the rules, or the chat template, changed."""
+def make_tokenizer(tiny_model, tmp_path_factory):
+    """Makes a TokenizeRows with changes to the config or the chat template."""
 
     @cache
     def make(template=None, **changes):
@@ -34,6 +34,6 @@ def making(tiny_model, tmp_path_factory):
         if template is not None:
             path = shutil.copytree(path, tmp_path_factory.mktemp("template") / "model")
             (path / "chat_template.jinja").write_text(template)
-        return Tokenize(str(path), replace(TOKENIZE_CONFIG, **changes))
+        return TokenizeRows(str(path), replace(TOKENIZE_CONFIG, **changes))
 
     return make

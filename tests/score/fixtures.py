@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pear_ray.__main__ import command
 from pear_ray.data.tokenizer import encode_conversation, load_tokenizer
 
 NUM_ROWS = 600
@@ -141,6 +140,8 @@ def corpus(
 
 @pytest.fixture(scope="session")
 def scored_run(corpus: Corpus, ray_session: None) -> Path:
-    """The run folder of stage `score`, undisturbed, on that corpus."""
-    assert command(["score", str(corpus.job)]) == 0
+    """The run directory of an uninterrupted stage `score` on that corpus."""
+    from pear_ray.__main__ import run_command
+
+    assert run_command(["score", str(corpus.job)]) == 0
     return corpus.job.parent / "run"

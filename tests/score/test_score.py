@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pear_ray.__main__ import command
+from pear_ray.__main__ import run_command
 from pear_ray.config import Job, Pretrain
 from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA
@@ -196,7 +196,7 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
         """
     )
     with pytest.raises(ConfigError) as refusal:
-        command(["score", str(tmp_path / "job.toml")])
+        run_command(["score", str(tmp_path / "job.toml")])
     for word in [*words, str(tmp_path)]:
         assert word in str(refusal.value)
     assert not (tmp_path / "run" / "scored").exists()
