@@ -1,112 +1,104 @@
-"""From a job's words to what RL minimizes."""
+"""From the configuration and the rollouts of a step to the loss and its training sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from pear_ray.config import Job
 from pear_ray.losses.policy import (
+    Cispo,
     ConstantLength,
+    Gspo,
     KlToReference,
+    Nft,
     PolicyGradient,
+    PpoClip,
     RatioInLoss,
     SequenceMean,
     TokenMean,
     TruncatedIS,
 )
-from pear_ray.losses.policy_losses import Cispo, Gspo, Nft, PolicyLoss, PpoClip
 from pear_ray.records import Completion, RolloutGroup, TrainingSequence
-from pear_ray.rl.alerts import FallingEntropy, LittleSignal, LowEntropy, Patience, TargetReached
-from pear_ray.rl.overlong import every_token, trainable_unless_truncated
 
 
-def objective_of(job: Job) -> PolicyGradient:
-    """The objective that [rl] describes."""
+def build_rl_loss(job: Job) -> PolicyGradient:
+    """Return the loss configured by [rl]."""
     rl = job.rl
-    losses: dict[str, Callable[[], PolicyLoss]] = {
-        "ppo": lambda: PpoClip(*rl.clip),
-        "gspo": lambda: Gspo(*rl.clip),
-        "cispo": lambda: Cispo(*rl.clip),
-        "nft": Nft,
+    losses: dict[str, type[PpoClip | Gspo | Cispo]] = {
+        "ppo": PpoClip,
+        "gspo": Gspo,
+        "cispo": Cispo,
     }
+    correction = rl.importance_sampling
     aggregations: dict[str, Callable[[], TokenMean | SequenceMean | ConstantLength]] = {
         "token": TokenMean,
         "sequence": SequenceMean,
         "constant": lambda: ConstantLength(job.generator.max_new_tokens),
     }
     return PolicyGradient(
-        losses[rl.loss](),
-        RatioInLoss() if rl.importance_sampling == "ratio" else TruncatedIS(rl.largest_weight),
+        Nft() if rl.loss.type == "nft" else losses[rl.loss.type](*rl.loss.clip_ratio),
+        RatioInLoss() if correction.type == "ratio" else TruncatedIS(correction.cap),
         aggregations[rl.loss_agg](),
         KlToReference(rl.kl_coefficient) if rl.kl_coefficient else None,
     )
 
 
-def sequences_of(job: Job, groups: tuple[RolloutGroup, ...]) -> list[TrainingSequence]:
-    """One sequence for each answer, its advantage on each token of the policy's own; none of these
-    to learn in an answer that was cut, under `rl.overlong = "mask"`. The tokens of a trace that
-    begins an answer are a trace's.
+def training_sequences(job: Job, groups: Sequence[RolloutGroup]) -> list[TrainingSequence]:
+    """Return one sequence per completion, with its advantage on each token that the policy sampled.
 
     Raises:
-        RuntimeError: they were all cut.
+        RuntimeError: no token is trainable, since every completion is masked as truncated.
     """
-    learned = {"keep": every_token, "mask": trainable_unless_truncated}[job.rl.overlong]
     sequences = [
-        sequence_of(group, answer, advantage, learned(answer))
+        training_sequence(group, completion, advantage, trainable_mask(job, completion))
         for group in groups
-        for answer, advantage in zip(group.completions, group.advantages, strict=True)
+        for completion, advantage in zip(group.completions, group.advantages, strict=True)
     ]
     if not any(sequence.trainable.any() for sequence in sequences):
         raise RuntimeError(
-            f'rl.overlong: read "mask", and all {len(sequences)} answers of a step were cut at'
-            f" generator.max_new_tokens {job.generator.max_new_tokens}; expected room for some to"
-            " end by themselves"
+            "rl.mask_truncated: expected some completions to end within generator.max_new_tokens ="
+            f" {job.generator.max_new_tokens}, got {len(sequences)} truncated ones, all masked"
         )
     return sequences
 
 
-def sequence_of(
-    group: RolloutGroup, answer: Completion, advantage: float, trainable: np.ndarray
+def trainable_mask(job: Job, completion: Completion) -> np.ndarray:
+    """Return which sampled tokens of a completion are trained on, bool [tokens].
+
+    If truncated completions are masked, none of theirs: overlong filtering (DAPO, arXiv 2503.14476
+    section 3.4). Their rewards still count in the mean of the group.
+    """
+    is_masked = job.rl.mask_truncated and completion.finish_reason == "length"
+    return np.full(len(completion.token_ids), not is_masked)
+
+
+def training_sequence(
+    group: RolloutGroup, completion: Completion, advantage: float, trainable: np.ndarray
 ) -> TrainingSequence:
-    """One answer of a group; `trainable` says which tokens of the policy's own are learned."""
-    num_shown = len(answer.trace_ids)
+    """Return one completion as a sequence; `trainable` masks its sampled tokens, bool [tokens].
+
+    Tokens of a demonstration prefix have coefficient 1 and are marked `from_demonstration`.
+    """
+    num_prefix = len(completion.prefix_ids)
+    reference = completion.reference_logprobs
     sequence = TrainingSequence.of(
         group.prompt_ids,
-        answer.trace_ids + answer.token_ids,
-        answer.trace_logprobs + answer.logprobs,
+        completion.prefix_ids + completion.token_ids,
+        completion.prefix_logprobs + completion.logprobs,
         advantage,
         group.problem_id,
-        response_trainable=np.concatenate([np.ones(num_shown, bool), trainable]),
-        reference_logprobs=(
-            None
-            if answer.reference_logprobs is None
-            else (0.0,) * num_shown + answer.reference_logprobs
-        ),
+        response_trainable=np.concatenate([np.ones(num_prefix, bool), trainable]),
+        reference_logprobs=None if reference is None else (0.0,) * num_prefix + reference,
     )
-    if not num_shown:
+    if not num_prefix:
         return sequence
-    from_trace = np.zeros(len(sequence.token_ids), bool)
-    from_trace[len(group.prompt_ids) :][:num_shown] = True
+    from_demonstration = np.zeros(len(sequence.token_ids), bool)
+    from_demonstration[len(group.prompt_ids) :][:num_prefix] = True
     return replace(
         sequence,
-        coefficients=np.where(from_trace, np.float32(1), sequence.coefficients),
-        from_trace=from_trace,
+        coefficients=np.where(from_demonstration, np.float32(1), sequence.coefficients),
+        from_demonstration=from_demonstration,
     )
-
-
-def warnings_of(job: Job) -> list[LowEntropy | FallingEntropy | LittleSignal]:
-    """What a run is warned of."""
-    return [LowEntropy(), FallingEntropy(), LittleSignal(job.rl.group_size)]
-
-
-def ends_of(job: Job) -> list[Patience | TargetReached]:
-    """What ends a run before its last step."""
-    ends: list[Patience | TargetReached] = []
-    if job.rl.early_stopping_patience:
-        ends.append(Patience("pass_at_1", job.rl.early_stopping_patience))
-    if job.rl.target_pass_rate is not None:
-        ends.append(TargetReached("pass_at_1", job.rl.target_pass_rate))
-    return ends

@@ -1,4 +1,4 @@
-"""Held-out problems, answered by the same engines between two learner steps."""
+"""Held-out evaluation by the same engines, between two training steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from pear_ray.config import Job
-from pear_ray.data.tokenizer import prompts_that_fit
+from pear_ray.data.tokenizer import encode_problems
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion, Grade, Problem
 from pear_ray.seeds import seed_of
@@ -15,25 +15,30 @@ from pear_ray.statistics import bootstrap_interval
 from pear_ray.tasks import heldout_problems
 from pear_ray.weights.types import WeightVersion
 
-Key = tuple[str, int, int]
+# ("evaluation", weight version, number of the problem)
+EvaluationKey = tuple[str, int, int]
 
 
 class Evaluation:
-    """pass@1 of every `rl.eval_every`-th weight version, on the same problems with the
-    same seeds each time. While it runs engines get no newer weights and no other work, so each
-    value is that of one version, and on-policy runs repeat to the bit."""
+    """Measures pass@1 of every `rl.eval_every`-th weight version, each time on the same problems
+    with the same seeds.
+
+    While an evaluation runs, engines get no newer weights and no other requests: each value belongs
+    to one version, and on-policy runs repeat to the bit.
+    """
 
     def __init__(self, job: Job, path: str) -> None:
-        self._settings, self._seed = job.evaluation, job.run.seed
+        self._settings = job.evaluation
+        self._seed = job.run.seed
         self._every = job.rl.eval_every
+        num_problems = job.evaluation.num_problems
         self._problems = (
-            heldout_problems(job.tasks, job.evaluation.num_problems, job.run.seed)
-            if self._every
-            else []
+            heldout_problems(job.tasks, num_problems, job.run.seed) if self._every else []
         )
-        self._prompts = prompts_that_fit(path, self._problems, job.generator.max_model_len)
-        self._begun: set[int] = set()
-        self._answers: dict[Hashable, tuple[Completion, ...]] = {}
+        self._prompts = encode_problems(path, self._problems, job.generator.max_model_len)
+        self._started: set[int] = set()
+        self._completions: dict[Hashable, tuple[Completion, ...]] = {}
+        # Number of the problem, for each key without grades.
         self._open: dict[Hashable, int] = {}
         self._correct: dict[int, float] = {}
         self._version = -1
@@ -41,33 +46,35 @@ class Evaluation:
 
     @property
     def is_running(self) -> bool:
-        """Whether an answer or a verdict is missing."""
+        """Return whether a completion or a grade is missing."""
         return bool(self._open)
 
     def has(self, key: Hashable) -> bool:
-        """Whether work under this key is, or was, part of it."""
+        """Return whether a request with this key is or was part of an evaluation."""
         return isinstance(key, tuple)
 
     def abandon(self) -> None:
-        """Give up what is running; it is due again when its version is served again."""
+        """Drop the running evaluation; it starts again when its version is served again."""
         if self._open:
-            self._open, self._answers = {}, {}
-            self._begun.discard(self._version)
+            self._open = {}
+            self._completions = {}
+            self._started.discard(self._version)
 
     def up_to(self, versions: Sequence[WeightVersion]) -> tuple[WeightVersion, ...]:
-        """The first of these versions, up to one that is to be evaluated."""
+        """Return `versions` up to the first that is due for evaluation."""
         for number, version in enumerate(versions):
             if self._is_due(version.version):
                 return tuple(versions[: number + 1])
         return tuple(versions)
 
-    def next_requests(self, version: int) -> list[tuple[Key, SampleRequest]]:
-        """What to ask if the engines are about to serve `version`."""
+    def next_requests(self, version: int) -> list[tuple[EvaluationKey, SampleRequest]]:
+        """Start the evaluation of `version` if it is due; return its requests."""
         if not self._is_due(version):
             return []
-        self._begun.add(version)
-        self._version, self._correct = version, {}
-        work: list[tuple[Key, SampleRequest]] = []
+        self._started.add(version)
+        self._version = version
+        self._correct = {}
+        requests: list[tuple[EvaluationKey, SampleRequest]] = []
         for number, problem in enumerate(self._problems):
             key = ("evaluation", version, number)
             self._open[key] = number
@@ -78,46 +85,46 @@ class Evaluation:
                 self._settings.temperature,
                 version,
             )
-            work.append((key, request))
-        return work
+            requests.append((key, request))
+        return requests
 
     def add_completions(
-        self, key: Hashable, answers: tuple[Completion, ...]
+        self, key: Hashable, completions: tuple[Completion, ...]
     ) -> list[tuple[Problem, str]]:
-        """Note answers; returns what is to be judged, nothing of what was given up."""
+        """Add completions; return (problem, text) pairs to grade, none if it was abandoned."""
         if key not in self._open:
             return []
-        self._answers[key] = answers
+        self._completions[key] = completions
         problem = self._problems[self._open[key]]
-        return [(problem, answer.text) for answer in answers]
+        return [(problem, completion.text) for completion in completions]
 
     def add_rewards(self, key: Hashable, grades: Sequence[Grade]) -> None:
-        """Note the verdicts on them."""
+        """Add the grades of completions."""
         if key not in self._open or not grades:
             return
         number = self._open.pop(key)
         self._correct[number] = float(np.mean([grade.correct for grade in grades]))
         if not self._open:
-            self._finished[self._version] = self._numbers()
-            self._answers = {}
+            self._finished[self._version] = self._metrics()
+            self._completions = {}
 
-    def finished(self) -> dict[int, dict[str, float]]:
-        """What was measured since the last call, by version."""
-        found, self._finished = self._finished, {}
-        return found
+    def pop_finished(self) -> dict[int, dict[str, float]]:
+        """Return the metrics of the evaluations finished since the last call, by version."""
+        finished, self._finished = self._finished, {}
+        return finished
 
     def _is_due(self, version: int) -> bool:
-        return self._every > 0 and version % self._every == 0 and version not in self._begun
+        return self._every > 0 and version % self._every == 0 and version not in self._started
 
-    def _numbers(self) -> dict[str, float]:
-        values = np.array(list(self._correct.values()))
-        low, high = bootstrap_interval(values, self._seed)
-        answers = [answer for group in self._answers.values() for answer in group]
-        cut = [answer.finish_reason == "length" for answer in answers]
+    def _metrics(self) -> dict[str, float]:
+        pass_rates = np.array(list(self._correct.values()))
+        low, high = bootstrap_interval(pass_rates, self._seed)
+        completions = [c for group in self._completions.values() for c in group]
+        is_truncated = [completion.finish_reason == "length" for completion in completions]
         return {
-            "pass_at_1": float(values.mean()),
+            "pass_at_1": float(pass_rates.mean()),
             "pass_at_1_low": low,
             "pass_at_1_high": high,
-            "eval_tokens_mean": float(np.mean([len(a.token_ids) for a in answers])),
-            "eval_clipped_ratio": float(np.mean(cut)),
+            "eval_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])),
+            "eval_clipped_ratio": float(np.mean(is_truncated)),
         }

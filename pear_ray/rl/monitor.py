@@ -1,17 +1,28 @@
-"""The rows of a run so far: what is to be said of them, and which weights were best."""
+"""What a rank does with the metrics of a step: write them, log alerts, stop the run early, keep the
+best weights.
+
+Alerts and stopping rules read the rows of the run so far, oldest first, and have no state of their
+own: a resumed run passes the rows that it kept.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import resource
 import shutil
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pear_ray.config import Job
-from pear_ray.metrics import read_metrics
-from pear_ray.rl.build import ends_of, warnings_of
-from pear_ray.rl.publisher import from_first_rank
-from pear_ray.rl.rollouts import RolloutBatch
+from pear_ray.metrics import Tracker, read_metrics
+from pear_ray.records import TrainingBatch
+from pear_ray.rl.publisher import broadcast_from_first_rank
+from pear_ray.rl.train_step import RankConfig
 from pear_ray.train.ray_train import rank_and_world_size
 
 if TYPE_CHECKING:
@@ -19,51 +30,204 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Steps in which a warning is not repeated.
-STEPS_OF_SILENCE = 20
+# Steps before an alert is logged again.
+STEPS_BETWEEN_ALERTS = 20
+
+Row = Mapping[str, Any]
+Alert = Callable[[Sequence[Row]], str | None]
+
+
+def low_entropy(rows: Sequence[Row], floor_nats: float = 0.18) -> str | None:
+    """Alert if the mean next-token entropy at temperature 1 is below `floor_nats`
+    (arXiv 2606.18487 measured .18 on one model: a policy this certain hardly explores)."""
+    newest = rows[-1]
+    if not newest.get("entropy", math.inf) < floor_nats:
+        return None
+    return (
+        f"step {newest['step']}: entropy is {newest['entropy']:.3f} nats per token, below"
+        f" {floor_nats}: the policy hardly explores"
+    )
+
+
+def falling_entropy(
+    rows: Sequence[Row], first_step: int = 10, last_step: int = 150, max_fall: float = 0.5
+) -> str | None:
+    """Alert if, up to `last_step`, entropy is more than `max_fall` (a share) below that of the
+    first row from `first_step` on (arXiv 2606.18487: better stop such a run)."""
+    watched = [r for r in rows if first_step <= r["step"] <= last_step and "entropy" in r]
+    if not watched or watched[-1] is not rows[-1]:
+        return None
+    first, newest = watched[0], watched[-1]
+    if not newest["entropy"] < (1 - max_fall) * first["entropy"]:
+        return None
+    return (
+        f"step {newest['step']}: entropy fell to {newest['entropy']:.3f} nats per token from"
+        f" {first['entropy']:.3f} at step {first['step']}, by more than {max_fall:.0%}"
+    )
+
+
+def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -> str | None:
+    """Alert if more than `max_frac` of a step's groups have equal rewards, and thus no gradient."""
+    newest = rows[-1]
+    frac = newest.get("frac_reward_zero_std", 0)
+    if not frac > max_frac:
+        return None
+    rate, threshold = newest["pass_rate"], threshold_pass_rate(group_size)
+    return (
+        f"step {newest['step']}: {frac:.0%} of the groups have equal rewards, more than"
+        f" {max_frac:.0%}; at pass rate {rate:.3f} the rewards of a group of {group_size} have"
+        f" variance {reward_variance(rate, group_size):.3f}, and below {threshold:.3f} or above"
+        f" {1 - threshold:.3f} most groups have none: use other problems or larger groups"
+    )
+
+
+def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str | None:
+    """Return why a run should stop: an evaluated pass@1 is at least `target`, or none of the last
+    `patience` evaluations (0: off) is better than the best before them."""
+    evaluated = [(row["step"], row["pass_at_1"]) for row in rows if "pass_at_1" in row]
+    for step, pass_rate in evaluated:
+        if target is not None and pass_rate >= target:
+            return f"step {step}: pass_at_1 reached {target}: it is {pass_rate}"
+    pass_rates = [pass_rate for _, pass_rate in evaluated]
+    if not patience or not pass_rates:
+        return None
+    best = max(pass_rates)
+    num_since = len(pass_rates) - 1 - pass_rates.index(best)
+    if num_since < patience:
+        return None
+    return (
+        f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best"
+        f" is {best}"
+    )
+
+
+def reward_variance(pass_rate: float, group_size: int) -> float:
+    """Return the expected variance of the 0/1 rewards within a group, p (1 - p) (g - 1) / g
+    (arXiv 2606.18487)."""
+    return pass_rate * (1 - pass_rate) * (group_size - 1) / group_size
+
+
+def threshold_pass_rate(group_size: int) -> float:
+    """Return p*(g), the lower root of (1 - p)^g + p^g = 1/2: below it most groups of g completions
+    are all right or all wrong (arXiv 2606.18487). .5 for g = 2, .083 for g = 8.
+
+    Raises:
+        ValueError: a group of fewer than two.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size: expected at least 2, got {group_size}")
+    low, high = 0.0, 0.5
+    # The left side falls from 1 to 2^(1 - g) between them; 60 halvings exhaust a float.
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_below = (1 - middle) ** group_size + middle**group_size > 0.5
+        low, high = (middle, high) if is_below else (low, middle)
+    return high
+
+
+class StepTimer:
+    """Wall-clock seconds of a step and of its phases, by metric name."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a phase."""
+        now = time.perf_counter()
+        self.seconds |= {name: now - self._last, "step_seconds": now - self._start}
+        self._last = now
 
 
 class RunMonitor:
-    """The rows of a run so far: what is to be said of them, and which weights were best."""
+    """Writes the rows of a run, logs alerts, decides when to stop and keeps the best weights."""
 
-    def __init__(self, job: Job, folder: Path, stage: str, first_step: int) -> None:
-        self._every, self._home = job.rl.eval_every, folder / stage
-        self._num_steps = job.rl.steps
-        self._warnings, self._ends = warnings_of(job), ends_of(job)
-        self._last_said: dict[type, int] = {}
-        self._rank, _ = rank_and_world_size()
-        # One rank reads for all: they must come to the same, and it has taken away what was torn.
-        rows = from_first_rank(read_metrics(folder, stage) if self._rank == 0 else [])
-        self._rows = [row for row in rows if row["step"] < first_step]
+    def __init__(self, config: RankConfig, first_step: int) -> None:
+        self._config = config
+        self._rl = config.job.rl
+        self._first_step = first_step
+        few_signals = partial(little_signal, group_size=self._rl.group_size)
+        self._alerts: list[Alert] = [low_entropy, falling_entropy, few_signals]
+        self._last_alert: dict[Alert, int] = {}
+        self._is_first_rank = rank_and_world_size()[0] == 0
+        self._tracker: Tracker | None = None
+        rows: list[dict[str, Any]] = []
+        if self._is_first_rank:
+            tracker = Tracker(config.run_dir, config.stage, config.job.tracking)
+            self._tracker = tracker.rewind(first_step)
+            rows = read_metrics(config.run_dir, config.stage)
+        # One rank reads for all, so that all come to the same decisions.
+        self._rows: list[dict[str, Any]] = broadcast_from_first_rank(rows)
 
-    def note(self, step: int, row: dict[str, Any]) -> str | None:
-        """Add a step's row. Says what is to be warned of, and returns why the run should end, if
-        it should; all ranks come to the same."""
+    def record(
+        self, step: int, row: dict[str, Any], micro_batches: Sequence[TrainingBatch]
+    ) -> str | None:
+        """Write a step's row and log alerts; return why the run should stop, if it should. Every
+        rank returns the same."""
+        if self._tracker:
+            self._tracker.log(step, **row)
+            if step == self._first_step:
+                self._info(step, describe_step(self._config.job, micro_batches))
         self._rows.append({"step": step, **row})
-        for rule in self._warnings:
-            is_fresh = step >= self._last_said.get(type(rule), -STEPS_OF_SILENCE) + STEPS_OF_SILENCE
-            if is_fresh and (text := rule(self._rows)):
-                self._last_said[type(rule)] = step
-                if self._rank == 0:
-                    log.warning("%s: %s", self._home.name, text, extra={"step": step})
-        return next((text for rule in self._ends if (text := rule(self._rows))), None)
+        for alert in self._alerts:
+            last_step = self._last_alert.get(alert, -STEPS_BETWEEN_ALERTS)
+            if step >= last_step + STEPS_BETWEEN_ALERTS and (message := alert(self._rows)):
+                self._last_alert[alert] = step
+                if self._is_first_rank:
+                    log.warning("%s: %s", self._config.stage, message, extra={"step": step})
+        rl = self._rl
+        reason = stop_reason(self._rows, rl.early_stopping_patience, rl.target_pass_rate)
+        if reason and self._is_first_rank:
+            self._info(step, f"stops early: {reason}")
+        return reason
 
-    def keep_best(self, learner: Learner, version: int, rollouts: RolloutBatch, start: str) -> None:
-        """Export weights that are going to be evaluated, and of those that were keep the best by
-        pass@1, as RUN/STAGE/best."""
-        candidates = self._home / "evaluated"
-        is_due = self._every and version % self._every == 0 and version < self._num_steps
-        if is_due:
-            learner.export(candidates / str(version), start)
-        if self._rank > 0:
+    def keep_best(
+        self, learner: Learner, version: int, evaluations: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        """Export a version that will be evaluated, and keep the best of the evaluated ones by
+        pass@1 as RUN/STAGE/best; collective."""
+        candidates, best = self._config.folder / "evaluated", self._config.folder / "best"
+        every = self._rl.eval_every
+        if every and version % every == 0 and version < self._rl.steps:
+            learner.export(candidates / str(version), self._config.start_model)
+        if not self._is_first_rank:
             return
-        known = [row["pass_at_1"] for row in self._rows[:-1] if "pass_at_1" in row]
-        for evaluated, numbers in sorted(rollouts.evaluations.items()):
-            found = candidates / str(evaluated)
-            if found.exists() and numbers["pass_at_1"] > max(known, default=-1.0):
-                shutil.rmtree(self._home / "best", ignore_errors=True)
-                found.rename(self._home / "best")
-            known.append(numbers["pass_at_1"])
+        previous = [row["pass_at_1"] for row in self._rows[:-1] if "pass_at_1" in row]
+        for evaluated, metrics in sorted(evaluations.items()):
+            candidate = candidates / str(evaluated)
+            if candidate.exists() and metrics["pass_at_1"] > max(previous, default=-1.0):
+                shutil.rmtree(best, ignore_errors=True)
+                candidate.rename(best)
+            previous.append(metrics["pass_at_1"])
             for old in candidates.glob("*"):
                 if int(old.name) <= evaluated:
                     shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Flush the trackers."""
+        if self._tracker:
+            self._tracker.close()
+
+    def _info(self, step: int, message: str) -> None:
+        log.info("%s: %s", self._config.stage, message, extra={"step": step})
+
+
+def newest_evaluation(evaluations: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of the newest version that was evaluated since the last step, if any."""
+    if not evaluations:
+        return {}
+    newest = max(evaluations)
+    return {"eval_version": newest, **evaluations[newest]}
+
+
+def describe_step(job: Job, micro_batches: Sequence[TrainingBatch]) -> str:
+    """Return a line with the shapes of a rank's step and its peak memory."""
+    sizes = [len(batch.token_ids_T) for batch in micro_batches]
+    if torch.cuda.is_available():
+        peak_bytes = torch.cuda.max_memory_allocated()
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        f"a rank's step: {len(sizes)} micro-batches of {min(sizes)} to {max(sizes)} tokens (at most"
+        f" {job.learner.tokens_per_pack}), peak memory {peak_bytes / 2**30:.2f} GiB"
+    )

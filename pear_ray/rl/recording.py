@@ -1,190 +1,193 @@
-"""Rollouts on disk: a readable sample of each step, and all of them where the job asks for it, so
-that learners can learn from them again without engines."""
+"""Rollouts on disk: a readable sample of each step and, with `rl.record`, all of them, from which
+learners can train again without engines (`rl.replay`)."""
 
 from __future__ import annotations
 
 import json
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.config import Job
 from pear_ray.data.tokenizer import load_tokenizer
 from pear_ray.errors import ConfigError
-from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
-from pear_ray.rl.scheduler import StepBatch
+from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence, schema_of
+from pear_ray.rl.rollouts import POLL_SECONDS, BatchSender, Link, RolloutBatch, RolloutStage
+from pear_ray.rl.scheduler import StepBatch, batch_metrics
 from pear_ray.run import atomic_write
 
-FLOATS = pa.list_(pa.float32())
-# An answer has a group, and a trace that is learned beside the answers has none: its `problem_id`
-# is its origin, and its `token_ids`, `logprobs` and `trainable` begin with the prompt.
+# Batches that `replay` sends ahead of the learners.
+STEPS_AHEAD = 64
+
+DEMONSTRATION_ARRAYS = {
+    "token_ids": np.int64,
+    "trainable": np.bool_,
+    "sampled_logprobs": np.float32,
+    "coefficients": np.float32,
+}
+# A row is a group, or a demonstration that the step also trains on; the other column is null.
 SCHEMA = pa.schema(
-    [
-        ("group", pa.int32()),
-        ("problem_id", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("token_ids", pa.list_(pa.int32())),
-        ("logprobs", FLOATS),
-        ("text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("version_spans", pa.list_(pa.list_(pa.int64()))),
-        ("reference_logprobs", FLOATS),
-        ("reward", pa.float32()),
-        ("correct", pa.bool_()),
-        ("parts", pa.string()),
-        ("note", pa.string()),
-        ("advantage", pa.float32()),
-        ("trace_ids", pa.list_(pa.int32())),
-        ("trace_logprobs", FLOATS),
-        ("trainable", pa.list_(pa.bool_())),
-    ]
+    {
+        "group": pa.struct(
+            {
+                "problem_id": pa.string(),
+                "prompt_ids": pa.list_(pa.int32()),
+                "completions": pa.list_(pa.struct(schema_of(Completion))),
+                "grades": pa.list_(pa.struct(schema_of(Grade))),
+                "advantages": pa.list_(pa.float32()),
+            }
+        ),
+        "demonstration": pa.struct(
+            {
+                name: pa.list_(pa.from_numpy_dtype(dtype))
+                for name, dtype in DEMONSTRATION_ARRAYS.items()
+            }
+            | {"origin": pa.string()}
+        ),
+    }
 )
-FACTS = ("step", "first_problem", "next_problem", "dropped")
+# In the metadata of the file.
+BATCH_FIELDS = ("step", "first_problem", "next_problem", "dropped")
 
 
 class Recorder:
-    """What is kept of each step's rollouts below `folder`."""
+    """Writes the rollouts of each step below `folder`."""
 
     def __init__(self, job: Job, folder: Path, path: str) -> None:
-        self._folder, self._keeps_all = folder, job.rl.record
+        self._folder = folder
+        self._writes_all = job.rl.record
         self._tokenizer = load_tokenizer(path)
 
-    def keep(self, batch: StepBatch) -> None:
-        """Write a step's."""
+    def write(self, batch: StepBatch) -> None:
+        """Write the sample of a step, and with `rl.record` all of its rollouts."""
         prompt = self._tokenizer.decode(batch.groups[0].prompt_ids)
         write_sample(self._folder / "samples", batch, prompt)
-        if self._keeps_all:
-            write(self._folder / "rollouts", batch)
+        if self._writes_all:
+            write_batch(self._folder / "rollouts", batch)
 
 
-def file_of(folder: Path, step: int) -> Path:
-    """Where the rollouts of a step are recorded."""
+def replay(stage: RolloutStage, link: Link) -> None:
+    """Send recorded batches instead of new rollouts, a few steps ahead of the learners.
+
+    Raises:
+        ConfigError: a step was not recorded, or not with what this job needs.
+    """
+    rl = stage.job.rl
+    assert rl.replay is not None
+    folder = Path(rl.replay)
+    with link.close_queue_on_error():
+        first = link.wait_first_version(stage.job.learner.timeout_seconds)
+        if first is None:
+            return
+        sender, step = BatchSender(link.queue), first.versions[-1].version
+        for path in (batch_path(folder, number) for number in range(step, rl.steps)):
+            if not path.exists():
+                raise ConfigError(f"rl.replay: expected a recording of every step, got no {path}")
+        while not link.finished.is_set():
+            if step < rl.steps and step <= sender.newest_taken + STEPS_AHEAD:
+                batch = read_batch(folder, step)
+                completions = (c for group in batch.groups for c in group.completions)
+                if rl.kl_coefficient and any(c.reference_logprobs is None for c in completions):
+                    raise ConfigError(
+                        f"rl.kl_coefficient: expected 0, since {batch_path(folder, step)} was"
+                        f" recorded without reference log-probs, got {rl.kl_coefficient}"
+                    )
+                sender.send(RolloutBatch(batch, (), (), {}, batch_metrics(batch)))
+                step += 1
+                continue
+            link.finished.wait(POLL_SECONDS)
+            sender.poll()
+
+
+def batch_path(folder: Path, step: int) -> Path:
+    """Return the file of a step's rollouts."""
     return folder / f"step-{step:06d}.parquet"
 
 
 def write_sample(folder: Path, batch: StepBatch, prompt: str) -> None:
-    """The answers to the first problem of a step as text, with what they earned."""
+    """Write the completions of a step's first group as text, with their grades."""
     group = batch.groups[0]
     lines = [f"step {batch.step}, problem {group.problem_id}", "", prompt, ""]
-    for number, (answer, grade, advantage) in enumerate(
+    for number, (completion, grade, advantage) in enumerate(
         zip(group.completions, group.grades, group.advantages, strict=True)
     ):
+        num_prefix = len(completion.prefix_ids)
         lines += [
-            f"--- answer {number}: reward {grade.reward:g}, advantage {advantage:+.2f},"
-            f" {len(answer.token_ids)} tokens, {answer.finish_reason}"
-            + (f", after {len(answer.trace_ids)} tokens of a trace" if answer.trace_ids else "")
+            f"--- completion {number}: reward {grade.reward:g}, advantage {advantage:+.2f},"
+            f" {len(completion.token_ids)} tokens, {completion.finish_reason}"
+            + (f", after {num_prefix} tokens of a demonstration" if num_prefix else "")
             + (f", {grade.note}" if grade.note else ""),
-            answer.text,
+            completion.text,
             "",
         ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"step-{batch.step:06d}.txt").write_text("\n".join(lines))
 
 
-def write(folder: Path, batch: StepBatch) -> None:
-    """Record all rollouts of a step, one row for each answer and each trace beside them."""
-    rows: list[dict[str, Any]] = [
-        {
-            "group": number,
-            "problem_id": group.problem_id,
-            "prompt_ids": group.prompt_ids,
-            "token_ids": answer.token_ids,
-            "logprobs": answer.logprobs,
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-            "version_spans": answer.version_spans,
-            "reference_logprobs": answer.reference_logprobs,
-            "reward": grade.reward,
-            "correct": grade.correct,
-            "parts": json.dumps(grade.parts),
-            "note": grade.note,
-            "advantage": advantage,
-            "trace_ids": answer.trace_ids,
-            "trace_logprobs": answer.trace_logprobs,
+def write_batch(folder: Path, batch: StepBatch) -> None:
+    """Write all rollouts of a step."""
+    # `vars`, since `dataclasses.asdict` copies each token id by itself.
+    groups = [
+        vars(group)
+        | {
+            "completions": [vars(completion) for completion in group.completions],
+            "grades": [vars(grade) for grade in group.grades],
         }
-        for number, group in enumerate(batch.groups)
-        for answer, grade, advantage in zip(
-            group.completions, group.grades, group.advantages, strict=True
-        )
+        for group in batch.groups
     ]
-    rows += [
-        {
-            "problem_id": trace.origin,
-            "token_ids": trace.token_ids,
-            "logprobs": trace.sampled_logprobs,
-            "trainable": trace.trainable,
-        }
-        for trace in batch.traces
-    ]
-    facts = {key: getattr(batch, key) for key in FACTS}
-    schema = SCHEMA.with_metadata({"batch": json.dumps(facts)})
+    rows = [{"group": group} for group in groups]
+    rows += [{"demonstration": vars(sequence)} for sequence in batch.demonstrations]
+    metadata = {name: getattr(batch, name) for name in BATCH_FIELDS}
+    schema = SCHEMA.with_metadata({"batch": json.dumps(metadata)})
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file_of(folder, batch.step)) as partial:
+    with atomic_write(batch_path(folder, batch.step)) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema), partial)
 
 
-def read(folder: Path, step: int) -> StepBatch:
-    """The rollouts of a step, as they were recorded.
+def read_batch(folder: Path, step: int) -> StepBatch:
+    """Return the rollouts of a step as `write_batch` got them.
 
     Raises:
-        ConfigError: they are not there, or cannot be read.
+        ConfigError: the file is missing or no recording.
     """
-    path = file_of(folder, step)
+    path = batch_path(folder, step)
     try:
-        table = pq.read_table(path, schema=None)
-        facts = json.loads(table.schema.metadata[b"batch"])
-        rows = table.to_pylist()
+        table = pq.read_table(path)
+        metadata = json.loads(table.schema.metadata[b"batch"])
+        groups = table.column("group").to_pylist(maps_as_pydicts="strict")
+        demonstrations = table.column("demonstration").to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ConfigError(
-            f"rl.replay: {path} cannot be read as recorded rollouts of step {step}: {error}"
+            f"rl.replay: expected recorded rollouts of step {step} in {path}, got {error!r}"
         ) from error
-    answers = [row for row in rows if row["group"] is not None]
-    groups = [list(members) for _, members in groupby(answers, key=itemgetter("group"))]
     return StepBatch(
-        step=step,
-        groups=tuple(group_of(members) for members in groups),
-        traces=tuple(trace_of(row) for row in rows if row["group"] is None),
-        first_problem=facts["first_problem"],
-        next_problem=facts["next_problem"],
-        dropped=tuple(facts["dropped"]),
+        groups=tuple(parse_group(row) for row in groups if row),
+        demonstrations=tuple(parse_demonstration(row) for row in demonstrations if row),
+        **to_tuples(metadata),
     )
 
 
-def group_of(rows: list[dict[str, Any]]) -> RolloutGroup:
-    """The group of these answers."""
-    return RolloutGroup(
-        problem_id=rows[0]["problem_id"],
-        prompt_ids=tuple(rows[0]["prompt_ids"]),
-        completions=tuple(
-            Completion(
-                token_ids=tuple(row["token_ids"]),
-                logprobs=tuple(row["logprobs"]),
-                text=row["text"],
-                finish_reason=row["finish_reason"],
-                version_spans=tuple((version, count) for version, count in row["version_spans"]),
-                reference_logprobs=(
-                    None if row["reference_logprobs"] is None else tuple(row["reference_logprobs"])
-                ),
-                # Recordings were made before there were traces.
-                trace_ids=tuple(row.get("trace_ids") or ()),
-                trace_logprobs=tuple(row.get("trace_logprobs") or ()),
-            )
-            for row in rows
-        ),
-        grades=tuple(
-            Grade(row["reward"], row["correct"], json.loads(row["parts"]), row["note"])
-            for row in rows
-        ),
-        advantages=tuple(row["advantage"] for row in rows),
-    )
+def parse_group(row: dict[str, Any]) -> RolloutGroup:
+    """Return the group of a row."""
+    row = to_tuples(row)
+    row["completions"] = tuple(Completion(**completion) for completion in row["completions"])
+    row["grades"] = tuple(Grade(**grade) for grade in row["grades"])
+    return RolloutGroup(**row)
 
 
-def trace_of(row: dict[str, Any]) -> TrainingSequence:
-    """The trace of this row."""
-    return TrainingSequence.of(
-        (), row["token_ids"], row["logprobs"], 1.0, row["problem_id"], row["trainable"]
-    )
+def parse_demonstration(row: dict[str, Any]) -> TrainingSequence:
+    """Return the demonstration of a row."""
+    arrays: dict[str, Any] = {
+        name: np.array(row[name], dtype) for name, dtype in DEMONSTRATION_ARRAYS.items()
+    }
+    return TrainingSequence(origin=row["origin"], **arrays)
+
+
+def to_tuples(value: Any) -> Any:
+    """Return a JSON document with tuples for lists."""
+    if isinstance(value, dict):
+        return {key: to_tuples(item) for key, item in value.items()}
+    return tuple(map(to_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What the policy that RL starts from thinks of sampled answers, for a KL penalty to it."""
+"""Log-probs of completions under the policy that RL starts from, for a KL penalty to it."""
 
 from __future__ import annotations
 
@@ -13,73 +13,48 @@ from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import ScoreRequest
 from pear_ray.records import Completion
 
-Answers = tuple[Completion, ...]
+Completions = tuple[Completion, ...]
 
 
-class NoReference(AbstractContextManager["NoReference"]):
-    """Hands answers on as they are."""
-
-    calls: tuple[Any, ...] = ()
-
-    def __init__(self) -> None:
-        self._passing: list[tuple[Hashable, Answers]] = []
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def wait_ready(self) -> None:
-        """There is nothing to wait for."""
-
-    def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
-        """Have `finished` tell of these answers."""
-        self._passing.append((key, answers))
-
-    def finished(self) -> list[tuple[Hashable, Answers]]:
-        """What was submitted since the last call."""
-        passed, self._passing = self._passing, []
-        return passed
-
-
-class Reference(AbstractContextManager["Reference"]):
-    """Adds its log-probs to answers, by engines that always serve the same model."""
+class ReferenceScorer(AbstractContextManager["ReferenceScorer"]):
+    """Adds `reference_logprobs` to completions, from engines whose weights never change."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
-        self._open: dict[Hashable, tuple[Answers, dict[int, np.ndarray]]] = {}
-        self._places: dict[Hashable, tuple[Hashable, int]] = {}
+        # Completions by key, and the log-probs of those scored so far.
+        self._open: dict[Hashable, tuple[Completions, dict[int, np.ndarray]]] = {}
 
     def __exit__(self, *error: object) -> None:
         self._pool.__exit__(*error)
 
     @property
-    def calls(self) -> list[Any]:
-        """References to calls, at whose end `finished` may have something new to say."""
-        return self._pool.calls
+    def pending_calls(self) -> list[Any]:
+        """Return the references to wait for before `pop_finished`."""
+        return self._pool.pending_calls
 
     def wait_ready(self) -> None:
-        """Wait until its engines stand."""
+        """Wait until the engines are ready."""
         self._pool.wait_ready()
 
-    def submit(self, key: Hashable, prompt_ids: tuple[int, ...], answers: Answers) -> None:
-        """Have the answers to a prompt scored."""
-        self._open[key] = answers, {}
-        for number, answer in enumerate(answers):
-            place = (key, number)
-            self._places[place] = place
-            self._pool.submit([(place, ScoreRequest(prompt_ids, answer.token_ids))])
+    def submit(self, key: Hashable, prompt_ids: tuple[int, ...], completions: Completions) -> None:
+        """Score the completions of a prompt."""
+        self._open[key] = completions, {}
+        for number, completion in enumerate(completions):
+            self._pool.submit([((key, number), ScoreRequest(prompt_ids, completion.token_ids))])
 
-    def finished(self) -> list[tuple[Hashable, Answers]]:
-        """Answers that have all been scored, with `reference_logprobs`."""
-        done: list[tuple[Hashable, Answers]] = []
-        for place, logprobs in self._pool.finished():
-            key, number = self._places.pop(place)
-            answers, found = self._open[key]
-            found[number] = logprobs
-            if len(found) == len(answers):
+    def pop_finished(self) -> list[tuple[Hashable, Completions]]:
+        """Return the completions that have all been scored, by key."""
+        finished: list[tuple[Hashable, Completions]] = []
+        for place, logprobs in self._pool.pop_finished():
+            assert isinstance(place, tuple)
+            key, number = place
+            completions, scored = self._open[key]
+            scored[number] = logprobs
+            if len(scored) == len(completions):
                 del self._open[key]
-                scored = (
-                    replace(answer, reference_logprobs=tuple(found[n].tolist()))
-                    for n, answer in enumerate(answers)
+                with_reference = (
+                    replace(completion, reference_logprobs=tuple(scored[n].tolist()))
+                    for n, completion in enumerate(completions)
                 )
-                done.append((key, tuple(scored)))
-        return done
+                finished.append((key, tuple(with_reference)))
+        return finished

@@ -1,8 +1,8 @@
-"""The generators' side: problems in, judged groups of answers out, whatever dies on the way.
+"""The generator side of the loop: what a batch contains and how it reaches the learners.
 
-What this process has heard of is safe while it lives; what it has not is asked again. Engines,
-verifiers, queue and board may be killed at any moment: they are started again, unfinished problems
-are issued anew, and what the queue lost is put there again.
+State in this process is safe while it lives; anything in flight elsewhere may be lost. Engines,
+reward workers, queue and registry can be killed at any moment: they restart, unfinished prompts are
+submitted again, and batches that the queue lost are sent again.
 """
 
 from __future__ import annotations
@@ -11,294 +11,341 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numpy as np
 import ray
 
-from pear_ray.data.batch_queue import GRACE_SECONDS, QueueState
-from pear_ray.engines.engine_factory import engine_pool
+from pear_ray.config import Job
+from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, QueueState
+from pear_ray.engines.engine_actor import WeightUpdateResult
 from pear_ray.engines.engine_pool import EnginePool
-from pear_ray.engines.generator import ScoreRequest
-from pear_ray.records import RolloutGroup, TrainingSequence
+from pear_ray.engines.generator import SampleRequest
+from pear_ray.ray_cluster import this_node_only
+from pear_ray.records import TrainingSequence
 from pear_ray.rewards.pool import RewardPool
-from pear_ray.rl.evaluation import Evaluation
-from pear_ray.rl.recording import Recorder
-from pear_ray.rl.reference import NoReference, Reference
-from pear_ray.rl.scheduler import StepBatch, batch_metrics
-from pear_ray.rl.stage import RolloutStage
-from pear_ray.weights.registry import PublishedVersions
-from pear_ray.weights.types import WeightVersion
+from pear_ray.rl.evaluation import Evaluation, EvaluationKey
+from pear_ray.rl.parity import ParityProbe
+from pear_ray.rl.reference import ReferenceScorer
+from pear_ray.rl.scheduler import RolloutScheduler, StepBatch, batch_metrics
+from pear_ray.run import RunDir
+from pear_ray.weights.adapters import AdapterCache
+from pear_ray.weights.fetch import WeightCache
+from pear_ray.weights.registry import PolicyVersions, PublishedVersions
 
 log = logging.getLogger(__name__)
 
-NUM_PROBES = 8
-# Longest time between two looks at queue and board, in seconds.
-LOOK_SECONDS = 1.0
-# Python's thresholds, of which the first is 700 unless told: new objects before a search.
+# Longest wait before the loop polls queue and registry again.
+POLL_SECONDS = 1.0
+# Allocations before a collection of each generation; Python's default is (700, 10, 10).
 GC_THRESHOLDS = (50_000, 20, 20)
 
 
 @dataclass(frozen=True)
-class RolloutBatch:
-    """Everything that generators hand over for one learner step.
+class RolloutStage:
+    """A stage that trains on rollouts, beginning with the model `start_model` (folder or hub name).
 
-    `probe` are fixed answers; `probed` holds, for each load of weights since the last step, the
-    version and the engine's log-probs of the probe under it (float32 [response tokens] each), so
-    that the learner can check that both sides hold the same weights. `evaluations` are pass@1 by
-    version. `numbers` are the sampling side's metrics.
+    `make_scheduler(job, start_model, first_step, first_problem)` decides which prompts are sampled
+    and which groups a step trains on; `make_weight_cache()` receives weights in an engine.
+    """
+
+    job: Job
+    run: RunDir
+    name: str
+    start_model: str
+    make_scheduler: Callable[[Job, str, int, int], RolloutScheduler] = RolloutScheduler
+    make_weight_cache: Callable[[], WeightCache | AdapterCache] = WeightCache
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        run: RunDir,
+        name: str,
+        make_scheduler: Callable[[Job, str, int, int], RolloutScheduler] = RolloutScheduler,
+    ) -> RolloutStage:
+        """Return the stage that starts from the export of `sft`, or else from the job's model. If
+        only adapters are trained, only adapters are published."""
+        export = run.folder / "sft" / "export"
+        start_model = str(export if export.exists() else job.model_path())
+        lora = job.learner.lora
+        make_cache = WeightCache if lora is None else partial(AdapterCache, start_model)
+        return cls(job, run, name, start_model, make_scheduler, make_cache)
+
+    @property
+    def folder(self) -> Path:
+        """Return the stage's output folder."""
+        return self.run.folder / self.name
+
+    def log_event(self, kind: str, text: str) -> None:
+        """Add a line to events.jsonl."""
+        self.run.event(self.name, kind, text)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The actors between the two sides, and whether the learners have finished."""
+
+    registry: Any
+    queue: Any
+    finished: Event
+
+    @classmethod
+    @contextmanager
+    def start(cls) -> Iterator[Link]:
+        """Start registry and queue; when the block ends, the generator side ends."""
+        # Ray restarts them if they die, and repeats the calls to them.
+        options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+        options["scheduling_strategy"] = this_node_only()
+        registry = PolicyVersions.options(**options).remote()  # type: ignore[attr-defined]
+        queue = BatchQueue.options(**options).remote()  # type: ignore[attr-defined]
+        link = cls(registry, queue, Event())
+        try:
+            yield link
+        finally:
+            link.finished.set()
+            with suppress(ray.exceptions.RayError):
+                ray.get(registry.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
+
+    @contextmanager
+    def close_queue_on_error(self) -> Iterator[None]:
+        """If the block fails, close the queue, so that waiting learners end too."""
+        try:
+            yield
+        except BaseException as error:
+            # Repeatedly, since a queue that restarts is open again.
+            while not self.finished.is_set():
+                close = self.queue.close.remote(f"the rollouts failed: {error!r}")
+                ray.get(close, timeout=GRACE_SECONDS)
+                self.finished.wait(POLL_SECONDS)
+            raise
+
+    def wait_first_version(self, timeout_seconds: float) -> PublishedVersions | None:
+        """Wait for the version that the learners start from; None if they finish before.
+
+        Raises:
+            TimeoutError: no version was published in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not self.finished.is_set():
+            call = self.registry.newest.remote(None, POLL_SECONDS)
+            published: PublishedVersions | None
+            published = ray.get(call, timeout=POLL_SECONDS + GRACE_SECONDS)
+            if published is not None:
+                return published
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    "learner.timeout_seconds: expected the learners' first weights within"
+                    f" {timeout_seconds:.0f} s, got none"
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Everything that works on completions: engines, the reference policy's engines if there is a
+    KL penalty, and reward workers."""
+
+    pool: EnginePool
+    reference: ReferenceScorer | None
+    reward_pool: RewardPool
+
+    @classmethod
+    @contextmanager
+    def start(cls, stage: RolloutStage) -> Iterator[Workers]:
+        """Start all workers and wait until the engines are ready."""
+        job = stage.job
+        start_pool = partial(EnginePool.from_job, job, stage.start_model, stage.log_event)
+        with (
+            ReferenceScorer(start_pool()) if job.rl.kl_coefficient else nullcontext() as reference,
+            start_pool(stage.make_weight_cache) as pool,
+            RewardPool(job.tasks, job.rewards) as reward_pool,
+        ):
+            pool.wait_ready()
+            if reference:
+                reference.wait_ready()
+            yield cls(pool, reference, reward_pool)
+
+    def wait(self, other_call: Any) -> None:
+        """Wait until a call of theirs or `other_call` ends, at most POLL_SECONDS."""
+        calls = [*self.pool.pending_calls, *self.reward_pool.pending_calls, other_call]
+        if self.reference:
+            calls += self.reference.pending_calls
+        ray.wait(calls, timeout=POLL_SECONDS, fetch_local=False)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Everything that the generator side sends to the learners for one step.
+
+    `weight_updates` are the engines' weight updates since the last step, each with the engine's
+    log-probs of `parity_sequences` (`pear_ray.rl.parity`). `evaluations` maps a weight version to
+    its held-out metrics. `metrics` are those of sampling.
     """
 
     batch: StepBatch
-    probe: tuple[TrainingSequence, ...]
-    probed: tuple[tuple[int, tuple[np.ndarray, ...]], ...]
+    parity_sequences: tuple[TrainingSequence, ...]
+    weight_updates: tuple[WeightUpdateResult, ...]
     evaluations: dict[int, dict[str, float]]
-    numbers: dict[str, float]
+    metrics: dict[str, float]
 
 
 class VersionWatcher:
-    """The newest weights, without waiting for them."""
+    """Polls the registry for new weight versions without waiting."""
 
-    def __init__(self, versions_actor: Any, cursor: str) -> None:
-        self._board, self._mark = versions_actor, cursor
-        self.call = versions_actor.newest.remote(cursor, LOOK_SECONDS)
+    def __init__(self, registry: Any, cursor: str) -> None:
+        self._registry = registry
+        self._cursor = cursor
+        self.pending_call = registry.newest.remote(cursor, POLL_SECONDS)
 
-    def news(self) -> PublishedVersions | None:
-        """What was announced since the last call, if anything was."""
-        if not is_ready(self.call):
+    def poll(self) -> PublishedVersions | None:
+        """Return the versions published since the last poll, if any."""
+        if not is_ready(self.pending_call):
             return None
-        announced: PublishedVersions | None = ray.get(self.call)
-        if announced is not None:
-            self._mark = announced.cursor
-        self.call = self._board.newest.remote(self._mark, LOOK_SECONDS)
-        return announced
+        published: PublishedVersions | None = ray.get(self.pending_call)
+        if published is not None:
+            self._cursor = published.cursor
+        self.pending_call = self._registry.newest.remote(self._cursor, POLL_SECONDS)
+        return published
 
 
 class BatchSender:
-    """Rollouts on their way to the learners. It keeps a reference to each step's until no learner
-    can ask for it again, and puts them there anew when the queue has died."""
+    """Sends batches to the queue and keeps them until no learner can ask for them again, so that
+    they can be sent again after the queue has died."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
-        self._kept: dict[int, Any] = {}
+        self._sent: dict[int, Any] = {}
         self._state: QueueState | None = None
-        self._asked = time.monotonic()
-        self.call = queue.state.remote()
+        self._polled_at = time.monotonic()
+        self._call = queue.state.remote()
 
-    def put(self, rollouts: RolloutBatch) -> None:
-        """Hand over one step's."""
+    def send(self, rollouts: RolloutBatch) -> None:
+        """Offer the batch of one step."""
         step = rollouts.batch.step
-        self._kept[step] = ray.put(rollouts)
-        self._queue.put.remote(step, [self._kept[step]])
+        self._sent[step] = ray.put(rollouts)
+        self._queue.put.remote(step, [self._sent[step]])
 
-    def look_after(self) -> bool:
-        """Notice what became of the queue; returns whether a learner waits."""
-        if is_ready(self.call) and time.monotonic() > self._asked + LOOK_SECONDS:
-            before, self._state = self._state, ray.get(self.call)
-            assert self._state is not None
-            for step in [step for step in self._kept if step < self._state.first_needed]:
-                del self._kept[step]
-            if before is not None and before.name != self._state.name:
-                for step, reference in self._kept.items():
+    def poll(self) -> bool:
+        """Send lost batches again, drop those no longer needed; return whether a learner waits."""
+        if is_ready(self._call) and time.monotonic() > self._polled_at + POLL_SECONDS:
+            previous, state = self._state, ray.get(self._call)
+            self._state = state
+            self._sent = {s: batch for s, batch in self._sent.items() if s >= state.first_needed}
+            # A queue that restarted has another name and is empty.
+            if previous is not None and previous.name != state.name:
+                for step, reference in self._sent.items():
                     self._queue.put.remote(step, [reference])
-            self.call, self._asked = self._queue.state.remote(), time.monotonic()
+            self._call = self._queue.state.remote()
+            self._polled_at = time.monotonic()
         return self._state is not None and self._state.is_awaited
 
     @property
     def newest_taken(self) -> int:
-        """The latest step that learners are known to have taken; -1: none."""
+        """Return the latest step that learners have taken; -1 if none."""
         taken = None if self._state is None else self._state.newest_taken
         return -1 if taken is None else taken
 
 
-class ParityProbe:
-    """Fixed answers, which every engine scores after every load of weights."""
+class EngineWeights:
+    """Moves published weights into the engines, and adds to each batch what engines measured."""
 
-    def __init__(self, pool: EnginePool, timeout_seconds: float) -> None:
-        self._pool, self._deadline_seconds = pool, timeout_seconds
-        self._sequences: tuple[TrainingSequence, ...] = ()
-        self._idle_before = 0.0
-        self._since = time.monotonic()
+    def __init__(self, stage: RolloutStage, pool: EnginePool, link: Link, first: PublishedVersions):
+        self._stage = stage
+        self._pool = pool
+        self._registry = link.registry
+        self._watcher = VersionWatcher(link.registry, first.cursor)
+        self._published: PublishedVersions | None = first
+        self._probe = ParityProbe()
+        self._idle_seconds = 0.0
+        self._last_batch_at = time.monotonic()
+        self.version = -1
+        """Newest version that engines were asked to serve."""
 
-    def serve(self, versions: tuple[WeightVersion, ...]) -> None:
-        """Have the engines serve these weights."""
-        traces = [trace_of(sequence) for sequence in self._sequences]
-        self._pool.serve(versions, traces, self._deadline_seconds)
+    @property
+    def pending_call(self) -> Any:
+        """Return the reference to wait for before `update`."""
+        return self._watcher.pending_call
 
-    def rollouts(self, batch: StepBatch, evaluations: dict[int, dict[str, float]]) -> RolloutBatch:
-        """A lesson with what was measured since the last one. One answer to each of the first
-        problems is the probe of the whole run."""
-        loads, self._pool.loaded = self._pool.loaded, []
-        now, idle = time.monotonic(), self._pool.idle_seconds
-        numbers = batch_metrics(batch) | {
-            "pause_seconds": max((load.pause_seconds for _, load in loads), default=0.0),
-            "fetch_seconds": max(
-                (load.fetch_seconds + load.prepare_seconds for _, load in loads), default=0.0
-            ),
-            "engine_idle_seconds": (idle - self._idle_before) / self._pool.num_engines,
-            "rollout_seconds": now - self._since,
-            "num_engines": self._pool.num_engines,
+    def update(self, evaluation: Evaluation) -> list[tuple[EvaluationKey, SampleRequest]]:
+        """Update engines to the newest version, or to the next one to evaluate, unless an
+        evaluation is running; return the requests of an evaluation that is due."""
+        self._published = self._watcher.poll() or self._published
+        if self._published is None or evaluation.is_running:
+            return []
+        versions = evaluation.up_to(self._published.versions)
+        timeout_seconds = self._stage.job.weights.timeout_seconds
+        self._pool.update_weights(versions, self._probe.requests, timeout_seconds)
+        if versions == self._published.versions:
+            self._published = None
+        self.version = max(self.version, versions[-1].version)
+        return evaluation.next_requests(self.version)
+
+    def recover(self, evaluation: Evaluation) -> None:
+        """Request a full version if an engine failed to update."""
+        failures, self._pool.failed_updates = self._pool.failed_updates, []
+        for name, error in failures:
+            self._stage.log_event("load_failed", f"engine {name} failed to update weights: {error}")
+            self._registry.request_full.remote()
+        if failures:
+            # Engines now wait for a full version, which may be newer than the evaluated one.
+            evaluation.abandon()
+
+    def measure(self, batch: StepBatch, evaluations: dict[int, dict[str, float]]) -> RolloutBatch:
+        """Return a batch with what was measured since the last one."""
+        updates = [update for _, update in self._pool.weight_updates]
+        self._pool.weight_updates = []
+        now, idle_seconds = time.monotonic(), self._pool.idle_seconds
+        fetches = [update.fetch_seconds + update.prepare_seconds for update in updates]
+        num_engines = self._pool.num_engines
+        metrics = batch_metrics(batch) | {
+            "pause_seconds": max((update.pause_seconds for update in updates), default=0.0),
+            "fetch_seconds": max(fetches, default=0.0),
+            "engine_idle_seconds": (idle_seconds - self._idle_seconds) / num_engines,
+            "rollout_seconds": now - self._last_batch_at,
+            "num_engines": num_engines,
         }
-        self._idle_before, self._since = idle, now
-        probed = tuple((load.version, load.probe) for _, load in loads if load.probe)
-        if not self._sequences:
-            self._sequences = tuple(map(first_answer, batch.groups[:NUM_PROBES]))
-        return RolloutBatch(batch, self._sequences, probed, evaluations, numbers)
+        self._idle_seconds = idle_seconds
+        self._last_batch_at = now
+        self._probe.choose(batch)
+        measured = tuple(update for update in updates if update.parity_logprobs)
+        rollouts = RolloutBatch(batch, self._probe.sequences, measured, evaluations, metrics)
+        self._log(rollouts)
+        return rollouts
 
-    def look_after(self, versions_actor: Any, tell: Callable[[str, str], None]) -> bool:
-        """Ask for whole weights where an engine could not load what there was; returns whether one
-        could not."""
-        failed, self._pool.failed_loads = self._pool.failed_loads, []
-        for name, error in failed:
-            tell("load_failed", f"engine {name} could not load weights: {error}")
-            versions_actor.request_full.remote()
-        return bool(failed)
-
-
-def run_rollouts(stage: RolloutStage, versions_actor: Any, queue: Any, ended: Event) -> None:
-    """Answer problem after problem until the learners have ended."""
-    job, start, tell = stage.job, stage.start, partial(stage.run.event, stage.name)
-    referee = Reference(engine_pool(job, start, tell)) if job.rl.kl_coefficient else NoReference()
-    with (
-        referee as reference,
-        engine_pool(job, start, tell, stage.replica) as pool,
-        RewardPool(job.tasks, job.rewards) as reward_pool,
-    ):
-        pool.wait_ready()
-        reference.wait_ready()
-        answer(stage, pool, reference, reward_pool, versions_actor, queue, ended)
+    def _log(self, rollouts: RolloutBatch) -> None:
+        step, metrics = rollouts.batch.step, rollouts.metrics
+        evaluated = "".join(
+            f", pass@1 of version {version} {heldout['pass_at_1']:.3f}"
+            for version, heldout in rollouts.evaluations.items()
+        )
+        log.info(
+            f"{self._stage.name}: step {step + 1} of {self._stage.job.rl.steps}: pass rate"
+            f" {metrics['pass_rate']:.3f}, {metrics['completions_mean_length']:.1f} tokens per"
+            f" completion, {metrics['rollout_seconds']:.1f} s{evaluated}",
+            extra={"step": step},
+        )
 
 
 @contextmanager
-def infrequent_gc() -> Iterator[None]:
-    """A step's answers are many small objects that live until they are handed over, in no cycle:
-    to search them as often as Python does unasked is a fifth of the loop's time."""
-    before = gc.get_threshold()
+def rare_gc() -> Iterator[None]:
+    """Run the garbage collector rarely: rollouts are many objects without cycles, and Python's
+    default thresholds cost 20 % of the rollout loop."""
+    thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 
-@infrequent_gc()
-def answer(
-    stage: RolloutStage,
-    pool: EnginePool,
-    reference: Reference | NoReference,
-    reward_pool: RewardPool,
-    versions_actor: Any,
-    queue: Any,
-    ended: Event,
-) -> None:
-    """Engines, verifiers and learners brought together. Nothing here waits but for whatever comes
-    next; how far it may run ahead of the learners, `Course` says."""
-    job, start = stage.job, stage.start
-    news: PublishedVersions | None = first_announced(
-        versions_actor, job.learner.timeout_seconds, ended
-    )
-    if news is None:
-        return
-    scheduler = stage.scheduler(job, start, news.versions[-1].version, news.next_problem)
-    evaluation, recorder = Evaluation(job, start), Recorder(job, stage.folder, start)
-    watch, handover = VersionWatcher(versions_actor, news.cursor), BatchSender(queue)
-    probe = ParityProbe(pool, job.weights.timeout_seconds)
-    version = -1
-    while not ended.is_set():
-        # First, for what is due may depend on verdicts.
-        for key, grades in reward_pool.finished(0.0):
-            (evaluation if evaluation.has(key) else scheduler).add_rewards(key, grades)
-        while (batch := scheduler.pop_batch()) is not None:
-            rollouts = probe.rollouts(batch, evaluation.finished())
-            recorder.keep(batch)
-            handover.put(rollouts)
-            log.info(in_words(stage, rollouts), extra={"step": batch.step})
-        news = watch.news() or news
-        if news is not None and not evaluation.is_running:
-            versions = evaluation.up_to(news.versions)
-            probe.serve(versions)
-            news = None if versions == news.versions else news
-            version = max(version, versions[-1].version)
-            pool.submit(evaluation.next_requests(version))
-        if not evaluation.is_running:
-            pool.submit(scheduler.next_requests(version))
-        for key, pairs in scheduler.take_prefilled():
-            reward_pool.submit(key, pairs)
-        for key, answers in pool.finished():
-            if evaluation.has(key):
-                reward_pool.submit(key, evaluation.add_completions(key, answers))
-            else:
-                reference.submit(key, scheduler.prompt_ids(key), answers)
-        for key, answers in reference.finished():
-            reward_pool.submit(key, scheduler.add_completions(key, answers))
-        if probe.look_after(versions_actor, partial(stage.run.event, stage.name)):
-            # Engines wait for weights that can be loaded, of another version perhaps.
-            evaluation.abandon()
-        pool.autoscale(handover.look_after())
-        calls = [*pool.calls, *reference.calls, *reward_pool.calls, watch.call]
-        ray.wait(calls, timeout=LOOK_SECONDS, fetch_local=False)
-
-
-def first_announced(
-    versions_actor: Any, timeout_seconds: float, ended: Event
-) -> PublishedVersions | None:
-    """What the learners start from; None where they end before they say so.
-
-    Raises:
-        TimeoutError: they say nothing in time.
-    """
-    end = time.monotonic() + timeout_seconds
-    while not ended.is_set():
-        call = versions_actor.newest.remote(None, LOOK_SECONDS)
-        if (announced := ray.get(call, timeout=LOOK_SECONDS + GRACE_SECONDS)) is not None:
-            return announced
-        if time.monotonic() > end:
-            raise TimeoutError(
-                f"waited {timeout_seconds:.0f} s (learner.timeout_seconds) for the learners'"
-                " first weights"
-            )
-    return None
-
-
-def first_answer(group: RolloutGroup) -> TrainingSequence:
-    """The first answer of a group as a sequence to be scored, all of it, whoever began it."""
-    answer = group.completions[0]
-    return TrainingSequence.of(
-        group.prompt_ids,
-        answer.trace_ids + answer.token_ids,
-        answer.trace_logprobs + answer.logprobs,
-        1.0,
-        group.problem_id,
-    )
-
-
-def trace_of(sequence: TrainingSequence) -> ScoreRequest:
-    """The same, for an engine."""
-    ids, trainable = sequence.token_ids, sequence.trainable
-    return ScoreRequest(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
-
-
-def in_words(stage: RolloutStage, rollouts: RolloutBatch) -> str:
-    """One step's rollouts on a line that fits a terminal."""
-    numbers = rollouts.numbers
-    evaluated = "".join(
-        f", pass@1 of version {version} {found['pass_at_1']:.3f}"
-        for version, found in rollouts.evaluations.items()
-    )
-    return (
-        f"{stage.name}: step {rollouts.batch.step + 1} of {stage.job.rl.steps}: pass rate"
-        f" {numbers['pass_rate']:.3f}, {numbers['completions_mean_length']:.1f} tokens an answer,"
-        f" {numbers['rollout_seconds']:.1f} s{evaluated}"
-    )
-
-
 def is_ready(call: Any) -> bool:
-    """Whether a call has ended, well or not."""
+    """Return whether a call has ended, successfully or not."""
     ready, _ = ray.wait([call], timeout=0, fetch_local=False)
     return bool(ready)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.data.tokenizer import digests, load_tokenizer, prompt_ids
+from pear_ray.data.tokenizer import encode_prompt, load_tokenizer, tokenizer_digests
 from pear_ray.records import SCORED_SCHEMA
 from tests.rl.parity import Parity
 
@@ -17,7 +17,7 @@ from tests.rl.parity import Parity
 def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
     """Right answers to two of three problems, or to the first `most` of these."""
     tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(0)
-    tokenizer_digest, template_digest = digests(tokenizer)
+    tokenizer_digest, template_digest = tokenizer_digests(tokenizer)
     rows = []
     for number, problem in enumerate(islice(Parity().problems("train", 0), 9000)):
         if number % 3 == 0:
@@ -27,7 +27,7 @@ def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
         rows.append(
             {
                 "example_id": f"author-{problem.problem_id}",
-                "prompt_ids": prompt_ids(tokenizer, problem.messages),
+                "prompt_ids": encode_prompt(tokenizer, problem.messages),
                 "response_ids": response,
                 "behavior_logprobs": (-3 * draw.random(len(response))).tolist(),
                 "behavior_model": "author",

@@ -14,7 +14,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from pear_ray.__main__ import command
+from pear_ray.__main__ import run_command
 
 SECONDS = 300.0
 
@@ -53,4 +53,4 @@ def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
     driver.kill()
     driver.wait()
     assert len(rows(job)) < num_steps
-    assert command([stage, str(job)]) == 0
+    assert run_command([stage, str(job)]) == 0

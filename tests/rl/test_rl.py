@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pear_ray.__main__ import command
+from pear_ray.__main__ import run_command
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
 STEPS = 8
@@ -78,7 +78,7 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def plain(write_job: Any, ray_session: None) -> Path:
     """A run in one go, on-policy, evaluated on the way and recorded."""
     job = write_job(rl="record = true\neval_every = 3")
-    assert command(["rl", str(job)]) == 0
+    assert run_command(["rl", str(job)]) == 0
     return job
 
 
@@ -94,7 +94,7 @@ def stopped(write_job: Any, plain: Path) -> Path:
 def replayed(write_job: Any, plain: Path) -> Path:
     """Learners alone, on what the first run recorded."""
     job = write_job(rl=f'replay = "{plain.parent}/run/rl/rollouts"')
-    assert command(["rl", str(job)]) == 0
+    assert run_command(["rl", str(job)]) == 0
     return job
 
 
@@ -111,7 +111,7 @@ def adapters(write_job: Any, ray_session: None) -> Path:
     lora = "lora = {rank = 4, targets = ['q_proj', 'down_proj']}"
     # Engines that run ahead may pass over every other version: long enough to hear of some.
     job = write_job(rl=ahead, learner=lora, steps=STEPS + 4)
-    assert command(["rl", str(job)]) == 0
+    assert run_command(["rl", str(job)]) == 0
     return job
 
 

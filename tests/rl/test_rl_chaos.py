@@ -39,10 +39,10 @@ RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 IS_ALL = os.environ.get("PEAR_RAY_RL_KILLS") == "all"
 STAGE = os.environ.get("PEAR_RAY_RL_STAGE", "rl")
 KILLS = {
-    "Board": 6,
+    "PolicyVersions": 6,
     "BatchQueue": 6,
     "RewardWorker": 5,
-    "Server": 4 if IS_ALL else 1,
+    "EngineActor": 4 if IS_ALL else 1,
     "RayTrainWorker": 3 if IS_ALL else 1,
 }
 
@@ -230,4 +230,4 @@ def test_generators_and_learners_held_the_same_weights(chaos: Chaos) -> None:
 def test_the_story_is_told(chaos: Chaos) -> None:
     lines = (chaos.folder / "events.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
-    assert kinds.count("died") >= KILLS["Server"] and "resumed" in kinds
+    assert kinds.count("died") >= KILLS["EngineActor"] and "resumed" in kinds
