@@ -1,7 +1,7 @@
-"""Answers of one checkpoint to all problems, sampled, judged and stored while others are sampled.
+"""Attempts of one checkpoint at all problems: sampled, graded and stored at the same time.
 
-An attempt is done when it is stored; whoever takes up the work again asks for the others alone.
-What is asked does not depend on what was stored before, so neither do the answers.
+Stored attempts are not repeated. Seeds and prompts of the others do not depend on them, so an
+interrupted evaluation ends with the same answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +24,24 @@ from pear_ray.rewards.pool import RewardPool
 from pear_ray.run import atomic_write
 from pear_ray.seeds import seed_of
 
-# Answers asked for together: few enough for engines to share the work evenly.
+# Small enough for engines to share the work evenly.
 SAMPLES_PER_REQUEST = 8
-# What a crash may cost, in seconds of sampling.
+# At most this many seconds of sampling are lost in a crash.
 SECONDS_BETWEEN_WRITES = 10.0
-# Longest wait for the next verdict; verifiers see to it that each comes.
-LOOK_SECONDS = 10.0
-
-Key = tuple[int, int]
-"""Number of the problem, first of the samples."""
+WAIT_SECONDS = 10.0
 
 
-class Store:
-    """The attempts of one checkpoint, in files each of which is there whole or not at all."""
+@dataclass(frozen=True)
+class AttemptRequest:
+    """Some of a checkpoint's answers to one problem, numbered from `first_sample`."""
+
+    problem: Problem
+    first_sample: int
+    sample: SampleRequest
+
+
+class AttemptStore:
+    """Attempts of one checkpoint in a folder of Parquet files, each written atomically."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,109 +50,109 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, attempts: Sequence[Attempt]) -> None:
-        """Keep them, written at the latest with those of the next few seconds."""
+        """Add attempts; they are written within the next `SECONDS_BETWEEN_WRITES` of adding."""
         self._rows += attempts
         if time.monotonic() > self._written + SECONDS_BETWEEN_WRITES:
             self.write()
 
     def write(self) -> None:
-        """Write what is not yet written."""
+        """Write the attempts added since the last write."""
         if self._rows:
             table = pa.Table.from_pylist([asdict(row) for row in self._rows], ATTEMPT_SCHEMA)
             with atomic_write(self._folder / f"{uuid.uuid4().hex}.parquet") as partial:
                 pq.write_table(table, partial)
-        self._rows, self._written = [], time.monotonic()
+        self._rows = []
+        self._written = time.monotonic()
 
-    def done(self) -> set[tuple[str, int]]:
-        """Problem and sample of every stored attempt."""
+    def stored(self) -> set[tuple[str, int]]:
+        """Return problem id and sample of every stored attempt."""
         columns = ["problem_id", "sample"]
         tables = [pq.read_table(file, columns=columns) for file in self._files()]
         return {(row["problem_id"], row["sample"]) for t in tables for row in t.to_pylist()}
 
     def table(self, problems: Sequence[Problem]) -> pa.Table:
-        """All of them, problem by problem."""
-        place = {problem.problem_id: number for number, problem in enumerate(problems)}
-        found = pa.concat_tables(pq.read_table(file) for file in self._files())
-        numbers = [place[name] for name in found.column("problem_id").to_pylist()]
-        order = np.lexsort([found.column("sample").to_numpy(), numbers])
-        return found.take(pa.array(order)).cast(ATTEMPT_SCHEMA)
+        """Return all attempts in the order of `problems` and samples."""
+        order = {problem.problem_id: number for number, problem in enumerate(problems)}
+        table = pa.concat_tables(pq.read_table(file) for file in self._files())
+        numbers = [order[problem_id] for problem_id in table.column("problem_id").to_pylist()]
+        rows = np.lexsort([table.column("sample").to_numpy(), numbers])
+        return table.take(pa.array(rows)).cast(ATTEMPT_SCHEMA)
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.parquet"))
 
 
-def requests(
+def attempt_requests(
     job: Job,
     prompts: Sequence[tuple[int, ...]],
     problems: Sequence[Problem],
-    done: set[tuple[str, int]],
-) -> Iterator[tuple[Key, SampleRequest]]:
-    """What is to be asked of a checkpoint whose stored attempts are `done`. `prompts` are the
-    problems' token ids."""
+    stored: set[tuple[str, int]],
+) -> Iterator[AttemptRequest]:
+    """Yield requests for all attempts that are not `stored`. `prompts` are token ids."""
     settings = job.evaluation
-    for number, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+    for problem, prompt in zip(problems, prompts, strict=True):
         for first in range(0, settings.samples_per_problem, SAMPLES_PER_REQUEST):
-            if (problem.problem_id, first) in done:
+            if (problem.problem_id, first) in stored:
                 continue
             num_samples = min(SAMPLES_PER_REQUEST, settings.samples_per_problem - first)
             seed = seed_of(job.run.seed, "evaluate", problem.problem_id, first)
-            yield (number, first), SampleRequest(prompt, num_samples, seed, settings.temperature)
+            sample = SampleRequest(prompt, num_samples, seed, settings.temperature)
+            yield AttemptRequest(problem, first, sample)
 
 
-def attempt(
+def sample_attempts(
     label: str,
-    work: Sequence[tuple[Key, SampleRequest]],
-    problems: Sequence[Problem],
+    requests: Sequence[AttemptRequest],
     pool: EnginePool,
     reward_pool: RewardPool,
-    store: Store,
+    store: AttemptStore,
 ) -> None:
-    """Have all of it answered, judged and stored as attempts of the checkpoint `label`.
+    """Sample and grade the attempts of checkpoint `label`, and add them to the store.
 
     Raises:
-        TimeoutError: as `Fleet.stream`.
+        TimeoutError: no engine answered for `generator.timeout_seconds`.
     """
-    answers: dict[Hashable, tuple[Completion, ...]] = {}
+    ungraded: dict[Hashable, tuple[AttemptRequest, Sequence[Completion]]] = {}
 
-    def keep(timeout_seconds: float) -> None:
-        for place, grades in reward_pool.pop_finished(timeout_seconds):
-            number, first = keys[place]
-            store.add(rows_of(label, problems[number], first, answers.pop(place), grades))
+    def store_graded(timeout_seconds: float) -> None:
+        for key, grades in reward_pool.pop_finished(timeout_seconds):
+            store.add(attempts_of(label, *ungraded.pop(key), grades))
 
-    keys: dict[Hashable, Key] = {place: key for place, (key, _) in enumerate(work)}
-    for place, answered in pool.stream([request for _, request in work]):
-        answers[place], (number, _) = answered, keys[place]
-        reward_pool.submit(place, [(problems[number], answer.text) for answer in answered])
-        keep(0.0)
-    while answers:
-        keep(LOOK_SECONDS)
+    for number, completions in pool.stream([request.sample for request in requests]):
+        request = requests[number]
+        ungraded[number] = request, completions
+        reward_pool.submit(number, [(request.problem, answer.text) for answer in completions])
+        store_graded(0.0)
+    while ungraded:
+        store_graded(WAIT_SECONDS)
     store.write()
 
 
-def rows_of(
+def attempts_of(
     label: str,
-    problem: Problem,
-    first: int,
-    answers: Sequence[Completion],
+    request: AttemptRequest,
+    completions: Sequence[Completion],
     grades: Sequence[Grade],
 ) -> list[Attempt]:
-    """One row for each answer, numbered from `first`."""
+    """Return one attempt per completion; only the first of a problem has its token ids."""
     return [
         Attempt(
             checkpoint=label,
-            problem_id=problem.problem_id,
-            task=problem.task,
+            problem_id=request.problem.problem_id,
+            task=request.problem.task,
             sample=sample,
-            text=answer.text,
+            text=completion.text,
             correct=grade.correct,
             reward=grade.reward,
-            num_tokens=len(answer.token_ids),
-            finish_reason=answer.finish_reason,
-            mean_logprob=float(np.mean(answer.logprobs)),
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            mean_logprob=float(np.mean(completion.logprobs)),
             note=grade.note,
             parts=grade.parts,
-            response_ids=None if sample else tuple(answer.token_ids),
-            logprobs=None if sample else tuple(answer.logprobs),
+            response_ids=None if sample else tuple(completion.token_ids),
+            logprobs=None if sample else tuple(completion.logprobs),
         )
-        for sample, (answer, grade) in enumerate(zip(answers, grades, strict=True), first)
+        for sample, (completion, grade) in enumerate(
+            zip(completions, grades, strict=True), request.first_sample
+        )
     ]

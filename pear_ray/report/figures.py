@@ -1,4 +1,4 @@
-"""Figures as SVG which takes its ink from the page: readable by day, by night and in print."""
+"""Figures as inline SVG in the colors of the page: readable by day, by night and in print."""
 
 from __future__ import annotations
 
@@ -12,31 +12,22 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pear_ray.report.format import number
-from pear_ray.report.load import as_floats
-from pear_ray.report.section import Panel
+from pear_ray.report.load import Rows, column
 
 MAX_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 20
-MAX_NAME = 40
-MAX_LINES_INSIDE = 4
-"""With more, the legend would hide them and stands below."""
+MAX_LABEL = 40
+# A larger legend would hide the lines and goes below the axes.
+MAX_LINES_WITH_INNER_LEGEND = 4
+# Replaced by the text color of the page.
 INK = "#102030"
-"""Stands for the text color of the page until the SVG is written."""
+# Okabe and Ito, distinct for color-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Colors that color-blind people can tell apart (Okabe and Ito)."""
 DASHES = ("-", "--", "-.", ":")
-INKED = (
-    "text.color",
-    "axes.labelcolor",
-    "axes.edgecolor",
-    "xtick.color",
-    "ytick.color",
-    "grid.color",
-)
-DRAWING = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -46,13 +37,15 @@ DRAWING = {
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    **dict.fromkeys(INKED, INK),
+    "lines.markersize": 3,
+    **{f"{part}.color": INK for part in ("text", "grid", "xtick", "ytick")},
+    **{f"axes.{part}color": INK for part in ("label", "edge")},
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points of a figure, with the ends of their intervals where there are any."""
+    """Points of a line, with the ends of their intervals if they have any."""
 
     x: np.ndarray
     y: np.ndarray
@@ -60,23 +53,20 @@ class Line:
     high: np.ndarray | None = None
 
 
-def by_step(rows: Sequence[Mapping[str, Any]], key: str, pick: Callable = np.mean) -> Line:
-    """One number of a stage over its steps; many steps are gathered, `pick` says how."""
-    return gathered(
-        as_floats(row["step"] for row in rows), as_floats(row.get(key) for row in rows), pick
-    )
+def by_step(rows: Rows, key: str, reduce: Callable = np.mean) -> Line:
+    """Return a metric over the steps, downsampled with `reduce`."""
+    return downsample(column(rows, "step"), column(rows, key), reduce)
 
 
-def gathered(x: np.ndarray, y: np.ndarray, pick: Callable = np.mean) -> Line:
-    """The known points, or as many groups of neighbors as a figure can show."""
-    known = np.isfinite(y)
-    x, y = x[known], y[known]
+def downsample(x: np.ndarray, y: np.ndarray, reduce: Callable = np.mean) -> Line:
+    """Return the finite points, or one per group of neighbors if there are too many to show."""
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
     if len(y) <= MAX_POINTS:
         return Line(x, y)
-    groups = [np.array_split(values, MAX_POINTS) for values in (x, y)]
-    return Line(
-        np.array([group.mean() for group in groups[0]]), np.array([pick(g) for g in groups[1]])
-    )
+    groups = zip(np.array_split(x, MAX_POINTS), np.array_split(y, MAX_POINTS), strict=True)
+    points = np.array([(part.mean(), reduce(values)) for part, values in groups])
+    return Line(points[:, 0], points[:, 1])
 
 
 def draw(
@@ -84,77 +74,73 @@ def draw(
     unit: str,
     lines: Mapping[str, Line],
     *,
-    across: str = "step",
+    x_label: str = "step",
     log: bool = False,
     level: tuple[float, str] | None = None,
-    ticks: tuple[str, ...] = (),
-    joined: bool = True,
-) -> Panel | None:
-    """A figure of all lines that have points; None if none has. `ticks` name the places 0, 1, ...
-    of lines whose points are few and have intervals. Points that are not `joined` stand alone."""
+    ticks: Sequence[str] = (),
+) -> Markup:
+    """Return a figure of the lines that have finite points; nothing if there are none.
+
+    `level` is a horizontal line and its label. `ticks` label x = 0, 1, ...; such lines have error
+    bars, others a band between `low` and `high`.
+    """
     lines = {name: line for name, line in lines.items() if np.isfinite(line.y).any()}
     if not lines:
-        return None
-    # The salt makes ids that are the same every time and differ between the figures of a page.
-    with matplotlib.rc_context({**DRAWING, "svg.hashsalt": title}):
+        return Markup()
+    # The salt fixes ids from run to run, and keeps those of figures on one page apart.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
         if log:
             axes.set_yscale("log", nonpositive="mask")
         for place, (name, line) in enumerate(lines.items()):
-            dash = DASHES[place % 4] if joined else "none"
-            style = {"color": PALETTE[place % 6], "linestyle": dash}
-            style["label"] = name if len(name) < MAX_NAME else name[:MAX_NAME] + "..."
-            trace(axes, line, style, bool(ticks), log)
+            style = {
+                "color": PALETTE[place % len(PALETTE)],
+                "linestyle": DASHES[place % len(DASHES)],
+                "label": name if len(name) < MAX_LABEL else f"{name[:MAX_LABEL]}...",
+            }
+            plot(axes, line, style, error_bars=bool(ticks), smooth=not log)
         if level:
             axes.axhline(level[0], color=INK, linewidth=1, linestyle=":", label=level[1])
         if log:
-            label_powers(axes)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
             axes.set_xlim(-0.3, len(ticks) - 0.7)
-        axes.set_xlabel(across)
+        axes.set_xlabel(x_label)
         axes.set_ylabel(unit)
-        if len(lines) > MAX_LINES_INSIDE:
-            columns = 2 if max(map(len, lines)) < 24 else 1
-            figure.legend(loc="outside lower center", ncols=columns)
+        if len(lines) > MAX_LINES_WITH_INNER_LEGEND:
+            figure.legend(loc="outside lower center", ncols=2 if max(map(len, lines)) < 24 else 1)
         elif len(lines) > 1 or level:
             axes.legend()
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Panel(title, inline(file.getvalue(), describe(title, unit, across, lines, level)))
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    svg = inline(file.getvalue(), describe(title, unit, x_label, lines, level))
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)
 
 
-def label_powers(axes: Any) -> None:
-    """Plain numbers on a logarithmic axis, three in a decade where there are few decades."""
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: f"{x:g}" if x >= 1e-3 else f"{x:.0e}")
-    )
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def trace(axes: Any, line: Line, style: dict[str, Any], apart: bool, log: bool) -> None:
-    """One line: with error bars where points are few, else with a band or its running mean."""
-    if apart and line.low is not None and line.high is not None:
-        reach = [line.y - line.low, line.high - line.y]
-        axes.errorbar(line.x, line.y, yerr=reach, marker="o", capsize=3, **style)
-        return
+def plot(axes: Any, line: Line, style: dict[str, Any], *, error_bars: bool, smooth: bool) -> None:
+    """Plot a line: with error bars, with a band, or thin below its running mean."""
     if line.low is not None and line.high is not None:
+        if error_bars:
+            reach = [line.y - line.low, line.high - line.y]
+            axes.errorbar(line.x, line.y, yerr=reach, marker="o", capsize=3, **style)
+            return
         axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.2, linewidth=0)
-    elif len(line.y) >= MIN_POINTS_TO_SMOOTH and not log and style["linestyle"] != "none":
+    elif len(line.y) >= MIN_POINTS_TO_SMOOTH and smooth:
         axes.plot(line.x, line.y, color=style["color"], alpha=0.35, linewidth=0.8)
         line = Line(line.x, running_mean(line.y, len(line.y) // 8))
-    is_marked = len(line.y) < MIN_POINTS_TO_SMOOTH or style["linestyle"] == "none"
-    marker = "o" if is_marked else None
-    axes.plot(line.x, line.y, marker=marker, markersize=3, **style)
+    marker = "o" if len(line.y) < MIN_POINTS_TO_SMOOTH else None
+    axes.plot(line.x, line.y, marker=marker, **style)
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over `width` neighbors, fewer at the ends."""
+    """Return the mean over `width` neighbors, fewer at the ends."""
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
@@ -162,30 +148,25 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 def describe(
     title: str,
     unit: str,
-    across: str,
+    x_label: str,
     lines: Mapping[str, Line],
     level: tuple[float, str] | None,
 ) -> str:
-    """The figure in words, for those who do not see it."""
-    told = []
+    """Return the alternative text: the first and the last value of every line."""
+    texts = []
     for name, line in lines.items():
-        known = np.isfinite(line.y)
-        first, last, x = line.y[known][0], line.y[known][-1], line.x[known][0]
-        alone = f"{number(first)} at {x:g}" if across else number(first)
-        along = f"from {number(first)} to {number(last)}"
-        told.append(f"{name} {along if known.sum() > 1 else alone}")
-    told += [f"{level[1]} at {number(level[0])}"] if level else []
-    over = f" by {across}" if across else ""
-    return f"{title}, {unit}{over}: {'; '.join(told)}."
+        y = line.y[np.isfinite(line.y)]
+        reach = f"from {number(y[0])} to {number(y[-1])}" if len(y) > 1 else f"at {number(y[0])}"
+        texts.append(f"{name} {reach}")
+    if level:
+        texts.append(f"{level[1]} at {number(level[0])}")
+    return f"{title}, {unit}{f' by {x_label}' if x_label else ''}: {'; '.join(texts)}."
 
 
 def inline(document: str, description: str) -> Markup:
-    """An SVG file as an element of the page, which chooses its ink, its blue and its size."""
+    """Return an SVG file as an element that takes its colors and its size from the page."""
     svg = document[document.index("<svg") :].replace(INK, "currentColor")
     svg = svg.replace(PALETTE[0].lower(), "var(--blue)")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # matplotlib names groups "axes_1" in every figure; an id may occur once on a page.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg)
-    label = f'<svg role="img" aria-label="{escape(description)}"'
-    return Markup(svg.replace("<svg", label, 1))
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))

@@ -1,19 +1,21 @@
-"""What a run folder holds, read into memory. Files that are not there count as empty."""
+"""The files of a run directory, read into memory. Missing files count as empty."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_ray.config import TRAINING_STAGES, Cooperate, last_stage_with, start_of
+from pear_ray.config import TRAINING_STAGES, Cooperate, Job, start_of
 from pear_ray.errors import ConfigError
+from pear_ray.metrics import read_metrics
 from pear_ray.run import flatten
 
 Rows = list[dict[str, Any]]
@@ -21,55 +23,50 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ArmData:
-    """One run folder: the run's own, or that of an arm.
+    """One directory with a manifest: the run's own, or that of an arm.
 
-    `prefix` begins the labels of its checkpoints, `last_stage` is the one that it ends with,
-    `settings` says what the arm sets differently, `rows` are the lines of metrics.jsonl by stage.
+    `prefix` begins the labels of its checkpoints; `rows` are the lines of metrics.jsonl by stage.
 
-        Home("pear", "pear/", "rl", "sft.level = token", manifest={...}, rows={"sft": [...]},
-             events=[])
+        ArmData("pear", prefix="pear/", last_stage="rl", manifest={"stages": {...}},
+                rows={"sft": [{"step": 0, "nll": 2.1, ...}, ...]}, events=[])
     """
 
     name: str
     prefix: str
     last_stage: str
-    settings: str
     manifest: dict[str, Any]
     rows: dict[str, Rows]
     events: Rows
 
     def of(self, stage: str) -> Rows:
-        """The lines of a stage, in order."""
+        """Return the metrics of a stage, step by step."""
         return self.rows.get(stage, [])
-
-    def values(self, stage: str, key: str) -> np.ndarray:
-        """One number per step, NaN where there is none."""
-        return as_floats(row.get(key) for row in self.of(stage))
 
     @property
     def last(self) -> Rows:
-        """The lines of the stage that it ends with."""
+        """Metrics of the last stage, `rl` or `cooperate`."""
         return self.of(self.last_stage)
 
     @property
-    def after_rl(self) -> str:
-        """Label of the checkpoint that it ends with."""
-        return f"{self.prefix}{self.last_stage}"
+    def weighted(self) -> Rows:
+        """Metrics of the SFT steps that had importance weights."""
+        return [row for row in self.of("sft") if "weight_quantiles" in row]
 
     @property
-    def weighted(self) -> Rows:
-        """The SFT steps that had importance weights."""
-        return [row for row in self.of("sft") if "weight_quantiles" in row]
+    def after_rl(self) -> str:
+        """Label of the final checkpoint."""
+        return self.prefix + self.last_stage
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything that was read: the run's own folder, its arms, the job, evaluation, ranking,
-    moves of parameters, study, and every checkpoint's first answer to each problem."""
+    """All directories, the run's own first, and the documents of the stages after training.
 
-    own: ArmData
-    arms: tuple[ArmData, ...]
-    job: dict[str, Any]
+    `answers` holds the first answer of each checkpoint to each problem.
+    """
+
+    job: Job
+    folders: list[ArmData]
     scorecard: dict[str, Any]
     ranking: dict[str, Any]
     moves: dict[str, Any]
@@ -77,135 +74,128 @@ class RunData:
     answers: Rows
 
     @property
-    def homes(self) -> list[ArmData]:
-        """Every folder, the run's own first."""
-        return [self.own, *(arm for arm in self.arms if arm is not self.own)]
+    def arms(self) -> list[ArmData]:
+        """The directories that were trained or evaluated."""
+        return [
+            arm
+            for arm in self.folders
+            if any(arm.of(s) or arm.prefix + s in self.cards for s in TRAINING_STAGES)
+        ]
 
     @property
     def cards(self) -> dict[str, Any]:
-        """Evaluated checkpoints by label."""
+        """Scorecards of the evaluated checkpoints by label."""
         return self.scorecard.get("checkpoints", {})
 
     @property
     def ks(self) -> list[int]:
-        """Every k of the pass@k that were computed."""
+        """Every k of the evaluated pass@k."""
         return sorted({int(k) for card in self.cards.values() for k in card["pass_at_k"]})
 
-    def before_rl(self, home: ArmData) -> str:
-        """Label of the checkpoint that the last stage began with."""
-        trained = [f"{home.prefix}sft"] if home.of("sft") else []
-        return start_of(home.after_rl, [*self.cards, *trained]) or "base"
+    def before_rl(self, arm: ArmData) -> str:
+        """Return the label of the checkpoint that the arm's last stage started from."""
+        trained = [f"{arm.prefix}sft"] if arm.of("sft") else []
+        return start_of(arm.after_rl, [*self.cards, *trained]) or "base"
 
     def score(self, label: str, k: int) -> dict[str, float] | None:
-        """pass@k of a checkpoint with its interval."""
+        """Return pass@k of a checkpoint with its interval."""
         return self.cards.get(label, {}).get("pass_at_k", {}).get(str(k))
 
     def difference(self, a: str, b: str, k: int) -> dict[str, float] | None:
-        """pass@k of checkpoint a minus that of b, paired over problems, with its interval."""
-        for found in self.scorecard.get("differences", []):
-            value, low, high = found["value"], found["low"], found["high"]
-            if (found["a"], found["b"], found["k"]) == (a, b, k):
-                return {"value": value, "low": low, "high": high}
-            if (found["a"], found["b"], found["k"]) == (b, a, k):
-                return {"value": -value, "low": -high, "high": -low}
+        """Return pass@k of checkpoint `a` minus that of `b`, paired over problems."""
+        for row in self.scorecard.get("differences", []):
+            if (row["a"], row["b"], row["k"]) == (a, b, k):
+                return {key: row[key] for key in ("value", "low", "high")}
+            if (row["a"], row["b"], row["k"]) == (b, a, k):
+                return {"value": -row["value"], "low": -row["high"], "high": -row["low"]}
         return None
 
 
-def as_floats(values: Iterable[Any]) -> np.ndarray:
-    """Numbers as float64, NaN for what is none."""
-    return np.array([np.nan if value is None else float(value) for value in values], np.float64)
+def column(rows: Iterable[dict[str, Any]], key: str) -> np.ndarray:
+    """Return one float64 per row, NaN if missing."""
+    return np.array([row.get(key) for row in rows], np.float64)
 
 
-def read(folder: Path) -> RunData:
-    """Everything in the run folder that a report can show.
+def mean(values: np.ndarray) -> float:
+    """Return the mean of the finite values, NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def means(rows: Rows, keys: Iterable[str]) -> dict[str, float]:
+    """Return the mean of each metric over the steps that have it, NaN if none has."""
+    return {key: mean(column(rows, key)) for key in keys}
+
+
+def load_run(job: Job, folder: Path) -> RunData:
+    """Read everything in a run directory that a report can show.
 
     Raises:
-        ConfigError: there is nothing to show, or a file is not what its stage writes.
+        ConfigError: there is nothing to show, or a file cannot be parsed.
     """
-    job = read_json(folder / "config.json")
-    alone = {"cooperate": job.get("cooperate") and {}}
-    homes = [read_home(folder, folder.name, "", job, in_words(alone, job))]
-    for arm in job.get("arms", []):
-        told = in_words(arm, job)
-        name = arm["name"]
-        homes.append(read_home(folder / "arms" / name, name, f"{name}/", arm, told))
-        for seed in job.get("study", {}).get("seeds", []):
-            cell, own = f"{name}@{seed}", folder / "seeds" / str(seed) / name
-            homes.append(read_home(own, cell, f"{cell}/", arm, told))
-    scorecard = read_json(folder / "evaluate" / "scorecard.json")
-    labels = scorecard.get("checkpoints", {})
-    arms = tuple(
-        home
-        for home in homes
-        if any(home.of(stage) or home.prefix + stage in labels for stage in TRAINING_STAGES)
-    )
-    own = homes[0]
-    if not arms and not labels and not own.of("score"):
-        raise ConfigError(
-            f"{folder}: holds nothing to report; expected rows of score, sft, rl or cooperate in"
-            " metrics.jsonl, there or in the folder of an arm, or evaluate/scorecard.json"
+    attempts, folders = folder / "evaluate" / "attempts.parquet", []
+    for name, home in job.homes(folder).items():
+        rows: dict[str, Rows] = {}
+        for row in read_metrics(home):
+            rows.setdefault(row["stage"], []).append(row)
+        folders.append(
+            ArmData(
+                name=name or folder.name,
+                prefix=f"{name}/" if name else "",
+                last_stage=job.last_stage_of(name),
+                manifest=read_json(home / "manifest.json"),
+                rows=rows,
+                events=read_events(home / "events.jsonl"),
+            )
         )
-    ranking, moves = (read_json(folder / "rank" / f"{name}.json") for name in ("ranking", "moves"))
-    study = read_json(folder / "study" / "study.json")
-    answers = read_first_answers(folder / "evaluate" / "attempts.parquet")
-    return RunData(own, arms, job, scorecard, ranking, moves, study, answers)
+    data = RunData(
+        job=job,
+        folders=folders,
+        scorecard=read_json(folder / "evaluate" / "scorecard.json"),
+        ranking=read_json(folder / "rank" / "ranking.json"),
+        moves=read_json(folder / "rank" / "moves.json"),
+        study=read_json(folder / "study" / "study.json"),
+        answers=pq.read_table(
+            attempts,
+            columns=["checkpoint", "problem_id", "text", "correct"],
+            filters=[("sample", "==", 0)],
+        ).to_pylist()
+        if attempts.exists()
+        else [],
+    )
+    if not (data.arms or data.cards or folders[0].of("score")):
+        raise ConfigError(
+            f"{folder}: expected rows of score, sft, rl or cooperate in metrics.jsonl, there or in"
+            " the folder of an arm, or evaluate/scorecard.json, got nothing to report"
+        )
+    return data
 
 
-def in_words(arm: dict[str, Any], job: dict[str, Any]) -> str:
-    """What an arm sets differently, and how it cooperates, if it does."""
-    settings = {stage: arm[stage] for stage in TRAINING_STAGES if arm.get(stage)}
-    if arm.get("cooperate") is not None:
-        shared = job.get("cooperate") or {"method": Cooperate().method}
-        settings["cooperate"] = {"method": shared["method"], **arm["cooperate"]}
-    words = ["no SFT"] if arm.get("sft") is False else []
-    words += [f"{key} = {value}" for key, value in flatten(settings) if key]
-    return ", ".join(words)
-
-
-def read_home(folder: Path, name: str, prefix: str, said: dict[str, Any], settings: str) -> ArmData:
-    """One run folder, of the arm or the job that this is said of."""
-    rows: dict[str, Rows] = {}
-    for row in read_lines(folder / "metrics.jsonl"):
-        rows.setdefault(row["stage"], []).append(row)
-    manifest, events = read_json(folder / "manifest.json"), read_lines(folder / "events.jsonl")
-    last_stage = last_stage_with(said.get("cooperate"))
-    return ArmData(name, prefix, last_stage, settings, manifest, rows, events)
-
-
-def read_first_answers(path: Path) -> Rows:
-    """One answer of each checkpoint to each problem.
-
-    Raises:
-        ConfigError: the file is not what stage `evaluate` writes.
-    """
-    if not path.exists():
-        return []
-    columns = ["checkpoint", "problem_id", "text", "correct"]
-    try:
-        table = pq.read_table(path, columns=columns, filters=[("sample", "==", 0)])
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        raise ConfigError(f"{path}: {error}; expected what stage `evaluate` writes") from error
-    return table.to_pylist()
+def settings(job: Job) -> str:
+    """Return "pear: sft.level = token; ...": the keys that each arm changes."""
+    texts = []
+    for arm in job.arms:
+        changes: dict[str, Any] = {stage: getattr(arm, stage) for stage in arm.stages}
+        if arm.cooperate is not None:
+            method = (job.cooperate or Cooperate()).method.type
+            changes["cooperate"] = {"method": method, **arm.cooperate}
+        keys = [f"{key} = {value}" for key, value in flatten(changes) if value != {}]
+        texts.append(f"{arm.name}: {', '.join(['no SFT'] * (arm.sft is False) + keys) or 'none'}")
+    return "; ".join(texts)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Read a JSON file, or raise ConfigError if it cannot be parsed."""
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}; expected the JSON that a stage writes") from error
+        raise ConfigError(f"{path}: expected JSON, got {error}") from error
 
 
-def read_lines(path: Path) -> Rows:
-    """The objects of a JSONL file. Half a line, left by a killed process, is passed over."""
+def read_events(path: Path) -> Rows:
+    """Read events.jsonl. A line cut off by a killed process is skipped."""
     rows: Rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows

@@ -1,145 +1,92 @@
-"""Where RL should start: the ranking, pass@k for every k, and before RL against after it."""
+"""Where RL should start: the ranking, and pass@k for every k."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from pear_ray.config import is_after_rl
 from pear_ray.report.figures import Line, draw
-from pear_ray.report.format import NONE, interval, number, share
-from pear_ray.report.load import RunData, as_floats
-from pear_ray.report.section import Cell, Panel, Section, Table, known
+from pear_ray.report.format import Section, Table
+from pear_ray.report.load import RunData, column
+
+CANDIDATE = (
+    "rank",
+    "label",
+    "pass_at_1",
+    "pass_at_k",
+    "probability_of_first",
+    "heldout_loss",
+    "regime",
+    "group_signal",
+    "share_without_signal",
+    "entropy",
+    "after_rl",
+    "predicted_after_rl",
+)
+MOVE = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
 
 
-def choice(measured: RunData) -> Section | str:
-    """The ranking of what RL could start from."""
-    found = measured.ranking
-    if not found:
-        return "where RL should start (no rank/ranking.json)"
-    numbered = tuple((str(n), text) for n, text in enumerate(found["cautions"], 1))
-    cautions = Table(("", "what to bear in mind"), numbered)
-    tables = [ranking_table(found), record_table(found), cautions, move_table(measured)]
-    return Section(
-        "Where should RL start?",
-        found["advice"],
-        tuple(table for table in tables if table.rows),
-        known((*curves(measured), before_against_after(found))),
-    )
-
-
-def ranking_table(found: dict[str, Any]) -> Table:
-    """Candidates, the most promising first."""
-    k, size = found["k"], found["group_size"]
-    header = (
-        "rank", "checkpoint", "pass@1", f"pass@{k}", "stays first", "held-out loss", "regime",
-        "group signal", f"silent groups of {size}", "entropy", "pass@1 after RL", "foretold",
-    )  # fmt: skip
-    rows: list[tuple[Cell, ...]] = []
-    for row in found["candidates"]:
-        foretold = row.get("predicted_after_rl")
-        rows.append(
-            (
-                NONE if row["rank"] is None else str(row["rank"]),
-                row["label"],
-                interval(row["pass_at_1"]),
-                interval(row["pass_at_k"]),
-                share(row["probability_of_first"]),
-                number(row["heldout_loss"]),
-                row["regime"] or NONE,
-                number(row["group_signal"]),
-                share(row["share_without_signal"]),
-                number(row["entropy"]),
-                number(row["after_rl"]),
-                f"{number(foretold['value'])} +- {number(foretold['sd'])}" if foretold else NONE,
-            )
-        )
-    return Table(header, tuple(rows), "Candidates; a dash for a rank: dropped")
-
-
-def record_table(found: dict[str, Any]) -> Table:
-    """How well each predictor foretold what is known."""
-    rows: list[tuple[Cell, ...]] = []
-    for name, of in found["track_record"]["predictors"].items():
-        spread = of["heldout_r_squared"]
-        halves = f"{number(spread['mean'])} +- {number(spread['sd'])}" if spread else NONE
-        rows.append((name, number(of["spearman"]), number(of["r_squared"]), halves))
-    header = ("predictor", "Spearman", "R^2", "held-out R^2, half splits")
-    caption = f"Track record on {found['track_record']['num_known']} results after RL"
-    return Table(header, tuple(rows), caption)
-
-
-def move_table(measured: RunData) -> Table:
-    """How far SFT and RL moved the parameters, all as one vector."""
-    keys = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
-    rows: list[tuple[Cell, ...]] = []
-    for home in measured.homes:
-        if (of := measured.moves.get(home.name)) is None:
-            continue
-        cards = [measured.cards.get(label, {}) for label in (f"{home.prefix}sft", home.after_rl)]
-        divergences = (interval(card.get("kl_from_start")) for card in cards)
-        rows.append((home.name, *(number(of[key]) for key in keys), *divergences))
-    header = (
-        "arm", "move of SFT", "move of RL", "cosine of the two", "stable rank of SFT, median",
-        "of RL", "KL(base || SFT)", "KL(SFT || RL)",
-    )  # fmt: skip
-    caption = (
-        "How far training moved the parameters, |after - before| / |before|, and the policy: KL"
-        " divergence over answers to held-out problems, nats per answer"
-    )
-    return Table(header, tuple(rows), caption)
-
-
-def curves(measured: RunData) -> Iterable[Panel | None]:
-    """pass@k by k, doubling, of the checkpoints before and of those after RL; of several seeds the
-    mean, and how far they reach."""
-    by_arm: dict[str, list[list[dict[str, float]]]] = {}
-    for label, card in measured.cards.items():
-        curve = card.get("pass_at_k_curve", [])
-        places = [2**power - 1 for power in range(len(curve).bit_length())]
-        by_arm.setdefault(without_seed(label), []).append([curve[place] for place in places])
-    sides: dict[str, dict[str, Line]] = {"before RL": {}, "after RL": {}}
-    longest = 1
-    for label, seeds in by_arm.items():
-        values = np.array([as_floats(point["value"] for point in points) for points in seeds])
-        low, high = values.min(0), values.max(0)
-        if len(seeds) == 1:
-            low, high = (as_floats(p[key] for p in seeds[0]) for key in ("low", "high"))
-        side = "after RL" if is_after_rl(label) else "before RL"
-        beside = 0.05 * len(sides[side])
-        sides[side][label] = Line(np.arange(len(low)) + beside, values.mean(0), low, high)
-        longest = max(longest, len(low))
-    ticks = tuple(str(2**power) for power in range(longest))
-    for side, lines in sides.items():
-        yield draw(f"pass@k {side}", "pass@k", lines, across="k", ticks=ticks)
-
-
-def before_against_after(found: dict[str, Any]) -> Panel | None:
-    """One point for each candidate whose result after RL is known; an arm's seeds look alike."""
-    rows = [row for row in found["candidates"] if row["after_rl"] is not None]
-    if len(rows) < 2:
+def ranking(data: RunData) -> Section | None:
+    """The ranking of the checkpoints that RL could start from, and how far training moved them."""
+    document = data.ranking
+    if not document:
         return None
-    by_arm: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_arm.setdefault(without_seed(row["label"]), []).append(row)
-    points = {
-        name: Line(
-            as_floats(row["pass_at_k"]["value"] for row in seeds),
-            as_floats(row["after_rl"] for row in seeds),
-        )
-        for name, seeds in by_arm.items()
-    }
-    title = f"pass@{found['k']} before RL, pass@1 after it"
-    record = found["track_record"]["predictors"].get(f"pass@{found['k']}")
-    if record and record["spearman"] is not None:
-        title += f": Spearman {record['spearman']:.2f}"
-    across = f"pass@{found['k']} before RL"
-    return draw(title, "pass@1 after RL", points, across=across, joined=False)
+    record = document["track_record"]
+    moves: list[dict[str, Any]] = []
+    for arm in data.folders:
+        if move := data.moves.get(arm.name):
+            sft, rl = (data.cards.get(arm.prefix + s, {}) for s in ("sft", arm.last_stage))
+            policy = {"KL(base || SFT)": sft, "KL(SFT || RL)": rl}
+            row = {"arm": arm.name} | {key: move[key] for key in MOVE}
+            moves.append(row | {key: card.get("kl_from_start") for key, card in policy.items()})
+    tables = (
+        Table(
+            [{key: row.get(key) for key in CANDIDATE} for row in document["candidates"]],
+            f"Candidates; rank -: dropped. k = {document['k']}, groups of {document['group_size']}",
+        ),
+        Table(
+            [{"predictor": name, **scores} for name, scores in record["predictors"].items()],
+            f"Predictors on the {record['num_known']} candidates with a known result after RL",
+        ),
+        Table([{"caution": text} for text in document["cautions"]]),
+        Table(
+            moves,
+            "Distance of training: of the parameters |after - before| / |before|, of the policy KL"
+            " over answers to held-out problems in nats per answer",
+        ),
+    )
+    return Section("Where should RL start?", document["advice"], tables, pass_at_k_curves(data))
+
+
+def pass_at_k_curves(data: RunData) -> Iterator[Markup]:
+    """Draw pass@k for k = 1, 2, 4, ... before and after RL; of several seeds mean and range."""
+    curves: dict[str, list[list[dict[str, float]]]] = {}
+    for label, card in data.cards.items():
+        curve = card.get("pass_at_k_curve", [])
+        points = [curve[2**power - 1] for power in range(len(curve).bit_length())]
+        curves.setdefault(without_seed(label), []).append(points)
+    for after in (False, True):
+        lines: dict[str, Line] = {}
+        for label, seeds in curves.items():
+            if is_after_rl(label) == after:
+                ends = ("low", "high") if len(seeds) == 1 else ("value", "value")
+                value, low, high = (
+                    np.array([column(points, key) for points in seeds]) for key in ("value", *ends)
+                )
+                x = np.arange(value.shape[1]) + 0.05 * len(lines)
+                lines[label] = Line(x, value.mean(0), low.min(0), high.max(0))
+        ticks = [
+            str(2**power) for power in range(max((len(v.y) for v in lines.values()), default=0))
+        ]
+        title = f"pass@k {'after' if after else 'before'} RL"
+        yield draw(title, "pass@k", lines, x_label="k", ticks=ticks)
 
 
 def without_seed(label: str) -> str:
-    """An arm's name in the label of a study's checkpoint: "token@3/rl" is of "token/rl"."""
+    """Return "token/rl" for "token@3/rl", the label of one seed of an arm."""
     return re.sub(r"@\d+", "", label)

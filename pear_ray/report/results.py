@@ -1,244 +1,280 @@
-"""What came out: pass@k of the arms, their differences, how they learned, what they answer."""
+"""Results: pass@k of the arms, their differences, a study over seeds, learning curves, answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from pear_ray.config import is_after_rl
 from pear_ray.report.figures import Line, by_step, draw
-from pear_ray.report.format import NONE, from_to, interval, number, share
-from pear_ray.report.load import Rows, RunData, as_floats
-from pear_ray.report.section import Cell, Panel, Section, Table, known
-from pear_ray.report.study import WHEN
+from pear_ray.report.format import Section, Table, crosses_zero, ends, interval, number
+from pear_ray.report.load import Rows, RunData, column, settings
 
-NOISE = 0.02
-"""pass@1 between two nearly equal checkpoints after RL, as seen over seeds."""
+WHEN = ("before RL", "after RL")
+# pass@1 between two nearly equal checkpoints after RL, measured over seeds in small studies.
+SEED_NOISE = 0.02
+# A smaller difference from one seed means nothing.
 NOISE_FLOOR = 0.04
-"""Below it, a difference from one seed means nothing."""
+MAX_CHECKPOINTS = 8
+NUM_PROBLEMS = 3
+MAX_CHARACTERS = 600
+# Stage, metric, title, unit.
+CURVES = (
+    ("SFT", "nll", "negative log-likelihood", "nats per token"),
+    ("SFT", "loss", "loss, weighted if the arm is", "nats per token"),
+    ("SFT", "entropy", "entropy", "nats per token"),
+    ("RL", "pass_rate", "pass rate", "share of answers"),
+    ("RL", "entropy", "entropy", "nats per token"),
+    ("RL", "completions_mean_length", "answer length", "tokens"),
+    ("RL", "frac_reward_zero_std", "groups without signal", "share of groups"),
+    ("RL", "grad_norm", "gradient norm", "norm before clipping"),
+    ("RL", "sft_nll", "negative log-likelihood of demonstrations", "nats per token"),
+    ("RL", "cooperative_gain", "gain over the shadow model", "RL objective"),
+)
 
 
-MOST_BESIDE_EACH_OTHER, PROBLEMS_SHOWN, LONGEST_SHOWN = 8, 3, 600
-"""Checkpoints, problems, and characters of an answer."""
+def conclusion(data: RunData) -> str:
+    """Return the main result in one or two sentences."""
+    if data.study:
+        primary = [
+            f"{row['arm']} - {row['baseline']} {interval(row, signed=True)} ({crosses_zero(row)})"
+            for row in data.study["primary"]
+        ]
+        metric, seeds = data.study["primary"][0]["metric"], data.study["seeds"]
+        return f"After RL, {metric} over {len(seeds)} seeds: {'; '.join(primary)}."
+    if not data.cards:
+        return "No checkpoint has been evaluated: there is no result yet."
+    k = data.ks[0]
+    scores = [(data.score(arm.after_rl, k), arm) for arm in data.arms]
+    ranked = sorted(((s["value"], arm) for s, arm in scores if s), key=lambda pair: -pair[0])
+    if not ranked:
+        return f"No checkpoint has been evaluated after RL: pass@{k} is known before it only."
+    texts = [f"{arm.name} {number(value)}" for value, arm in ranked]
+    text = f"pass@{k} after RL: {', '.join(texts)}."
+    first, second = ranked[0][1], ranked[1 % len(ranked)][1]
+    if paired := data.difference(first.after_rl, second.after_rl, k):
+        side = "below" if abs(paired["value"]) < NOISE_FLOOR else "not below"
+        text += (
+            f" {first.name} - {second.name}: {interval(paired, signed=True)}, paired over"
+            f" {data.scorecard['num_problems']} problems. The 95 % interval {crosses_zero(paired)};"
+            f" the difference is {side} the noise floor of {number(NOISE_FLOOR)}."
+        )
+    return text
 
 
-def results(measured: RunData) -> Section | str:
-    """The table of arms."""
-    card = measured.scorecard
-    if not card:
-        return "pass@k of the checkpoints (no evaluate/scorecard.json)"
-    header = ["arm"]
-    for k in measured.ks:
-        header += [f"pass@{k} before RL", f"pass@{k} after RL", "change"]
-    rows: list[tuple[Cell, ...]] = []
-    for name, settings, before, after in checkpoint_pairs(measured):
-        cells: list[Cell] = [name]
-        for k in measured.ks:
-            cells.append(interval(measured.score(before, k)))
-            cells.append(interval(measured.score(after, k)))
-            cells.append(change(measured, before, after, k))
-        rows.append((*cells, settings))
-    return Section(
-        "Arms",
-        f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers"
-        f" to each at temperature {card['temperature']}, seed {card['seed']}; in brackets the 95 %"
-        " interval over problems. Before RL is after SFT; a model that is no arm, such as the base"
-        " from which all start, is shown as it is.",
-        (Table((*header, "sets"), tuple(rows)),),
-        known(before_and_after(measured, k) for k in measured.ks),
+def caution(data: RunData) -> str:
+    """Return which uncertainty the intervals leave out."""
+    if data.study:
+        return (
+            f"Student's 95 % intervals over {len(data.study['seeds'])} seeds, not corrected for"
+            " the number of comparisons. All seeds share one base model, one corpus and one set of"
+            " problems."
+        )
+    return (
+        f"One seed ({data.job.run.seed}) proves nothing: two nearly equal checkpoints end about"
+        f" {number(SEED_NOISE)} apart after RL, so a difference below {number(NOISE_FLOOR)} means"
+        " nothing. Intervals cover the choice of problems, not the randomness of training."
     )
 
 
-def checkpoint_pairs(measured: RunData) -> list[tuple[str, str, str, str]]:
-    """Name, settings, and the labels of the checkpoints before and after RL."""
-    own = {label for arm in measured.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
-    others = [(label, NONE, label, "") for label in measured.cards if label not in own]
-    return others + [
-        (arm.name, arm.settings or NONE, measured.before_rl(arm), arm.after_rl)
-        for arm in measured.arms
+def study(data: RunData) -> Section | None:
+    """Arms over seeds, and their differences seed by seed."""
+    if not data.study:
+        return None
+    found, plan = data.study, data.study["plan"]
+    text = f"Primary metric: {plan['primary']}, against {found['baseline']}."
+    if plan["hypothesis"]:
+        text += f" Hypothesis, written before the first run: {plan['hypothesis']}"
+    if found["spearman"] is not None:
+        text += f" Order of the arms before and after RL: Spearman {found['spearman']:.2f}."
+    for pair in found["reversals"]:
+        better, worse = pair["better_before"], pair["better_after"]
+        text += f" {better} is ahead of {worse} before RL and behind it after."
+    arms = [
+        {"arm": name}
+        | {f"{metric} {when}": arm[when][metric] for metric in arm[WHEN[0]] for when in WHEN}
+        | dict(zip(("SFT, s", "RL, s"), arm["seconds"].values(), strict=True))
+        for name, arm in found["arms"].items()
+    ]
+    differences = [
+        {
+            "pair": f"{row['arm']} - {row['baseline']}",
+            "metric": f"{row['metric']} {row['when']}",
+            "difference": interval(row, signed=True),
+            "seed by seed": ", ".join(number(value, signed=True) for value in row["by_seed"]),
+        }
+        for row in found["differences"]
+    ]
+    tables = (
+        Table(arms, f"Means over {len(found['seeds'])} seeds [95 %]"),
+        Table(differences, "Differences, paired over seeds [95 %]"),
+    )
+    return Section("Study", text, tables)
+
+
+def arms(data: RunData) -> Section | None:
+    """pass@k before and after RL."""
+    card = data.scorecard
+    if not card:
+        return None
+    rows: list[dict[str, Any]] = []
+    for k in data.ks:
+        for name, before, after in checkpoint_pairs(data):
+            scores = {when: data.score(c, k) for when, c in zip(WHEN, (before, after), strict=True)}
+            row = {"arm": name, "metric": f"pass@{k}", **scores}
+            rows.append(row | {"change": change(data, before, after, k)})
+    return Section(
+        "Results by arm",
+        f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers"
+        f" each, temperature {card['temperature']}, seed {card['seed']}, with 95 % intervals over"
+        f" problems. Before RL means after SFT. Settings by arm: {settings(data.job) or '-'}.",
+        (Table(rows),),
+        [before_and_after(data, k) for k in data.ks],
+    )
+
+
+def checkpoint_pairs(data: RunData) -> list[tuple[str, str, str]]:
+    """Return name, and labels of the checkpoints before and after RL, of every row of results."""
+    trained = {label for arm in data.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
+    return [(label, label, "") for label in data.cards if label not in trained] + [
+        (arm.name, data.before_rl(arm), arm.after_rl) for arm in data.arms
     ]
 
 
-def change(measured: RunData, before: str, after: str, k: int) -> str:
-    """What RL changed, with its interval where the evaluation has paired the two."""
-    paired = measured.difference(after, before, k)
-    if paired:
+def change(data: RunData, before: str, after: str, k: int) -> str | None:
+    """Return the change of pass@k through RL, with its interval if it was evaluated."""
+    if paired := data.difference(after, before, k):
         return interval(paired, signed=True)
-    first, last = measured.score(before, k), measured.score(after, k)
-    return number(last["value"] - first["value"], signed=True) if first and last else NONE
+    first, last = data.score(before, k), data.score(after, k)
+    return number(last["value"] - first["value"], signed=True) if first and last else None
 
 
-def before_and_after(measured: RunData, k: int) -> Panel | None:
-    """pass@k of every arm at both ends of RL; in a study, means over seeds."""
-    if measured.study:
-        arms = measured.study["arms"].items()
-        ends = {name: [arm[when].get(f"pass@{k}", {}) for when in WHEN] for name, arm in arms}
-    else:
-        ends = {
-            arm.name: [
-                measured.score(label, k) or {} for label in (measured.before_rl(arm), arm.after_rl)
-            ]
-            for arm in measured.arms
-        }
+def before_and_after(data: RunData, k: int) -> Markup:
+    """Draw pass@k of every arm before and after RL; in a study, means over seeds."""
+    pairs = {
+        arm.name: [data.score(label, k) or {} for label in (data.before_rl(arm), arm.after_rl)]
+        for arm in data.arms
+    }
+    if data.study:
+        arms = data.study["arms"].items()
+        pairs = {name: [arm[when].get(f"pass@{k}", {}) for when in WHEN] for name, arm in arms}
     lines = {}
-    for place, (name, both) in enumerate(ends.items()):
-        y, low, high = (as_floats(s.get(key) for s in both) for key in ("value", "low", "high"))
-        beside = 0.06 * (place - (len(ends) - 1) / 2)
-        lines[name] = Line(np.arange(2) + beside, y, low, high)
-    base = measured.score("base", k)
-    return draw(
-        f"pass@{k} before and after RL",
-        f"pass@{k}",
-        lines,
-        across="",
-        level=(base["value"], "base") if base else None,
-        ticks=("before RL", "after RL"),
+    for place, (name, pair) in enumerate(pairs.items()):
+        x = np.arange(2) + 0.06 * (place - (len(pairs) - 1) / 2)
+        lines[name] = Line(x, *(column(pair, key) for key in ("value", "low", "high")))
+    base = data.score("base", k)
+    level = (base["value"], "base") if base else None
+    title = f"pass@{k} before and after RL"
+    return draw(title, f"pass@{k}", lines, x_label="", level=level, ticks=WHEN)
+
+
+def differences(data: RunData) -> Section | None:
+    """Differences between arms, paired over problems; a study has them over seeds instead."""
+    rows = []
+    for row in data.scorecard.get("differences", []):
+        after_rl = is_after_rl(row["a"])
+        if after_rl == is_after_rl(row["b"]) and not data.study:
+            columns = {"pair": f"{row['a']} - {row['b']}", "metric": f"pass@{row['k']}"}
+            columns |= {"difference": interval(row, signed=True), "interval": crosses_zero(row)}
+            floor = "below" if abs(row["value"]) < NOISE_FLOOR else "not below"
+            columns[f"noise floor {number(NOISE_FLOOR)}"] = floor if after_rl else "-"
+            rows.append(columns)
+    text = (
+        "Both arms of a pair answered the same problems with the same seeds; 95 % intervals over"
+        " problems. The noise floor applies to pass@1 after RL from one seed."
     )
+    return Section("Differences between arms", text, (Table(rows),)) if rows else None
 
 
-def differences(measured: RunData) -> Section | str:
-    """Arms against each other on the same problems; a study compares them over seeds instead."""
-    if measured.study:
-        return "arms of one seed against each other (the study compares them over seeds)"
-    rows: list[tuple[Cell, ...]] = []
-    for found in measured.scorecard.get("differences", []):
-        after_rl = is_after_rl(found["a"])
-        if after_rl != is_after_rl(found["b"]):
-            continue
-        says = f"interval {'includes' if found['low'] <= 0 <= found['high'] else 'excludes'} 0"
-        if after_rl:
-            says += f", {'below' if abs(found['value']) < NOISE_FLOOR else 'not below'} the floor"
-        floor = number(NOISE_FLOOR) if after_rl else NONE
-        pair = f"{found['a']} - {found['b']}"
-        rows.append((pair, f"pass@{found['k']}", interval(found, signed=True), floor, says))
-    if not rows:
-        return "paired differences (no two arms evaluated at the same point)"
-    header = ("pair", "of", "difference [95 %]", "noise floor", "one seed says")
-    return Section(
-        "Arms against each other",
-        "Both arms of a row answered the same problems with the same seeds; in brackets the 95 %"
-        " interval over problems. The noise floor was found in miniature studies, after RL: two"
-        f" nearly equal checkpoints ended about {number(NOISE)} apart, so that a difference below"
-        f" {number(NOISE_FLOOR)} from one seed means nothing. Before RL none was measured.",
-        (Table(header, tuple(rows)),),
-    )
-
-
-def learning(measured: RunData) -> Section | str:
-    """SFT and the stage after it, step by step."""
-    if not any(arm.of("sft") or arm.last for arm in measured.arms):
-        return "learning curves (no rows of sft, rl or cooperate in metrics.jsonl)"
-
-    def curve(arms: dict[str, list[Rows]], key: str, title: str, unit: str) -> Panel | None:
-        return draw(title, unit, {name: over_seeds(seeds, key) for name, seeds in arms.items()})
-
-    sft: dict[str, list[Rows]] = {}
-    last: dict[str, list[Rows]] = {}
-    for arm in measured.arms:
+def learning(data: RunData) -> Section | None:
+    """SFT and RL, step by step."""
+    if not any(arm.of("sft") or arm.last for arm in data.arms):
+        return None
+    seeds: dict[str, dict[str, list[Rows]]] = {"SFT": {}, "RL": {}}
+    for arm in data.arms:
         name = arm.name.partition("@")[0]
-        sft.setdefault(name, []).append(arm.of("sft"))
-        last.setdefault(name, []).append(arm.last)
-
+        seeds["SFT"].setdefault(name, []).append(arm.of("sft"))
+        seeds["RL"].setdefault(name, []).append(arm.last)
+    figures = []
+    for stage, key, title, unit in CURVES:
+        lines = {name: over_seeds(rows, key) for name, rows in seeds[stage].items()}
+        figures.append(draw(f"{stage}: {title}", unit, lines))
     return Section(
-        "Learning",
-        "Thin: every step; thick: mean over neighboring steps; of several seeds their mean, and a"
-        " band from the lowest to the highest. The SFT loss of a weighted arm is"
-        " weighted and cannot be compared with that of a plain one; the negative log-likelihood"
-        " (nll) can. The pass rate is that of the training problems of each step. RL is stage rl or"
-        " cooperate, which also learns from traces. In the table: means over the first and the last"
-        " tenth of the steps.",
-        (training_table(measured),),
-        known(
-            (
-                curve(sft, "nll", "SFT: negative log-likelihood", "nats per token"),
-                curve(sft, "loss", "SFT: loss, weighted where the arm is", "nats per token"),
-                curve(sft, "entropy", "SFT: entropy", "nats per token"),
-                curve(last, "pass_rate", "RL: pass rate", "share of answers"),
-                curve(last, "entropy", "RL: entropy", "nats per token"),
-                curve(last, "completions_mean_length", "RL: answer length", "tokens"),
-                curve(last, "frac_reward_zero_std", "RL: groups without signal", "share"),
-                curve(last, "grad_norm", "RL: gradient norm", "norm before clipping"),
-                curve(last, "sft_nll", "RL: negative log-likelihood of traces", "nats per token"),
-                curve(last, "cooperative_gain", "RL: gain over the shadow", "RL's objective"),
-            )
-        ),
+        "Learning curves",
+        "Thick: mean over neighboring steps. Several seeds: their mean, with a band from lowest to"
+        " highest. RL is stage rl or cooperate; pass rate is that of the training problems. The"
+        " loss of a weighted arm is not comparable with that of a plain one; the negative"
+        " log-likelihood (nll) is. In the table, means over the first and the last tenth of the"
+        " steps.",
+        (training(data),),
+        figures,
     )
 
 
 def over_seeds(seeds: list[Rows], key: str) -> Line:
-    """One number by step; of several seeds their mean, and a band from lowest to highest."""
-    lines = [line for rows in seeds if len((line := by_step(rows, key)).y)]
+    """Return a metric by step; of several seeds the mean, with a band from lowest to highest."""
+    lines = [line for line in (by_step(rows, key) for rows in seeds) if len(line.y)]
     if len(lines) < 2:
         return lines[0] if lines else by_step([], key)
     length = min(len(line.y) for line in lines)
-    table = np.array([line.y[:length] for line in lines])
-    return Line(lines[0].x[:length], table.mean(0), table.min(0), table.max(0))
+    values = np.array([line.y[:length] for line in lines])
+    return Line(lines[0].x[:length], values.mean(0), values.min(0), values.max(0))
 
 
-def training_table(measured: RunData) -> Table:
-    """Where training began and ended, one row per arm."""
-    header = ("arm", "SFT steps", "SFT nll, nats", "RL steps", "RL pass rate", "tokens per answer")
+def training(data: RunData) -> Table:
+    """Return the first and the last tenth of training, one row per arm."""
+    return Table(
+        [
+            {
+                "arm": arm.name,
+                "SFT steps": len(arm.of("sft")),
+                "SFT nll, nats": ends(column(arm.of("sft"), "nll")),
+                "RL steps": len(arm.last),
+                "RL pass rate": ends(column(arm.last, "pass_rate")),
+                "tokens per answer": ends(column(arm.last, "completions_mean_length")),
+            }
+            for arm in data.arms
+        ]
+    )
+
+
+def answers(data: RunData) -> Section | None:
+    """Length and likelihood of the answers, and some of them side by side."""
+    if not data.cards:
+        return None
+    parts = sorted({part for card in data.cards.values() for part in card.get("parts", {})})
+    keys = ("completions_mean_length", "completions_clipped_ratio", "mean_logprob", "heldout_nll")
     rows = [
-        (
-            arm.name,
-            str(len(arm.of("sft"))),
-            from_to(arm.values("sft", "nll")),
-            str(len(arm.last)),
-            from_to(arm.values(arm.last_stage, "pass_rate")),
-            from_to(arm.values(arm.last_stage, "completions_mean_length")),
-        )
-        for arm in measured.arms
+        {"checkpoint": label}
+        | {key: card.get(key) for key in keys}
+        | {part: card.get("parts", {}).get(part) for part in parts}
+        for label, card in data.cards.items()
     ]
-    return Table(header, tuple(rows))
-
-
-def answers(measured: RunData) -> Section | str:
-    """What answers look like."""
-    cards = measured.cards
-    if not cards:
-        return "what answers look like (no evaluate/scorecard.json)"
-    parts = sorted({part for card in cards.values() for part in card.get("parts", {})})
-    header = ("checkpoint", "tokens per answer", "truncated", "log-prob per token", "held-out loss")
-    rows = tuple(
-        (
-            label,
-            number(card.get("completions_mean_length")),
-            share(card.get("completions_clipped_ratio")),
-            number(card.get("mean_logprob")),
-            number(card.get("heldout_nll")),
-            *(share(card.get("parts", {}).get(part)) for part in parts),
-        )
-        for label, card in cards.items()
-    )
     return Section(
-        "What the answers look like",
-        "Means over all sampled answers. Log-prob per token is that of the sampler for its own"
-        " answers, in nats; the held-out loss, in nats per token, is that of the corpus rows kept"
-        " apart. Truncated is the share of answers cut off at the longest allowed length; the last"
-        " columns are the facts which the task's verdict notes about an answer.",
-        (
-            Table((*header, *(part.replace("_", " ") for part in parts)), rows),
-            *side_by_side(measured),
-        ),
+        "Answers",
+        "Means over all sampled answers: tokens, share cut off at the length limit, log-prob per"
+        " token under the checkpoint (nats), then the properties recorded by the reward function."
+        " Held-out nll: of the held-out corpus rows, nats per token.",
+        (Table(rows), Table(side_by_side(data), "Problems on which the grades differ most")),
     )
 
 
-def side_by_side(measured: RunData) -> list[Table]:
-    """What checkpoints wrote to the same problems: to those on which their verdicts differ most."""
-    labels = list(measured.cards)[:MOST_BESIDE_EACH_OTHER]
+def side_by_side(data: RunData) -> list[dict[str, Any]]:
+    """Return the checkpoints' answers to the problems on which their grades differ most."""
     by_problem: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in measured.answers:
-        by_problem.setdefault(row["problem_id"], {})[row["checkpoint"]] = row
+    for answer in data.answers:
+        by_problem.setdefault(answer["problem_id"], {})[answer["checkpoint"]] = answer
 
-    def differing(name: str) -> tuple[float, str]:
-        return -float(np.std([row["correct"] for row in by_problem[name].values()])), name
+    def spread(problem: str) -> tuple[float, str]:
+        return -float(np.std([row["correct"] for row in by_problem[problem].values()])), problem
 
-    rows: list[tuple[Cell, ...]] = []
-    for name in sorted(by_problem, key=differing)[:PROBLEMS_SHOWN]:
-        for label in labels:
-            if (answer := by_problem[name].get(label)) is not None:
-                text = answer["text"][:LONGEST_SHOWN] or NONE
-                rows.append((name, label, "right" if answer["correct"] else "wrong", text))
-    header = ("problem", "checkpoint", "judged", "first answer")
-    return [Table(header, tuple(rows), "Answers beside each other")] if rows else []
+    rows = []
+    for problem in sorted(by_problem, key=spread)[:NUM_PROBLEMS]:
+        for label in list(data.cards)[:MAX_CHECKPOINTS]:
+            if answer := by_problem[problem].get(label, {}):
+                grade = "correct" if answer["correct"] else "wrong"
+                row = {"problem": problem, "checkpoint": label, "grade": grade}
+                rows.append(row | {"first answer": answer["text"][:MAX_CHARACTERS]})
+    return rows

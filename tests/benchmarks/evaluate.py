@@ -52,13 +52,13 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
 def asked(model: str, num_problems: int, num_samples: int) -> tuple[Any, Any, list[Any]]:
     """Job, problems and requests."""
     from pear_ray.data.tokenizer import encode_problems
-    from pear_ray.evaluate.attempts import requests
+    from pear_ray.evaluate.attempts import attempt_requests
     from pear_ray.tasks import heldout_problems
 
     job = job_of(model, num_problems, num_samples)
     problems = heldout_problems(job.tasks, num_problems, 0)
     prompts = encode_problems(model, problems, job.generator.max_model_len)
-    return job, problems, list(requests(job, prompts, problems, set()))
+    return job, problems, list(attempt_requests(job, prompts, problems, set()))
 
 
 def bare(model: str, num_problems: int, num_samples: int) -> None:
@@ -80,16 +80,16 @@ def bare(model: str, num_problems: int, num_samples: int) -> None:
         disable_log_stats=True,
     )
     _, _, work = asked(model, num_problems, num_samples)
-    prompts: Any = [{"prompt_token_ids": list(request.prompt_ids)} for _, request in work]
+    prompts: Any = [{"prompt_token_ids": list(request.sample.prompt_ids)} for request in work]
     settings = [
         SamplingParams(
-            n=request.num_samples,
-            temperature=request.temperature,
-            seed=request.seed,
+            n=request.sample.num_samples,
+            temperature=request.sample.temperature,
+            seed=request.sample.seed,
             max_tokens=MAX_NEW_TOKENS,
             logprobs=0,
         )
-        for _, request in work
+        for request in work
     ]
     llm.generate(prompts[:16], settings[:16], use_tqdm=False)
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     import ray
 
     from pear_ray.engines.engine_pool import EnginePool
-    from pear_ray.evaluate.attempts import Store, attempt
+    from pear_ray.evaluate.attempts import AttemptStore, sample_attempts
     from pear_ray.rewards.pool import RewardPool
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -115,11 +115,11 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
         EnginePool.from_job(job, model, print) as pool,
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
-        pool.generate([request for _, request in work[:16]])
+        pool.generate([request.sample for request in work[:16]])
         reward_pool.grade([(problems[0], "w2")])
-        store = Store(Path(folder))
+        store = AttemptStore(Path(folder))
         started = time.perf_counter()
-        attempt("base", work, problems, pool, reward_pool, store)
+        sample_attempts("base", work, pool, reward_pool, store)
         seconds = time.perf_counter() - started
         num_tokens = sum(store.table(problems).column("num_tokens").to_pylist())
     print(json.dumps({"rate": num_tokens / seconds, "tokens": num_tokens}))

@@ -1,4 +1,4 @@
-"""Run folders that are made up, for a report to be made of them."""
+"""Invented run directories to report on."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pear_ray import report
 from pear_ray.config import Job
-from pear_ray.run import open_run
+from pear_ray.run import LAYOUT, open_run
 
 ARMS = ("sft", "pear")
 HOSTILE = "<script>alert('x')</script> | $x$ \n<img src=http://example.com/x.png>"
@@ -169,8 +169,8 @@ def ranking(after_rl: tuple[float | None, ...] = (None, 0.361, 0.383)) -> dict:
     }
 
 
-def whole_run(folder: Path) -> Job:
-    """A run folder as the pipeline leaves it."""
+def write_run(folder: Path) -> Job:
+    """Write a run directory as the pipeline leaves it, and return its job."""
     done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
     source = {"rows": 1800, "response_tokens": 61234, "truncated": 0, "recorded_gap_max": None}
     gaps = {"bias": -2e-7, "spread": 4e-7, "mean_gap": 3e-7, "max_gap": 7e-6}
@@ -199,15 +199,20 @@ def whole_run(folder: Path) -> Job:
     (folder / "rank" / "moves.json").write_text(json.dumps(moves))
     stages = dict.fromkeys(("pretrain", "sample", "score", "evaluate"), done)
     stages["score"] = done | {"facts": facts}
-    manifest = {"versions": {"ray": "2.60.0"}, "stages": stages, "command": "pear-ray report x"}
+    manifest = {
+        "layout": LAYOUT,
+        "versions": {"ray": "2.60.0"},
+        "stages": stages,
+        "command": "pear-ray report x",
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     job = job_of(folder)
     (folder / "config.json").write_text(job.model_dump_json())
     return job
 
 
-def made(job: Job) -> tuple[str, str, list[dict[str, str]]]:
-    """Page, Markdown and rows of the spreadsheet."""
+def render(job: Job) -> tuple[str, str, list[dict[str, str]]]:
+    """Report on a run; return page, Markdown and rows of the spreadsheet."""
     with open_run(job) as run:
         facts = report.run(job, run)
     folder = Path(facts["page"]).parent

@@ -2,15 +2,14 @@ import math
 
 import numpy as np
 
-from pear_ray.report.figures import Line, draw, gathered, running_mean
-from pear_ray.report.format import as_markdown, interval, number
-from pear_ray.report.section import Table
+from pear_ray.report.figures import Line, downsample, draw, running_mean
+from pear_ray.report.format import Table, as_text, interval, number
 
 
-def test_many_steps_are_gathered_without_losing_the_largest() -> None:
+def test_downsampling_keeps_the_largest_value() -> None:
     y = np.zeros(5000)
     y[4321], y[17] = 0.5, np.nan
-    line = gathered(np.arange(5000.0), y, np.max)
+    line = downsample(np.arange(5000.0), y, np.max)
     assert len(line.x) == len(line.y) == 300
     assert line.y.max() == 0.5
     assert np.isfinite(line.y).all()
@@ -22,32 +21,36 @@ def test_running_mean_is_the_mean_of_the_neighbors_that_exist() -> None:
     np.testing.assert_allclose(running_mean(values, 3), slow)
 
 
-def test_a_figure_takes_its_ink_from_the_page_and_escapes_names() -> None:
-    panel = draw(
-        'a "b"', "nats", {"<x> $y$": Line(np.arange(3.0), np.arange(3.0))}, level=(1.0, "l")
-    )
-    assert panel is not None
-    assert "currentColor" in panel.svg and "#102030" not in panel.svg
-    assert "<x>" not in panel.svg and "&lt;x&gt; $y$" in panel.svg
-    assert panel.svg.startswith('<svg role="img" aria-label="a &#34;b&#34;, nats by step: ')
-    assert draw("nothing", "nats", {"a": Line(np.arange(2.0), np.full(2, np.nan))}) is None
+def test_a_figure_takes_its_color_from_the_page_and_escapes_names() -> None:
+    line = Line(np.arange(3.0), np.arange(3.0))
+    figure = draw('a "b"', "nats", {"<x> $y$": line}, level=(1.0, "l"))
+    assert "currentColor" in figure and "#102030" not in figure
+    assert "<x>" not in figure and "&lt;x&gt; $y$" in figure
+    label = "a &#34;b&#34;, nats by step: &lt;x&gt; $y$ from 0.000 to 2.000; l at 1.000."
+    assert f'<svg role="img" aria-label="{label}"' in figure
+    assert "<figcaption>a &#34;b&#34;</figcaption>" in figure
 
 
-def test_numbers_as_words() -> None:
-    assert [number(x) for x in (None, math.nan, 0.0, 0.0391, 2.1e-5)] == [
-        "-",
-        "-",
-        "0.000",
-        "0.039",
-        "2.1e-05",
-    ]
-    assert (
-        interval({"value": 0.1, "low": -0.2, "high": 0.4}, signed=True) == "+0.100 [-0.200, +0.400]"
-    )
-    around_nothing = {"value": -2.1e-5, "low": -0.008, "high": 0.008}
-    assert interval(around_nothing, signed=True) == "-0.000 [-0.008, +0.008]"
+def test_a_figure_without_finite_values_is_empty() -> None:
+    assert not draw("nothing", "nats", {"a": Line(np.arange(2.0), np.full(2, np.nan))})
+
+
+def test_numbers_as_text() -> None:
+    values = (None, math.nan, 0.0, 0.0391, 2.1e-5, 7, "", {"mean": 0.7, "sd": 0.2})
+    texts = ["-", "-", "0.000", "0.039", "2.1e-05", "7", "-", "0.700 ± 0.200"]
+    assert [as_text(value) for value in values] == texts
+    assert number(0.0391, signed=True) == "+0.039"
+    score = {"value": 0.1, "low": -0.2, "high": 0.4}
+    assert as_text(score) == "0.100 [-0.200, 0.400]"
+    assert interval(score, signed=True) == "+0.100 [-0.200, +0.400]"
+    tiny = {"value": -2.1e-5, "low": -0.008, "high": 0.008}
+    assert interval(tiny, signed=True) == "-0.000 [-0.008, +0.008]"
 
 
 def test_a_cell_cannot_break_its_markdown_table() -> None:
-    table = Table(("a", "b"), (("x|y\nz", ("0.5", 0.5)),))
-    assert as_markdown(table).splitlines()[2] == "| x\\|y z | 0.5 |"
+    table = Table([{"a": "x|y\nz", "b_c": 0.5}])
+    assert table.markdown().splitlines() == [
+        "| a      | b c   |",
+        "| ------ | ----- |",
+        "| x\\|y z | 0.500 |",
+    ]
