@@ -1,6 +1,6 @@
-"""Where numbers go: metrics.jsonl always, Ray's Prometheus endpoint, TensorBoard or W&B if asked.
+"""Metrics: always to metrics.jsonl and Ray's Prometheus endpoint, on request to TensorBoard or W&B.
 
-Only stages write here. A number that is not finite is written as null.
+Only stages write metrics. A number that is not finite is written as null.
 """
 
 from __future__ import annotations
@@ -17,119 +17,120 @@ from pear_ray.config import Tracking
 from pear_ray.run import atomic_write
 
 TAGS = ("run", "stage")
-EVENTS = "Lines of events.jsonl: deaths, restarts, resumes, engines that come and go"
+EVENTS = "Events in events.jsonl: worker deaths, restarts, resumes, engines added or removed"
 
-_LEARNING = {
-    "loss": "Loss that the optimizer step minimized, as the objective defines it",
-    "entropy": "Mean entropy of the next token's distribution, nats per token",
-    "grad_norm": "Norm of the gradient before it is clipped",
+_TRAINING = {
+    "loss": "Loss minimized by the optimizer step, as the objective defines it",
+    "entropy": "Mean entropy of the next-token distribution, nats per token",
+    "grad_norm": "Gradient norm before clipping",
     "learning_rate": "Learning rate of the optimizer step",
-    "num_tokens": "Tokens that the step learned from, all ranks",
-    "effective_sample_size": "Effective sample size of the token weights, share of the tokens",
+    "num_tokens": "Trainable tokens of the step, all ranks",
+    "effective_sample_size": "Effective sample size of the token weights, fraction of the tokens",
 }
 
 _ROLLOUTS = {
-    "reward_mean": "Mean reward of the step's answers",
-    "pass_rate": "Share of the step's answers that are right",
-    "frac_reward_zero_std": "Share of the groups whose answers all earned the same",
-    "first_problem": "Number of the step's first problem",
-    "next_problem": "Number of the first problem that no step has learned from",
-    "problems_dropped": "Problems that were replaced since they carry no signal or do not fit",
-    "completions_mean_length": "Mean length of an answer, tokens",
-    "completions_clipped_ratio": "Share of the answers that were cut at the longest length allowed",
-    "staleness_max": "Age of the oldest token's weights, learner steps",
-    "staleness_mean": "Mean age of the weights that wrote a token, learner steps",
-    "pause_seconds": "Longest pause of an engine to take over weights, seconds",
-    "fetch_seconds": "Longest fetch of weights until they are ready, seconds; generation goes on",
-    "engine_idle_seconds": "Seconds that an engine had nothing to do, mean over engines",
-    "rollout_seconds": "Seconds between the rollouts of the last step and of this one",
-    "num_engines": "Engines that run or start",
-    "ratio_mean": "Mean ratio of the policy to the policy that sampled",
-    "clip_frac": "Share of the tokens whose ratio is clipped",
-    "logprob_diff_mean": "Mean difference of learner's and engine's log-probs, nats per token",
-    "mismatch_kl": "KL divergence of the learner's policy and the engine's, nats per token",
-    "is_clip_frac": "Share of the tokens whose correction is truncated",
-    "reference_kl": "KL divergence to the policy that RL starts from, nats per token",
-    "logprob_parity_max": "Largest difference of learner and engine on the probe, nats",
-    "wait_seconds": "Seconds that the learners waited for rollouts",
-    "train_seconds": "Seconds that the learners learned",
-    "publish_seconds": "Seconds that publishing weights took",
-    "published_mib_per_rank": "Weights published by a rank, MiB",
-    "step_seconds": "Seconds of the whole step",
-    "eval_version": "Weights version of the newest evaluation",
-    "pass_at_1": "Held-out pass@1 of the newest evaluation",
-    "pass_at_1_low": "Its 95 % interval's lower end",
-    "pass_at_1_high": "Its 95 % interval's upper end",
-    "eval_tokens_mean": "Mean length of the evaluated answers, tokens",
-    "eval_clipped_ratio": "Share of the evaluated answers that were cut",
+    "reward_mean": "Mean reward of the completions",
+    "pass_rate": "Fraction of the completions that are correct",
+    "frac_reward_zero_std": "Fraction of the groups whose completions all have the same reward",
+    "first_problem": "Index of the first problem of the step",
+    "next_problem": "Index of the first problem that no step has trained on",
+    "problems_dropped": "Problems replaced because they have no learning signal or do not fit",
+    "completions_mean_length": "Mean length of a completion, tokens",
+    "completions_clipped_ratio": "Fraction of the completions truncated at the maximum length",
+    "staleness_max": "Age of the weights that sampled the oldest token, learner steps",
+    "staleness_mean": "Mean age of the weights that sampled a token, learner steps",
+    "pause_seconds": "Longest pause of an engine for a weight update, seconds",
+    "fetch_seconds": "Longest fetch of weights during generation, seconds",
+    "engine_idle_seconds": "Idle time of an engine, mean over engines, seconds",
+    "rollout_seconds": "Time from the rollouts of the previous step to these, seconds",
+    "num_engines": "Engines running or starting",
+    "ratio_mean": "Mean importance ratio of the policy to the policy that sampled",
+    "clip_frac": "Fraction of the tokens whose ratio is clipped",
+    "logprob_diff_mean": "Mean absolute difference of learner and engine log-probs, nats per token",
+    "mismatch_kl": "KL divergence between the learner's policy and the engine's, nats per token",
+    "is_clip_frac": "Fraction of the tokens whose importance weight is truncated",
+    "reference_kl": "KL divergence from the reference policy, nats per token",
+    "logprob_parity_max": "Largest difference of learner and engine in the parity check, nats",
+    "wait_seconds": "Time the learners waited for rollouts, seconds",
+    "train_seconds": "Time of the training step, seconds",
+    "publish_seconds": "Time to publish weights, seconds",
+    "published_mib_per_rank": "Weights published by each rank, MiB",
+    "step_seconds": "Time of the whole step, seconds",
+    "eval_version": "Weight version of the latest evaluation",
+    "pass_at_1": "Held-out pass@1 of the latest evaluation",
+    "pass_at_1_low": "Lower end of the 95 % interval of pass_at_1",
+    "pass_at_1_high": "Upper end of the 95 % interval of pass_at_1",
+    "eval_tokens_mean": "Mean length of the evaluated completions, tokens",
+    "eval_clipped_ratio": "Fraction of the evaluated completions that were truncated",
 }
 
 METRIC_HELP: dict[str, dict[str, str]] = {
     "engine": {
-        "num_requests_running": "Requests that a vLLM engine works on",
-        "num_requests_waiting": "Requests that wait in a vLLM engine",
-        "kv_cache_usage": "Share of a vLLM engine's key-value cache in use",
-        "prompt_tokens": "Tokens of prompts and of given answers that a vLLM engine has read",
-        "generation_tokens": "Tokens that a vLLM engine has generated",
-        "preemptions": "Requests that a vLLM engine has put back for want of cache",
+        "num_requests_running": "Running requests of a vLLM engine",
+        "num_requests_waiting": "Waiting requests of a vLLM engine",
+        "kv_cache_usage": "Fraction of a vLLM engine's KV cache in use",
+        "prompt_tokens": "Prompt tokens processed by a vLLM engine, scored completions included",
+        "generation_tokens": "Tokens generated by a vLLM engine",
+        "preemptions": "Requests preempted by a vLLM engine for lack of KV cache",
     },
     "sample": {
-        "examples": "Right answers that were kept of the latest source",
-        "attempts": "Answers that the latest source was sampled for",
+        "examples": "Correct answers kept of the latest source",
+        "attempts": "Answers sampled from the latest source",
     },
     "score": {
-        "parts": "Parts of the corpus that this attempt scores",
-        "rejected_rows": "Rows of the corpus that cannot be used",
-        "rows_per_second": "Rows scored per second since the first part was done",
-        "tokens_per_second": "Tokens scored per second since the first part was done",
-        "seconds_left": "Seconds until the corpus is scored, at the rate so far",
+        "parts": "Shards scored by this attempt",
+        "rejected_rows": "Rejected rows of the corpus",
+        "rows_per_second": "Rows scored per second since the first shard was done",
+        "tokens_per_second": "Tokens scored per second since the first shard was done",
+        "seconds_left": "Estimated time until the corpus is scored, seconds",
     },
-    "sft": _LEARNING
+    "sft": _TRAINING
     | {
-        "nll": "Negative log-likelihood without weights, nats per token",
+        "nll": "Unweighted negative log-likelihood, nats per token",
         "heldout_loss": "Negative log-likelihood of held-out rows, nats per token",
         "lowest_heldout_loss": "Lowest held-out loss so far, nats per token",
         "weight_mean": "Mean importance weight of the tokens",
         "log_ratio_mean": "Mean log-ratio of policy and behavior policy, nats per token",
         "log_ratio_std": "Standard deviation of the log-ratio, nats per token",
-        "clip_frac_low": "Share of the tokens whose log-ratio is at the lower clip",
-        "clip_frac_high": "Share of the tokens whose log-ratio is at the upper clip",
-        "weight_frac_at_floor": "Share of the tokens with the smallest weight allowed",
-        "weight_frac_at_ceiling": "Share of the tokens with the largest weight allowed",
+        "clip_frac_low": "Fraction of the tokens whose log-ratio is at the lower clip",
+        "clip_frac_high": "Fraction of the tokens whose log-ratio is at the upper clip",
+        "weight_frac_at_floor": "Fraction of the tokens with the minimum weight",
+        "weight_frac_at_ceiling": "Fraction of the tokens with the maximum weight",
     },
-    "rl": _LEARNING | _ROLLOUTS,
-    "cooperate": _LEARNING
+    "rl": _TRAINING | _ROLLOUTS,
+    "cooperate": _TRAINING
     | _ROLLOUTS
     | {
-        "rl_weight": "Share of the rollouts in the loss of the step",
-        "rl_loss": "Loss of the rollouts alone, as rl's objective defines it",
-        "sft_loss": "Loss of the traces alone, as sft's objective defines it, nats per token",
-        "sft_nll": "Negative log-likelihood of the traces without weights, nats per token",
-        "sft_tokens": "Tokens of traces that the step learned from, all ranks",
-        "sft_weight_mean": "Mean importance weight of the traces' tokens",
+        "rl_weight": "Weight of the rollouts in the loss of the step",
+        "rl_loss": "RL objective's loss of the rollouts",
+        "sft_loss": "SFT objective's loss of the demonstrations, nats per token",
+        "sft_nll": "Unweighted negative log-likelihood of the demonstrations, nats per token",
+        "sft_tokens": "Trainable tokens of demonstrations, all ranks",
+        "sft_weight_mean": "Mean importance weight of the demonstrations' tokens",
         "sft_effective_sample_size": (
-            "Effective sample size of the traces' token weights, share of their tokens"
+            "Effective sample size of the demonstrations' token weights, fraction of the tokens"
         ),
-        "sft_grad_norm": "Norm of the gradient of a step on traces alone, before it is clipped",
+        "sft_grad_norm": "Gradient norm of a step on demonstrations alone, before clipping",
         "cooperative_gain": (
-            "RL's objective of BRIDGE's policy less that of its shadow, on the same rollouts"
+            "RL objective of BRIDGE's policy minus that of its shadow, on the same rollouts"
         ),
-        "shadow_loss": "Loss of the rollouts that BRIDGE's shadow minimized",
-        "shadow_grad_norm": "Norm of the gradient of BRIDGE's shadow before it is clipped",
-        "prefix_frac": "Share of TRAPO's answers that went on from the beginning of a trace",
-        "frozen_frac": "Share of the parameters that MIFO's step on traces left as they were",
+        "shadow_loss": "Loss of the rollouts minimized by BRIDGE's shadow",
+        "shadow_grad_norm": "Gradient norm of BRIDGE's shadow before clipping",
+        "prefix_frac": "Fraction of TRAPO's completions that continue a demonstration's prefix",
+        "frozen_frac": "Fraction of the parameters frozen in MIFO's step on demonstrations",
     },
 }
+"""Help text for every metric, by stage."""
 
 
-def metric(stage: str, name: str) -> str:
-    """Name of a number's Prometheus metric."""
+def prometheus_name(stage: str, name: str) -> str:
+    """Return the Prometheus name of a metric; `cooperate` shares those of `rl`."""
     is_shared = stage == "cooperate" and name in METRIC_HELP["rl"]
     return f"pear_ray_{'rl' if is_shared else stage}_{name}"
 
 
 class Tracker:
-    """Numbers of one stage of one run, by step."""
+    """Writes the metrics of one stage of one run, step by step."""
 
     def __init__(self, folder: Path, stage: str, settings: Tracking) -> None:
         self._path = folder / "metrics.jsonl"
@@ -137,10 +138,10 @@ class Tracker:
         self._tags = {"run": str(folder), "stage": stage}
         self._step = prometheus.Gauge("pear_ray_step", "Latest step of the stage", TAGS)
         self._step_time = prometheus.Gauge(
-            "pear_ray_step_time_seconds", "When the latest step of the stage ended, Unix time", TAGS
+            "pear_ray_step_time_seconds", "End of the latest step of the stage, Unix time", TAGS
         )
         self._gauges = {
-            name: prometheus.Gauge(metric(stage, name), text, TAGS)
+            name: prometheus.Gauge(prometheus_name(stage, name), text, TAGS)
             for name, text in METRIC_HELP[stage].items()
         }
         self._tensorboard: Any = None
@@ -157,7 +158,7 @@ class Tracker:
             )
 
     def rewind(self, step: int) -> Self:
-        """Forget this stage's numbers from `step` on: an attempt that did not last wrote them."""
+        """Drop this stage's rows from `step` on, written by an attempt that lost these steps."""
         if self._path.exists():
             rows = [
                 row
@@ -168,17 +169,17 @@ class Tracker:
                 partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
 
-    def log(self, step: int, **numbers: Any) -> None:
-        """Write one step. Values are numbers, strings, or lists and dicts of numbers.
+    def log(self, step: int, **values: Any) -> None:
+        """Log one step. Values are numbers, strings, or lists and dicts of numbers.
 
         Raises:
-            KeyError: `METRIC_HELP` does not say what a number means.
+            KeyError: a number has no text in `METRIC_HELP`.
         """
         now = round(time.time(), 3)
-        row = {"stage": self._stage, "step": step, "time": now, **numbers}
+        row = {"stage": self._stage, "step": step, "time": now, **values}
         with self._path.open("a") as file:
             file.write(json.dumps(finite(row)) + "\n")
-        scalars = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+        scalars = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         self._step.set(step, self._tags)
         self._step_time.set(now, self._tags)
         for name, value in scalars.items():
@@ -189,7 +190,7 @@ class Tracker:
             self._wandb.log({f"{self._stage}/{k}": v for k, v in scalars.items()}, step=step)
 
     def close(self) -> None:
-        """Hand over what is still buffered."""
+        """Flush buffered values."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -208,18 +209,20 @@ def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]
 
 
 def count_event(run: str, stage: str, kind: str) -> None:
-    """Count what happened out of the ordinary, and say when it last did: alerts ask for the second,
-    since a counter that appears has not risen."""
+    """Count an event and record its time. Alerts use the time: a counter that first appears has no
+    increase."""
     tags = {"run": run, "stage": stage, "kind": kind}
     prometheus.Counter("pear_ray_events", EVENTS, tuple(tags)).inc(tags=tags)
     latest = prometheus.Gauge(
-        "pear_ray_event_time_seconds", "When such an event last happened, Unix time", tuple(tags)
+        "pear_ray_event_time_seconds",
+        "Time of the latest event of this kind, Unix time",
+        tuple(tags),
     )
     latest.set(time.time(), tags)
 
 
 def finite(value: Any) -> Any:
-    """The same JSON document with null in place of what JSON cannot say."""
+    """Return the JSON document with null for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One seed for each thing that is random, whatever order things happen in."""
+"""Seeds derived from names, independent of the order of execution."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_of(*parts: object) -> int:
-    """A seed in [0, 2^31) that depends on all parts and on nothing else, in every process."""
+    """Return a seed in [0, 2^31) that depends on all parts and on nothing else, in any process."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

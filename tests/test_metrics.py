@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step, forgotten where an attempt did not last."""
+"""metrics.jsonl: one line per step; steps that an attempt lost are dropped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import math
 import pytest
 
 from pear_ray.config import Tracking
-from pear_ray.metrics import Tracker, finite, metric
+from pear_ray.metrics import Tracker, finite, prometheus_name, read_metrics
 
 
 @pytest.fixture
 def track(tmp_path):
-    """Makes a tracker of a stage in one run folder."""
+    """Create a tracker of a stage in one run folder."""
     return lambda stage: Tracker(tmp_path, stage, Tracking())
 
 
@@ -44,7 +44,7 @@ def test_one_line_per_step(track, tmp_path):
     assert (second["step"], second["loss"]) == (1, 1)
 
 
-def test_what_json_cannot_say_becomes_null(track, tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_null(track, tmp_path):
     track("rl").log(
         0, loss=math.nan, parts={"high": math.inf, "low": [-math.inf, 2.0], "ok": (1, math.nan)}
     )
@@ -58,16 +58,15 @@ def test_finite_keeps_everything_else():
     assert finite(document) == {"a": [1, 2.5, "nan", None, True], "b": {"c": []}}
 
 
-def test_rewind_forgets_later_steps_of_its_own_stage_only(track, tmp_path):
+def test_rewind_drops_later_steps_of_its_own_stage_only(track, tmp_path):
     sft, rl = track("sft"), track("rl")
     for step in range(5):
         sft.log(step, loss=float(step))
         rl.log(step, reward_mean=float(step))
     again = track("sft").rewind(2)
     again.log(2, loss=20.0)
-    found = [(row["stage"], row["step"]) for row in rows(tmp_path)]
-    assert [step for stage, step in found if stage == "rl"] == [0, 1, 2, 3, 4]
-    assert [step for stage, step in found if stage == "sft"] == [0, 1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path, "rl")] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path, "sft")] == [0, 1, 2]
     assert rows(tmp_path)[-1]["loss"] == 20.0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -80,6 +79,18 @@ def test_rewind_to_the_beginning_and_without_a_file(track, tmp_path):
     assert rows(tmp_path) == []
 
 
-def test_both_stages_of_rollouts_share_panels():
-    assert metric("cooperate", "pass_rate") == metric("rl", "pass_rate") == "pear_ray_rl_pass_rate"
-    assert metric("cooperate", "cooperative_gain") == "pear_ray_cooperate_cooperative_gain"
+def test_cooperate_shares_the_prometheus_names_of_rl():
+    for stage in ("rl", "cooperate"):
+        assert prometheus_name(stage, "pass_rate") == "pear_ray_rl_pass_rate"
+    own = prometheus_name("cooperate", "cooperative_gain")
+    assert own == "pear_ray_cooperate_cooperative_gain"
+
+
+def test_a_torn_last_line_is_skipped(track, tmp_path):
+    assert read_metrics(tmp_path) == []
+    track("sft").log(0, loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "sft", "st')
+    assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0]
+    track("sft").rewind(1).log(1, loss=2.0)
+    assert [row["loss"] for row in rows(tmp_path)] == [1.0, 2.0]

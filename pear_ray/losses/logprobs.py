@@ -1,8 +1,8 @@
 """Log-probabilities of a pack's tokens. The shift by one happens here and nowhere else.
 
-Logits exist for one chunk of tokens at a time, in the forward and in the backward pass, so that
-tokens x vocabulary never exists as a whole. The whole computation is one node of the graph: the
-output head is used once per pass, which under ZeRO-3 means that it is gathered once.
+Logits exist for one chunk of tokens at a time, in the forward and in the backward pass; the full
+[tokens, vocabulary] matrix is never materialized. The whole computation is one autograd node, so
+under ZeRO-3 the output head is gathered once per pass.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Reading(NamedTuple):
-    """What a model says at n places.
+class TokenLogprobs(NamedTuple):
+    """Outputs of the model at n positions.
 
-    `logprobs` float32 [n, m], of the m tokens asked for, with gradient. Without gradient, float32
-    [n]: `entropies` in nats, and `top_masses`, the probability of the k likeliest tokens together
-    (zeros where k is 0).
+    `logprobs` float32 [n, m], of the m requested tokens, with gradient. float32 [n], detached:
+    `entropies` in nats, and `top_masses`, the total probability of the k likeliest tokens (zeros
+    if k is 0).
     """
 
     logprobs: Tensor
@@ -36,57 +36,58 @@ def predicted_logprobs(
     *,
     logits_mib: float,
     top_k: int = 0,
-) -> Reading:
-    """Log-probabilities of chosen tokens at chosen positions, given all tokens before them.
+) -> TokenLogprobs:
+    """Return log-probabilities of the requested tokens at the requested positions.
 
     The hidden state at t - 1 predicts position t.
 
     Args:
         hidden_T: float [tokens, width], the decoder's output.
         weight: float [vocabulary, width], the output head.
-        token_ids: int64 [n, m], the tokens asked for at each position.
-        predicted: int64 [n], the positions; none is the first of its sequence (nothing predicts
-            it).
-        logits_mib: memory for logits and their softmax. Where all fit, the softmax is kept for the
-            backward pass; otherwise logits are made chunk by chunk, in both passes.
-        top_k: tokens counted in `top_masses`.
+        token_ids: int64 [n, m], the requested tokens of each position.
+        predicted: int64 [n], the positions; none is the first of its sequence.
+        logits_mib: memory for logits and their softmax. If all positions fit, the softmax is kept
+            for the backward pass; otherwise both passes compute logits chunk by chunk.
+        top_k: number of tokens in `top_masses`.
     """
     bytes_per_token = 2 * 4 * weight.shape[0]
     tokens_per_chunk = max(1, int(logits_mib * 2**20) // bytes_per_token)
     hidden = hidden_T[predicted - 1]
-    return Reading(*_Read.apply(hidden, weight, token_ids, tokens_per_chunk, top_k))
+    return TokenLogprobs(*_Logprobs.apply(hidden, weight, token_ids, tokens_per_chunk, top_k))
 
 
-class _Read(torch.autograd.Function):
-    """With p the softmax of the logits and g the gradient of the log-probs of tokens i, that of
-    the logits is sum_i g_i (onehot_i - p)."""
+class _Logprobs(torch.autograd.Function):
+    """With p the softmax of the logits and g_i the gradient of the log-prob of token i, the
+    gradient of the logits is sum_i g_i (onehot_i - p)."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, tokens_per_chunk: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_places = len(hidden)
+        num_positions = len(hidden)
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
-        normalizers, entropies = hidden.new_empty((2, num_places), dtype=torch.float32)
-        top_masses = hidden.new_zeros(num_places, dtype=torch.float32)
-        logits_room, probs_room = (_room(hidden, weight, tokens_per_chunk) for _ in range(2))
-        for part in chunks(num_places, tokens_per_chunk):
-            log_softmax = _logits(hidden[part], weight, logits_room)
-            probs = probs_room[: len(log_softmax)]
+        normalizers, entropies = hidden.new_empty((2, num_positions), dtype=torch.float32)
+        top_masses = hidden.new_zeros(num_positions, dtype=torch.float32)
+        logits_buffer = _chunk_buffer(hidden, weight, tokens_per_chunk)
+        probs_buffer = _chunk_buffer(hidden, weight, tokens_per_chunk)
+        for chunk in chunks(num_positions, tokens_per_chunk):
+            log_softmax = _logits(hidden[chunk], weight, logits_buffer)
+            probs = probs_buffer[: len(log_softmax)]
             largest = log_softmax.amax(-1)
             sums = torch.sub(log_softmax, largest[:, None], out=probs).exp_().sum(-1)
-            normalizers[part] = sums.log() + largest
-            log_softmax -= normalizers[part, None]
-            logprobs[part] = log_softmax.gather(-1, ids[part])
+            normalizers[chunk] = sums.log() + largest
+            log_softmax -= normalizers[chunk, None]
+            logprobs[chunk] = log_softmax.gather(-1, ids[chunk])
             torch.exp(log_softmax, out=probs)
-            entropies[part] = -log_softmax.mul_(probs).sum(-1)
+            entropies[chunk] = -log_softmax.mul_(probs).sum(-1)
             if top_k:
-                top_masses[part] = probs.topk(top_k, sorted=False).values.sum(-1)
-        is_kept = num_places <= tokens_per_chunk and any(ctx.needs_input_grad)
-        ctx.probs = probs_room if is_kept else None
-        # DeepSpeed fills and empties `weight.data` around each pass: the parameter itself is kept,
-        # as a saved tensor would be the empty one.
-        ctx.weight, ctx.tokens_per_chunk = weight, tokens_per_chunk
+                top_masses[chunk] = probs.topk(top_k, sorted=False).values.sum(-1)
+        keeps_probs = num_positions <= tokens_per_chunk and any(ctx.needs_input_grad)
+        ctx.probs = probs_buffer if keeps_probs else None
+        # Not save_for_backward: DeepSpeed fills and empties `weight.data` around each pass, and a
+        # saved tensor would be the empty one.
+        ctx.weight = weight
+        ctx.tokens_per_chunk = tokens_per_chunk
         ctx.save_for_backward(hidden, ids, normalizers)
         ctx.mark_non_differentiable(entropies, top_masses)
         return logprobs, entropies, top_masses
@@ -96,50 +97,52 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, ids, normalizers = ctx.saved_tensors
         weight, grad_logprobs = ctx.weight, grads[0]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden)
-        # A sum over chunks, in float32 whatever the weights are in; a frozen head needs none.
-        shape = weight.shape if ctx.needs_input_grad[1] else (0,)
+        # Summed over chunks in float32, whatever the dtype of the weights.
+        shape = weight.shape if needs_weight else (0,)
         grad_weight = weight.new_zeros(shape, dtype=torch.float32)
-        kept, ctx.probs = ctx.probs, None
-        room = _room(hidden, weight, ctx.tokens_per_chunk) if kept is None else kept
-        for part in chunks(len(hidden), ctx.tokens_per_chunk):
-            if kept is None:
-                probs = _logits(hidden[part], weight, room).sub_(normalizers[part, None]).exp_()
+        kept_probs, ctx.probs = ctx.probs, None
+        if kept_probs is None:
+            buffer = _chunk_buffer(hidden, weight, ctx.tokens_per_chunk)
+        for chunk in chunks(len(hidden), ctx.tokens_per_chunk):
+            if kept_probs is None:
+                logits = _logits(hidden[chunk], weight, buffer)
+                probs = logits.sub_(normalizers[chunk, None]).exp_()
             else:
-                probs = room
-            grad = grad_logprobs[part]
-            grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[part], grad)
+                probs = kept_probs
+            grad = grad_logprobs[chunk]
+            grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[chunk], grad)
             grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            if ctx.needs_input_grad[1]:
-                _add_product(grad_weight, grad_logits.T, hidden[part])
-        needed = ctx.needs_input_grad
+            grad_hidden[chunk] = grad_logits @ weight
+            if needs_weight:
+                _add_product(grad_weight, grad_logits.T, hidden[chunk])
         return (
-            grad_hidden if needed[0] else None,
-            grad_weight.to(weight.dtype) if needed[1] else None,
+            grad_hidden if needs_hidden else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
             None,
             None,
             None,
         )
 
 
-def chunks(num_places: int, places_per_chunk: int) -> Iterator[slice]:
-    """Slices that cover all places in order; a single empty one where there are none."""
-    for start in range(0, max(1, num_places), places_per_chunk):
-        yield slice(start, min(num_places, start + places_per_chunk))
+def chunks(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
+    """Yield slices that cover all positions in order; a single empty one if there are none."""
+    for start in range(0, max(1, num_positions), positions_per_chunk):
+        yield slice(start, min(num_positions, start + positions_per_chunk))
 
 
-def _room(hidden: Tensor, weight: Tensor, num_places: int) -> Tensor:
-    """Memory for a chunk, used by one after the other: on CPUs, taking it anew for each costs as
-    much as what is computed in it."""
-    shape = min(num_places, len(hidden)), len(weight)
+def _chunk_buffer(hidden: Tensor, weight: Tensor, num_positions: int) -> Tensor:
+    """Return memory for one chunk, reused by all: on CPUs, allocating it for each chunk costs as
+    much as the computation."""
+    shape = min(num_positions, len(hidden)), len(weight)
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, room: Tensor) -> Tensor:
-    """float32 whatever the weights are in: rounded to bfloat16, a logit of 20 is off by up to .06,
-    as much as PEAR's clip of a log-ratio."""
-    logits = room[: len(hidden)]
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """Return float32 logits, whatever the dtype of the weights: rounded to bfloat16, a logit of 20
+    is off by up to .06, nearly PEAR's clip of a log-ratio."""
+    logits = buffer[: len(hidden)]
     if weight.dtype == torch.float32:
         return torch.mm(hidden, weight.T, out=logits)
     if hidden.is_cuda:

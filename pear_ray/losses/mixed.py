@@ -1,84 +1,78 @@
-"""What is minimized where one step learns from rollouts and from offline traces.
+"""Objectives of `cooperate`: one loss for a step on rollouts and demonstrations.
 
-An objective for each kind of tokens sees its own kind alone, in a step of its own; what is
-different here is how their sums become one loss.
+One objective each for rollouts and for demonstrations sees its own tokens only, as a step of its
+own; the classes here combine the two sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs, LossOutputs
+from pear_ray.losses.inputs import LossInputs, LossOutputs, Objective
 from pear_ray.losses.policy import PolicyGradient
-from pear_ray.losses.sft import Supervised
-from pear_ray.losses.token_losses import TokenLoss
+from pear_ray.losses.sft import Supervised, TokenLoss
 
-# Begins the names of facts about traces; those about rollouts keep theirs.
-OF_TRACES = "trace_"
+DEMONSTRATION_PREFIX = "sft_"
+"""Prefix of the metric sums of demonstrations; those of rollouts have none."""
 
 
 @dataclass(frozen=True)
-class JointTokenMean:
-    """(sum over rollout tokens + sum over trace tokens) / their number: TRAPO's one loss for
-    answers that an expert began and the policy went on with (arXiv 2512.17636). That the two sums
-    count alike for each token is this project's reading. Without traces it is the objective of
-    the rollouts alone.
+class JointTokenMean(Objective):
+    """(sum over rollout tokens + sum over demonstration tokens) / their number: TRAPO's one loss
+    for completions that continue an expert's prefix (arXiv 2512.17636). Weighting both kinds of
+    tokens alike is this project's reading. Without demonstrations it is the rollouts' objective.
 
-    Facts are those of both objectives, the traces' with `OF_TRACES` before their names; and the
-    losses of both, `rl_loss` and `sft_loss`, as sums.
+    Metric sums are those of both objectives, the demonstrations' with `DEMONSTRATION_PREFIX`, and
+    the losses `rl_loss` and `sft_loss`.
     """
 
     rollouts: PolicyGradient
-    traces: Supervised
+    demonstrations: Supervised
 
     @property
-    def top_k(self) -> int:
-        return self.traces.top_k
+    def top_k(self) -> int:  # type: ignore[override]
+        return self.demonstrations.top_k
 
     def __call__(self, tokens: LossInputs) -> LossOutputs:
-        ours, theirs = self.rollouts(tokens.of_rollouts()), self.traces(tokens.of_traces())
-        facts = {OF_TRACES + name: fact for name, fact in theirs.facts.items()}
-        facts |= ours.facts | {
-            "rl_loss": ours.loss.detach(),
-            OF_TRACES + "loss": theirs.loss.detach(),
-        }
-        return LossOutputs(self.joined(ours.loss, theirs.loss, tokens), facts)
+        rl = self.rollouts(tokens.rollouts_only())
+        sft = self.demonstrations(tokens.demonstrations_only())
+        sums = {DEMONSTRATION_PREFIX + name: value for name, value in sft.metric_sums.items()}
+        sums |= rl.metric_sums
+        sums["rl_loss"] = rl.loss.detach()
+        sums[DEMONSTRATION_PREFIX + "loss"] = sft.loss.detach()
+        return LossOutputs(self.combine(rl.loss, sft.loss, tokens), sums)
 
-    def joined(self, rollouts: Tensor, traces: Tensor, tokens: LossInputs) -> Tensor:
-        """One sum, which the learner divides by the number of all tokens."""
-        return rollouts + traces
-
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """The step's gradient is taken as it is."""
-        return 1.0
+    def combine(self, rl_loss: Tensor, sft_loss: Tensor, tokens: LossInputs) -> Tensor:
+        """Return one sum, which the learner divides by the number of all tokens."""
+        return rl_loss + sft_loss
 
 
 @dataclass(frozen=True)
 class LambdaMix(JointTokenMean):
-    """rl_weight mean over rollout tokens + (1 - rl_weight) mean over trace tokens: the naive
-    sum, and the student's part of BRIDGE (arXiv 2509.06948), where rl_weight is lambda."""
+    """rl_weight mean over rollout tokens + (1 - rl_weight) mean over demonstration tokens: the
+    naive sum, and the student's part of BRIDGE (arXiv 2509.06948), where rl_weight is lambda."""
 
     rl_weight: float
 
-    def joined(self, rollouts: Tensor, traces: Tensor, tokens: LossInputs) -> Tensor:
-        # Exactly 1 for the one where there is nothing of the other.
+    def combine(self, rl_loss: Tensor, sft_loss: Tensor, tokens: LossInputs) -> Tensor:
+        # Exactly 1 for the only kind, if a step has just one.
         num_tokens = tokens.num_tokens_global
-        of_rollouts = num_tokens * self.rl_weight / max(1, tokens.num_rollout_tokens_global)
-        of_traces = num_tokens * (1 - self.rl_weight) / max(1, tokens.num_trace_tokens_global)
-        return of_rollouts * rollouts + of_traces * traces
+        num_rl_tokens = max(1, tokens.num_rollout_tokens_global)
+        num_sft_tokens = max(1, tokens.num_demonstration_tokens_global)
+        rl_scale = num_tokens * self.rl_weight / num_rl_tokens
+        sft_scale = num_tokens * (1 - self.rl_weight) / num_sft_tokens
+        return rl_scale * rl_loss + sft_scale * sft_loss
 
 
 @dataclass(frozen=True)
 class HighEntropyOnly(TokenLoss):
-    """Another loss on the `share` of each trace's tokens at which the model's entropy is highest,
-    rounded up, and 0 on the others: MIFO's high-entropy tokens (arXiv 2510.04454). That the share
-    is taken of each trace, and that tokens left out still count in the mean, is this project's
-    choice; the authors' is not public."""
+    """`loss` on the `share` of each demonstration's tokens with the highest entropy under the
+    model, rounded up, and 0 on the others: MIFO's high-entropy tokens (arXiv 2510.04454). Taking
+    the share per demonstration, and counting masked tokens in the mean, are this project's choices;
+    the authors' are not public."""
 
     loss: TokenLoss
     share: float
@@ -88,23 +82,23 @@ class HighEntropyOnly(TokenLoss):
         return self.loss.top_k
 
     def __call__(self, tokens: LossInputs) -> Tensor:
-        return self.loss(tokens) * self.chosen(tokens)
+        return self.loss(tokens) * self.mask(tokens)
 
-    def chosen(self, tokens: LossInputs) -> Tensor:
-        """Which tokens are learned, bool [n]; of equal ones the earlier."""
+    def mask(self, tokens: LossInputs) -> Tensor:
+        """Return the tokens that are learned, bool [n]; ties go to the earlier token."""
         ids = tokens.sequence_ids
         by_entropy = torch.argsort(tokens.entropies, descending=True, stable=True)
         order = by_entropy[torch.argsort(ids[by_entropy], stable=True)]
         lengths = tokens.lengths()
         before = lengths.cumsum(0) - lengths
-        place = torch.arange(ids.numel(), device=ids.device) - before[ids[order]]
+        entropy_rank = torch.arange(ids.numel(), device=ids.device) - before[ids[order]]
         is_chosen = torch.zeros_like(ids, dtype=torch.bool)
-        is_chosen[order] = place < (lengths[ids[order]] * self.share).ceil()
+        is_chosen[order] = entropy_rank < (lengths[ids[order]] * self.share).ceil()
         return is_chosen
 
 
 def rl_weight_at(step: int, num_steps: int, first: float, last: float) -> float:
-    """Share of the rollouts in a step, on a straight line from the first step's to the last's."""
+    """Return the weight of the rollouts at a step, linear from the first step's to the last's."""
     if num_steps < 2:
         return first
     return first + (last - first) * step / (num_steps - 1)

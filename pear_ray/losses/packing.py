@@ -1,4 +1,4 @@
-"""Sequences end to end in micro-batches, dealt evenly over ranks."""
+"""Packing: sequences end to end in micro-batches, distributed evenly over ranks."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ def pack(
     crossover_tokens: float = math.inf,
     counted: Sequence[TrainingSequence] | None = None,
 ) -> list[list[TrainingBatch]]:
-    """The micro-batches of every rank for ONE optimizer step.
+    """Return the micro-batches of every rank for ONE optimizer step.
 
-    All ranks get equally many: under ZeRO-3 a rank that runs one more forward pass than the
-    others waits for ever. Where sequences do not suffice, a micro-batch repeats the shortest
-    sequence with nothing to learn in it.
+    All ranks get the same number: under ZeRO-3 a rank that runs one more forward pass than the
+    others hangs. If there are too few sequences, a micro-batch repeats the shortest one without
+    trainable tokens.
 
     Args:
-        sequences: what the step learns from, in any order.
-        num_ranks: ranks that share the work.
-        tokens_per_micro_batch: most tokens in one micro-batch.
-        crossover_tokens: length at which attention, quadratic in the length of a sequence, costs
-            as much as everything else; sequences are dealt by cost, not by length.
-        counted: what the global counts are of, where the others of a step are left out since
-            their loss is known to be 0; without it `sequences`.
+        sequences: the sequences of the step, in any order.
+        num_ranks: data-parallel ranks.
+        tokens_per_micro_batch: maximum tokens of a micro-batch.
+        crossover_tokens: sequence length at which attention, quadratic in the length, costs as
+            much as everything else; bins are balanced by cost, not by length.
+        counted: the sequences that the global counts cover, if some are left out of `sequences`
+            because their loss is known to be 0.
 
     Returns:
-        [num_ranks][micro-batches]; the same on every rank that is given the same sequences.
+        [num_ranks][micro-batches]; the same on every rank, given the same sequences.
 
     Raises:
         ValueError: no sequence, no trainable token in any, or one longer than a micro-batch.
     """
     if not sequences:
-        raise ValueError("expected at least one sequence to pack, read none")
+        raise ValueError("sequences: expected at least one, got none")
     lengths = np.array([len(sequence.token_ids) for sequence in sequences])
     if lengths.max() > tokens_per_micro_batch:
         longest = sequences[int(lengths.argmax())]
         raise ValueError(
-            f"sequence of {longest.origin!r} has {lengths.max()} tokens; expected at most"
-            f" {tokens_per_micro_batch}, learner.tokens_per_micro_batch of all ranks that share it"
+            f"sequence of {longest.origin!r}: expected at most {tokens_per_micro_batch} tokens"
+            " (learner.tokens_per_micro_batch of all ranks that share it), got"
+            f" {lengths.max()}"
         )
-    counts = counts_of(sequences if counted is None else counted)
+    counts = global_counts(sequences if counted is None else counted)
     if not counts["num_trainable_tokens_global"]:
         raise ValueError(
-            f"expected at least one trainable token in a step, read none in its"
+            f"sequences: expected at least one trainable token in a step, got none in"
             f" {len(sequences)} sequences"
         )
     costs = lengths * (1 + lengths / crossover_tokens)
-    bins = even_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
-    filler = nothing_to_learn(sequences[int(lengths.argmin())])
+    bins = balanced_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
+    filler = without_trainable_tokens(sequences[int(lengths.argmin())])
     batches = [
-        # Attention takes sequences of one length together where they are neighbors.
-        batch_of(
-            [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler],
-            counts,
+        # Attention batches neighbors of one length.
+        concatenate(
+            [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler], counts
         )
         for members in bins
     ]
-    # Rounds of one micro-batch per rank, dearest first, dealt there and back: ranks that wait for
-    # each other at every layer carry like loads in every round and in sum.
+    # Rounds of one micro-batch per rank, most expensive first, in alternating direction: ranks
+    # synchronize at every layer, so loads must match in every round and in sum.
     rounds = [batches[start : start + num_ranks] for start in range(0, len(batches), num_ranks)]
-    there_and_back = [one[:: 1 if number % 2 == 0 else -1] for number, one in enumerate(rounds)]
-    return [list(own) for own in zip(*there_and_back, strict=True)]
+    alternating = [one[:: 1 if number % 2 == 0 else -1] for number, one in enumerate(rounds)]
+    return [list(own) for own in zip(*alternating, strict=True)]
 
 
-def even_bins(
+def balanced_bins(
     lengths: np.ndarray, costs: np.ndarray, num_ranks: int, capacity: int
 ) -> list[list[int]]:
-    """Indices in bins of like cost and of at most `capacity` tokens, the dearest first: as few
-    bins as that takes, in multiples of `num_ranks`. Some are empty where indices do not suffice."""
+    """Return indices in bins of similar cost and at most `capacity` tokens, most expensive first:
+    the fewest bins that suffice, in multiples of `num_ranks`. Bins may be empty."""
     num_bins = num_ranks * math.ceil(lengths.sum() / (capacity * num_ranks))
     by_index = dict(enumerate(costs.tolist()))
     while True:
@@ -87,39 +87,39 @@ def even_bins(
         num_bins += num_ranks
 
 
-def nothing_to_learn(sequence: TrainingSequence) -> TrainingSequence:
-    """The same tokens, none of them trainable."""
+def without_trainable_tokens(sequence: TrainingSequence) -> TrainingSequence:
+    """Return a filler: the same tokens, none of them trainable."""
     zeros = np.zeros(len(sequence.token_ids), np.float32)
     blank = {"trainable": zeros.astype(bool), "sampled_logprobs": zeros, "coefficients": zeros}
-    return replace(sequence, origin="", from_trace=None, **blank)
+    return replace(sequence, origin="", from_demonstration=None, **blank)
 
 
-def counts_of(sequences: Sequence[TrainingSequence]) -> dict[str, int]:
-    """What every micro-batch of a step says of the whole of it."""
-    num_trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
-    of_trace = (sequence.from_trace for sequence in sequences)
-    num_of_trace = np.array([0 if tokens is None else int(tokens.sum()) for tokens in of_trace])
+def global_counts(sequences: Sequence[TrainingSequence]) -> dict[str, int]:
+    """Return the counts of a whole step, fields of each of its micro-batches."""
+    trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
+    masks = (sequence.from_demonstration for sequence in sequences)
+    demonstrated = np.array([0 if mask is None else int(mask.sum()) for mask in masks])
     return {
-        "num_trainable_tokens_global": int(num_trainable.sum()),
-        "num_sequences_global": int((num_trainable > num_of_trace).sum()),
-        "num_trace_tokens_global": int(num_of_trace.sum()),
-        "num_trace_sequences_global": int((num_of_trace > 0).sum()),
+        "num_trainable_tokens_global": int(trainable.sum()),
+        "num_sequences_global": int((trainable > demonstrated).sum()),
+        "num_demonstration_tokens_global": int(demonstrated.sum()),
+        "num_demonstration_sequences_global": int((demonstrated > 0).sum()),
     }
 
 
-def batch_of(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]) -> TrainingBatch:
-    """A micro-batch of these sequences in a global batch of these counts."""
+def concatenate(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]) -> TrainingBatch:
+    """Return one micro-batch of these sequences in a global batch with these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(sequence, name) for sequence in sequences])
 
     def joined_if_any(name: str, dtype: type = np.float32) -> np.ndarray | None:
-        """Zero for sequences without it."""
-        found = [getattr(sequence, name) for sequence in sequences]
-        if all(array is None for array in found):
+        """Fill in zeros for sequences without the field; None if all lack it."""
+        arrays = [getattr(sequence, name) for sequence in sequences]
+        if all(array is None for array in arrays):
             return None
-        pairs = zip(found, lengths, strict=True)
+        pairs = zip(arrays, lengths, strict=True)
         return np.concatenate([np.zeros(n, dtype) if a is None else a for a, n in pairs])
 
     return TrainingBatch(
@@ -133,6 +133,6 @@ def batch_of(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]) -
         teacher_ids_T=joined_if_any("teacher_ids"),
         teacher_logprobs_T=joined_if_any("teacher_logprobs"),
         reference_logprobs_T=joined_if_any("reference_logprobs"),
-        from_trace_T=joined_if_any("from_trace", bool),
+        from_demonstration_T=joined_if_any("from_demonstration", bool),
         **counts,
     )

@@ -1,178 +1,270 @@
-"""What RL minimizes: a loss for each token (`policy_losses`), a correction for tokens that another
-engine sampled, perhaps a KL penalty, and the average that is meant.
+"""RL objectives: a per-token loss, a correction for engine/trainer log-prob mismatch, an optional
+KL penalty, and the mode of averaging.
 
     loss = average over the step's tokens of  weight_t loss_t + coefficient KL_t
 
-As every objective these give SUMS over a micro-batch, which the learner divides once by the global
-number of trainable tokens T. An average of another kind is a factor for each token that undoes
-this division.
+Like all objectives these return SUMS over a micro-batch, and the learner divides once by the global
+number of trainable tokens T. Averages other than the token mean scale each token to undo that
+division.
+
+A per-token loss maps the log-ratios log(pi / pi_old) of the trainable tokens, float32 [n] with
+gradient, to one loss each; the correction defines pi_old. A is the advantage,
+`LossInputs.coefficients`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs, LossOutputs
-from pear_ray.losses.policy_losses import MAX_LOG_RATIO, PolicyLoss, ratios_of
+from pear_ray.losses.inputs import LossInputs, LossOutputs, Objective
+
+# Far outside every clip; beyond e^88 float32 overflows to inf, and inf x 0 is NaN.
+MAX_LOG_RATIO = 20.0
+
+
+class TokenLosses(NamedTuple):
+    """`losses` float32 [n] with gradient, and `clipped` bool [n], tokens changed by a bound."""
+
+    losses: Tensor
+    clipped: Tensor
+
+
+def exp_ratios(log_ratios: Tensor) -> Tensor:
+    """Return e^x with x clamped to [-20, 20], without gradient beyond."""
+    return log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+@dataclass(frozen=True)
+class PpoClip:
+    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), R the token's ratio: PPO's clipped
+    surrogate (arXiv 1707.06347 eq. 7) with a higher upper bound (DAPO, arXiv 2503.14476
+    section 3.1)."""
+
+    clip_low: float
+    clip_high: float
+
+    def ratios(self, log_ratios: Tensor, tokens: LossInputs) -> Tensor:
+        """Return R of each token, [n], with gradient."""
+        return exp_ratios(log_ratios)
+
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> TokenLosses:
+        ratios = self.ratios(log_ratios, tokens)
+        bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
+        unclipped = ratios * tokens.coefficients
+        surrogate = torch.minimum(unclipped, bounded * tokens.coefficients)
+        return TokenLosses(-surrogate, surrogate < unclipped)
+
+
+@dataclass(frozen=True)
+class Gspo(PpoClip):
+    """PpoClip with one ratio R per sequence: exp(mean_t log-ratio_t) over its trainable tokens
+    (GSPO, arXiv 2507.18071 section 4). Clips are far narrower than PPO's: the mean of many
+    log-ratios is closer to 0 than each of them.
+
+    Every token of a sequence has that sequence's loss, and the gradient of the mean reaches all of
+    them: averaged by `SequenceMean` it is the paper's mean over sequences.
+    """
+
+    def ratios(self, log_ratios: Tensor, tokens: LossInputs) -> Tensor:
+        return exp_ratios(tokens.means_by_sequence(log_ratios))[tokens.sequence_ids]
+
+
+@dataclass(frozen=True)
+class Cispo(PpoClip):
+    """-sg[clip(R, 1 - clip_low, 1 + clip_high)] A log pi (CISPO, MiniMax-M1, arXiv 2506.13585
+    section 3.1): tokens that PPO's clip would drop keep a gradient with a bounded weight.
+    The paper bounds the ratio from above only: clip_low = 1."""
+
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> TokenLosses:
+        ratios = self.ratios(log_ratios, tokens).detach()
+        bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
+        clipped = (bounded != ratios) & (tokens.coefficients != 0)
+        return TokenLosses(-bounded * tokens.coefficients * tokens.logprobs, clipped)
+
+
+@dataclass(frozen=True)
+class Nft:
+    """Negative-aware fine-tuning (arXiv 2505.18116). With r the prompt's pass rate,
+    w = sqrt((1 - r) / r) and floor > 0,
+
+        correct  -w log R
+        wrong    -w log max((1 - r R) / (1 - r), floor)
+
+    where the maximum has the gradient of its first argument (straight-through): the old policy is
+    the mixture r pi+ + (1 - r) pi- of a correct and a wrong one, and pi+ learns from both. At
+    R = 1 the gradient is GRPO's with the population's standard deviation.
+
+    `tokens.coefficients` must be those of `group_advantages(..., "nft")`, in (-1, 1): r if
+    correct, -r if wrong, 0 if all or none of the group were correct.
+    """
+
+    floor: float = 1.0
+
+    def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> TokenLosses:
+        has_signal = tokens.coefficients != 0
+        rates = torch.where(has_signal, tokens.coefficients.abs(), 0.5)
+        weights = ((1 - rates) / rates).sqrt() * has_signal
+        negatives = (1 - rates * exp_ratios(log_ratios)) / (1 - rates)
+        floored = negatives.detach().clamp(min=self.floor)
+        is_wrong = tokens.coefficients < 0
+        # The difference is exactly 0 and has the gradient of `negatives`.
+        straight_through = floored + (negatives - negatives.detach())
+        likelihoods = torch.where(is_wrong, straight_through.log(), log_ratios)
+        return TokenLosses(-weights * likelihoods, is_wrong & (negatives < self.floor))
+
+
+PolicyLoss = PpoClip | Gspo | Cispo | Nft
 
 
 @dataclass(frozen=True)
 class RatioInLoss:
-    """The old policy is the one that sampled, by the log-probs of the engine that did: what the two
-    engines differ by is part of the loss's ratio, and within its clips is corrected by it."""
+    """pi_old is the engine's policy, by the engine's log-probs: the engine/trainer mismatch is part
+    of the loss's ratio, and corrected within the loss's clips."""
 
     def log_ratios(self, tokens: LossInputs) -> Tensor:
-        """The loss's log-ratio of each token, [n], with gradient."""
+        """Return log(pi / pi_old) of each token, [n], with gradient."""
         return tokens.logprobs - tokens.sampled_logprobs
 
     def weights(self, tokens: LossInputs) -> Tensor:
-        """What each token's loss is multiplied by, [n], without gradient."""
+        """Return the detached factor of each token's loss, [n]."""
         return torch.ones_like(tokens.sampled_logprobs)
 
-    def facts(self, tokens: LossInputs) -> dict[str, Tensor]:
-        """Additive statistics of the correction."""
+    def metric_sums(self, tokens: LossInputs) -> dict[str, Tensor]:
+        """Return additive statistics of the correction."""
         return {}
 
 
 @dataclass(frozen=True)
 class TruncatedIS:
     """Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training", 2025): each token's loss times sg[min(pi / pi_sampled, cap)].
+    Off-Policy RL Training", 2025): each token's loss times sg[min(pi / pi_engine, cap)].
 
-    The old policy is the model itself as it enters the step: a batch is used for one optimizer
-    step, so the loss's ratio is 1 wherever it is read and only its gradient is left. Clips of the
-    loss hold nothing here; the cap bounds what a token that is off-policy may weigh.
+    pi_old is the model as it enters the step: each batch is used for one optimizer step, so the
+    loss's ratio is always 1 and only its gradient matters. The loss's clips are inactive; the cap
+    bounds the weight of off-policy tokens.
     """
 
     cap: float
 
     def log_ratios(self, tokens: LossInputs) -> Tensor:
-        """The loss's log-ratio of each token, [n]: 0, with the gradient of the log-prob."""
+        """Return log(pi / pi_old) of each token, [n]: 0, with the gradient of the log-prob."""
         return tokens.logprobs - tokens.logprobs.detach()
 
     def weights(self, tokens: LossInputs) -> Tensor:
-        """What each token's loss is multiplied by, [n], without gradient."""
-        return ratios_of(tokens.logprobs.detach() - tokens.sampled_logprobs).clamp(max=self.cap)
+        """Return the detached factor of each token's loss, [n]."""
+        return exp_ratios(tokens.logprobs.detach() - tokens.sampled_logprobs).clamp(max=self.cap)
 
-    def facts(self, tokens: LossInputs) -> dict[str, Tensor]:
-        """`weight` and `weight_squared`, of which (sum w)^2 / sum w^2 / T is the effective sample
-        size, and `truncated`, the tokens at the cap."""
+    def metric_sums(self, tokens: LossInputs) -> dict[str, Tensor]:
+        """Return sums of w and w^2 (effective sample size: (sum w)^2 / sum w^2 / T), and the number
+        of tokens at the cap."""
         weights = self.weights(tokens).double()
-        gaps = tokens.logprobs.detach() - tokens.sampled_logprobs
+        log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
         return {
             "weight": weights.sum(),
             "weight_squared": weights.square().sum(),
-            "truncated": (ratios_of(gaps) > self.cap).sum(),
+            "truncated": (exp_ratios(log_ratios) > self.cap).sum(),
         }
 
 
 @dataclass(frozen=True)
 class TokenMean:
-    """1/T sum_t: every token of the step counts alike (DAPO, arXiv 2503.14476 section 3.3)."""
+    """1/T sum_t: all tokens of the step count alike (DAPO, arXiv 2503.14476 section 3.3)."""
 
-    def factors(self, tokens: LossInputs) -> Tensor:
-        """What each token's loss is multiplied by before the learner divides by T, [n]."""
+    def scales(self, tokens: LossInputs) -> Tensor:
+        """Return the factor of each token's loss before the learner divides by T, [n]."""
         return torch.ones_like(tokens.sampled_logprobs)
 
 
 @dataclass(frozen=True)
 class SequenceMean:
-    """1/N sum_s 1/|s| sum_{t in s}: every one of the N sequences counts alike, whatever its length
+    """1/N sum_s 1/|s| sum_{t in s}: each of the N sequences counts alike, whatever its length
     (GRPO, arXiv 2402.03300 eq. 3)."""
 
-    def factors(self, tokens: LossInputs) -> Tensor:
-        """T / (N |s|) for each token of s, [n]."""
+    def scales(self, tokens: LossInputs) -> Tensor:
+        """Return T / (N |s|) for each token of s, [n]."""
         lengths = tokens.lengths()[tokens.sequence_ids]
         return tokens.num_tokens_global / (tokens.num_sequences_global * lengths)
 
 
 @dataclass(frozen=True)
 class ConstantLength:
-    """1/(N length) sum_t: a token counts alike in every step, however many there are (Dr. GRPO,
-    arXiv 2503.20783 section 3.2). `length` is a number of tokens, as a rule the longest answer
-    that may be sampled."""
+    """1/(N length) sum_t: a token's weight does not depend on the lengths in the step (Dr. GRPO,
+    arXiv 2503.20783 section 3.2). `length` is in tokens, usually the maximum response length."""
 
     length: int
 
-    def factors(self, tokens: LossInputs) -> Tensor:
-        """T / (N length) for each token, [n]."""
-        factor = tokens.num_tokens_global / (tokens.num_sequences_global * self.length)
-        return torch.full_like(tokens.sampled_logprobs, factor)
+    def scales(self, tokens: LossInputs) -> Tensor:
+        """Return T / (N length) for each token, [n]."""
+        scale = tokens.num_tokens_global / (tokens.num_sequences_global * self.length)
+        return torch.full_like(tokens.sampled_logprobs, scale)
 
 
 @dataclass(frozen=True)
 class KlToReference:
     """coefficient (e^d - d - 1), d = log pi_ref - log pi: the estimate "k3" of KL(pi || pi_ref)
-    from tokens that pi sampled, at least 0 for each of them (arXiv 2402.03300 eq. 4).
+    from tokens that pi sampled, at least 0 for each (arXiv 2402.03300 eq. 4).
 
-    Its gradient by log pi is coefficient (1 - e^d). It is not multiplied by the correction's
-    weight. d beyond 20 is held there and has no gradient.
+    Its gradient by log pi is coefficient (1 - e^d). The correction's weight does not apply to it.
+    d is clamped to at most 20, without gradient beyond.
     """
 
     coefficient: float
 
     def divergences(self, tokens: LossInputs) -> Tensor:
-        """e^d - d - 1 of each token in nats, float32 [n], with gradient.
+        """Return e^d - d - 1 of each token in nats, float32 [n], with gradient.
 
         Raises:
-            ValueError: the tokens came without `reference_logprobs`.
+            ValueError: `reference_logprobs` is missing.
         """
         if tokens.reference_logprobs is None:
-            raise ValueError(
-                "a KL penalty to a reference: read tokens without reference_logprobs; expected the"
-                " reference policy's log-prob of each"
-            )
+            raise ValueError("reference_logprobs: expected a tensor for the KL penalty, got None")
         gaps = (tokens.reference_logprobs - tokens.logprobs).clamp(max=MAX_LOG_RATIO)
         return gaps.expm1() - gaps
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(Objective):
     """The objective of an RL step.
 
-    Facts of every one, summed over tokens: `entropy` in nats; `ratio` and `ratio_squared` of
-    pi / pi_sampled, of which (sum R)^2 / sum R^2 / T is the effective sample size; `clipped`, the
-    tokens that a bound of the loss changed; `mismatch`, |log-ratio| in nats; `mismatch_kl`,
-    R - 1 - log R, an estimate of KL(pi_sampled || pi). Others are the correction's, and
-    `reference_kl`, e^d - d - 1, with a KL penalty.
+    Metric sums, over tokens: those of `mismatch_sums` and of the correction; `clipped`, the number
+    of tokens changed by a bound of the loss; with a KL penalty `reference_kl`, e^d - d - 1.
     """
 
     loss: PolicyLoss
     correction: RatioInLoss | TruncatedIS
     aggregation: TokenMean | SequenceMean | ConstantLength
     penalty: KlToReference | None = None
-    top_k = 0
 
     def __call__(self, tokens: LossInputs) -> LossOutputs:
-        terms = self.loss(self.correction.log_ratios(tokens), tokens)
-        losses = self.correction.weights(tokens) * terms.losses
-        facts = sampling_facts(tokens) | self.correction.facts(tokens)
-        facts["clipped"] = terms.clipped.sum()
+        losses, clipped = self.loss(self.correction.log_ratios(tokens), tokens)
+        losses = self.correction.weights(tokens) * losses
+        sums = mismatch_sums(tokens) | self.correction.metric_sums(tokens)
+        sums["clipped"] = clipped.sum()
         if self.penalty is not None:
             divergences = self.penalty.divergences(tokens)
             losses = losses + self.penalty.coefficient * divergences
-            facts["reference_kl"] = divergences.detach().double().sum()
-        return LossOutputs((self.aggregation.factors(tokens) * losses).sum(), facts)
-
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """The step's gradient is taken as it is."""
-        return 1.0
+            sums["reference_kl"] = divergences.detach().double().sum()
+        return LossOutputs((self.aggregation.scales(tokens) * losses).sum(), sums)
 
 
-def sampling_facts(tokens: LossInputs) -> dict[str, Tensor]:
-    """How the model in training stands to the policy that sampled, additive, in float64."""
-    gaps = (tokens.logprobs.detach() - tokens.sampled_logprobs).double()
-    gaps = gaps.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratios = gaps.exp()
+def mismatch_sums(tokens: LossInputs) -> dict[str, Tensor]:
+    """Return sums in float64 that compare the model in training with the policy that sampled.
+
+    `entropy` in nats; `ratio` R = pi / pi_engine and `ratio_squared` (effective sample size:
+    (sum R)^2 / sum R^2 / T); `mismatch`, |log R| in nats; `mismatch_kl`, R - 1 - log R, an estimate
+    of KL(pi_engine || pi).
+    """
+    log_ratios = (tokens.logprobs.detach() - tokens.sampled_logprobs).double()
+    log_ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratios = log_ratios.exp()
     return {
         "entropy": tokens.entropies.sum(),
         "ratio": ratios.sum(),
         "ratio_squared": ratios.square().sum(),
-        "mismatch": gaps.abs().sum(),
-        "mismatch_kl": (gaps.expm1() - gaps).sum(),
+        "mismatch": log_ratios.abs().sum(),
+        "mismatch_kl": (log_ratios.expm1() - log_ratios).sum(),
     }

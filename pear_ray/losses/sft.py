@@ -1,9 +1,12 @@
-"""What SFT minimizes. Each objective maps one micro-batch to SUMS over its tokens; the
-learner divides once by the global token count, so no split of the batch changes the gradient.
+"""SFT objectives: a loss per token, before any weight, and its weighted sum over a micro-batch.
+
+Each token loss maps the trainable tokens of a micro-batch to one loss per token, float32 [n], in
+nats or in units of them. p is the probability that the model in training gives the data's token.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,106 +14,227 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs, LossOutputs
-from pear_ray.losses.token_losses import Nll, TokenLoss, Unlikelihood
-from pear_ray.losses.weighting import NoNormalization, Normalization, Pear
+from pear_ray.losses.inputs import LossInputs, LossOutputs, Objective
+from pear_ray.losses.pear import NoNormalization, Pear
 from pear_ray.statistics import NUM_BINS, NUM_POSITIONS
 
 
-@dataclass(frozen=True)
-class Supervised:
-    """Plain SFT with any base objective: the loss of every token times its coefficient.
+class TokenLoss(ABC):
+    """A base loss. `top_k` is as for `Objective`."""
 
-    Tokens with a negative coefficient belong to traces that are known to be wrong; they are pushed
-    down (`losses.Unlikelihood`) rather than learned.
+    top_k = 0
+
+    @abstractmethod
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        """Return the loss of each token, [n]."""
+
+
+@dataclass(frozen=True)
+class Nll(TokenLoss):
+    """-log p."""
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        return -tokens.logprobs
+
+
+@dataclass(frozen=True)
+class Dft(TokenLoss):
+    """-sg[p] log p: the gradient of p itself (Dynamic Fine-Tuning, arXiv 2508.05629)."""
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        return -tokens.logprobs.detach().exp() * tokens.logprobs
+
+
+@dataclass(frozen=True)
+class TrSft(TokenLoss):
+    """-sg[min(1, p / alpha)] log p: the gradient's factor 1/p becomes 1 / max(p, alpha)
+    (TRAPO, arXiv 2512.17636)."""
+
+    alpha: float = 0.1
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        trust = (tokens.logprobs.detach().exp() / self.alpha).clamp(max=1.0)
+        return -trust * tokens.logprobs
+
+
+@dataclass(frozen=True)
+class SedSft(TokenLoss):
+    """-log p + strength * M (p - 1/2)^2, where M = 1 if the probability of the model's `top_k`
+    likeliest tokens is below `top_mass`, else 0 (SED-SFT, arXiv 2602.07464): preserves exploration
+    where the model is undecided."""
+
+    strength: float = 1.0
+    top_k: int = 10
+    top_mass: float = 0.95
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        assert tokens.top_masses is not None
+        is_undecided = tokens.top_masses < self.top_mass
+        return -tokens.logprobs + self.strength * is_undecided * (tokens.logprobs.exp() - 0.5) ** 2
+
+
+@dataclass(frozen=True)
+class IwSft(TokenLoss):
+    """-w log p with one detached weight per sequence,
+    w = clip(exp(temperature * mean_t[log pi_theta - log pi_ref]), bounds)
+    (iw-SFT, arXiv 2507.12856, with the bounds of its authors' trainer).
+
+    The authors' reference is the frozen initial model. Here it is the model that scored the corpus:
+    the behavior policy, or the initial model if the job scores with it.
+    """
+
+    temperature: float = 1.0
+    bounds: tuple[float, float] = (0.0, 16.0)
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
+        means = tokens.means_by_sequence(log_ratios)
+        weights = (self.temperature * means).exp().clamp(*self.bounds)
+        return -weights[tokens.sequence_ids] * tokens.logprobs
+
+
+@dataclass(frozen=True)
+class Kl(TokenLoss):
+    """KL(pi_beta || pi_theta) over the behavior policy's stored likeliest tokens and one bucket
+    for all others: with k stored tokens S and remainders r = 1 - sum_S pi,
+
+        sum_S pi_beta (log pi_beta - log pi_theta) + r_beta (log r_beta - log r_theta)
+
+    (PEAR's other base loss, arXiv 2602.01058 section 3.2; the direction is this project's choice).
+    The bucket makes it a lower bound of the full divergence. If the whole vocabulary is stored,
+    there is no bucket and it is the full divergence.
+    """
+
+    vocab_size: int
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        teacher, model = tokens.teacher_logprobs, tokens.logprobs_of_teacher
+        assert teacher is not None and model is not None
+        # 0 times minus infinity would be NaN.
+        teacher = teacher.clamp(min=-1e4)
+        loss = (teacher.exp() * (teacher - model)).sum(-1)
+        if teacher.shape[-1] >= self.vocab_size:
+            return loss
+        teacher_rest, model_rest = log_remainder(teacher), log_remainder(model)
+        return loss + teacher_rest.exp() * (teacher_rest - model_rest)
+
+
+@dataclass(frozen=True)
+class Unlikelihood(TokenLoss):
+    """-log(1 - p), capped at `cap` nats per token: for wrong responses. An extension of this
+    project (the paper's treatment of negative responses is not public)."""
+
+    cap: float = 5.0
+
+    def __call__(self, tokens: LossInputs) -> Tensor:
+        return -log_complement(tokens.logprobs).clamp(min=-self.cap)
+
+
+# Above this, float32 holds no gradient of 1 - e^x; such a token counts as certain.
+MAX_LOGPROB = -1e-6
+
+
+def log_complement(logprobs: Tensor) -> Tensor:
+    """Return log(1 - e^x) for x <= 0, without cancellation."""
+    x = logprobs.clamp(max=MAX_LOGPROB)
+    return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def log_remainder(logprobs: Tensor) -> Tensor:
+    """Return log(1 - sum of the probabilities in the last dimension)."""
+    return log_complement(logprobs.logsumexp(-1))
+
+
+@dataclass(frozen=True)
+class Supervised(Objective):
+    """Plain SFT with any base loss: each token's loss times the size of its coefficient.
+
+    Tokens with a negative coefficient belong to wrong responses: `Unlikelihood` replaces the loss.
     """
 
     loss: TokenLoss = field(default_factory=Nll)
 
-    def __call__(self, tokens: LossInputs) -> LossOutputs:
-        return LossOutputs(
-            (tokens.coefficients.abs() * self.losses(tokens)).sum(), supervised(tokens)
-        )
-
     @property
-    def top_k(self) -> int:
+    def top_k(self) -> int:  # type: ignore[override]
         return self.loss.top_k
 
-    def losses(self, tokens: LossInputs) -> Tensor:
-        """Loss of each token, [n], before weights and coefficients."""
-        wrong = tokens.coefficients < 0
-        return torch.where(wrong, Unlikelihood()(tokens), self.loss(tokens))
+    def __call__(self, tokens: LossInputs) -> LossOutputs:
+        return LossOutputs(
+            (tokens.coefficients.abs() * self.token_losses(tokens)).sum(), nll_sums(tokens)
+        )
 
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """What the step's gradient is multiplied by, given the facts summed over all of it."""
-        return 1.0
+    def token_losses(self, tokens: LossInputs) -> Tensor:
+        """Return the loss of each token before weights and coefficients, [n]."""
+        is_wrong = tokens.coefficients < 0
+        return torch.where(is_wrong, Unlikelihood()(tokens), self.loss(tokens))
 
 
 @dataclass(frozen=True)
 class Weighted(Supervised):
-    """PEAR-SFT: the same, each token times its detached importance weight
+    """PEAR-SFT: `Supervised` with a detached importance weight for each token
     (arXiv 2602.01058, section 3.2)."""
 
     weigh: Pear = field(kw_only=True)
-    normalization: Normalization = field(default_factory=NoNormalization)
+    normalization: NoNormalization = field(default_factory=NoNormalization)
     sources: tuple[str, ...] = ()
 
     def __call__(self, tokens: LossInputs) -> LossOutputs:
-        weights = self.weigh(tokens)
-        applied = self.normalization.applied(weights, tokens)
-        loss = (applied * tokens.coefficients.abs() * self.losses(tokens)).sum()
-        return LossOutputs(loss, supervised(tokens) | self.facts(weights, tokens))
+        raw = self.weigh(tokens)
+        weights = self.normalization.apply(raw, tokens)
+        loss = (weights * tokens.coefficients.abs() * self.token_losses(tokens)).sum()
+        return LossOutputs(loss, nll_sums(tokens) | self.weight_sums(raw, tokens))
 
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        return self.normalization.factor(float(facts["weight"]) / num_tokens)
+    def grad_scale(self, metric_sums: Mapping[str, np.ndarray], num_tokens: int) -> float:
+        return self.normalization.grad_scale(float(metric_sums["weight"]) / num_tokens)
 
-    def facts(self, weights: Tensor, tokens: LossInputs) -> dict[str, Tensor]:
-        """Additive statistics of the weights; `statistics.weight_summary` reads them."""
-        ratios = self.weigh.ratios(tokens).double()
+    def weight_sums(self, weights: Tensor, tokens: LossInputs) -> dict[str, Tensor]:
+        """Return additive statistics of the weights, for `statistics.weight_summary`."""
+        log_ratios = self.weigh.log_ratios(tokens).double()
         low, high = self.weigh.clip_log_ratio
         floor, ceiling = self.weigh.clip_log_weight
         weights = weights.double()
         log_weights = weights.log()
         scaled = (log_weights - floor) / (ceiling - floor) * NUM_BINS
         relative, is_first = tokens.relative_positions()
-        position_bin = (relative * NUM_POSITIONS).long().clamp(max=NUM_POSITIONS - 1)
-        facts = {
+        position_bins = (relative * NUM_POSITIONS).long().clamp(max=NUM_POSITIONS - 1)
+        sums = {
             "weight": weights.sum(),
             "weight_squared": weights.square().sum(),
-            "log_ratio": ratios.sum(),
-            "log_ratio_squared": ratios.square().sum(),
-            "clip_frac_low": (ratios <= low).sum(),
-            "clip_frac_high": (ratios >= high).sum(),
+            "log_ratio": log_ratios.sum(),
+            "log_ratio_squared": log_ratios.square().sum(),
+            "clip_frac_low": (log_ratios <= low).sum(),
+            "clip_frac_high": (log_ratios >= high).sum(),
             "weight_frac_at_floor": (log_weights <= floor + 1e-6).sum(),
             "weight_frac_at_ceiling": (log_weights >= ceiling - 1e-6).sum(),
             "weight_histogram": histogram(scaled.long().clamp(0, NUM_BINS - 1), NUM_BINS),
-            "weight_by_position": histogram(position_bin, NUM_POSITIONS, weights),
-            "tokens_by_position": histogram(position_bin, NUM_POSITIONS),
+            "weight_by_position": histogram(position_bins, NUM_POSITIONS, weights),
+            "tokens_by_position": histogram(position_bins, NUM_POSITIONS),
         }
-        names = {source: number for number, source in enumerate(self.sources)}
-        owners = torch.tensor([names.get(o, -1) for o in tokens.origins], device=weights.device)
-        owner = owners[tokens.sequence_ids]
-        for number, source in enumerate(self.sources):
-            starts = is_first & (owner == number)
-            facts[f"first_weight/{source}"] = (weights * starts).sum()
-            facts[f"sequences/{source}"] = starts.sum()
-        return facts
+        numbers = {source: number for number, source in enumerate(self.sources)}
+        by_sequence = torch.tensor([numbers.get(o, -1) for o in tokens.origins])
+        source_numbers = by_sequence.to(weights.device)[tokens.sequence_ids]
+        for source, number in numbers.items():
+            starts = is_first & (source_numbers == number)
+            sums[f"first_weight/{source}"] = (weights * starts).sum()
+            sums[f"sequences/{source}"] = starts.sum()
+        return sums
 
 
-def supervised(tokens: LossInputs) -> dict[str, Tensor]:
-    """Facts of every SFT: the log-likelihood of the traces to be learned, whatever is minimized,
-    and the entropy at all places."""
-    right = tokens.coefficients > 0
+def nll_sums(tokens: LossInputs) -> dict[str, Tensor]:
+    """Return the metric sums of every SFT objective: `nll` over tokens with a positive coefficient,
+    whatever is minimized, their number `tokens_to_learn`, and `entropy` over all tokens."""
+    to_learn = tokens.coefficients > 0
     return {
-        "nll": -(tokens.logprobs.detach() * right).sum(),
-        "tokens_to_learn": right.sum(),
+        "nll": -(tokens.logprobs.detach() * to_learn).sum(),
+        "tokens_to_learn": to_learn.sum(),
         "entropy": tokens.entropies.sum(),
     }
 
 
 @dataclass(frozen=True)
-class TopMasses:
-    """Minimizes nothing: how the probability of the `top_k` likeliest tokens is spread."""
+class TopMasses(Objective):
+    """Measures without a gradient: a histogram of the probability of the `top_k` likeliest
+    tokens."""
 
     top_k: int
     num_bins: int = 1000
@@ -120,12 +244,8 @@ class TopMasses:
         bins = (tokens.top_masses * self.num_bins).long().clamp(0, self.num_bins - 1)
         return LossOutputs(tokens.logprobs.sum() * 0, {"histogram": histogram(bins, self.num_bins)})
 
-    def factor(self, facts: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """There is no gradient."""
-        return 1.0
-
 
 def histogram(bins: Tensor, num_bins: int, weights: Tensor | None = None) -> Tensor:
-    """Sum of `weights` (or count) per bin, float64 [num_bins]."""
+    """Return the sum of `weights` (or the count) per bin, float64 [num_bins]."""
     values = torch.ones_like(bins, dtype=torch.float64) if weights is None else weights.double()
     return torch.zeros(num_bins, dtype=torch.float64, device=bins.device).index_add(0, bins, values)

@@ -1,4 +1,4 @@
-"""What the tests of losses, weights and objectives share: trainable tokens made up at random."""
+"""Random trainable tokens, shared by the tests of losses, weights and objectives."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ ORIGINS = ("tutor", "coder", "elsewhere")
 
 @pytest.fixture(scope="session")
 def random_tokens() -> Callable[..., LossInputs]:
-    """Makes tokens of sequences of given lengths, 0 among them; their teacher is known for the 5
-    likeliest of 12 tokens. With `spread` 0 both policies are equal."""
+    """Return a function that creates the tokens of sequences with the given lengths (0 allowed),
+    with teacher log-probs of the 5 likeliest of 12 tokens. With `spread` 0 both policies are
+    equal."""
     return _random_tokens
 
 
@@ -42,7 +43,7 @@ def _random_tokens(
         coefficients=torch.from_numpy(rng.choice(coefficients, n)).float(),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         origins=tuple(ORIGINS[i % 3] for i in range(len(lengths))),
-        # A micro-batch without any token is one of a step that has some.
+        # A micro-batch without tokens belongs to a step that has some.
         num_tokens_global=max(1, sum(present)),
         num_sequences_global=max(1, len(present)),
         top_masses=torch.from_numpy(rng.uniform(0.9, 1.0, n)).float(),

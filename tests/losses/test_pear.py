@@ -1,4 +1,4 @@
-"""PEAR's weights against the formulas of METHODS written out, and the identities they imply."""
+"""PEAR's weights against the paper's formulas in plain Python, and the identities they imply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_CLIPS = {"clip_log_ratio": (-1e9, 1e9), "clip_log_weight": (-1e9, 1e9)}
 def slow_weights(
     target, behavior, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight
 ):
-    """One response after the other, one token after the other, a sum over the suffix for each."""
+    """Loop over responses and tokens, with one sum over the suffix for each token."""
     weights = []
     for _, members in itertools.groupby(range(len(ids)), key=lambda i: ids[i]):
         members = list(members)
@@ -43,7 +43,7 @@ def slow_weights(
 
 
 def random_pack(rng, lengths, dtype=np.float64):
-    """Log-probs of both policies and ids for responses of the given lengths, end to end."""
+    """Return log-probs of both policies and ids for responses of the given lengths, end to end."""
     tokens = sum(lengths)
     behavior = -rng.exponential(1.0, tokens).astype(dtype)
     spread = rng.choice([0.0, 0.02, 0.1, 1.0, 10.0])
@@ -54,8 +54,8 @@ def random_pack(rng, lengths, dtype=np.float64):
 
 def random_settings(rng):
     return {
-        "discount": float(rng.choice([1.0, 0.999, 0.9, 0.3])),
-        "block_size": int(rng.choice([1, 2, 3, 4, 7, 64])),
+        "discount": float(rng.choice([1.0, 0.999, 0.9, 0.3, rng.uniform(0.01, 1.0)])),
+        "block_size": int(rng.choice([1, 2, 3, 4, 7, 15, 64])),
         "clip_log_ratio": [(-0.08, 0.3), (-0.5, 0.5), (-20.0, 20.0)][rng.integers(3)],
         "clip_log_weight": [(-10.0, 5.0), (-1.0, 0.5), (-300.0, 300.0)][rng.integers(3)],
     }
@@ -66,34 +66,20 @@ def tensors(pack):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_thousand_random_packs_equal_the_formulas(level):
+def test_random_packs_equal_the_formulas(level):
     rng = np.random.default_rng(LEVELS.index(level))
-    for _ in range(1000):
+    for _ in range(300):
         lengths = rng.choice([1, 2, 3, 4, 5, 9, 17, 40], size=rng.integers(1, 7))
         pack, chosen = random_pack(rng, lengths), random_settings(rng)
         expected = slow_weights(*pack, level=level, **chosen)
-        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=f"{lengths} {chosen}")
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_long_responses_equal_the_formulas(level):
-    rng = np.random.default_rng(7)
-    for longest in ([10_000], [9_999, 1], [3, 4_000, 5_000, 1]):
-        lengths = [*longest, *np.exp(rng.uniform(0, math.log(1_000), 3)).astype(int)]
-        pack, chosen = random_pack(rng, lengths, np.float32), random_settings(rng)
-        expected = slow_weights(*(a.astype(np.float64) for a in pack), level=level, **chosen)
-        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
-        assert found.dtype == np.float32
-        # float32 holds e^-300 as 0 and e^300 as infinity: only what it can hold is compared.
-        held = np.abs(np.log(expected)) < 80
-        np.testing.assert_allclose(found[held], expected[held], rtol=3e-7, err_msg=f"{chosen}")
+        weights = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        np.testing.assert_allclose(weights, expected, rtol=1e-9, err_msg=f"{lengths} {chosen}")
 
 
 def padded_weights(
     target, behavior, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
 ):
-    """The paper's pseudo-code, one row for each response, padded to the longest and masked."""
+    """The paper's pseudo-code: one padded and masked row per response."""
     length, place = np.array(lengths)[:, None], np.arange(max(lengths))
     mask = place < length
     delta = np.zeros(mask.shape)
@@ -111,48 +97,25 @@ def padded_weights(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_packs_of_short_and_very_long_responses_equal_the_padded_pseudo_code(level):
-    """Lengths from 1 to 10,000, as many of each order of magnitude."""
+def test_long_responses_equal_the_padded_pseudo_code(level):
+    """Lengths from 1 to 10,000, evenly over orders of magnitude; inputs in both dtypes."""
     rng = np.random.default_rng(11)
-    for number in range(24):
+    for number in range(18):
+        dtype = (np.float64, np.float32)[number % 2]
         lengths = np.exp(rng.uniform(0, math.log(10_001), rng.integers(1, 8))).astype(int).tolist()
         lengths += [[], [1], [10_000]][number % 3]
-        pack, chosen = random_pack(rng, lengths), random_settings(rng)
-        expected = padded_weights(*pack[:2], lengths, level=level, **chosen)
-        found = pear_weights(*tensors(pack), level=level, **chosen).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-8, err_msg=f"{lengths} {chosen}")
+        pack, chosen = random_pack(rng, lengths, dtype), random_settings(rng)
+        target, behavior = (array.astype(np.float64) for array in pack[:2])
+        expected = padded_weights(target, behavior, lengths, level=level, **chosen)
+        weights = pear_weights(*tensors(pack), level=level, **chosen).numpy()
+        assert weights.dtype == dtype
+        # float32 holds e^-300 as 0 and e^300 as infinity: only what it can hold is compared.
+        held = (dtype == np.float64) | (np.abs(np.log(expected)) < 80)
+        rtol = 1e-8 if dtype == np.float64 else 3e-7
+        np.testing.assert_allclose(weights[held], expected[held], rtol=rtol, err_msg=f"{chosen}")
 
 
-nats = st.floats(-30, 0, width=32)
-responses = st.lists(
-    st.lists(st.tuples(nats, nats), min_size=1, max_size=12), min_size=1, max_size=5
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    responses,
-    st.sampled_from(LEVELS),
-    st.floats(0.01, 1.0),
-    st.integers(1, 15),
-    st.tuples(st.floats(-5, 0), st.floats(0, 5)),
-    st.tuples(st.floats(-20, 0), st.floats(0, 20)),
-)
-def test_any_pack_equals_the_formulas(rows, level, discount, block_size, ratio_clip, weight_clip):
-    target, behavior = np.array([pair for row in rows for pair in row]).T.copy()
-    ids = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    chosen = {
-        "discount": discount,
-        "block_size": block_size,
-        "clip_log_ratio": ratio_clip,
-        "clip_log_weight": weight_clip,
-    }
-    found = pear_weights(*tensors((target, behavior, ids)), level=level, **chosen)
-    expected = slow_weights(target, behavior, ids, level=level, **chosen)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
-
-
-def test_direct_product_of_the_ratios():
+def test_weights_are_products_of_the_ratios():
     rng = np.random.default_rng(3)
     pi, beta = rng.uniform(0.2, 1, 6), rng.uniform(0.2, 1, 6)
     pack = tensors((np.log(pi), np.log(beta), np.zeros(6, int)))
@@ -167,7 +130,7 @@ def test_direct_product_of_the_ratios():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_equal_policies_without_discount_give_exactly_one(level):
-    """Also beside responses on which the policies differ: their sums leave no trace."""
+    """Also next to responses on which the policies differ: their sums leave no residue."""
     rng = np.random.default_rng(0)
     target, behavior, ids = random_pack(rng, [30, 50, 20], np.float32)
     target[30:80] = behavior[30:80]
@@ -175,14 +138,14 @@ def test_equal_policies_without_discount_give_exactly_one(level):
     assert torch.equal(weights[30:80], torch.ones(50))
 
 
-def test_last_token_weighs_one_at_token_level():
+def test_last_token_has_weight_one_at_token_level():
     rng = np.random.default_rng(1)
     lengths = [1, 6, 1, 40, 3]
     weights = pear_weights(*tensors(random_pack(rng, lengths)), level="token", discount=0.5)
     assert torch.equal(weights[np.cumsum(lengths) - 1], torch.ones(5, dtype=torch.float64))
 
 
-def test_blocks_of_one_are_tokens():
+def test_blocks_of_one_token_equal_token_level():
     rng = np.random.default_rng(2)
     pack = tensors(random_pack(rng, [1, 13, 8]))
     assert torch.equal(
@@ -191,14 +154,14 @@ def test_blocks_of_one_are_tokens():
 
 
 @pytest.mark.parametrize("block_size", [13, 14, 1000])
-def test_one_block_for_the_whole_response_gives_exactly_one(block_size):
+def test_one_block_per_response_gives_exactly_one(block_size):
     rng = np.random.default_rng(3)
     pack = tensors(random_pack(rng, [1, 13, 8], np.float32))
     weights = pear_weights(*pack, level="block", block_size=block_size)
     assert torch.equal(weights, torch.ones(22))
 
 
-def test_sequence_level_is_the_clipped_sum_and_knows_no_discount():
+def test_sequence_level_is_the_clipped_sum_without_discount():
     delta = torch.tensor([0.1, -0.05, 0.2, 0.25], dtype=torch.float64)
     pack = (delta - 1, torch.full_like(delta, -1), torch.zeros(4, dtype=torch.int64))
     weights = pear_weights(*pack, level="sequence", discount=0.5)
@@ -207,7 +170,7 @@ def test_sequence_level_is_the_clipped_sum_and_knows_no_discount():
     torch.testing.assert_close(capped, torch.full_like(delta, math.exp(0.4)))
 
 
-def test_first_clip_works_before_the_sum_and_second_after():
+def test_log_ratios_are_clipped_before_the_sum_and_log_weights_after():
     """Ten nats on one token count as 0.3, and 40 such tokens as 5."""
     behavior = torch.full((41,), -10.0, dtype=torch.float64)
     ids = torch.zeros(41, dtype=torch.int64)
@@ -219,7 +182,7 @@ def test_first_clip_works_before_the_sum_and_second_after():
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_weights_stay_within_the_second_clip(level):
+def test_weights_stay_within_the_clip(level):
     pack = tensors(random_pack(np.random.default_rng(5), [400, 3, 900]))
     weights = pear_weights(*pack, level=level, **PAPER_CLIPS)
     assert weights.min() >= math.exp(-10) and weights.max() <= math.exp(5)
@@ -253,7 +216,7 @@ def test_neighbors_and_padding_change_nothing(level, data):
         torch.testing.assert_close(alone, single, rtol=3e-7, atol=0)
 
 
-def test_a_name_may_come_back_after_another():
+def test_an_id_may_return_after_another():
     rng = np.random.default_rng(8)
     target, behavior, _ = random_pack(rng, [4, 5, 6])
     returning = np.repeat([1, 0, 1], [4, 5, 6])
@@ -287,14 +250,14 @@ def test_shape_and_dtype_are_those_of_the_target(level, dtype):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_needs_no_value_on_the_host(level):
-    """Tensors without data: whatever asks for a value fails."""
+def test_no_host_sync(level):
+    """On meta tensors every access to a value fails."""
     target = torch.empty(9, device="meta")
     ids = torch.empty(9, dtype=torch.int64, device="meta")
     assert pear_weights(target, target, ids, level=level).shape == (9,)
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_not_modified():
     pack = tensors(random_pack(np.random.default_rng(10), [5, 9]))
     before = [tensor.clone() for tensor in pack]
     pear_weights(*pack, level="block")
@@ -302,19 +265,19 @@ def test_inputs_are_left_as_they_were():
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
-        ({"level": "tokens"}, "level: read 'tokens'; expected one of"),
-        ({"level": "none"}, "level: read 'none'"),
-        ({"discount": 0.0}, "discount 0.0"),
-        ({"discount": 1.01}, "discount 1.01"),
-        ({"discount": math.nan}, "discount nan"),
-        ({"block_size": 0}, "block_size 0"),
+        ({"level": "tokens"}, r"^level: expected one of \[.*\], got 'tokens'$"),
+        ({"level": "none"}, "level: .*got 'none'"),
+        ({"discount": 0.0}, "^discount: expected .*, got 0.0$"),
+        ({"discount": 1.01}, "discount: .*got 1.01"),
+        ({"discount": math.nan}, "discount: .*got nan"),
+        ({"block_size": 0}, "^block_size: expected at least 1, got 0$"),
     ],
 )
-def test_settings_out_of_range_are_refused(changed, said):
+def test_settings_out_of_range_are_refused(changed, message):
     logprobs, ids = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         pear_weights(logprobs, logprobs, ids, **{"level": "token", **changed})
 
 
@@ -326,8 +289,8 @@ def test_shapes_that_do_not_fit_are_refused(shapes):
         pear_weights(*(torch.zeros(shape) for shape in shapes), level="token")
 
 
-def test_hundred_thousand_tokens_keep_what_the_first_clip_keeps():
-    """A response behind 100,000 tokens at the upper clip weighs as it does alone."""
+def test_prefix_sums_over_hundred_thousand_tokens_stay_exact():
+    """A response after 100,000 tokens at the upper clip has the same weights as alone."""
     random.seed(0)
     delta = torch.tensor([random.uniform(-0.08, 0.3) for _ in range(12)], dtype=torch.float64)
     before = torch.full((100_000,), 0.3, dtype=torch.float64)
