@@ -1,4 +1,4 @@
-"""pass@k against fractions, intervals against simulation, weight diagnostics against numpy."""
+"""pass@k against fractions, intervals against simulation, weight summaries against numpy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses.pear import Pear
 from pear_ray.losses.sft import Weighted
-from pear_ray.losses.weighting import Pear
 from pear_ray.statistics import (
     NUM_BINS,
     NUM_POSITIONS,
     bootstrap_interval,
     histogram_quantiles,
     mean_over_seeds,
-    mean_pass_at_k,
     pass_at_k,
-    student_quantile,
+    pass_at_k_by_problem,
     weight_summary,
 )
 
@@ -38,7 +37,7 @@ def test_pass_at_k_equals_the_exact_fraction():
 
 @pytest.mark.parametrize("k", [1, 2, 8, 64, 256])
 def test_pass_at_k_equals_the_exact_quotient_up_to_256_samples(k):
-    """Whole numbers divided once, which Python rounds right."""
+    """Integers divided once, which Python rounds correctly."""
     for n in range(k, 257, 1 if k == 256 else 3):
         total = math.comb(n, k)
         for c in range(n + 1):
@@ -46,14 +45,14 @@ def test_pass_at_k_equals_the_exact_quotient_up_to_256_samples(k):
             assert abs(pass_at_k(n, c, k) - exact) < 1e-13, (n, c, k)
 
 
-def test_pass_at_k_is_stable_where_binomials_overflow():
+def test_pass_at_k_is_stable_when_binomials_overflow():
     exact = 1 - Fraction(math.comb(9_999, 5_000), math.comb(10_000, 5_000))
     assert pass_at_k(10_000, 1, 5_000) == pytest.approx(float(exact), rel=1e-12)
     assert pass_at_k(10_000, 0, 10_000) == 0.0
     assert pass_at_k(10_000, 1, 10_000) == 1.0
 
 
-def test_pass_at_k_rises_with_k_and_with_right_answers():
+def test_pass_at_k_increases_with_k_and_with_correct_answers():
     table = np.array(
         [[pass_at_k(24, c, k) for k in range(1, 25)] for c in range(25)], dtype=np.float64
     )
@@ -62,36 +61,36 @@ def test_pass_at_k_rises_with_k_and_with_right_answers():
     assert (table[0] == 0).all() and (table[24] == 1).all()
 
 
-def test_pass_at_k_has_no_bias():
-    """The mean over many draws of 6 answers is the chance that one of 4 fresh ones is right."""
+def test_pass_at_k_is_unbiased():
+    """The mean over many draws of 6 samples is the probability that one of 4 is correct."""
     rng = np.random.default_rng(0)
-    estimates = mean_pass_at_k(6, rng.binomial(6, 0.2, size=40_000), 4)
+    estimates = pass_at_k_by_problem(6, rng.binomial(6, 0.2, size=40_000), 4)
     assert abs(estimates.mean() - (1 - 0.8**4)) < 5 * estimates.std() / math.sqrt(40_000)
 
 
-def test_mean_pass_at_k_is_pass_at_k_of_each_problem():
+def test_pass_at_k_by_problem():
     right = np.array([0, 3, 8, 1, 3])
-    found = mean_pass_at_k(8, right, 2)
+    found = pass_at_k_by_problem(8, right, 2)
     assert found.dtype == np.float64
     assert found.tolist() == [pass_at_k(8, c, 2) for c in right]
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "k", "said"),
+    ("n", "c", "k", "message"),
     [
-        (4, 5, 1, "num_correct: read 5; expected 0 to 4"),
-        (4, -1, 1, "num_correct: read -1"),
-        (4, 2, 0, "k: read 0; expected 1 to num_samples = 4"),
-        (4, 2, 5, "k: read 5"),
-        (0, 0, 1, "k: read 1; expected 1 to num_samples = 0"),
+        (4, 5, 1, "^num_correct: expected 0 to 4, got 5$"),
+        (4, -1, 1, "num_correct: .*got -1"),
+        (4, 2, 0, "^k: expected 1 to num_samples = 4, got 0$"),
+        (4, 2, 5, "k: .*got 5"),
+        (0, 0, 1, "k: .*got 1"),
     ],
 )
-def test_pass_at_k_refuses(n, c, k, said):
-    with pytest.raises(ValueError, match=said):
+def test_pass_at_k_refuses(n, c, k, message):
+    with pytest.raises(ValueError, match=message):
         pass_at_k(n, c, k)
 
 
-def test_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+def test_bootstrap_interval_has_its_coverage():
     rng = np.random.default_rng(1)
     covered = 0
     for experiment in range(400):
@@ -104,7 +103,7 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says():
     assert 0.905 <= covered / 400 <= 0.985
 
 
-def test_bootstrap_interval_is_as_wide_as_theory_says():
+def test_bootstrap_interval_has_the_theoretical_width():
     values = np.random.default_rng(2).normal(size=400)
     low, high = bootstrap_interval(values, 0, num_resamples=4000)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
@@ -117,12 +116,12 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
     assert bootstrap_interval(values, 5) == bootstrap_interval(values, 5)
     assert bootstrap_interval(values, 5) != bootstrap_interval(values, 6)
     assert bootstrap_interval(np.full(30, 0.25), 5) == (0.25, 0.25)
-    with pytest.raises(ValueError, match="expected at least one value, read none"):
+    with pytest.raises(ValueError, match="expected at least one, got none"):
         bootstrap_interval(np.array([]), 0)
 
 
 def random_tokens(rng, lengths):
-    """Trainable tokens of responses from two sources, with any weights within the clips."""
+    """Return trainable tokens of responses from two sources, with weights within the clips."""
     num_tokens = int(np.sum(lengths))
     logprobs = -torch.from_numpy(rng.exponential(1.0, num_tokens))
     origins = tuple(SOURCES[i % 2] for i in range(len(lengths)))
@@ -140,13 +139,10 @@ def random_tokens(rng, lengths):
     return tokens, torch.from_numpy(np.exp(log_weights))
 
 
-def objective():
-    return Weighted(weigh=Pear("token", clip_log_weight=CLIP), sources=SOURCES)
-
-
 def summary_of(weights, tokens):
-    facts = {name: fact.numpy() for name, fact in objective().facts(weights, tokens).items()}
-    return weight_summary(facts, len(weights), CLIP)
+    objective = Weighted(weigh=Pear("token", clip_log_weight=CLIP), sources=SOURCES)
+    sums = {name: value.numpy() for name, value in objective.weight_sums(weights, tokens).items()}
+    return weight_summary(sums, len(weights), CLIP)
 
 
 def test_weight_summary_equals_numpy_on_the_raw_weights():
@@ -180,15 +176,15 @@ def test_weight_summary_equals_numpy_on_the_raw_weights():
         assert mean == pytest.approx(raw[members].mean() if members.any() else 0.0), tenth
 
 
-def test_quantiles_are_those_of_the_raw_weights_to_half_a_bin():
+def test_quantiles_are_exact_to_half_a_bin():
     rng = np.random.default_rng(5)
     tokens, weights = random_tokens(rng, [997])
-    found = summary_of(weights, tokens)["weight_quantiles"]
+    quantiles = summary_of(weights, tokens)["weight_quantiles"]
     half_a_bin = (CLIP[1] - CLIP[0]) / NUM_BINS / 2
-    assert list(found) == ["p05", "p50", "p95"]
-    for name, share in zip(found, (0.05, 0.5, 0.95), strict=True):
+    assert list(quantiles) == ["p05", "p50", "p95"]
+    for name, share in zip(quantiles, (0.05, 0.5, 0.95), strict=True):
         exact = np.quantile(weights.numpy(), share, method="inverted_cdf")
-        assert abs(math.log(found[name] / exact)) <= half_a_bin * (1 + 1e-9), name
+        assert abs(math.log(quantiles[name] / exact)) <= half_a_bin * (1 + 1e-9), name
 
 
 def test_histogram_quantiles_of_one_full_bin():
@@ -209,19 +205,21 @@ def test_uniform_weights_have_full_effective_sample_size():
 
 
 @pytest.mark.parametrize(
-    "freedom, expected", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (30, 2.0423)]
+    ("num_seeds", "quantile"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (8, 2.3646), (31, 2.0423)]
 )
-def test_students_quantiles_are_those_of_the_tables(freedom, expected):
-    assert student_quantile(freedom, 0.95) == pytest.approx(expected, abs=1e-4)
+def test_interval_over_seeds_uses_the_tabulated_student_quantile(num_seeds, quantile):
+    summary = mean_over_seeds(np.random.default_rng(num_seeds).normal(size=num_seeds))
+    reach = (summary["high"] - summary["low"]) / 2
+    assert reach / summary["standard_error"] == pytest.approx(quantile, abs=1e-4)
 
 
-def test_students_interval_covers_the_truth_at_its_rate():
-    draws = np.random.default_rng(0).normal(0.3, 0.1, size=(4000, 4))
-    found = [mean_over_seeds(values) for values in draws[:600]]
-    covered = np.mean([one["low"] <= 0.3 <= one["high"] for one in found])
+def test_interval_over_seeds_has_its_coverage():
+    draws = np.random.default_rng(0).normal(0.3, 0.1, size=(600, 4))
+    summaries = [mean_over_seeds(values) for values in draws]
+    covered = np.mean([one["low"] <= 0.3 <= one["high"] for one in summaries])
     assert covered == pytest.approx(0.95, abs=0.03)
 
 
-def test_one_run_has_no_interval():
-    with pytest.raises(ValueError, match="read 1; expected at least two"):
+def test_one_seed_has_no_interval():
+    with pytest.raises(ValueError, match="expected at least two, got 1"):
         mean_over_seeds(np.array([0.5]))

@@ -1,108 +1,123 @@
-"""What a checkpoint promises before RL, and how well such promises were kept.
+"""Predictors of a checkpoint's result after RL, and scores of such predictors.
 
-Pass@large-k, held-out loss and the ways of scoring a predictor: arXiv 2510.01624 ("Quagmires").
-Signal of a group: arXiv 2606.18487.
+pass@large-k, held-out loss and the scores of a predictor: arXiv 2510.01624 ("Quagmires").
+Signal of a group: arXiv 2606.18487. scipy.stats is imported in the functions: it takes a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from pear_ray.statistics import mean_pass_at_k
+from pear_ray.statistics import pass_at_k_by_problem
 
-FEWEST_POINTS = 4
-"""Known results that a line and a test of it need: two for each."""
+MIN_POINTS = 4
+"""Known results needed to fit a line to one half and test it on the other."""
 
 
-def group_signal(num_samples: int, num_correct_by_problem: np.ndarray, group_size: int) -> float:
-    """Expected variance of a binary reward within a group, p (1 - p) (g - 1) / g averaged over
-    problems; p (1 - p) unbiased from c right answers of n: c (n - c) / (n (n - 1)).
+def group_signal(num_samples: int, num_correct: np.ndarray, group_size: int) -> float:
+    """Return the expected variance of a binary reward within a group: p (1 - p) (g - 1) / g, mean
+    over problems, with the unbiased estimate p (1 - p) = c (n - c) / (n (n - 1)).
 
     Raises:
         ValueError: fewer than two samples.
     """
     if num_samples < 2:
-        raise ValueError(f"num_samples: read {num_samples}; expected at least 2")
-    right = num_correct_by_problem.astype(np.float64)
-    variance = right * (num_samples - right) / (num_samples * (num_samples - 1))
+        raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
+    correct = num_correct.astype(np.float64)
+    variance = correct * (num_samples - correct) / (num_samples * (num_samples - 1))
     return float(variance.mean()) * (group_size - 1) / group_size
 
 
-def share_without_signal(
-    num_samples: int, num_correct_by_problem: np.ndarray, group_size: int
-) -> float:
-    """Expected share of groups whose answers are all wrong or all right, unbiased.
-
-    All wrong is what pass@g is the opposite of; all right is the same of wrong answers.
+def share_without_signal(num_samples: int, num_correct: np.ndarray, group_size: int) -> float:
+    """Return the expected share of groups that are all wrong (1 - pass@g) or all correct (the same
+    of the wrong samples), unbiased.
 
     Raises:
         ValueError: a group is larger than the sample.
     """
-    wrong = num_samples - num_correct_by_problem
-    some_right = mean_pass_at_k(num_samples, num_correct_by_problem, group_size)
-    some_wrong = mean_pass_at_k(num_samples, wrong, group_size)
-    return float(np.mean(2.0 - some_right - some_wrong))
+    some_correct = pass_at_k_by_problem(num_samples, num_correct, group_size)
+    some_wrong = pass_at_k_by_problem(num_samples, num_samples - num_correct, group_size)
+    return float(np.mean(2.0 - some_correct - some_wrong))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Rank correlation of two arrays [points], ties sharing their mean rank; None where all of one
-    are alike."""
-    return pearson(ranks(x), ranks(y))
+    """Return Spearman's rank correlation of [points]; None if x or y is constant."""
+    from scipy import stats
+
+    return None if is_constant(x) or is_constant(y) else float(stats.spearmanr(x, y).statistic)
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Linear correlation of two arrays [points]; None where all of one are alike."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
+    """Return Pearson's correlation of [points]; None if x or y is constant."""
+    from scipy import stats
+
+    return None if is_constant(x) or is_constant(y) else float(stats.pearsonr(x, y).statistic)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Place of each value from the smallest, 1, to the largest; equal ones share their mean."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return slope and intercept of the least-squares line; slope 0 if x is constant."""
+    from scipy import stats
 
-
-def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line; the mean of `y` where all of `x` are alike."""
-    if np.ptp(x) == 0:
+    if is_constant(x):
         return 0.0, float(np.mean(y))
-    slope = float(np.cov(x, y, bias=True)[0, 1] / np.var(x))
-    return slope, float(np.mean(y) - slope * np.mean(x))
+    line = stats.linregress(x, y)
+    return float(line.slope), float(line.intercept)
+
+
+def is_constant(values: np.ndarray) -> bool:
+    """Return whether all values are equal."""
+    return bool(np.ptp(values) == 0)
+
+
+def score_predictor(columns: Sequence[np.ndarray], y: np.ndarray, seed: int) -> dict[str, Any]:
+    """Return Spearman, R^2 and held-out R^2 of a predictor of `y` [points]. A predictor of several
+    columns ranks by their mean rank and has no R^2 of its own."""
+    from scipy import stats
+
+    mean_ranks = np.mean([stats.rankdata(values) for values in columns], axis=0)
+    linear = pearson(columns[0], y) if len(columns) == 1 else None
+    heldout = heldout_r_squared(columns, y, seed)
+    return {
+        "spearman": spearman(mean_ranks, y),
+        "r_squared": None if linear is None else linear**2,
+        "heldout_r_squared": heldout and {"mean": heldout[0], "sd": heldout[1]},
+    }
 
 
 def heldout_r_squared(
-    predictors: Sequence[np.ndarray], y: np.ndarray, seed: int, num_splits: int = 200
+    columns: Sequence[np.ndarray], y: np.ndarray, seed: int, num_splits: int = 200
 ) -> tuple[float, float] | None:
-    """How well lines through half of the points predict the other half: mean and standard
-    deviation of R^2 = 1 - SSE / SST over random half splits. Of several predictors, each [points],
-    the predictions are averaged.
+    """Return mean and standard deviation, over random half splits, of R^2 = 1 - SSE / SST on one
+    half of lines fitted to the other. The predictions of several columns, each [points], are
+    averaged.
 
-    A split is passed over where all of a half's `y` are alike, since nothing can be explained
-    there; None where that goes for all, or points are fewer than `FEWEST_POINTS`.
+    Splits whose test half is constant are skipped; None if all are, or if there are fewer points
+    than `MIN_POINTS`.
     """
-    if len(y) < FEWEST_POINTS:
+    if len(y) < MIN_POINTS:
         return None
-    draw, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    scores = []
     for _ in range(num_splits):
-        order = draw.permutation(len(y))
-        learned, tested = order[: len(y) // 2], order[len(y) // 2 :]
-        if np.ptp(y[tested]) == 0:
+        order = rng.permutation(len(y))
+        train, test = order[: len(y) // 2], order[len(y) // 2 :]
+        if is_constant(y[test]):
             continue
-        predicted = np.zeros(len(tested))
-        for x in predictors:
-            slope, intercept = line(x[learned], y[learned])
-            predicted += (slope * x[tested] + intercept) / len(predictors)
-        unexplained = np.square(y[tested] - predicted).sum()
-        found.append(1.0 - unexplained / np.square(y[tested] - y[tested].mean()).sum())
-    return (float(np.mean(found)), float(np.std(found))) if found else None
+        predicted = np.zeros(len(test))
+        for x in columns:
+            slope, intercept = fit_line(x[train], y[train])
+            predicted += (slope * x[test] + intercept) / len(columns)
+        unexplained = np.square(y[test] - predicted).sum()
+        scores.append(1.0 - unexplained / np.square(y[test] - y[test].mean()).sum())
+    return (float(np.mean(scores)), float(np.std(scores))) if scores else None
 
 
 def probabilities_of_first(values: np.ndarray, seed: int, num_resamples: int = 2000) -> np.ndarray:
-    """How often each candidate has the largest mean when problems are drawn again with
-    replacement, float64 [candidates] of `values` [candidates, problems]; level ones share it."""
+    """Return how often each candidate has the largest mean if problems are resampled, float64
+    [candidates], from `values` [candidates, problems]; ties share it."""
     num_problems = values.shape[1]
     draws = np.random.default_rng(seed).multinomial(
         num_problems, np.full(num_problems, 1 / num_problems), size=num_resamples
