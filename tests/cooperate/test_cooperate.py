@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pear_ray.__main__ import command
+from pear_ray.__main__ import run_command
 from tests.rl.parity_corpus import write_corpus
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
@@ -89,7 +89,7 @@ def performed(write_job: Any, ray_session: None) -> Any:
 
     def run_stage(stage: str, *settings: str, **more: str) -> Path:
         job: Path = write_job(*settings, **more)
-        assert command([stage, str(job)]) == 0
+        assert run_command([stage, str(job)]) == 0
         return job
 
     return run_stage
@@ -102,7 +102,7 @@ def recorded(performed: Any) -> Path:
     return job
 
 
-BRIDGE = 'method = "bridge"\nrefresh_steps = 4\nlora = {rank = 4}'
+BRIDGE = 'method = {type = "bridge", refresh_steps = 4, lora = {rank = 4}}'
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,13 @@ def bridge(performed: Any) -> Path:
 @pytest.mark.timeout(900)
 def test_lambda_1_is_reinforcement_learning(performed: Any, recorded: Path) -> None:
     replay = f'replay = "{recorded.parent}/run/rl/rollouts"'
-    replayed = performed("cooperate", "rl_weight = 1.0", rl=replay)
+    replayed = performed("cooperate", "method = {type = 'sum', rl_weight = 1.0}", rl=replay)
     assert are_equal(weights(replayed, "cooperate"), weights(recorded, "rl"))
 
 
 @pytest.mark.timeout(900)
 def test_lambda_0_is_supervised_fine_tuning(performed: Any) -> None:
-    ours = performed("cooperate", "rl_weight = 0.0")
+    ours = performed("cooperate", "method = {type = 'sum', rl_weight = 0.0}")
     theirs = performed("sft")
     assert len(rows(theirs)) == STEPS
     assert are_equal(weights(ours, "cooperate"), weights(theirs, "sft"))
@@ -150,10 +150,11 @@ def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any
 @pytest.mark.timeout(900)
 def test_trapo_goes_on_from_traces(performed: Any) -> None:
     groups = (
-        "prefix_groups = [2, 1, 1]\nprefix_fracs = [0.0, 0.5, 1.0]\n"
-        "prefix_returns = [0.0, 0.9, 0.9]"
+        "prefix_groups = [2, 1, 1], prefix_fracs = [0.0, 0.5, 1.0],"
+        " prefix_returns = [0.0, 0.9, 0.9]"
     )
-    job = performed("cooperate", f'method = "trapo"\n{groups}', rl="record = true", corpus="many")
+    method = f'method = {{type = "trapo", {groups}}}'
+    job = performed("cooperate", method, rl="record = true", corpus="many")
     found = rows(job)
     assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
     guided = [row for row in found if row.get("prefix_frac")]
@@ -173,8 +174,8 @@ def test_trapo_goes_on_from_traces(performed: Any) -> None:
 def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> None:
     job = performed(
         "cooperate",
-        'method = "alternate"\ntraces = "failed"\nfailed_pass_rate = 0.5\n'
-        "entropy_top_frac = 0.4\nfrozen_frac = 0.1",
+        'method = {type = "alternate", frozen_frac = 0.1}\ntraces = "failed"\n'
+        "failed_pass_rate = 0.5\nentropy_top_frac = 0.4",
         corpus="many",
     )
     found = rows(job)

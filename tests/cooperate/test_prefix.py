@@ -1,9 +1,10 @@
-"""Answers that traces begin: the micro-groups of each problem against a plain walk through them, in
-whatever order answers and verdicts come."""
+"""Completions with prefixes: micro-groups against a sequential reference, for any order in which
+completions and grades arrive."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -13,243 +14,221 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pear_ray.cooperate.demonstrations import Demonstration
-from pear_ray.cooperate.prefix import PrefixScheduler, beginning, first_answer_of
-from pear_ray.data.tokenizer import load_tokenizer, prompt_ids
+from pear_ray.cooperate.prefix import PrefixScheduler, prefix_length
+from pear_ray.data.tokenizer import encode_prompt, load_tokenizer
 from pear_ray.losses.advantages import group_advantages
 from pear_ray.records import Completion
-from pear_ray.rl.overlong import soft_punishment
-from pear_ray.rl.scheduler import RolloutScheduler, batch_metrics
+from pear_ray.rl.scheduler import RolloutScheduler, batch_metrics, soft_overlong_penalty
 from pear_ray.seeds import seed_of
-from tests.cooperate.by_hand import (
+from tests.cooperate.scheduler_driver import (
     GROUP,
     MODEL_LEN,
     NEW_TOKENS,
-    PROBLEMS,
+    PROMPTS,
     STEPS,
-    answers_to,
-    job_of,
+    complete,
+    grade,
+    make_job,
+    problem_stream,
     reward_of,
-    run,
-    sampled,
-    stream_of,
-    traces_of,
-    verdicts_on,
+    run_scheduler,
+    simulate_completion,
 )
 
 TRAPO = {
-    "method": "trapo",
+    "type": "trapo",
     "prefix_groups": [1, 1, 1, 1],
     "prefix_fracs": [0.0, 0.3, 0.5, 1.0],
     "prefix_returns": [-1.0, 0.5, 0.7, 0.9],
 }
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return str(tiny_model(True))
+def with_trapo(model, method=None, **rl):
+    return make_job(model, {"method": TRAPO | (method or {})}, **rl)
 
 
-@pytest.fixture(scope="module")
-def traces(model, tmp_path_factory):
-    return traces_of(model, tmp_path_factory.mktemp("scored"))
-
-
-def slow_group(job, tokenizer, traces, ids, seed):
-    """The answers to one problem and their rewards, one micro-group after another."""
-    trace = traces.find(ids)
-    found, rewards = [], []
-    said = job.cooperate
-    columns = (said.prefix_groups, said.prefix_fracs, said.prefix_returns)
-    for size, share, below in zip(*columns, strict=True):
-        shown = ()
-        if trace is not None and (sum(rewards) / len(rewards) if rewards else 0.0) < below:
-            known = trace.trainable or (True,) * len(trace.response_ids)
-            usable = len(known) if all(known) else known.index(False)
-            length = ceil(share * usable)
+def sequential_group(job, tokenizer, index, ids, seed):
+    """The completions of one problem and their rewards, one micro-group after another."""
+    demonstration, method = index.find(ids), job.cooperate.method
+    completions, rewards = [], []
+    columns = (method.prefix_groups, method.prefix_fracs, method.prefix_returns)
+    for size, frac, max_return in zip(*columns, strict=True):
+        prefix, num_usable = (), 0
+        if demonstration is not None and (np.mean(rewards) if rewards else 0.0) < max_return:
+            trainable = demonstration.trainable or (True,) * len(demonstration.response_ids)
+            num_usable = len(trainable) if all(trainable) else trainable.index(False)
+            length = ceil(frac * num_usable)
             room = min(NEW_TOKENS, MODEL_LEN - len(ids))
-            while length > room or (length == room and length < usable):
+            while length > room or (length == room and length < num_usable):
                 length -= 1
-            shown = trace.response_ids[:length]
-        is_whole = bool(shown) and len(shown) == usable
+            prefix = demonstration.response_ids[:length]
         for _ in range(size):
-            limit = min(NEW_TOKENS - len(shown), MODEL_LEN - len(ids) - len(shown))
-            own = (
-                Completion((), (), "", "stop", ())
-                if is_whole
-                else sampled(ids + shown, seed + len(found), limit)
-            )
-            text = tokenizer.decode(shown + own.token_ids, skip_special_tokens=True).strip()
-            found.append((shown, own, text if shown else own.text))
-        rewards += [reward_of(text) for _, _, text in found[-size:]]
-    return found, rewards
+            limit = min(NEW_TOKENS, MODEL_LEN - len(ids)) - len(prefix)
+            if prefix and len(prefix) == num_usable:
+                sampled = Completion((), (), "", "stop", ())
+            else:
+                sampled = simulate_completion(ids + prefix, seed + len(completions), limit)
+            text = tokenizer.decode(prefix + sampled.token_ids, skip_special_tokens=True).strip()
+            completions.append((prefix, sampled, text if prefix else sampled.text))
+        rewards += [reward_of(text) for _, _, text in completions[-size:]]
+    return completions, rewards
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     staleness=st.integers(0, 2),
     sizes=st.sampled_from([[1, 1, 1, 1], [2, 1, 1], [1, 3], [4]]),
-    shares=st.lists(st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]), min_size=4, max_size=4),
-    below=st.lists(st.sampled_from([-1.0, 0.3, 0.5, 0.7, 2.0]), min_size=4, max_size=4),
-    cache=st.sampled_from([0, 4]),
+    fracs=st.lists(st.sampled_from([0.0, 0.0, 0.2, 0.5, 1.0]), min_size=4, max_size=4),
+    returns=st.lists(st.sampled_from([-1.0, 0.3, 0.5, 0.7, 2.0]), min_size=4, max_size=4),
+    buffer=st.sampled_from([0, 4]),
 )
-def test_each_answer_has_the_beginning_that_those_before_it_call_for(
-    model, traces, seed, staleness, sizes, shares, below, cache
+def test_prefixes_depend_on_earlier_rewards_as_in_the_sequential_reference(
+    model, index, seed, staleness, sizes, fracs, returns, buffer
 ):
-    cooperate = {
-        "method": "trapo",
+    method = {
         "prefix_groups": sizes,
-        "prefix_fracs": shares[: len(sizes)],
-        "prefix_returns": below[: len(sizes)],
+        "prefix_fracs": fracs[: len(sizes)],
+        "prefix_returns": returns[: len(sizes)],
     }
-    job = job_of(model, cooperate, max_staleness=staleness, overlong_buffer_tokens=cache)
+    job = with_trapo(model, method, max_staleness=staleness, overlong_buffer_tokens=buffer)
     tokenizer = load_tokenizer(model)
-    lessons, asked = run(PrefixScheduler(traces, job, model, 0, 0), random.Random(seed))
-    stream = stream_of(job)
-    for batch in lessons:
-        assert batch.traces == ()
+    scheduler = PrefixScheduler(index, job, model, 0, 0)
+    batches, submitted = run_scheduler(scheduler, random.Random(seed))
+    stream = problem_stream(job)
+    for batch in batches:
+        assert batch.demonstrations == ()
         for group in batch.groups:
             epoch, problem = next(stream)
-            assert group.problem_id == problem.problem_id
-            ids = tuple(prompt_ids(tokenizer, problem.messages))
+            ids = tuple(encode_prompt(tokenizer, problem.messages))
+            assert (group.problem_id, group.prompt_ids) == (problem.problem_id, ids)
             first = seed_of(job.run.seed, "rl", problem.problem_id, epoch)
-            expected, rewards = slow_group(job, tokenizer, traces, ids, first)
-            trace = traces.find(ids)
-            assert group.prompt_ids == ids
-            for (shown, own, text), answer in zip(expected, group.completions, strict=True):
-                assert (answer.trace_ids, answer.token_ids) == (shown, own.token_ids)
-                assert (answer.logprobs, answer.text) == (own.logprobs, text)
-                assert (answer.finish_reason, answer.version_spans) == (
-                    own.finish_reason,
-                    own.version_spans,
+            expected, rewards = sequential_group(job, tokenizer, index, ids, first)
+            for (prefix, sampled, text), completion in zip(
+                expected, group.completions, strict=True
+            ):
+                logprobs = index.find(ids).behavior_logprobs[: len(prefix)] if prefix else ()
+                assert completion == replace(
+                    sampled, text=text, prefix_ids=prefix, prefix_logprobs=logprobs
                 )
-                assert answer.trace_logprobs == (
-                    trace.behavior_logprobs[: len(shown)] if shown else ()
-                )
-                assert answer.num_tokens <= NEW_TOKENS
-                assert len(ids) + answer.num_tokens <= MODEL_LEN
+                assert completion.num_tokens == len(prefix) + len(sampled.token_ids) <= NEW_TOKENS
+                assert len(ids) + completion.num_tokens <= MODEL_LEN
             assert [grade.reward for grade in group.grades] == rewards
-            if cache:
-                lengths = [answer.num_tokens for answer in group.completions]
-                punished = [soft_punishment(length, NEW_TOKENS, cache) for length in lengths]
-                rewards = [sum(pair) for pair in zip(rewards, punished, strict=True)]
+            if buffer:
+                lengths = [completion.num_tokens for completion in group.completions]
+                penalties = [soft_overlong_penalty(n, NEW_TOKENS, buffer) for n in lengths]
+                rewards = [sum(pair) for pair in zip(rewards, penalties, strict=True)]
             advantages = group_advantages(torch.tensor(rewards), "grpo")
             assert group.advantages == pytest.approx(advantages.tolist())
-        answers = [answer for group in batch.groups for answer in group.completions]
-        share = float(np.mean([bool(answer.trace_ids) for answer in answers]))
-        numbers = batch_metrics(batch)
-        assert numbers.get("prefix_frac", 0.0) == share
-        assert ("prefix_frac" in numbers) == (share > 0)
-        tokens = [len(answer.trace_ids) + len(answer.token_ids) for answer in answers]
-        assert numbers["completions_mean_length"] == pytest.approx(np.mean(tokens))
-        assert 0 <= numbers["staleness_mean"] <= numbers["staleness_max"] <= STEPS
+        completions = [completion for group in batch.groups for completion in group.completions]
+        frac = float(np.mean([bool(completion.prefix_ids) for completion in completions]))
+        metrics = batch_metrics(batch)
+        assert metrics.get("prefix_frac", 0.0) == frac
+        assert ("prefix_frac" in metrics) == (frac > 0)
+        mean_length = np.mean([completion.num_tokens for completion in completions])
+        assert metrics["completions_mean_length"] == pytest.approx(mean_length)
+        assert 0 <= metrics["staleness_mean"] <= metrics["staleness_max"] <= STEPS
     if staleness == 0:
-        scheduler = PrefixScheduler(traces, job, model, 0, 0)
-        assert run(scheduler, random.Random(seed + 1)) == (lessons, asked)
+        scheduler = PrefixScheduler(index, job, model, 0, 0)
+        assert run_scheduler(scheduler, random.Random(seed + 1)) == (batches, submitted)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(0, 2), st.booleans())
-def test_without_beginnings_requests_are_those_of_a_plain_course(
-    model, traces, seed, staleness, replaces
+def test_without_prefixes_requests_are_those_of_the_rollout_scheduler(
+    model, index, seed, staleness, dynamic_sampling
 ):
-    cooperate = TRAPO | {"prefix_fracs": [0.0] * 4, "prefix_returns": [2.0] * 4}
-    job = job_of(model, cooperate, max_staleness=staleness, dynamic_sampling=replaces)
-    lessons, asked = run(PrefixScheduler(traces, job, model, 0, 0), random.Random(seed))
-    assert (lessons, asked) == run(RolloutScheduler(job, model, 0, 0), random.Random(seed))
-    assert all("prefix_frac" not in batch_metrics(batch) for batch in lessons)
+    method = {"prefix_fracs": [0.0] * 4, "prefix_returns": [2.0] * 4}
+    rl = {"max_staleness": staleness, "dynamic_sampling": dynamic_sampling}
+    job = with_trapo(model, method, **rl)
+    batches, submitted = run_scheduler(
+        PrefixScheduler(index, job, model, 0, 0), random.Random(seed)
+    )
+    plain = run_scheduler(RolloutScheduler(job, model, 0, 0), random.Random(seed))
+    assert (batches, submitted) == plain
+    assert all("prefix_frac" not in batch_metrics(batch) for batch in batches)
 
 
-def test_micro_groups_go_in_rounds(model, traces):
-    """On-policy all problems' next ones are asked together, and not before."""
-    cooperate = TRAPO | {"prefix_fracs": [0.0, 0.0, 0.3, 0.5], "prefix_returns": [2.0] * 4}
-    scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)
+def test_on_policy_the_next_micro_groups_of_all_problems_are_submitted_together(model, index):
+    method = {"prefix_fracs": [0.0, 0.0, 0.3, 0.5], "prefix_returns": [2.0] * 4}
+    scheduler = PrefixScheduler(index, with_trapo(model, method), model, 0, 0)
     sizes = []
     while (batch := scheduler.pop_batch()) is None:
-        work = scheduler.next_requests(0)
-        sizes.append([request.num_samples for _, request in work])
-        for key, request in work:
+        requests = scheduler.next_requests(0)
+        sizes.append([request.num_samples for _, request in requests])
+        for key, request in requests:
             assert scheduler.next_requests(0) == []
-            pairs = scheduler.add_completions(key, answers_to(request))
+            pairs = scheduler.add_completions(key, complete(request))
             assert scheduler.next_requests(0) == []
-            scheduler.add_rewards(key, verdicts_on(pairs))
-    assert sizes == [[2] * PROBLEMS, [1] * PROBLEMS, [1] * PROBLEMS]
+            scheduler.add_rewards(key, grade(pairs))
+    assert sizes == [[2] * PROMPTS, [1] * PROMPTS, [1] * PROMPTS]
     assert all(len(group.completions) == GROUP for group in batch.groups)
 
 
-def test_overlapped_a_problem_goes_on_at_once(model, traces):
-    cooperate = TRAPO | {"prefix_returns": [2.0] * 4}
-    scheduler = PrefixScheduler(traces, job_of(model, cooperate, max_staleness=1), model, 0, 0)
+def test_off_policy_the_next_micro_group_of_a_problem_is_submitted_at_once(model, index):
+    job = with_trapo(model, {"prefix_returns": [2.0] * 4}, max_staleness=1)
+    scheduler = PrefixScheduler(index, job, model, 0, 0)
     (key, request), *others = scheduler.next_requests(0)
-    assert len(others) == 2 * PROBLEMS - 1
-    scheduler.add_rewards(key, verdicts_on(scheduler.add_completions(key, answers_to(request))))
-    ((after, follower),) = scheduler.next_requests(0)
-    assert after.position == key.position and follower.seed == request.seed + 1
-    assert follower.min_version == request.min_version
-    assert follower.prompt_ids[: len(request.prompt_ids)] == request.prompt_ids
-    num_shown = len(follower.prompt_ids) - len(request.prompt_ids)
-    assert num_shown and follower.max_new_tokens == NEW_TOKENS - num_shown
+    assert len(others) == 2 * PROMPTS - 1
+    scheduler.add_rewards(key, grade(scheduler.add_completions(key, complete(request))))
+    ((next_key, next_request),) = scheduler.next_requests(0)
+    assert next_key.position == key.position and next_request.seed == request.seed + 1
+    assert next_request.min_version == request.min_version
+    assert next_request.prompt_ids[: len(request.prompt_ids)] == request.prompt_ids
+    num_prefix = len(next_request.prompt_ids) - len(request.prompt_ids)
+    assert num_prefix and next_request.max_new_tokens == NEW_TOKENS - num_prefix
 
 
 @pytest.mark.parametrize(("kl_coefficient", "expected"), [(0.0, None), (0.1, ())])
-def test_a_whole_trace_is_judged_without_an_engine(model, traces, kl_coefficient, expected):
-    cooperate = TRAPO | {
-        "prefix_groups": [1, 3],
-        "prefix_fracs": [0.0, 1.0],
-        "prefix_returns": [-1.0, 2.0],
-    }
-    job = job_of(model, cooperate, kl_coefficient=kl_coefficient)
-    scheduler = PrefixScheduler(traces, job, model, 0, 0)
+def test_a_whole_demonstration_is_graded_without_an_engine(model, index, kl_coefficient, expected):
+    method = {"prefix_groups": [1, 3], "prefix_fracs": [0.0, 1.0], "prefix_returns": [-1.0, 2.0]}
+    job = with_trapo(model, method, kl_coefficient=kl_coefficient)
+    scheduler = PrefixScheduler(index, job, model, 0, 0)
     (key, request), *_ = scheduler.next_requests(0)
     assert scheduler.take_prefilled() == []
-    scheduler.add_rewards(key, verdicts_on(scheduler.add_completions(key, answers_to(request))))
-    ((given_key, pairs),) = scheduler.take_prefilled()
+    scheduler.add_rewards(key, grade(scheduler.add_completions(key, complete(request))))
+    ((prefilled_key, pairs),) = scheduler.take_prefilled()
     assert scheduler.take_prefilled() == []
-    trace = traces.find(request.prompt_ids)
-    text = load_tokenizer(model).decode(trace.response_ids, skip_special_tokens=True).strip()
+    ids = index.find(request.prompt_ids).response_ids
+    text = load_tokenizer(model).decode(ids, skip_special_tokens=True).strip()
     assert [answer for _, answer in pairs] == [text] * 3
-    scheduler.add_rewards(given_key, verdicts_on(pairs))
-    group = scheduler._asked[key.position].group
-    assert {answer.trace_ids for answer in group.completions[1:]} == {trace.response_ids}
-    for answer in group.completions[1:]:
-        assert answer.token_ids == answer.logprobs == answer.version_spans == ()
-        assert (answer.finish_reason, answer.reference_logprobs) == ("stop", expected)
+    scheduler.add_rewards(prefilled_key, grade(pairs))
+    for completion in scheduler._pending[key.position].group.completions[1:]:
+        assert completion.prefix_ids == ids
+        assert completion.token_ids == completion.logprobs == completion.version_spans == ()
+        assert (completion.finish_reason, completion.reference_logprobs) == ("stop", expected)
 
 
-def test_a_step_of_whole_traces_has_numbers(model, traces):
-    cooperate = TRAPO | {
-        "prefix_groups": [GROUP],
-        "prefix_fracs": [1.0],
-        "prefix_returns": [2.0],
-    }
-    scheduler = PrefixScheduler(traces, job_of(model, cooperate), model, 0, 0)
+def test_a_batch_of_whole_demonstrations_has_metrics(model, index):
+    method = {"prefix_groups": [GROUP], "prefix_fracs": [1.0], "prefix_returns": [2.0]}
+    scheduler = PrefixScheduler(index, with_trapo(model, method), model, 0, 0)
     assert scheduler.next_requests(0) == []
     for key, pairs in scheduler.take_prefilled():
-        scheduler.add_rewards(key, verdicts_on(pairs))
-    numbers = batch_metrics(scheduler.pop_batch())
-    assert (numbers["prefix_frac"], numbers["staleness_max"], numbers["staleness_mean"]) == (
+        scheduler.add_rewards(key, grade(pairs))
+    metrics = batch_metrics(scheduler.pop_batch())
+    assert [metrics[name] for name in ("prefix_frac", "staleness_max", "staleness_mean")] == [
         1,
         0,
         0,
-    )
+    ]
 
 
 @settings(max_examples=40)
 @given(st.integers(1, 40), st.floats(0, 1), st.integers(1, 40))
-def test_a_beginning_leaves_room(num_tokens, share, room):
-    found = beginning(num_tokens, share, room)
-    assert 0 <= found <= min(num_tokens, room, ceil(share * num_tokens))
-    assert found < room or found == num_tokens
-    if ceil(share * num_tokens) < room:
-        assert found == ceil(share * num_tokens)
+def test_a_prefix_leaves_room_for_a_token_unless_it_is_the_whole(num_tokens, frac, room):
+    length = prefix_length(num_tokens, frac, room)
+    assert 0 <= length <= min(num_tokens, room, ceil(frac * num_tokens))
+    assert length < room or length == num_tokens
+    if ceil(frac * num_tokens) < room:
+        assert length == ceil(frac * num_tokens)
 
 
 @pytest.mark.parametrize(
-    ("trainable", "num_left"),
+    ("trainable", "length"),
     [(None, 4), ((True,) * 4, 4), ((True, True, False, True), 2), ((False, True, True, True), 0)],
 )
-def test_only_the_first_answer_of_a_conversation_is_shown(trainable, num_left):
-    trace = Demonstration((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "tutor")
-    found = first_answer_of(trace)
-    assert found.response_ids == trace.response_ids[:num_left]
-    assert found.behavior_logprobs == trace.behavior_logprobs[:num_left]
+def test_the_first_answer_of_a_multi_turn_demonstration(trainable, length):
+    demonstration = Demonstration((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "tutor")
+    answer = demonstration.first_answer()
+    assert answer.response_ids == demonstration.response_ids[:length]
+    assert answer.behavior_logprobs == demonstration.behavior_logprobs[:length]
