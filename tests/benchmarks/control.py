@@ -3,7 +3,7 @@ only pretend. One command.
 
     python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 30]
 
-The loop is the stage's own (`loop.rollouts.answer`) with its own fleet, verifiers, queue and
+The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and
 board. Engines are pretended, many in one process: each answers a group after a fixed time, whatever
 else it works on. Learners are pretended too: they take a step whenever one is due, and announce a
 version without weights. Printed: groups per second, CPU seconds per second of the loop's process,
@@ -37,9 +37,8 @@ from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion
 from pear_ray.rewards.pool import RewardPool
-from pear_ray.rl.reference import NoReference
-from pear_ray.rl.rollouts import answer
-from pear_ray.rl.stage import Stage
+from pear_ray.rl import rollout_loop
+from pear_ray.rl.rollouts import Link, RolloutStage, Workers
 from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
 from pear_ray.train.new_model import write_new_model
@@ -193,7 +192,7 @@ class Learners:
     def _learn(self) -> None:
         due, step = time.monotonic(), 0
         while True:
-            batch = take_batch(self._queue, step, 120.0).pop_batch
+            batch = take_batch(self._queue, step, 120.0).batch
             due = max(due + SECONDS_PER_STEP, time.monotonic() - 1)
             time.sleep(max(0.0, due - time.monotonic()))
             step += 1
@@ -216,10 +215,9 @@ def running(
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         pool.wait_ready()
-        rest = (pool, NoReference(), reward_pool, versions_actor, queue, ended)
-        loop = threading.Thread(
-            target=answer, args=(Stage(job, RunDir(job), "rl", job.model.path), *rest), daemon=True
-        )
+        stage = RolloutStage(job, RunDir(job), "rl", job.model.path)
+        workers, link = Workers(pool, None, reward_pool), Link(versions_actor, queue, ended)
+        loop = threading.Thread(target=rollout_loop, args=(stage, workers, link), daemon=True)
         loop.start()
         yield versions_actor, queue, loop
         ended.set()

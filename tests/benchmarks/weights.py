@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from pear_ray.config import Generator, Pretrain
 from pear_ray.engines.engine_factory import VllmEngineFactory
 from pear_ray.engines.engine_pool import EnginePool
-from pear_ray.rl.rollouts import Watch
+from pear_ray.rl.rollouts import VersionWatcher
 from pear_ray.train.new_model import write_new_model
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.registry import PolicyVersions
@@ -173,15 +173,15 @@ class StorePeak:
 
 
 def one_round(
-    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: Watch, version: int, full: bool
+    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
 ) -> dict[str, float]:
     """A version from the optimizer step to both engines."""
     started = time.perf_counter()
     publishing = [rank.publish.remote(version, full) for rank in ranks]
     news = None
     while news is None:
-        ray.wait([watch.call], timeout=DEADLINE_SECONDS)
-        news = watch.news()
+        ray.wait([watch.pending_call], timeout=DEADLINE_SECONDS)
+        news = watch.poll()
     pool.update_weights(news.versions, (), DEADLINE_SECONDS)
     while len(pool.weight_updates) < NUM_ENGINES:
         ray.wait(pool.pending_calls, timeout=DEADLINE_SECONDS, fetch_local=False)
@@ -231,7 +231,7 @@ def measured(
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
     ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
-    watch, found = Watch(versions_actor, mark_of(versions_actor)), []
+    watch, found = VersionWatcher(versions_actor, mark_of(versions_actor)), []
     for number in range(words.rounds + 2):
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
