@@ -28,8 +28,17 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Bounds = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
-# In a union of sections told apart by their key `type`, "gspo" is short for {type = "gspo"}.
-TypeAsString = BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value)
+
+def by_type(default: str) -> BeforeValidator:
+    """Return the validator of a union of sections told apart by their key `type`: "gspo" is short
+    for {type = "gspo"}, and a table without a type has the default one."""
+
+    def complete(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": value}
+        return {"type": default} | value if isinstance(value, dict) else value
+
+    return BeforeValidator(complete)
 
 
 def describe(error: ValidationError, root: type[Section], prefix: str = "") -> list[str]:
@@ -65,8 +74,6 @@ def _message(detail: Mapping[str, Any], known: Mapping[str, FieldInfo]) -> str:
             return "missing; expected a value"
         case "extra_forbidden":
             return f"unknown key{got}; expected one of: {', '.join(sorted(known))}"
-        case "union_tag_not_found":
-            return f"expected a table with a key `type`{got}"
         case "union_tag_invalid":
             return f"expected one of {detail['ctx']['expected_tags']}, got {detail['ctx']['tag']!r}"
         case "model_type" | "model_attributes_type" | "dict_type":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pear_ray.config.base import Fraction, Section, TypeAsString, describe
+from pear_ray.config.base import Fraction, Section, by_type, describe
 from pear_ray.config.engines import Learner, Lora
 from pear_ray.config.rl import Rl
 from pear_ray.config.sft import Optimizer, Sft
@@ -100,7 +100,7 @@ class Cooperate(Section):
     method: Annotated[
         SumMethod | AlternateMethod | BridgeMethod | TrapoMethod,
         Field(discriminator="type"),
-        TypeAsString,
+        by_type("sum"),
     ] = SumMethod()
     """How a step uses both signals."""
     traces: Literal["all", "failed"] = "all"

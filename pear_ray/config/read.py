@@ -54,6 +54,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     for key, words in parse_overrides(overrides):
         names, value = parse_override(key, words)
         changed.append(".".join(names))
+        refuse_secrets(COMMAND_LINE, {changed[-1]: value})
         for name in reversed(names):
             value = {name: value}
         document = merge(document, value)
@@ -62,7 +63,9 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     except ValidationError as error:
         lines = []
         for line in describe(error, Job):
-            is_override = any(re.match(rf"{re.escape(key)}[.:]", line) for key in changed)
+            field = line.partition(":")[0] + "."
+            keys = (f"{key}." for key in changed)
+            is_override = any(key.startswith(field) or field.startswith(key) for key in keys)
             lines.append(f"{COMMAND_LINE if is_override else path}: {line}")
         raise ConfigError("\n".join(lines)) from error
 

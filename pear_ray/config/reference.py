@@ -25,7 +25,7 @@ source. `pear-ray STAGE JOB.toml --help` prints the same keys with their values 
 
 *unset* keys have no value until a job sets them; *derived* defaults depend on other keys. A key
 with several tables takes one of them by its `type`: `loss = "gspo"` is short for
-`loss = {type = "gspo"}`.
+`loss = {type = "gspo"}`, and without a `type` the default one is meant.
 """
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Any: "any"}
@@ -97,11 +97,12 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return f"[{', '.join(map(type_text, arguments))}]"
     limits = [
         f"{sign} {getattr(limit, name)}"
-        for limit in metadata
+        for each in metadata
+        for limit in (each.metadata if isinstance(each, FieldInfo) else [each])
         for name, sign in SIGNS.items()
         if hasattr(limit, name)
     ]
-    return " ".join([TYPES.get(annotation, "table"), ", ".join(limits)]).strip()
+    return " ".join([TYPES.get(annotation, "table"), " and ".join(limits)]).strip()
 
 
 def default_text(field: FieldInfo) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pear_ray.config.base import Fraction, Section, TypeAsString
+from pear_ray.config.base import Fraction, Section, by_type
 from pear_ray.config.sft import Optimizer, Schedule
 
 # The ratio to the sampling policy is clipped to [1 - low, 1 + high].
@@ -71,11 +71,11 @@ class Rl(Optimizer):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Advantages from the rewards of a group."""
     loss: Annotated[
-        PpoLoss | GspoLoss | CispoLoss | NftLoss, Field(discriminator="type"), TypeAsString
+        PpoLoss | GspoLoss | CispoLoss | NftLoss, Field(discriminator="type"), by_type("ppo")
     ] = PpoLoss()
     """Policy loss."""
     importance_sampling: Annotated[
-        RatioToSampler | TruncatedSampling, Field(discriminator="type"), TypeAsString
+        RatioToSampler | TruncatedSampling, Field(discriminator="type"), by_type("ratio")
     ] = RatioToSampler()
     """Correction of the mismatch between the engine's log-probs and the learner's."""
     loss_agg: Literal["token", "sequence", "constant"] = "token"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pear_ray.config.base import Bounds, Section, TypeAsString
+from pear_ray.config.base import Bounds, Section, by_type
 
 Schedule = Literal["cosine", "linear", "constant"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -85,7 +85,7 @@ class TrSftObjective(Section):
 Objective = Annotated[
     NllObjective | KlObjective | DftObjective | IwObjective | SedObjective | TrSftObjective,
     Field(discriminator="type"),
-    TypeAsString,
+    by_type("nll"),
 ]
 
 

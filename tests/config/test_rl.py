@@ -17,7 +17,7 @@ RL_MISTAKES = [
     ({"prompts_per_step": 0}, "prompts_per_step: expected greater than 0"),
     ({"group_size": 1}, "group_size: expected greater than 1, got 1"),
     ({"loss": "pg"}, "loss: expected one of 'ppo', 'gspo', 'cispo', 'nft', got 'pg'"),
-    ({"loss": {"clip_ratio": [0.1, 0.1]}}, "loss: expected a table with a key `type`"),
+    ({"loss": {"clip_ratio": [-0.1, 0.1]}}, "loss.clip_ratio.0: expected greater than or equal to"),
     ({"loss": 3}, "loss: expected "),
     ({"advantage": "gae"}, "advantage: expected 'grpo', 'dr_grpo' or 'rloo', got 'gae'"),
     ({"loss_agg": "batch"}, "loss_agg: expected 'token', 'sequence' or 'constant'"),
