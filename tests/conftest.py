@@ -177,21 +177,21 @@ def engine_of(
 
 
 @pytest.fixture(scope="session")
-def tiny_told() -> set[str]:
+def scraped_metrics() -> set[str]:
     """Names of the metrics that Prometheus could have read during `tiny_run`."""
     return set()
 
 
 @pytest.fixture(scope="session")
 def tiny_run(
-    ray_session: None, tiny_told: set[str], tmp_path_factory: pytest.TempPathFactory
+    ray_session: None, scraped_metrics: set[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The run folder of the whole tiny chain, on one node."""
     from tests.tiny_chain import SECONDS, drive, scraped
 
     folder = tmp_path_factory.mktemp("pipeline") / "run"
     driver = drive(folder)
-    with scraped(tiny_told):
+    with scraped(scraped_metrics):
         ended = driver.wait(timeout=SECONDS)
     assert ended == 0, (folder.parent / "driver.log").read_text()[-5000:]
     return folder

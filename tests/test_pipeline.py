@@ -1,4 +1,4 @@
-"""The whole chain, with real engines, on a job of minutes."""
+"""The whole pipeline with real engines, on a job of minutes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def stages(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["stages"] if path.exists() else {}
 
 
-def lasting(entries: dict[str, Any]) -> dict[str, float]:
-    """When each stage began, but for those that are made anew each time."""
+def start_times(entries: dict[str, Any]) -> dict[str, float]:
+    """When each stage started, except those that run every time."""
     return {s: e["started"] for s, e in entries.items() if s not in ("rank", "report", "pipeline")}
 
 
@@ -39,7 +39,7 @@ def run(tiny_run: Path) -> Path:
 
 
 @pytest.mark.timeout(1200)
-def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
+def test_every_stage_is_done_and_has_its_outputs(run: Path) -> None:
     assert {s for s, e in stages(run).items() if e["state"] == "done"} >= {
         "pretrain", "sample", "score", "evaluate", "rank", "report", "pipeline",
     }  # fmt: skip
@@ -50,40 +50,40 @@ def test_every_stage_is_done_and_left_its_outputs(run: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-def test_steps_are_written_once_each(run: Path) -> None:
+def test_each_step_is_logged_once(run: Path) -> None:
     sft, rl = (rows(run / "arms" / "pear", stage) for stage in ("sft", "rl"))
     assert [row["step"] for row in sft] == list(range(len(sft))) and len(sft) >= 16
     assert [row["step"] for row in rl] == list(range(8))
 
 
-def test_score_agrees_with_what_sampling_recorded(run: Path) -> None:
+def test_scores_match_recorded_logprobs(run: Path) -> None:
     """One engine scored both sources, each under its own model."""
     sources = stages(run)["score"]["facts"]["sources"]
     gaps = {source: numbers["recorded_gap_max"] for source, numbers in sources.items()}
     assert gaps.keys() == {"tutor", "coder"} and max(gaps.values()) <= 1e-4
 
 
-def test_score_agrees_with_the_trainers_forward_pass(run: Path) -> None:
+def test_scores_match_the_trainers_forward_pass(run: Path) -> None:
     """Models with an output head of their own; the engine reads their rows in chunks."""
     for numbers in stages(run)["score"]["facts"]["calibration"].values():
         assert numbers["rows"] >= 20 and 0 < numbers["max_gap"] <= 1e-4
 
 
-def test_generator_and_learner_agree_after_every_update(run: Path) -> None:
+def test_engine_and_trainer_agree_after_every_update(run: Path) -> None:
     steps = rows(run / "arms" / "pear", "rl")
-    # The first weights have no probe yet: it is made of their answers.
+    # The parity check uses answers sampled with the first weights, which have none yet.
     gaps = [row["logprob_parity_max"] for row in steps[1:]]
     assert max(gaps) <= 1e-4
-    assert any(row["grad_norm"] > 0 for row in steps), "nothing was learned, so nothing compared"
+    assert any(row["grad_norm"] > 0 for row in steps), "no step changed the weights"
 
 
-def test_weights_of_a_source_are_reported(run: Path) -> None:
+def test_weights_are_logged_by_source(run: Path) -> None:
     first = rows(run / "arms" / "pear", "sft")[0]
     assert set(first["first_weight_by_source"]) == {"tutor", "coder"}
     assert 0 < first["effective_sample_size"] < 1
 
 
-def test_each_scored_row_is_an_example_with_one_logprob_per_token(run: Path) -> None:
+def test_every_example_is_scored_with_one_logprob_per_token(run: Path) -> None:
     scored = [r for f in (run / "scored").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
     examples = pq.read_table(run / "sample").to_pylist()
     assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
@@ -104,23 +104,23 @@ def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> Non
     assert len(attempts) == 3 * 8 * 8
 
 
-def test_every_panel_and_alert_has_its_metrics(run: Path, tiny_told: set[str]) -> None:
-    """But for events, which this run has none of."""
+def test_every_panel_and_alert_has_its_metrics(run: Path, scraped_metrics: set[str]) -> None:
+    """Except those of events, which this run has none of."""
     files = ("grafana/pear_ray.json", "prometheus/rules.yml")
     texts = [(CLUSTER / file).read_text() for file in files]
-    asked = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
-    rare = {name for name in asked if "_event" in name}
-    assert len(asked) > 50
-    assert asked - rare <= tiny_told
+    names = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
+    rare = {name for name in names if "_event" in name}
+    assert len(names) > 50
+    assert names - rare <= scraped_metrics
 
 
-def test_the_same_command_again_repeats_nothing(run: Path) -> None:
+def test_running_again_repeats_nothing(run: Path) -> None:
     before = [(run / name).read_text() for name in ("manifest.json", "metrics.jsonl")]
     assert drive(run).wait(timeout=120) == 0
     assert (run / "metrics.jsonl").read_text() == before[1]
-    assert lasting(stages(run)) == lasting(json.loads(before[0])["stages"])
+    assert start_times(stages(run)) == start_times(json.loads(before[0])["stages"])
 
 
-def test_the_arms_own_folder_is_a_job_that_can_be_read(run: Path) -> None:
+def test_the_config_of_an_arm_is_a_valid_job(run: Path) -> None:
     job = read_job(run / "arms" / "pear" / "config.json")
     assert isinstance(job, Job) and job.sft.level == "token"

@@ -32,7 +32,7 @@ SECTIONS: dict[Callable[[RunData], Section | None], str] = {
     results.study: "",
     results.arms: "pass@k of the checkpoints (no evaluate/scorecard.json)",
     results.differences: "paired differences between arms (none in evaluate/scorecard.json)",
-    ranking: "where RL should start (no rank/ranking.json)",
+    ranking: "ranking (no rank/ranking.json)",
     results.learning: "learning curves (no rows of sft, rl or cooperate in metrics.jsonl)",
     diagnostics.weights: "importance weights (no arm has weighted SFT steps)",
     results.answers: "answers (no evaluate/scorecard.json)",

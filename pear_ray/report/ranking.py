@@ -1,4 +1,4 @@
-"""Where RL should start: the ranking, and pass@k for every k."""
+"""The ranking of checkpoints for RL, and pass@k for every k."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def ranking(data: RunData) -> Section | None:
             " over answers to held-out problems in nats per answer",
         ),
     )
-    return Section("Where should RL start?", document["advice"], tables, pass_at_k_curves(data))
+    title = "Which checkpoint should RL start from?"
+    return Section(title, document["advice"], tables, pass_at_k_curves(data))
 
 
 def pass_at_k_curves(data: RunData) -> Iterator[Markup]:

@@ -86,7 +86,7 @@ def study(data: RunData) -> Section | None:
     found, plan = data.study, data.study["plan"]
     text = f"Primary metric: {plan['primary']}, against {found['baseline']}."
     if plan["hypothesis"]:
-        text += f" Hypothesis, written before the first run: {plan['hypothesis']}"
+        text += f' Hypothesis, written before the first run: "{plan["hypothesis"]}".'
     if found["spearman"] is not None:
         text += f" Order of the arms before and after RL: Spearman {found['spearman']:.2f}."
     for pair in found["reversals"]:
@@ -95,7 +95,7 @@ def study(data: RunData) -> Section | None:
     arms = [
         {"arm": name}
         | {f"{metric} {when}": arm[when][metric] for metric in arm[WHEN[0]] for when in WHEN}
-        | dict(zip(("SFT, s", "RL, s"), arm["seconds"].values(), strict=True))
+        | dict(zip(("SFT, s", "RL, s"), map(round, arm["seconds"].values()), strict=True))
         for name, arm in found["arms"].items()
     ]
     differences = [

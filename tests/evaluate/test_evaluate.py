@@ -131,7 +131,7 @@ def test_resumed_attempts_equal_uninterrupted_ones(
 
 
 def test_a_prompt_that_is_too_long_is_refused(evaluator: Evaluator) -> None:
-    with pytest.raises(ConfigError, match=r"its prompt has \d+ tokens; expected fewer than"):
+    with pytest.raises(ConfigError, match=r"max_model_len: expected more than \d+, .* got 2"):
         encode_problems(evaluator.job.model_path(), evaluator.problems, max_model_len=2)
 
 

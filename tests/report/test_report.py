@@ -88,7 +88,7 @@ def test_a_finished_run_has_every_section_in_order(whole: Rendered) -> None:
     assert Page(page).headings == [
         "Results by arm",
         "Differences between arms",
-        "Where should RL start?",
+        "Which checkpoint should RL start from?",
         "Learning curves",
         "Importance weights",
         "Answers",
