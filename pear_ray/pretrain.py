@@ -13,8 +13,7 @@ from pear_ray.config import Job, Pretrain, TaskSpec
 from pear_ray.errors import ConfigError
 from pear_ray.ray_cluster import connect
 from pear_ray.run import RunDir
-from pear_ray.tasks import make_tasks
-from pear_ray.tasks.task import Demonstrator
+from pear_ray.tasks import Demonstrator, make_tasks
 
 log = logging.getLogger(__name__)
 
