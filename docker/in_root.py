@@ -3,9 +3,9 @@
     debootstrap --variant=minbase --include=python3.11,python3.11-venv,python3.11-dev bookworm ROOT
     python docker/in_root.py docker/Dockerfile.cpu ROOT [--mount FOLDER ...] [--then LINE]
 
-Needs root. The directory replaces the base image (FROM is ignored). Supports RUN, COPY, ENV, ARG, USER
-and WORKDIR, and refuses other instructions that change the image. Folders of this machine that the
-steps need, such as an index of packages on disk, are mounted.
+Needs root. The directory replaces the base image (FROM is ignored). Supports RUN, COPY, ENV, ARG,
+USER and WORKDIR, and refuses other instructions that change the image. Folders of this machine
+that the steps need, such as an index of packages on disk, are mounted.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def check_rows(path: Path, table: pa.Table, row_filter: RowFilter, top_k: int) -
         reject(field, theirs != ours, theirs, f"{ours} (the model's)")
     splits, sources = objects("split"), objects("source")
     reject("split", ~np.isin(splits, ["train", "heldout"]), splits, "'train' or 'heldout'")
-    reject("source", np.equal(sources, None), sources, "a name")
+    reject("source", np.array([source is None for source in sources]), sources, "a name")
 
     num_prompt, num_response, num_logprobs = map(lengths, TOKEN_COLUMNS)
     reject("response_ids", num_response < 1, num_response, "at least one token")
