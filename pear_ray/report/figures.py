@@ -120,7 +120,8 @@ def draw(
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    svg = inline(file.getvalue(), describe(title, unit, x_label, lines, level))
+    axis = f"{unit} by {x_label}" if x_label else unit
+    svg = inline(file.getvalue(), f"{title}, {axis}: {describe(lines, level)}.")
     return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)
 
 
@@ -145,22 +146,14 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def describe(
-    title: str,
-    unit: str,
-    x_label: str,
-    lines: Mapping[str, Line],
-    level: tuple[float, str] | None,
-) -> str:
-    """Return the alternative text: the first and the last value of every line."""
-    texts = []
+def describe(lines: Mapping[str, Line], level: tuple[float, str] | None) -> str:
+    """Return the first and the last value of every line, for the alternative text."""
+    texts = [f"{level[1]} at {number(level[0])}"] if level else []
     for name, line in lines.items():
         y = line.y[np.isfinite(line.y)]
         reach = f"from {number(y[0])} to {number(y[-1])}" if len(y) > 1 else f"at {number(y[0])}"
         texts.append(f"{name} {reach}")
-    if level:
-        texts.append(f"{level[1]} at {number(level[0])}")
-    return f"{title}, {unit}{f' by {x_label}' if x_label else ''}: {'; '.join(texts)}."
+    return "; ".join(texts)
 
 
 def inline(document: str, description: str) -> Markup:

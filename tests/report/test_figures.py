@@ -26,7 +26,7 @@ def test_a_figure_takes_its_color_from_the_page_and_escapes_names() -> None:
     figure = draw('a "b"', "nats", {"<x> $y$": line}, level=(1.0, "l"))
     assert "currentColor" in figure and "#102030" not in figure
     assert "<x>" not in figure and "&lt;x&gt; $y$" in figure
-    label = "a &#34;b&#34;, nats by step: &lt;x&gt; $y$ from 0.000 to 2.000; l at 1.000."
+    label = "a &#34;b&#34;, nats by step: l at 1.000; &lt;x&gt; $y$ from 0.000 to 2.000."
     assert f'<svg role="img" aria-label="{label}"' in figure
     assert "<figcaption>a &#34;b&#34;</figcaption>" in figure
 
