@@ -38,9 +38,9 @@ class Evaluation:
         self._prompts = encode_problems(path, self._problems, job.generator.max_model_len)
         self._started: set[int] = set()
         self._completions: dict[Hashable, tuple[Completion, ...]] = {}
-        # Number of the problem, for each key without grades.
-        self._open: dict[Hashable, int] = {}
-        self._correct: dict[int, float] = {}
+        # By key, until the completions are graded.
+        self._open: dict[Hashable, Problem] = {}
+        self._pass_rates: list[float] = []
         self._version = -1
         self._finished: dict[int, dict[str, float]] = {}
 
@@ -73,11 +73,11 @@ class Evaluation:
             return []
         self._started.add(version)
         self._version = version
-        self._correct = {}
+        self._pass_rates = []
         requests: list[tuple[EvaluationKey, SampleRequest]] = []
         for number, problem in enumerate(self._problems):
             key = ("evaluation", version, number)
-            self._open[key] = number
+            self._open[key] = problem
             request = SampleRequest(
                 self._prompts[number],
                 self._settings.samples_per_problem,
@@ -95,15 +95,15 @@ class Evaluation:
         if key not in self._open:
             return []
         self._completions[key] = completions
-        problem = self._problems[self._open[key]]
+        problem = self._open[key]
         return [(problem, completion.text) for completion in completions]
 
     def add_rewards(self, key: Hashable, grades: Sequence[Grade]) -> None:
         """Add the grades of completions."""
         if key not in self._open or not grades:
             return
-        number = self._open.pop(key)
-        self._correct[number] = float(np.mean([grade.correct for grade in grades]))
+        del self._open[key]
+        self._pass_rates.append(float(np.mean([grade.correct for grade in grades])))
         if not self._open:
             self._finished[self._version] = self._metrics()
             self._completions = {}
@@ -117,7 +117,7 @@ class Evaluation:
         return self._every > 0 and version % self._every == 0 and version not in self._started
 
     def _metrics(self) -> dict[str, float]:
-        pass_rates = np.array(list(self._correct.values()))
+        pass_rates = np.array(self._pass_rates)
         low, high = bootstrap_interval(pass_rates, self._seed)
         completions = [c for group in self._completions.values() for c in group]
         is_truncated = [completion.finish_reason == "length" for completion in completions]

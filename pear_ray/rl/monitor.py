@@ -72,12 +72,12 @@ def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -
     frac = newest.get("frac_reward_zero_std", 0)
     if not frac > max_frac:
         return None
-    rate, threshold = newest["pass_rate"], threshold_pass_rate(group_size)
+    threshold = threshold_pass_rate(group_size)
     return (
         f"step {newest['step']}: {frac:.0%} of the groups have equal rewards, more than"
-        f" {max_frac:.0%}; at pass rate {rate:.3f} the rewards of a group of {group_size} have"
-        f" variance {reward_variance(rate, group_size):.3f}, and below {threshold:.3f} or above"
-        f" {1 - threshold:.3f} most groups have none: use other problems or larger groups"
+        f" {max_frac:.0%}; the pass rate is {newest['pass_rate']:.3f}, and below {threshold:.3f} or"
+        f" above {1 - threshold:.3f} most groups of {group_size} have: use other problems or larger"
+        " groups"
     )
 
 
@@ -99,12 +99,6 @@ def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str
         f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best"
         f" is {best}"
     )
-
-
-def reward_variance(pass_rate: float, group_size: int) -> float:
-    """Return the expected variance of the 0/1 rewards within a group, p (1 - p) (g - 1) / g
-    (arXiv 2606.18487)."""
-    return pass_rate * (1 - pass_rate) * (group_size - 1) / group_size
 
 
 def threshold_pass_rate(group_size: int) -> float:

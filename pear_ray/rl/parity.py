@@ -17,7 +17,6 @@ from pear_ray.engines.engine_actor import WeightUpdateResult
 from pear_ray.engines.generator import ScoreRequest
 from pear_ray.losses.packing import pack
 from pear_ray.records import RolloutGroup, TrainingSequence
-from pear_ray.rl.scheduler import StepBatch
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -25,22 +24,24 @@ if TYPE_CHECKING:
 NUM_PARITY_SEQUENCES = 8
 
 
-class ParityProbe:
-    """Engine side: the sequences that every engine scores right after each weight update."""
+def parity_sequences(groups: Sequence[RolloutGroup]) -> tuple[TrainingSequence, ...]:
+    """Return the first completion of each of the first groups, demonstration prefixes included."""
+    return tuple(
+        TrainingSequence.of(
+            group.prompt_ids,
+            group.completions[0].prefix_ids + group.completions[0].token_ids,
+            group.completions[0].prefix_logprobs + group.completions[0].logprobs,
+            1.0,
+            group.problem_id,
+        )
+        for group in groups[:NUM_PARITY_SEQUENCES]
+    )
 
-    def __init__(self) -> None:
-        self.sequences: tuple[TrainingSequence, ...] = ()
 
-    def choose(self, batch: StepBatch) -> None:
-        """Take the sequences from the first batch."""
-        if not self.sequences:
-            groups = batch.groups[:NUM_PARITY_SEQUENCES]
-            self.sequences = tuple(parity_sequence(group) for group in groups)
-
-    @property
-    def requests(self) -> list[ScoreRequest]:
-        """Return the sequences as requests to an engine."""
-        return [score_request(sequence) for sequence in self.sequences]
+def score_request(sequence: TrainingSequence) -> ScoreRequest:
+    """Return the request with which engines score a parity sequence after each weight update."""
+    ids, trainable = sequence.token_ids, sequence.trainable
+    return ScoreRequest(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))
 
 
 class ParityCheck:
@@ -97,21 +98,3 @@ class ParityCheck:
             for position, origin in enumerate(batch.origins):
                 scored[int(origin)] = logprobs[owners == position]
         return [scored[number] for number in range(len(sequences))]
-
-
-def parity_sequence(group: RolloutGroup) -> TrainingSequence:
-    """Return the first completion of a group, its demonstration prefix included."""
-    completion = group.completions[0]
-    return TrainingSequence.of(
-        group.prompt_ids,
-        completion.prefix_ids + completion.token_ids,
-        completion.prefix_logprobs + completion.logprobs,
-        1.0,
-        group.problem_id,
-    )
-
-
-def score_request(sequence: TrainingSequence) -> ScoreRequest:
-    """Return the request to score the trainable tokens of a sequence."""
-    ids, trainable = sequence.token_ids, sequence.trainable
-    return ScoreRequest(tuple(ids[~trainable].tolist()), tuple(ids[trainable].tolist()))

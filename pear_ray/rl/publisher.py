@@ -57,9 +57,10 @@ class WeightPublisher:
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
-                rollouts = take_batch(self._queue, step, min(POLL_SECONDS, timeout_seconds))
-                check_staleness(rollouts, self._job.rl.max_staleness)
-                return rollouts
+                rollouts: RolloutBatch = take_batch(
+                    self._queue, step, min(POLL_SECONDS, timeout_seconds)
+                )
+                break
             except QueueClosed:
                 return None
             except TimeoutError as error:
@@ -69,6 +70,13 @@ class WeightPublisher:
                         f" {timeout_seconds:.0f} s, got none"
                     ) from error
             self._announce_again()
+        staleness, limit = rollouts.metrics["staleness_max"], self._job.rl.max_staleness
+        if staleness > limit:
+            raise RuntimeError(
+                f"step {step}: expected tokens sampled at most rl.max_staleness = {limit} steps"
+                f" earlier, got {staleness:.0f}"
+            )
+        return rollouts
 
     def drop_before(self, step: int) -> None:
         """Have the queue drop batches that no rank will take again."""
@@ -101,16 +109,6 @@ class WeightPublisher:
 
     def _requested_update(self, version: int) -> str:
         return ray.get(self._registry.requested_update.remote(version), timeout=GRACE_SECONDS)
-
-
-def check_staleness(rollouts: RolloutBatch, max_staleness: int) -> None:
-    """Raise RuntimeError if a token was sampled more than `max_staleness` steps earlier."""
-    staleness = rollouts.metrics["staleness_max"]
-    if staleness > max_staleness:
-        raise RuntimeError(
-            f"step {rollouts.batch.step}: expected tokens sampled at most rl.max_staleness ="
-            f" {max_staleness} steps earlier, got {staleness:.0f}"
-        )
 
 
 def broadcast_from_first_rank(value: Any) -> Any:

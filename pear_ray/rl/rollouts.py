@@ -29,7 +29,7 @@ from pear_ray.ray_cluster import this_node_only
 from pear_ray.records import TrainingSequence
 from pear_ray.rewards.pool import RewardPool
 from pear_ray.rl.evaluation import Evaluation, EvaluationKey
-from pear_ray.rl.parity import ParityProbe
+from pear_ray.rl.parity import parity_sequences, score_request
 from pear_ray.rl.reference import ReferenceScorer
 from pear_ray.rl.scheduler import RolloutScheduler, StepBatch, batch_metrics
 from pear_ray.run import RunDir
@@ -45,6 +45,10 @@ POLL_SECONDS = 1.0
 GC_THRESHOLDS = (50_000, 20, 20)
 
 
+MakeScheduler = Callable[[Job, str, int, int], RolloutScheduler]
+MakeWeightCache = Callable[[], WeightCache | AdapterCache]
+
+
 @dataclass(frozen=True)
 class RolloutStage:
     """A stage that trains on rollouts, beginning with the model `start_model` (folder or hub name).
@@ -57,16 +61,12 @@ class RolloutStage:
     run: RunDir
     name: str
     start_model: str
-    make_scheduler: Callable[[Job, str, int, int], RolloutScheduler] = RolloutScheduler
-    make_weight_cache: Callable[[], WeightCache | AdapterCache] = WeightCache
+    make_scheduler: MakeScheduler = RolloutScheduler
+    make_weight_cache: MakeWeightCache = WeightCache
 
     @classmethod
     def of(
-        cls,
-        job: Job,
-        run: RunDir,
-        name: str,
-        make_scheduler: Callable[[Job, str, int, int], RolloutScheduler] = RolloutScheduler,
+        cls, job: Job, run: RunDir, name: str, make_scheduler: MakeScheduler = RolloutScheduler
     ) -> RolloutStage:
         """Return the stage that starts from the export of `sft`, or else from the job's model. If
         only adapters are trained, only adapters are published."""
@@ -133,7 +133,6 @@ class Link:
         deadline = time.monotonic() + timeout_seconds
         while not self.finished.is_set():
             call = self.registry.newest.remote(None, POLL_SECONDS)
-            published: PublishedVersions | None
             published = ray.get(call, timeout=POLL_SECONDS + GRACE_SECONDS)
             if published is not None:
                 return published
@@ -260,7 +259,7 @@ class EngineWeights:
         self._registry = link.registry
         self._watcher = VersionWatcher(link.registry, first.cursor)
         self._published: PublishedVersions | None = first
-        self._probe = ParityProbe()
+        self._parity_sequences: tuple[TrainingSequence, ...] = ()
         self._idle_seconds = 0.0
         self._last_batch_at = time.monotonic()
         self.version = -1
@@ -278,8 +277,9 @@ class EngineWeights:
         if self._published is None or evaluation.is_running:
             return []
         versions = evaluation.up_to(self._published.versions)
+        parity_requests = [score_request(sequence) for sequence in self._parity_sequences]
         timeout_seconds = self._stage.job.weights.timeout_seconds
-        self._pool.update_weights(versions, self._probe.requests, timeout_seconds)
+        self._pool.update_weights(versions, parity_requests, timeout_seconds)
         if versions == self._published.versions:
             self._published = None
         self.version = max(self.version, versions[-1].version)
@@ -311,24 +311,19 @@ class EngineWeights:
         }
         self._idle_seconds = idle_seconds
         self._last_batch_at = now
-        self._probe.choose(batch)
-        measured = tuple(update for update in updates if update.parity_logprobs)
-        rollouts = RolloutBatch(batch, self._probe.sequences, measured, evaluations, metrics)
-        self._log(rollouts)
-        return rollouts
-
-    def _log(self, rollouts: RolloutBatch) -> None:
-        step, metrics = rollouts.batch.step, rollouts.metrics
         evaluated = "".join(
             f", pass@1 of version {version} {heldout['pass_at_1']:.3f}"
-            for version, heldout in rollouts.evaluations.items()
+            for version, heldout in evaluations.items()
         )
         log.info(
-            f"{self._stage.name}: step {step + 1} of {self._stage.job.rl.steps}: pass rate"
+            f"{self._stage.name}: step {batch.step + 1} of {self._stage.job.rl.steps}: pass rate"
             f" {metrics['pass_rate']:.3f}, {metrics['completions_mean_length']:.1f} tokens per"
             f" completion, {metrics['rollout_seconds']:.1f} s{evaluated}",
-            extra={"step": step},
+            extra={"step": batch.step},
         )
+        self._parity_sequences = self._parity_sequences or parity_sequences(batch.groups)
+        scored = tuple(update for update in updates if update.parity_logprobs)
+        return RolloutBatch(batch, self._parity_sequences, scored, evaluations, metrics)
 
 
 @contextmanager

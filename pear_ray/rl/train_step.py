@@ -92,10 +92,8 @@ class TrainStep(ABC):
 
     def save(self, next_step: int, next_problem: int) -> int:
         """Write a checkpoint; return the earliest step from which the run can resume."""
-        timeout_seconds = self._job.learner.timeout_seconds
-        return save_checkpoint(
-            self._learners, next_step, timeout_seconds, next_problem=next_problem
-        )
+        seconds = self._job.learner.timeout_seconds
+        return save_checkpoint(self._learners, next_step, seconds, next_problem=next_problem)
 
 
 class PolicyGradientStep(TrainStep):

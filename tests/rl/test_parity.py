@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pear_ray.records import Completion, Grade, RolloutGroup
-from pear_ray.rl.parity import parity_sequence, score_request
+from pear_ray.rl.parity import parity_sequences, score_request
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from pear_ray.rl.parity import parity_sequence, score_request
 )
 def test_a_completion_is_scored_with_its_prefix(completion):
     group = RolloutGroup("problem", (4, 5), (completion,), (Grade(0.0, False),), (0.0,))
-    sequence = parity_sequence(group)
+    (sequence,) = parity_sequences([group])
     assert sequence.token_ids.tolist() == [4, 5, 7, 8, 1]
     assert sequence.sampled_logprobs.tolist() == [0, 0, -0.5, -1.0, -0.25]
     request = score_request(sequence)

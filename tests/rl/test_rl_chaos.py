@@ -30,6 +30,8 @@ from pear_ray.seeds import seed_of
 from pear_ray.tasks import endless_problems
 from tests.rl.parity_corpus import write_corpus
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 SECONDS = 400.0
 STEPS, STALENESS, PROBLEMS, GROUP = 60, 1, 4, 4
 TASK = {"name": "tests.rl.parity:Parity"}
