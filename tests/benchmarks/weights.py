@@ -173,7 +173,12 @@ class StorePeak:
 
 
 def one_round(
-    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
+    ranks: list[Any],
+    versions_actor: Any,
+    pool: EnginePool,
+    watch: VersionWatcher,
+    version: int,
+    full: bool,
 ) -> dict[str, float]:
     """A version from the optimizer step to both engines."""
     started = time.perf_counter()
