@@ -10,25 +10,17 @@ from pear_ray.errors import ConfigError
 from pear_ray.train.memory import (
     FROZEN_BYTES,
     GIB,
+    IDLE_ITEMS,
     ModelDims,
     engine_memory,
-    idle_memory,
     rank_memory,
     read_model_dims,
     store_memory,
 )
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-# GiB that a program can use on the GPUs sold as these sizes.
-GPUS = {
-    22: "24 GB",
-    39: "40 GB",
-    44: "48 GB",
-    79: "80 GB",
-    94: "96 GB",
-    139: "141 GB",
-    178: "192 GB",
-}
+# Usable GiB of the GPUs that are sold, and their nominal GB.
+GPUS = {22: 24, 39: 40, 44: 48, 79: 80, 94: 96, 139: 141, 178: 192}
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,8 @@ def cooperate_role(job: Job, cooperate: Cooperate, dims: ModelDims) -> Role:
     items = rank_memory(joint, element_bytes, learner, total)
     if method.meta_objective:
         shadow = learner.model_copy(update={"offload": method.shadow_offload})
-        items["shadow"] = idle_memory(rank_memory(joint, element_bytes, shadow, total))
+        shadow_items = rank_memory(joint, element_bytes, shadow, total)
+        items["shadow"] = sum(shadow_items.get(name, 0.0) for name in IDLE_ITEMS)
     return Role("cooperate", "ranks", learner.num_workers, items)
 
 
@@ -180,7 +173,7 @@ def table_line(role: Role, gpu_gib: float | None) -> str:
     if size is None:
         fit = "more than any GPU has"
     else:
-        fit = f"fits {size:g} GiB" if gpu_gib else f"a GPU of {GPUS[int(size)]}"
+        fit = f"fits {size:g} GiB" if gpu_gib else f"a GPU of {GPUS[int(size)]} GB"
         if per_sequence := role.items.get("one sequence"):
             free = size * GIB * role.usable_share - sum(role.items.values()) + per_sequence
             fit += f", cache for {int(free // per_sequence)} sequences of full length"

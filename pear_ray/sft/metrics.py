@@ -105,20 +105,17 @@ def weight_warning(metrics: Mapping[str, Any]) -> str | None:
     if at_floor > MAX_CLIPPED:
         return (
             f"{at_floor:.0%} of the tokens have the smallest possible weight: only the ends of"
-            " traces are learned. The corpus is far from this model; try"
-            ' sft.level = "block", a narrower sft.clip_log_ratio, or a behavior policy closer to'
-            " the model"
+            ' traces are learned. Try sft.level = "block", a narrower sft.clip_log_ratio, or a'
+            " behavior policy closer to the model"
         )
     if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
         return (
-            f"the effective sample size is {sample_size:.0%} of the tokens: few tokens carry the"
-            " step. Try a narrower sft.clip_log_weight or sft.clip_log_ratio, or more"
-            " sft.examples_per_step"
+            f"the effective sample size is {sample_size:.0%} of the tokens: few carry the step. Try"
+            " a narrower sft.clip_log_weight or sft.clip_log_ratio, or more sft.examples_per_step"
         )
     if clipped_low > MAX_CLIPPED:
         return (
-            f"{clipped_low:.0%} of the log-ratios are at the lower clip: weights count tokens"
-            " instead of weighing them. Try a wider sft.clip_log_ratio, or check"
-            " behavior_logprobs in the report"
+            f"{clipped_low:.0%} of the log-ratios are at the lower clip: weights depend on position"
+            " alone. Try a wider sft.clip_log_ratio, or check behavior_logprobs in the report"
         )
     return None

@@ -107,9 +107,7 @@ def attention_by_runs(
     return torch.cat(attended)[None]
 
 
-def transformers_attention(
-    kernel: Callable[..., Tensor],
-) -> Callable[..., tuple[Tensor, None]]:
+def transformers_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """Wrap a kernel in the signature that transformers calls. If a `group` of ranks shares the
     pack, each rank sends the states of its tokens and receives all tokens for its heads."""
 

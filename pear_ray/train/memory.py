@@ -8,7 +8,6 @@ hooks on saved tensors, for gated MLPs and an attention that does not keep its s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ GIB = 2**30
 MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9
 # Context, communication, and fragmentation in PyTorch's allocator.
 OVERHEAD = 3 * GIB
-# Items that an idle learner keeps beside an active one on its device.
+# Items of `rank_memory` that a learner keeps while another one on its device works.
 IDLE_ITEMS = ("weights", "gradients", "optimizer", "buckets")
 # Bytes per element that a step may freeze: its values before and between two updates, in float32,
 # and a mask.
@@ -123,11 +122,6 @@ def rank_memory(
         "logits": 2 * learner.logits_mib * 2**20,
         "overhead": OVERHEAD,
     }
-
-
-def idle_memory(items: Mapping[str, float]) -> float:
-    """Return the bytes, of `rank_memory`'s items, of a second learner while the first works."""
-    return sum(items.get(name, 0.0) for name in IDLE_ITEMS)
 
 
 def engine_memory(

@@ -32,12 +32,7 @@ class LogprobHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the fields of `logprobs.predicted_logprobs`."""
         result = predicted_logprobs(
-            hidden_T,
-            self.weight,
-            token_ids,
-            predicted,
-            logits_mib=self.logits_mib,
-            top_k=top_k,
+            hidden_T, self.weight, token_ids, predicted, logits_mib=self.logits_mib, top_k=top_k
         )
         return result.logprobs, result.entropies, result.top_masses
 

@@ -16,15 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 import ray.train
 import torch
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointConsistencyMode,
-    CheckpointUploadMode,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
@@ -69,24 +60,24 @@ def run_ray_train(
     best = {"checkpoint_score_attribute": BEST_METRIC, "checkpoint_score_order": "min"}
     trainer = TorchTrainer(
         partial(train_loop, inputs),
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=config.use_gpu,
             resources_per_worker=resources,
             label_selector=labels or None,
         ),
         torch_config=TorchConfig(
-            backend="nccl" if config.use_gpu else "gloo",
-            timeout_s=int(config.timeout_seconds),
+            backend="nccl" if config.use_gpu else "gloo", timeout_s=int(config.timeout_seconds)
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=FailureConfig(
-                max_failures=config.max_failures,
-                controller_failure_limit=num_attempts - 1,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=num_attempts - 1
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=2, **(best if keep_best else {})
+            ),
         ),
     )
     try:
@@ -171,16 +162,21 @@ def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
     """Return the checkpoint with the lowest held-out loss, if any was measured; collective."""
     best_path: list[str | None] = [None]
     if rank_and_world_size()[0] == 0:
-        reported = ray.train.get_all_reported_checkpoints(
-            CheckpointConsistencyMode.COMMITTED, timeout_seconds
-        )
-        measured = [report for report in reported if BEST_METRIC in report.metrics]
+        reports = committed_checkpoints(timeout_seconds)
+        measured = [report for report in reports if BEST_METRIC in report.metrics]
         if measured:
             best = min(measured, key=lambda report: report.metrics[BEST_METRIC])
             best_path = [best.checkpoint.path]
     torch.distributed.broadcast_object_list(best_path)
     (path,) = best_path
     return None if path is None else CheckpointRef.open(path)
+
+
+def committed_checkpoints(timeout_seconds: float) -> list[Any]:
+    """Return Ray Train's reports of all checkpoints, once the latest is in the run's storage."""
+    return ray.train.get_all_reported_checkpoints(
+        ray.train.CheckpointConsistencyMode.COMMITTED, timeout_seconds
+    )
 
 
 def save_checkpoint(
@@ -193,9 +189,7 @@ def save_checkpoint(
         checkpoint, which is committed by now.
     """
     # Wait for it: a report is lost if a rank dies before Ray Train's controller has seen it.
-    committed = ray.train.get_all_reported_checkpoints(
-        CheckpointConsistencyMode.COMMITTED, timeout_seconds
-    )
+    committed = committed_checkpoints(timeout_seconds)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     for name, learner in learners.items():
         learner.save(folder / name)
@@ -204,8 +198,8 @@ def save_checkpoint(
     (folder / "progress.json").write_text(json.dumps(metadata))
     ray.train.report(
         metadata,
-        checkpoint=Checkpoint.from_directory(str(folder)),
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
     return max((report.metrics["next_step"] for report in committed), default=0)
 
