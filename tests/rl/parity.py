@@ -1,5 +1,5 @@
-"""A game for models of a hundred words that know nothing: answers earn by their first word, so that
-some of every group do. It is imported by the processes of a run."""
+"""A task for untrained models with a vocabulary of a hundred words: a completion is correct if its
+first word is even, so that some of every group are. The processes of a run import this module."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Parity:
 
     def grade(self, problem, text):
         first, *_ = [*text.split(), "w1"]
-        right = first[1:].isdigit() and int(first[1:]) % 2 == 0
-        return Grade(float(right), right, note="" if right else "odd")
+        is_even = first[1:].isdigit() and int(first[1:]) % 2 == 0
+        return Grade(float(is_even), is_even, note="" if is_even else "odd")

@@ -1,4 +1,4 @@
-"""A scored corpus of the parity game, for stages that learn from traces beside rollouts."""
+"""A scored corpus of the parity task, for stages that train on demonstrations too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pear_ray.records import SCORED_SCHEMA
 from tests.rl.parity import Parity
 
 
-def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
-    """Right answers to two of three problems, or to the first `most` of these."""
+def write_corpus(folder: Path, model: Path, max_rows: int | None = None) -> None:
+    """Write correct responses to two of three problems, or to the first `max_rows` of these."""
     tokenizer, draw = load_tokenizer(str(model)), np.random.default_rng(0)
     tokenizer_digest, template_digest = tokenizer_digests(tokenizer)
     rows = []
@@ -40,5 +40,5 @@ def write_corpus(folder: Path, model: Path, most: int | None = None) -> None:
             }
         )
     folder.mkdir()
-    table = pa.Table.from_pylist(rows[:most], SCORED_SCHEMA)
+    table = pa.Table.from_pylist(rows[:max_rows], SCORED_SCHEMA)
     pq.write_table(table, folder / "part-000000.parquet", row_group_size=200)

@@ -1,4 +1,4 @@
-"""Runs of a stage that learns from rollouts: driven, cut off, and read."""
+"""Run a stage that trains on rollouts, interrupt it, and read its outputs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SECONDS = 300.0
 
 
 def rows(job: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl of the run beside a job file."""
+    """Return the rows of metrics.jsonl of the run beside a job file."""
     path = job.parent / "run" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def weights(job: Path, stage: str) -> dict[str, torch.Tensor]:
-    """What a stage has exported."""
+    """Return the weights that a stage exported."""
     return load_file(job.parent / "run" / stage / "export" / "model.safetensors")
 
 
 def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Whether they are, to the bit."""
+    """Return whether they are equal to the bit."""
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
-    """Run a stage of so many steps, its driver killed three steps before the end; then the same
-    command again."""
+    """Run a stage of `num_steps` steps, kill its driver three steps before the end, and run the
+    same command again."""
     with (job.parent / "driver.log").open("ab") as log:
         driver = subprocess.Popen(
             [sys.executable, "-m", "pear_ray", stage, str(job)],

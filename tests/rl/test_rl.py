@@ -1,5 +1,5 @@
-"""Stage `rl` on real engines and learners: repeats to the bit on-policy, also when it was cut off;
-learns again from what it recorded; trains adapters ahead of the learners."""
+"""Stage `rl` on real engines and learners: on-policy runs repeat to the bit, even if interrupted;
+recorded rollouts can be replayed; adapters can be trained off-policy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pear_ray.__main__ import run_command
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
 STEPS = 8
-# What a step's row says that does not depend on how fast the machine was.
-NUMBERS = (
+# Metrics that do not depend on the speed of the machine.
+METRICS = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "pass_rate", "first_problem",
     "next_problem", "problems_dropped", "ratio_mean", "completions_clipped_ratio",
 )  # fmt: skip
@@ -61,7 +61,7 @@ name = "tests.rl.parity:Parity"
 
 @pytest.fixture(scope="module")
 def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes a job file in a folder of its own, with further lines in [rl] and [learner]."""
+    """Return a function that writes a job file with extra lines in [rl] and [learner]."""
 
     def write(rl: str = "", learner: str = "", steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("rl")
@@ -76,15 +76,15 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def plain(write_job: Any, ray_session: None) -> Path:
-    """A run in one go, on-policy, evaluated on the way and recorded."""
+    """An on-policy run without interruption, evaluated and recorded."""
     job = write_job(rl="record = true\neval_every = 3")
     assert run_command(["rl", str(job)]) == 0
     return job
 
 
 @pytest.fixture(scope="module")
-def stopped(write_job: Any, plain: Path) -> Path:
-    """The same, whose driver was killed half way; the same command again."""
+def interrupted(write_job: Any, plain: Path) -> Path:
+    """The same, interrupted and resumed."""
     job = write_job(rl="record = true\neval_every = 3")
     run_cut_off("rl", job, STEPS)
     return job
@@ -92,7 +92,7 @@ def stopped(write_job: Any, plain: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def replayed(write_job: Any, plain: Path) -> Path:
-    """Learners alone, on what the first run recorded."""
+    """Learners alone, on the recorded rollouts of `plain`."""
     job = write_job(rl=f'replay = "{plain.parent}/run/rl/rollouts"')
     assert run_command(["rl", str(job)]) == 0
     return job
@@ -100,7 +100,7 @@ def replayed(write_job: Any, plain: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(write_job: Any, ray_session: None) -> Path:
-    """Adapters, a step ahead, with another loss, correction and average, and a KL penalty."""
+    """Adapters, one step off-policy, with other loss settings and a KL penalty."""
     ahead = """
         max_staleness = 1
         loss = "gspo"
@@ -109,43 +109,43 @@ def adapters(write_job: Any, ray_session: None) -> Path:
         kl_coefficient = 0.01
     """
     lora = "lora = {rank = 4, targets = ['q_proj', 'down_proj']}"
-    # Engines that run ahead may pass over every other version: long enough to hear of some.
+    # Engines may skip every other version: long enough to check some.
     job = write_job(rl=ahead, learner=lora, steps=STEPS + 4)
     assert run_command(["rl", str(job)]) == 0
     return job
 
 
-def numbers(job: Path, names: tuple[str, ...] = NUMBERS) -> list[dict[str, Any]]:
+def metrics(job: Path, names: tuple[str, ...] = METRICS) -> list[dict[str, Any]]:
     return [{name: row[name] for name in names} for row in rows(job)]
 
 
 @pytest.mark.timeout(900)
-def test_a_run_that_was_cut_off_repeats_to_the_bit(plain: Path, stopped: Path) -> None:
+def test_an_interrupted_run_repeats_to_the_bit(plain: Path, interrupted: Path) -> None:
     assert [row["step"] for row in rows(plain)] == list(range(STEPS))
-    assert numbers(stopped) == numbers(plain)
-    assert are_equal(weights(stopped, "rl"), weights(plain, "rl"))
+    assert metrics(interrupted) == metrics(plain)
+    assert are_equal(weights(interrupted, "rl"), weights(plain, "rl"))
 
 
-def test_groups_without_signal_are_replaced(plain: Path) -> None:
+def test_groups_of_equal_rewards_are_replaced(plain: Path) -> None:
     assert sum(row["problems_dropped"] for row in rows(plain)) > 0
     for row in rows(plain):
         assert row["next_problem"] - row["first_problem"] == 4 + row["problems_dropped"]
     assert all(row["grad_norm"] > 0 for row in rows(plain))
 
 
-def test_learners_learn_the_same_from_what_was_recorded(plain: Path, replayed: Path) -> None:
-    assert numbers(replayed) == numbers(plain)
+def test_replay_repeats_the_recorded_run_to_the_bit(plain: Path, replayed: Path) -> None:
+    assert metrics(replayed) == metrics(plain)
 
 
-def test_generator_and_learner_agree_after_every_update(plain: Path, adapters: Path) -> None:
-    for job, num_least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
+def test_log_probs_of_engines_and_learner_agree(plain: Path, adapters: Path) -> None:
+    for job, least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
         gaps = [
             row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None
         ]
-        assert len(gaps) >= num_least and max(gaps) <= 1e-4
+        assert len(gaps) >= least and max(gaps) <= 1e-4
 
 
-def test_held_out_problems_are_evaluated_on_the_way(plain: Path) -> None:
+def test_held_out_problems_are_evaluated_and_the_best_weights_kept(plain: Path) -> None:
     found = {r["eval_version"]: r["pass_at_1"] for r in rows(plain) if "pass_at_1" in r}
     assert found.keys() == {0, 3, 6} and all(0 <= rate <= 1 for rate in found.values())
     best = plain.parent / "run" / "rl" / "best" / "model.safetensors"
@@ -153,11 +153,11 @@ def test_held_out_problems_are_evaluated_on_the_way(plain: Path) -> None:
     assert not list((plain.parent / "run" / "rl" / "evaluated").iterdir())
 
 
-def test_answers_are_kept_as_text(plain: Path) -> None:
+def test_samples_are_written_as_text(plain: Path) -> None:
     samples = sorted((plain.parent / "run" / "rl" / "samples").iterdir())
     assert len(samples) == STEPS
     text = samples[-1].read_text()
-    assert f"step {STEPS - 1}, problem parity-" in text and "--- answer 3: reward " in text
+    assert f"step {STEPS - 1}, problem parity-" in text and "--- completion 3: reward " in text
 
 
 def test_adapters_are_trained_and_merged(adapters: Path, tiny_model: Any) -> None:
@@ -167,12 +167,12 @@ def test_adapters_are_trained_and_merged(adapters: Path, tiny_model: Any) -> Non
     assert changed == {name for name in base if "q_proj" in name or "down_proj" in name}
 
 
-def test_adapters_travel_alone(adapters: Path, plain: Path) -> None:
+def test_only_adapters_are_published(adapters: Path, plain: Path) -> None:
     alone, whole = (rows(job)[0]["published_mib_per_rank"] for job in (adapters, plain))
     assert alone < whole / 4
 
 
-def test_no_answer_is_older_than_allowed(adapters: Path) -> None:
+def test_staleness_is_bounded(adapters: Path) -> None:
     steps = rows(adapters)
     assert max(row["staleness_max"] for row in steps) == 1
     assert all(0 < row["effective_sample_size"] <= 1 + 1e-6 for row in steps)
