@@ -68,6 +68,6 @@ def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_he
 def test_a_window_shorter_than_a_sequence_is_refused():
     query = states(2, 6, 0)
     arguments = {"scaling": SCALING, "runs": ((1, 4), (1, 2))}
-    with pytest.raises(ValueError, match="sliding_window: expected at least 4 tokens.*got 3"):
+    with pytest.raises(ValueError, match=r"sliding_window: expected at least 4 tokens.*got 3"):
         attention_by_runs(query, query, query, sliding_window=3, **arguments)
     attention_by_runs(query, query, query, sliding_window=4, **arguments)

@@ -13,7 +13,7 @@ from pear_ray.train.model import load_policy, policy_inputs
 
 
 def grouped_query_model(tmp_path):
-    """Four query heads to one key-value head, and tokens the tokenizer does not know."""
+    """Four query heads per key-value head, and a vocabulary beyond the tokenizer's."""
     torch.manual_seed(1)
     config = Qwen3Config(
         vocab_size=128,
@@ -51,12 +51,12 @@ def sequences_of(lengths, seed):
 
 
 def one_by_one(model, sequence):
-    """Log-prob of each trainable token and entropy at its place, as transformers has them."""
+    """Return each trainable token's log-prob and the entropy at its position, by transformers."""
     ids = torch.from_numpy(sequence.token_ids)
     log_softmax = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-    places = torch.from_numpy(np.flatnonzero(sequence.trainable))
-    entropies = -(log_softmax.exp() * log_softmax).sum(-1)[places - 1]
-    return log_softmax[places - 1, ids[places]], entropies
+    positions = torch.from_numpy(np.flatnonzero(sequence.trainable))
+    entropies = -(log_softmax.exp() * log_softmax).sum(-1)[positions - 1]
+    return log_softmax[positions - 1, ids[positions]], entropies
 
 
 @pytest.mark.parametrize("logits_mib", [512.0, 0.01, 1e-6])
@@ -64,20 +64,22 @@ def test_a_pack_is_its_sequences_one_by_one(folder, logits_mib):
     lengths = [(1, 1), (5, 9), (1, 30), (20, 1), (3, 3), (2, 14)]
     ((batch,),) = pack(sequences_of(lengths, 0), 1, 1000)
     policy = load_policy(str(folder), "float32", logits_mib)
-    found, entropies, _ = policy(**policy_inputs(batch, torch.device("cpu")))
-    logprobs = found[:, 0]
+    candidates, entropies, _ = policy(**policy_inputs(batch, torch.device("cpu")))
+    logprobs = candidates[:, 0]
     coefficients = torch.from_numpy(batch.coefficients_T[batch.trainable_T])
     (logprobs * coefficients).sum().backward()
 
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     by_origin = {sequence.origin: sequence for sequence in sequences_of(lengths, 0)}
     ordered = [by_origin[origin] for origin in batch.origins]
-    found = [one_by_one(reference, sequence) for sequence in ordered]
-    (torch.cat([f[0] for f in found]) * coefficients).sum().backward()
+    expected = [
+        torch.cat(parts) for parts in zip(*(one_by_one(reference, s) for s in ordered), strict=True)
+    ]
+    (expected[0] * coefficients).sum().backward()
 
     close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(logprobs, torch.cat([f[0] for f in found]), **close)
-    torch.testing.assert_close(entropies, torch.cat([f[1] for f in found]).detach(), **close)
+    torch.testing.assert_close(logprobs, expected[0], **close)
+    torch.testing.assert_close(entropies, expected[1].detach(), **close)
     theirs = dict(reference.named_parameters())
     assert theirs.keys() == dict(policy.language_model.named_parameters()).keys()
     for name, parameter in policy.language_model.named_parameters():
