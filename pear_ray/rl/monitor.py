@@ -1,5 +1,4 @@
-"""What a rank does with the metrics of a step: write them, log alerts, stop the run early, keep the
-best weights.
+"""Monitoring of a run on its ranks: metric rows, alerts, early stopping, the best weights.
 
 Alerts and stopping rules read the rows of the run so far, oldest first, and have no state of their
 own: a resumed run passes the rows that it kept.

@@ -73,7 +73,7 @@ def replay(stage: RolloutStage, link: Link) -> None:
     """Send recorded batches instead of new rollouts, a few steps ahead of the learners.
 
     Raises:
-        ConfigError: a step was not recorded, or not with what this job needs.
+        ConfigError: a step was not recorded, or lacks reference log-probs.
     """
     rl = stage.job.rl
     assert rl.replay is not None

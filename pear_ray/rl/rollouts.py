@@ -1,4 +1,4 @@
-"""The generator side of the loop: what a batch contains and how it reaches the learners.
+"""The parts of the generator side: engines and reward workers, weights in, batches out.
 
 State in this process is safe while it lives; anything in flight elsewhere may be lost. Engines,
 reward workers, queue and registry can be killed at any moment: they restart, unfinished prompts are
@@ -251,7 +251,7 @@ class BatchSender:
 
 
 class EngineWeights:
-    """Moves published weights into the engines, and adds to each batch what engines measured."""
+    """Moves published weights into the engines and adds their measurements to each batch."""
 
     def __init__(self, stage: RolloutStage, pool: EnginePool, link: Link, first: PublishedVersions):
         self._stage = stage
@@ -296,7 +296,7 @@ class EngineWeights:
             evaluation.abandon()
 
     def measure(self, batch: StepBatch, evaluations: dict[int, dict[str, float]]) -> RolloutBatch:
-        """Return a batch with what was measured since the last one."""
+        """Return a batch with the measurements since the last one."""
         updates = [update for _, update in self._pool.weight_updates]
         self._pool.weight_updates = []
         now, idle_seconds = time.monotonic(), self._pool.idle_seconds

@@ -1,4 +1,4 @@
-"""One training step on a batch of rollouts, and what a learner rank is started with."""
+"""One training step on a batch of rollouts, and the record that starts a learner rank."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class TrainStep(ABC):
         """Train on a batch; return the step's metrics and this rank's micro-batches."""
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Yield what is published: (name, shape, this rank's partition) of every parameter, or of
-        every adapter if only adapters are trained."""
+        """Yield (name, shape, this rank's partition) of every published parameter: all of them, or
+        the adapters if only these are trained."""
         partitions, lora = self.learner.partitions(), self._job.learner.lora
         return (
             partitions if lora is None else adapter_partitions(partitions, lora.alpha / lora.rank)
