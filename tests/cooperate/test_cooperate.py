@@ -1,5 +1,5 @@
-"""Stage `cooperate` on real engines, learners and a scored corpus: every method runs, the ends of
-lambda are `rl` and `sft`, and a run that was cut off repeats to the bit."""
+"""Stage `cooperate` with real engines, learners and a scored corpus: each method runs, the extremes
+of lambda equal `rl` and `sft`, and an interrupted run repeats to the bit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.rl.parity_corpus import write_corpus
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
 STEPS = 10
-TRACES_PER_STEP = 6
-MAX_PROBE_GAP = 1e-4
+DEMONSTRATIONS_PER_STEP = 6
+MAX_LOGPROB_GAP = 1e-4
 JOB = """
 [run]
 dir = "{folder}/run"
@@ -26,7 +26,7 @@ dtype = "float32"
 [corpus]
 scored_path = "{corpus}"
 [sft]
-examples_per_step = {traces}
+examples_per_step = {demonstrations}
 schedule = "constant"
 learning_rate = 1e-3
 warmup_fraction = 0.2
@@ -60,21 +60,21 @@ name = "tests.rl.parity:Parity"
 
 @pytest.fixture(scope="module")
 def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes a job file in a folder of its own, with [cooperate] and further lines in [rl]."""
+    """Write a job file to a new folder, with these lines in [cooperate] and [rl]."""
     model = tiny_model(False)
-    traces = tmp_path_factory.mktemp("traces")
-    write_corpus(traces / "many", model)
-    write_corpus(traces / "few", model, STEPS * TRACES_PER_STEP)
+    scored = tmp_path_factory.mktemp("scored")
+    write_corpus(scored / "many", model)
+    write_corpus(scored / "few", model, STEPS * DEMONSTRATIONS_PER_STEP)
 
     def write(cooperate: str = "", rl: str = "", corpus: str = "few") -> Path:
         folder = tmp_path_factory.mktemp("cooperate")
         text = JOB.format(
             folder=folder,
             model=model,
-            corpus=traces / corpus,
+            corpus=scored / corpus,
             steps=STEPS,
-            traces=TRACES_PER_STEP,
-            max_gap=MAX_PROBE_GAP,
+            demonstrations=DEMONSTRATIONS_PER_STEP,
+            max_gap=MAX_LOGPROB_GAP,
             rl=rl,
         )
         (folder / "job.toml").write_text(text + (f"[cooperate]\n{cooperate}" if cooperate else ""))
@@ -84,21 +84,21 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def performed(write_job: Any, ray_session: None) -> Any:
-    """Runs a stage on a new job and returns its file."""
+def run_stage(write_job: Any, ray_session: None) -> Any:
+    """Run a stage on a new job; return its file."""
 
-    def run_stage(stage: str, *settings: str, **more: str) -> Path:
+    def run(stage: str, *settings: str, **more: str) -> Path:
         job: Path = write_job(*settings, **more)
         assert run_command([stage, str(job)]) == 0
         return job
 
-    return run_stage
+    return run
 
 
 @pytest.fixture(scope="module")
-def recorded(performed: Any) -> Path:
-    """A run of stage `rl`, recorded."""
-    job: Path = performed("rl", rl="record = true")
+def recorded_rl(run_stage: Any) -> Path:
+    """A recorded run of stage `rl`."""
+    job: Path = run_stage("rl", rl="record = true")
     return job
 
 
@@ -106,41 +106,41 @@ BRIDGE = 'method = {type = "bridge", refresh_steps = 4, lora = {rank = 4}}'
 
 
 @pytest.fixture(scope="module")
-def bridge(performed: Any) -> Path:
-    """A run of BRIDGE in one go."""
-    job: Path = performed("cooperate", BRIDGE)
+def bridge(run_stage: Any) -> Path:
+    """An uninterrupted run of BRIDGE."""
+    job: Path = run_stage("cooperate", BRIDGE)
     return job
 
 
 @pytest.mark.timeout(900)
-def test_lambda_1_is_reinforcement_learning(performed: Any, recorded: Path) -> None:
-    replay = f'replay = "{recorded.parent}/run/rl/rollouts"'
-    replayed = performed("cooperate", "method = {type = 'sum', rl_weight = 1.0}", rl=replay)
-    assert are_equal(weights(replayed, "cooperate"), weights(recorded, "rl"))
+def test_lambda_1_equals_rl(run_stage: Any, recorded_rl: Path) -> None:
+    replay = f'replay = "{recorded_rl.parent}/run/rl/rollouts"'
+    replayed = run_stage("cooperate", "method = {type = 'sum', rl_weight = 1.0}", rl=replay)
+    assert are_equal(weights(replayed, "cooperate"), weights(recorded_rl, "rl"))
 
 
 @pytest.mark.timeout(900)
-def test_lambda_0_is_supervised_fine_tuning(performed: Any) -> None:
-    ours = performed("cooperate", "method = {type = 'sum', rl_weight = 0.0}")
-    theirs = performed("sft")
-    assert len(rows(theirs)) == STEPS
-    assert are_equal(weights(ours, "cooperate"), weights(theirs, "sft"))
+def test_lambda_0_equals_sft(run_stage: Any) -> None:
+    job = run_stage("cooperate", "method = {type = 'sum', rl_weight = 0.0}")
+    sft_job = run_stage("sft")
+    assert len(rows(sft_job)) == STEPS
+    assert are_equal(weights(job, "cooperate"), weights(sft_job, "sft"))
 
 
 @pytest.mark.timeout(900)
-def test_bridge_tells_what_the_traces_gain(bridge: Path) -> None:
-    found = rows(bridge)
-    assert [row["step"] for row in found] == list(range(STEPS))
-    # Policy and shadow are one before the first step, and are made one again at the fifth.
-    gains = [abs(row["cooperative_gain"]) for row in found]
+def test_bridge_reports_the_cooperative_gain(bridge: Path) -> None:
+    metrics = rows(bridge)
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    # Policy and shadow are equal before the first step, and again before the fifth.
+    gains = [abs(row["cooperative_gain"]) for row in metrics]
     assert gains[0] < 1e-6 < min(gains[1:4])
-    assert all(row["sft_tokens"] > 0 and row["pass_rate"] >= 0 for row in found)
-    gaps = [row["logprob_parity_max"] for row in found if row["logprob_parity_max"] is not None]
-    assert len(gaps) >= STEPS - 2 and max(gaps) <= MAX_PROBE_GAP
+    assert all(row["sft_tokens"] > 0 and row["pass_rate"] >= 0 for row in metrics)
+    gaps = [row["logprob_parity_max"] for row in metrics if row["logprob_parity_max"] is not None]
+    assert len(gaps) >= STEPS - 2 and max(gaps) <= MAX_LOGPROB_GAP
 
 
 @pytest.mark.timeout(900)
-def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any) -> None:
+def test_bridge_repeats_to_the_bit_after_an_interruption(bridge: Path, write_job: Any) -> None:
     job = write_job(BRIDGE)
     run_cut_off("cooperate", job, STEPS)
     assert [row["step"] for row in rows(job)] == list(range(STEPS))
@@ -148,37 +148,37 @@ def test_bridge_that_was_cut_off_repeats_to_the_bit(bridge: Path, write_job: Any
 
 
 @pytest.mark.timeout(900)
-def test_trapo_goes_on_from_traces(performed: Any) -> None:
+def test_trapo_continues_prefixes(run_stage: Any) -> None:
     groups = (
         "prefix_groups = [2, 1, 1], prefix_fracs = [0.0, 0.5, 1.0],"
         " prefix_returns = [0.0, 0.9, 0.9]"
     )
     method = f'method = {{type = "trapo", {groups}}}'
-    job = performed("cooperate", method, rl="record = true", corpus="many")
-    found = rows(job)
-    assert len(found) == STEPS and max(row["staleness_max"] for row in found) == 0
-    guided = [row for row in found if row.get("prefix_frac")]
-    assert guided and all(row["sft_tokens"] > 0 for row in guided)
+    job = run_stage("cooperate", method, rl="record = true", corpus="many")
+    metrics = rows(job)
+    assert len(metrics) == STEPS and max(row["staleness_max"] for row in metrics) == 0
+    with_prefix = [row for row in metrics if row.get("prefix_frac")]
+    assert with_prefix and all(row["sft_tokens"] > 0 for row in with_prefix)
     recordings = sorted((job.parent / "run" / "cooperate" / "rollouts").glob("*.parquet"))
-    answers = [row for path in recordings for row in pq.read_table(path).to_pylist()]
-    assert len(answers) == STEPS * 16
-    whole = [row for row in answers if row["trace_ids"] and not row["token_ids"]]
-    continued = [row for row in answers if row["trace_ids"] and row["token_ids"]]
-    # Right traces are right answers.
+    completions = [row for path in recordings for row in pq.read_table(path).to_pylist()]
+    assert len(completions) == STEPS * 16
+    whole = [row for row in completions if row["trace_ids"] and not row["token_ids"]]
+    continued = [row for row in completions if row["trace_ids"] and row["token_ids"]]
+    # The corpus is correct.
     assert whole and all(row["correct"] for row in whole)
     assert continued
-    assert all(len(row["trace_ids"]) + len(row["token_ids"]) <= 8 for row in answers)
+    assert all(len(row["trace_ids"]) + len(row["token_ids"]) <= 8 for row in completions)
 
 
 @pytest.mark.timeout(900)
-def test_traces_of_failed_problems_leave_alone_what_rl_moved(performed: Any) -> None:
-    job = performed(
+def test_alternate_freezes_parameters_on_steps_with_failed_prompts(run_stage: Any) -> None:
+    job = run_stage(
         "cooperate",
         'method = {type = "alternate", frozen_frac = 0.1}\ntraces = "failed"\n'
         "failed_pass_rate = 0.5\nentropy_top_frac = 0.4",
         corpus="many",
     )
-    found = rows(job)
-    learned = [row for row in found if row.get("sft_tokens")]
-    assert len(found) == STEPS and learned
-    assert all(0.09 < row["frozen_frac"] < 0.2 for row in learned)
+    metrics = rows(job)
+    with_sft = [row for row in metrics if row.get("sft_tokens")]
+    assert len(metrics) == STEPS and with_sft
+    assert all(0.09 < row["frozen_frac"] < 0.2 for row in with_sft)
