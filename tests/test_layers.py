@@ -1,4 +1,4 @@
-"""The import rules hold, and each of them fails when it is broken."""
+"""The import contracts hold, and each of them fails when it is broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def lint_imports(folder):
-    """(exit code, what was said) of import-linter in a folder that holds a package to check."""
+    """Run import-linter in a folder with a package: (exit code, output)."""
     ended = subprocess.run(
         [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
         cwd=folder,
@@ -27,7 +27,7 @@ def lint_imports(folder):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the package and its rules, to break."""
+    """A copy of the package and its contracts, to break."""
     folder = tmp_path_factory.mktemp("layers")
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copytree(
@@ -36,9 +36,9 @@ def copy(tmp_path_factory):
     return folder
 
 
-def test_the_package_keeps_the_rules():
-    code, said = lint_imports(ROOT)
-    assert code == 0 and "0 broken" in said, said
+def test_the_package_keeps_the_contracts():
+    code, output = lint_imports(ROOT)
+    assert code == 0 and "0 broken" in output, output
 
 
 LAYERS = "Layers"
@@ -54,6 +54,7 @@ BREACHES = {
     "metrics import tasks": ("metrics.py", "import pear_ray.tasks", LAYERS),
     "records import losses": ("records.py", "import pear_ray.losses.packing", LAYERS),
     "a module without a layer": ("utils.py", "", LAYERS),
+    "errors import config": ("errors.py", "import pear_ray.config", LAYERS),
     "losses import ray": ("losses/pear.py", "import ray", PURE),
     "rl imports transformers": ("rl/scheduler.py", "import transformers", ENGINES),
     "a stage imports vllm": ("score/shards.py", "import vllm", ENGINES),
@@ -61,14 +62,14 @@ BREACHES = {
 
 
 @pytest.mark.parametrize(("module", "line", "rule"), BREACHES.values(), ids=BREACHES)
-def test_a_breach_is_found(copy, module, line, rule):
+def test_a_breach_is_reported(copy, module, line, rule):
     path = copy / "pear_ray" / module
     before = path.read_text() if path.exists() else None
     try:
         path.write_text(f"{before or ''}\n{line}\n")
-        code, said = lint_imports(copy)
+        code, output = lint_imports(copy)
     finally:
         path.write_text(before) if before is not None else path.unlink()
     assert code == 1
-    broken = [text for text in said.splitlines() if " BROKEN" in text]
-    assert len(broken) == 1 and broken[0].startswith(rule), said
+    broken = [text for text in output.splitlines() if " BROKEN" in text]
+    assert len(broken) == 1 and broken[0].startswith(rule), output

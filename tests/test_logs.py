@@ -1,4 +1,4 @@
-"""Log lines for people and for machines."""
+"""Log lines as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pear_ray.logs import LOG_CONTEXT, configure_logging
 
 @pytest.fixture
 def root() -> Iterator[logging.Logger]:
-    """The root logger, given back as it was."""
+    """The root logger, restored afterwards."""
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     yield logger
@@ -25,15 +25,15 @@ def test_json_lines_name_run_stage_and_step(root, capsys):
     configure_logging("json")
     LOG_CONTEXT.set("/runs/a", "rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
-    logging.getLogger("elsewhere").warning("of no step")
+    logging.getLogger("elsewhere").warning("without a step")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert first.pop("asctime") and second.pop("asctime")
-    where = {"run": "/runs/a", "stage": "rl"}
-    assert first == where | {
+    context = {"run": "/runs/a", "stage": "rl"}
+    assert first == context | {
         "levelname": "INFO", "name": "pear_ray.x", "message": "pass rate 0.5", "step": 3,
     }  # fmt: skip
-    assert second == where | {
-        "levelname": "WARNING", "name": "elsewhere", "message": "of no step", "step": None,
+    assert second == context | {
+        "levelname": "WARNING", "name": "elsewhere", "message": "without a step", "step": None,
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_an_error_keeps_its_traceback_in_one_json_line(root, capsys):
     assert "ValueError: why" in json.loads(line)["exc_info"]
 
 
-def test_lines_for_people_say_no_more_than_they_should(root, capsys):
+def test_text_lines_have_only_the_format_given(root, capsys):
     configure_logging("text", "%(asctime)s %(message)s", datefmt="noon")
     LOG_CONTEXT.set("/runs/a", "rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})

@@ -1,4 +1,4 @@
-"""A run folder: stages done once, outputs whole or absent, one process at a time."""
+"""The run directory: stages run once, outputs are atomic, one process at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pear_ray.run import (
     KEYS_SAFE_TO_CHANGE,
     LAYOUT,
     RunDir,
+    atomic_write,
     check_layout,
     check_same_job,
     flatten,
@@ -32,7 +33,7 @@ DOCUMENT = {
 }
 SECONDS_TO_START = 60
 
-# What another process does with the run folder whose resolved job it is given.
+# A process that opens the run directory of a resolved job.
 HOLD = """
 import logging, sys, time
 from pathlib import Path
@@ -67,8 +68,8 @@ def start():
     Path("job.json").write_text(job().model_dump_json())
     running = []
 
-    def begin(doing):
-        words = [sys.executable, "-u", "-c", HOLD, "job.json", doing]
+    def begin(action):
+        words = [sys.executable, "-u", "-c", HOLD, "job.json", action]
         running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
         return running[-1]
 
@@ -80,6 +81,10 @@ def start():
 
 def read(name):
     return json.loads(Path("run", name).read_text())
+
+
+def events():
+    return [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
 
 
 class Stage:
@@ -122,7 +127,7 @@ def grow(made_from, error=None):
     return found
 
 
-def test_what_a_broken_attempt_did_is_found_by_the_next_one_of_the_same():
+def test_an_attempt_resumes_the_work_of_an_interrupted_one():
     for _ in range(2):
         with pytest.raises(OSError, match="gone"):
             grow({"corpus": [1]}, OSError("gone"))
@@ -135,32 +140,32 @@ def test_what_a_broken_attempt_did_is_found_by_the_next_one_of_the_same():
         assert not run.is_made_from("scored", {"corpus": [2]})
 
 
-def test_what_was_made_from_other_things_is_dropped_and_that_is_noted():
+def test_work_on_other_inputs_is_discarded_with_an_event():
     with pytest.raises(OSError, match="gone"):
         grow({"corpus": "a", "versions": "1"}, OSError("gone"))
     assert grow({"corpus": "b", "versions": "1"}) == []
-    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    (event,) = events()
     assert event["kind"] == "discarded" and "corpus changed" in event["text"]
 
 
-def test_what_was_refused_leaves_nothing():
+def test_refused_input_leaves_nothing():
     with pytest.raises(ConfigError, match="too many"):
         grow({"corpus": "a"}, ConfigError("too many"))
     assert not list(Path("run").glob("scored*"))
 
 
-def test_a_stage_whose_output_is_gone_is_repeated_and_that_is_noted():
+def test_a_stage_without_its_output_is_repeated_with_an_event():
     stage = Stage()
     run_stage("sft", stage)
     (Path("run/sft/export") / "model.safetensors").unlink()
     Path("run/sft/export").rmdir()
     assert run_stage("sft", stage) and stage.times == 2
-    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    (event,) = events()
     assert (event["stage"], event["kind"]) == ("sft", "repeated")
     assert "sft/export" in event["text"]
 
 
-def test_a_stage_that_raises_stays_undone_and_is_resumed():
+def test_a_failed_stage_is_resumed_with_an_event():
     def breaks(job, run):
         with run.new_folder("sft/export") as folder:
             (folder / "half").write_text("half")
@@ -173,11 +178,11 @@ def test_a_stage_that_raises_stays_undone_and_is_resumed():
     assert run_stage("sft", Stage())
     assert {p.name for p in Path("run/sft").iterdir()} == {"export"}
     assert {p.name for p in Path("run/sft/export").iterdir()} == {"model.safetensors"}
-    (event,) = [json.loads(line) for line in Path("run/events.jsonl").read_text().splitlines()]
+    (event,) = events()
     assert (event["stage"], event["kind"]) == ("sft", "resumed")
 
 
-def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
+def test_the_seconds_of_failed_attempts_count_up_to_their_last_line():
     def breaks(job, run):
         started = run.manifest["stages"]["sft"]["started"]
         with (run.folder / "metrics.jsonl").open("a") as file:
@@ -196,7 +201,7 @@ def test_what_broken_attempts_took_is_kept_up_to_their_last_line():
     assert entry["seconds"] < 5
 
 
-def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job():
+def test_after_refused_input_a_corrected_job_may_use_the_folder():
     def refuses(job, run):
         raise ConfigError("corpus: no rows")
 
@@ -208,22 +213,22 @@ def test_a_stage_that_refuses_its_input_leaves_the_folder_to_the_corrected_job()
     assert read("config.json")["sft"]["epochs"] == 3
 
 
-def test_stages_know_each_others_facts():
+def test_facts_of_a_finished_stage():
     run_stage("sft", Stage())
     with open_run(job()) as run:
         assert run.facts("sft") == {"times": 1}
         assert not run.is_done("rl")
 
 
-def test_manifest_names_versions_and_command():
+def test_the_manifest_records_layout_versions_and_command():
     run_stage("sft", Stage())
     manifest = read("manifest.json")
     assert {"python", "ray", "torch", "deepspeed", "transformers"} <= manifest["versions"].keys()
-    assert manifest["command"].startswith("pear-ray")
+    assert manifest["command"].startswith("pear-ray") and manifest["layout"] == LAYOUT
     assert Job(**read("config.json")) == job()
 
 
-def test_a_new_folder_appears_when_it_is_whole():
+def test_a_new_folder_appears_when_it_is_complete():
     with open_run(job()) as run:
         with run.new_folder("a/b") as folder:
             (folder / "file").write_text("1")
@@ -236,7 +241,7 @@ def test_a_new_folder_appears_when_it_is_whole():
         assert {p.name for p in Path("run/a/b").iterdir()} == {"other"}
 
 
-def test_a_folder_that_fails_leaves_the_earlier_one():
+def test_a_failed_folder_leaves_the_earlier_one():
     with open_run(job()) as run:
         with run.new_folder("scored") as folder:
             (folder / "file").write_text("1")
@@ -257,7 +262,16 @@ def test_a_killed_process_leaves_no_half_written_folder(start):
     assert [p.name for p in Path("run").iterdir() if "scored" in p.name] == ["scored"]
 
 
-def test_json_appears_whole_or_not_at_all():
+def test_a_failed_atomic_write_leaves_the_earlier_file():
+    path = Path("rows")
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+        partial.write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in Path().iterdir()] == ["rows"]
+
+
+def test_json_is_written_atomically():
     path = Path("facts.json")
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
@@ -269,7 +283,7 @@ def test_json_appears_whole_or_not_at_all():
     assert json.loads(path.read_text()) == {"a": 3}
 
 
-def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start):
+def test_a_second_process_waits_until_the_first_is_killed(start):
     first = start("hold")
     assert first.stdout.readline() == "held\n"
     second = start("leave")
@@ -281,14 +295,14 @@ def test_a_second_process_waits_and_gets_through_when_the_first_is_killed(start)
     assert second.returncode == 0
 
 
-def test_waiting_ends_with_the_name_of_the_setting(start):
+def test_waiting_ends_after_run_wait_seconds(start):
     assert start("hold").stdout.readline() == "held\n"
     impatient = job(run={"dir": "run", "wait_seconds": 0.3})
     with pytest.raises(TimeoutError, match=r"run.wait_seconds"), open_run(impatient):
         pass
 
 
-def test_the_folder_is_free_again_after_an_error(start):
+def test_an_error_releases_the_lock(start):
     with pytest.raises(RuntimeError), open_run(job()):
         raise RuntimeError
     assert start("leave").communicate(timeout=SECONDS_TO_START)[0] == "held\n"
@@ -302,7 +316,7 @@ def test_the_folder_is_free_again_after_an_error(start):
         {"run": {"dir": "run", "wait_seconds": 60}, "tracking": {"tensorboard": True}},
     ],
 )
-def test_what_changes_no_number_changes_no_job(sections):
+def test_keys_that_change_no_result_may_change(sections):
     run_stage("sft", Stage())
     with open_run(job(**sections)) as run:
         assert run.is_done("sft")
@@ -310,7 +324,7 @@ def test_what_changes_no_number_changes_no_job(sections):
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "differing"),
     [
         ({"sft": {"level": "block"}}, "sft.level: there 'token', here 'block'"),
         ({"model": {"path": "./other"}}, "model.path: there './model', here './other'"),
@@ -319,10 +333,10 @@ def test_what_changes_no_number_changes_no_job(sections):
         ({"run": {"dir": "run", "seed": 1}}, "run.seed: there 0, here 1"),
     ],
 )
-def test_another_job_is_refused_with_the_differing_key(sections, said):
+def test_another_job_is_refused_with_the_differing_key(sections, differing):
     run_stage("sft", Stage())
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=said) as refusal, open_run(job(**sections)):
+    with pytest.raises(ConfigError, match=differing) as refusal, open_run(job(**sections)):
         pass
     (section,) = sections
     assert all(line.strip().startswith(section) for line in str(refusal.value).splitlines()[1:])
@@ -331,7 +345,7 @@ def test_another_job_is_refused_with_the_differing_key(sections, said):
     assert run_stage("sft", Stage())
 
 
-def test_a_key_that_is_new_stands_for_its_default():
+def test_a_new_key_has_its_default_in_an_old_run():
     run_stage("sft", Stage())
     path = Path("run/config.json")
     document = json.loads(path.read_text())
@@ -347,7 +361,7 @@ def test_a_key_that_is_new_stands_for_its_default():
         check_same_job(job(), path)
 
 
-def test_free_keys_are_keys_of_a_job():
+def test_keys_safe_to_change_exist():
     keys = dict(flatten(json.loads(job().model_dump_json())))
     for free in KEYS_SAFE_TO_CHANGE:
         assert any(key == free or key.startswith(f"{free}.") for key in keys), free
@@ -358,7 +372,7 @@ def test_flatten_reaches_every_leaf():
     assert dict(flatten(document)) == {"a.b": 1, "a.c": {}, "d": [{"e": 2}], "f": None}
 
 
-def test_same_job_is_never_refused():
+def test_the_same_job_is_accepted():
     write_json(Path("config.json"), json.loads(job().model_dump_json()))
     check_same_job(job(), Path("config.json"))
     assert RunDir(job()).folder == Path("run").absolute()

@@ -30,7 +30,7 @@ Bounds = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 def by_type(default: str) -> BeforeValidator:
-    """Return the validator of a union of sections told apart by their key `type`: "gspo" is short
+    """Return the validator of a union of sections with different `type`s: "gspo" is short
     for {type = "gspo"}, and a table without a type has the default one."""
 
     def complete(value: Any) -> Any:

@@ -153,7 +153,7 @@ class TaskSpec(Section):
     """Share of the training problems, relative to the weights of the other tasks. `evaluate` takes
     the same number of held-out problems from each."""
     options: dict[str, Any] = Field({})
-    """Options of the family; `label` tells two tasks of one family apart."""
+    """Options of the family; `label` distinguishes two tasks of one family."""
 
 
 class Job(Section):
