@@ -69,10 +69,10 @@ def test_pass_at_k_is_unbiased():
 
 
 def test_pass_at_k_by_problem():
-    right = np.array([0, 3, 8, 1, 3])
-    found = pass_at_k_by_problem(8, right, 2)
+    num_correct = np.array([0, 3, 8, 1, 3])
+    found = pass_at_k_by_problem(8, num_correct, 2)
     assert found.dtype == np.float64
-    assert found.tolist() == [pass_at_k(8, c, 2) for c in right]
+    assert found.tolist() == [pass_at_k(8, c, 2) for c in num_correct]
 
 
 @pytest.mark.parametrize(

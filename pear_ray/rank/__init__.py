@@ -41,67 +41,69 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return {"first": ranking["candidates"][0]["label"], "advice": ranking["advice"]}
 
 
-def rank_candidates(job: Job, pool: CandidateSet) -> dict[str, Any]:
+def rank_candidates(job: Job, evaluated: CandidateSet) -> dict[str, Any]:
     """Return the content of ranking.json: candidates in order of pass@k, dominated ones last.
 
     Raises:
         ConfigError: rank.k is larger than the number of samples.
     """
     k, seed = job.rank.k or max(job.evaluation.ks), job.run.seed
-    if k > pool.num_samples:
+    if k > evaluated.num_samples:
         raise ConfigError(
-            f"rank.k: expected at most {pool.num_samples} samples per problem, got {k}"
+            f"rank.k: expected at most {evaluated.num_samples} samples per problem, got {k}"
         )
-    dominated = dominated_candidates(pool, seed)
-    remaining = [c for c in pool.candidates if c.label not in dominated]
-    at_k = np.array([pool.pass_at_k(c, k) for c in remaining])
+    dominated = dominated_candidates(evaluated, seed)
+    remaining = [c for c in evaluated.candidates if c.label not in dominated]
+    at_k = np.array([evaluated.pass_at_k(c, k) for c in remaining])
     chances = predictors.probabilities_of_first(at_k, seed)
     chance_of = {c.label: float(chance) for c, chance in zip(remaining, chances, strict=True)}
     order = sorted(
-        pool.candidates,
-        key=lambda c: (c.label in dominated, -pool.pass_at_k(c, k).mean(), c.label),
+        evaluated.candidates,
+        key=lambda c: (c.label in dominated, -evaluated.pass_at_k(c, k).mean(), c.label),
     )
     document: dict[str, Any] = {
         "k": k,
         "group_size": job.rl.group_size,
-        "num_problems": len(pool.problem_ids),
-        "sampler": pool.sampler,
+        "num_problems": len(evaluated.problem_ids),
+        "sampler": evaluated.sampler,
         "candidates": [
             {
                 "rank": None if c.label in dominated else place,
-                **candidate_row(job, pool, c, k),
+                **candidate_row(job, evaluated, c, k),
                 "probability_of_first": chance_of.get(c.label, 0.0),
                 "dropped_for": dominated.get(c.label),
             }
             for place, c in enumerate(order, 1)
         ],
-        "leads": leads(pool, order[: len(remaining)], k, seed),
-        "track_record": track_record(pool, k, seed),
+        "leads": leads(evaluated, order[: len(remaining)], k, seed),
+        "track_record": track_record(evaluated, k, seed),
     }
     add_predictions(document["candidates"])
     return document | {"advice": advice(document), "cautions": cautions(document)}
 
 
-def dominated_candidates(pool: CandidateSet, seed: int) -> dict[str, str]:
+def dominated_candidates(evaluated: CandidateSet, seed: int) -> dict[str, str]:
     """Map each dominated candidate to a better one: higher pass@1, by more than resampling the
     problems explains, and lower held-out loss after comparable SFT."""
     better_of: dict[str, str] = {}
-    for worse, better in permutations(pool.candidates, 2):
+    for worse, better in permutations(evaluated.candidates, 2):
         is_comparable = worse.trained_on is not None and worse.trained_on == better.trained_on
         loss, lower = (c.card.get("heldout_nll") for c in (worse, better))
         if not is_comparable or loss is None or lower is None or lower >= loss:
             continue
-        lead = pool.pass_at_k(better, 1) - pool.pass_at_k(worse, 1)
+        lead = evaluated.pass_at_k(better, 1) - evaluated.pass_at_k(worse, 1)
         if bootstrap_interval(lead, seed)[0] > 0:
             better_of.setdefault(worse.label, better.label)
     return better_of
 
 
-def candidate_row(job: Job, pool: CandidateSet, candidate: Candidate, k: int) -> dict[str, Any]:
+def candidate_row(
+    job: Job, evaluated: CandidateSet, candidate: Candidate, k: int
+) -> dict[str, Any]:
     """Return the predictors of one candidate."""
-    num_samples, group_size = pool.num_samples, job.rl.group_size
+    num_samples, group_size = evaluated.num_samples, job.rl.group_size
     num_correct, card = candidate.num_correct, candidate.card
-    alike = [c.label for c in pool.candidates if c.trained_on == candidate.trained_on]
+    alike = [c.label for c in evaluated.candidates if c.trained_on == candidate.trained_on]
     signal = silent = None
     if num_samples > 1:
         signal = predictors.group_signal(num_samples, num_correct, group_size)
@@ -110,8 +112,8 @@ def candidate_row(job: Job, pool: CandidateSet, candidate: Candidate, k: int) ->
     return {
         "label": candidate.label,
         "path": card["path"],
-        "pass_at_1": mean_with_interval(pool.pass_at_k(candidate, 1), job.run.seed),
-        "pass_at_k": mean_with_interval(pool.pass_at_k(candidate, k), job.run.seed),
+        "pass_at_1": mean_with_interval(evaluated.pass_at_k(candidate, 1), job.run.seed),
+        "pass_at_k": mean_with_interval(evaluated.pass_at_k(candidate, k), job.run.seed),
         "heldout_loss": card.get("heldout_nll"),
         "trained_on": candidate.trained_on,
         "loss_comparable_with": [n for n in alike if candidate.trained_on and n != candidate.label],
@@ -125,23 +127,23 @@ def candidate_row(job: Job, pool: CandidateSet, candidate: Candidate, k: int) ->
 
 
 def leads(
-    pool: CandidateSet, order: list[Candidate], k: int, seed: int
+    evaluated: CandidateSet, order: list[Candidate], k: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Return the lead of the first candidate in pass@k over each other, paired over problems; the
     closest comes first."""
-    first, *others = (pool.pass_at_k(candidate, k) for candidate in order)
+    first, *others = (evaluated.pass_at_k(candidate, k) for candidate in order)
     pairs = zip(order[1:], others, strict=True)
     return {c.label: mean_with_interval(first - other, seed) for c, other in pairs}
 
 
-def track_record(pool: CandidateSet, k: int, seed: int) -> dict[str, Any]:
+def track_record(evaluated: CandidateSet, k: int, seed: int) -> dict[str, Any]:
     """Return how well each predictor did on the candidates whose result after RL is known."""
-    known = [c for c in pool.candidates if c.after_rl is not None]
+    known = [c for c in evaluated.candidates if c.after_rl is not None]
     record: dict[str, Any] = {"num_known": len(known), "predictors": {}}
     if len(known) < predictors.MIN_POINTS:
         return record
     after = np.array([c.after_rl for c in known])
-    at_1, at_k = (np.array([pool.pass_at_k(c, n).mean() for c in known]) for n in (1, k))
+    at_1, at_k = (np.array([evaluated.pass_at_k(c, n).mean() for c in known]) for n in (1, k))
     columns = {"pass@1": [at_1], f"pass@{k}": [at_k]}
     losses = [c.card.get("heldout_nll") for c in known]
     if None not in losses:

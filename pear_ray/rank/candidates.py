@@ -68,17 +68,17 @@ def read_candidates(job: Job) -> CandidateSet:
     folders = {"": job.folder} | {f"{folder}:": Path(folder) for folder in job.rank.runs}
     cards = {folder: read_scorecard(folder) for folder in folders.values()}
     check_same_sampling(cards)
+    counts = {folder: count_correct(folder, cards[folder]) for folder in folders.values()}
+    _, problem_ids = counts[job.folder]
     candidates: list[Candidate] = []
-    problem_ids: tuple[str, ...] = ()
     for prefix, folder in folders.items():
-        num_correct, own_ids = count_correct(folder, cards[folder])
-        if problem_ids and own_ids != problem_ids:
+        num_correct, own_ids = counts[folder]
+        if own_ids != problem_ids:
             raise ConfigError(
                 f"{folder}/evaluate/attempts.parquet: expected the problems of {job.folder} (tasks,"
                 f" evaluation.num_problems, run.seed), got {len(own_ids)} of which"
                 f" {len(set(own_ids) & set(problem_ids))} are the same"
             )
-        problem_ids = own_ids
         candidates += run_candidates(job, prefix, folder, cards[folder], num_correct)
     labels = sorted(candidate.label for candidate in candidates)
     for key in ("after_rl", "trained_on"):

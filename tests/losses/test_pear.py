@@ -80,15 +80,15 @@ def padded_weights(
     target, behavior, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
 ):
     """The paper's pseudo-code: one padded and masked row per response."""
-    length, place = np.array(lengths)[:, None], np.arange(max(lengths))
-    mask = place < length
+    length, position = np.array(lengths)[:, None], np.arange(max(lengths))
+    mask = position < length
     delta = np.zeros(mask.shape)
     delta[mask] = np.clip(target - behavior, *clip_log_ratio)
     suffix = np.cumsum(delta[:, ::-1], axis=1)[:, ::-1] - delta
     if level == "token":
-        log_weights = (length - 1 - place) * math.log(discount) + suffix
+        log_weights = (length - 1 - position) * math.log(discount) + suffix
     elif level == "block":
-        last = np.minimum(place // block_size * block_size + block_size, length) - 1
+        last = np.minimum(position // block_size * block_size + block_size, length) - 1
         log_weights = (length - 1 - last) * math.log(discount)
         log_weights += np.take_along_axis(suffix, last, axis=1)
     else:

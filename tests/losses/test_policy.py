@@ -144,35 +144,35 @@ def slow_nft(log_ratio, coefficient, floor):
     return -weight * (math.log(floor) + (other - other.item()) / floor)
 
 
-def slow_term(loss, place, log_ratios, logprobs, advantage):
+def slow_term(loss, index, log_ratios, logprobs, advantage):
     """Return the loss of one token, given the log-ratios of its sequence."""
-    ratio = log_ratios[place].exp()
+    ratio = log_ratios[index].exp()
     if loss == "ppo":
         return slow_clip(ratio, advantage, 0.2, 0.28)
     if loss == "gspo":
         return slow_clip((sum(log_ratios) / len(log_ratios)).exp(), advantage, 0.1, 0.05)
     if loss == "cispo":
-        return -min(max(ratio.item(), 0.7), 1.1) * advantage * logprobs[place]
-    return slow_nft(log_ratios[place], advantage, 0.9)
+        return -min(max(ratio.item(), 0.7), 1.1) * advantage * logprobs[index]
+    return slow_nft(log_ratios[index], advantage, 0.9)
 
 
 def slow_sequence(loss, correction, penalty, sequence, logs):
     """Return the losses of the trainable tokens of one sequence."""
-    ids, places = sequence.token_ids, np.flatnonzero(sequence.trainable)
-    logprobs = [logs[ids[place - 1], ids[place]] for place in places]
+    ids, positions = sequence.token_ids, np.flatnonzero(sequence.trainable)
+    logprobs = [logs[ids[position - 1], ids[position]] for position in positions]
     log_ratios, weights = [], []
-    for place, logprob in zip(places, logprobs, strict=True):
-        gap = logprob - float(sequence.sampled_logprobs[place])
+    for position, logprob in zip(positions, logprobs, strict=True):
+        gap = logprob - float(sequence.sampled_logprobs[position])
         truncated = correction == "truncated"
         log_ratios.append(logprob - logprob.item() if truncated else gap)
         weights.append(min(math.exp(gap.item()), 1.2) if truncated else 1.0)
     losses = []
-    for number, place in enumerate(places):
-        advantage = float(sequence.coefficients[place])
+    for number, position in enumerate(positions):
+        advantage = float(sequence.coefficients[position])
         term = slow_term(loss, number, log_ratios, logprobs, advantage)
         losses.append(weights[number] * term)
         if penalty == "penalty":
-            apart = float(sequence.reference_logprobs[place]) - logprobs[number]
+            apart = float(sequence.reference_logprobs[position]) - logprobs[number]
             losses[-1] = losses[-1] + 0.3 * (apart.exp() - apart - 1)
     return losses
 
@@ -220,11 +220,11 @@ def test_metric_sums_equal_numpy_on_whole_sequences():
     logs = table.log_softmax(-1).numpy()
     gaps, apart, entropy = [], [], 0.0
     for sequence in sequences:
-        for place in np.flatnonzero(sequence.trainable):
-            row = logs[sequence.token_ids[place - 1]]
-            own = row[sequence.token_ids[place]]
-            gaps.append(own - sequence.sampled_logprobs[place])
-            apart.append(sequence.reference_logprobs[place] - own)
+        for position in np.flatnonzero(sequence.trainable):
+            row = logs[sequence.token_ids[position - 1]]
+            own = row[sequence.token_ids[position]]
+            gaps.append(own - sequence.sampled_logprobs[position])
+            apart.append(sequence.reference_logprobs[position] - own)
             entropy -= (np.exp(row) * row).sum()
     gaps, apart = np.array(gaps), np.array(apart)
     weights = np.minimum(np.exp(gaps), 1.2)

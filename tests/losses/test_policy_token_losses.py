@@ -89,9 +89,9 @@ def test_on_policy_all_losses_are_reinforce(random_tokens, loss):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.booleans(), min_size=2, max_size=16), st.sampled_from([1.0, 0.5]))
-def test_on_policy_nft_is_grpo_with_the_population_standard_deviation(right, floor):
-    rewards_G = torch.tensor(right, dtype=torch.float64)
-    size = len(right)
+def test_on_policy_nft_is_grpo_with_the_population_standard_deviation(is_correct, floor):
+    rewards_G = torch.tensor(is_correct, dtype=torch.float64)
+    size = len(is_correct)
     columns = {
         "logprobs": torch.full((size,), -1.0, dtype=torch.float64, requires_grad=True),
         "entropies": torch.zeros(size),

@@ -139,11 +139,11 @@ def test_iwsft_weighs_all_tokens_of_a_sequence_alike(random_tokens):
     assert IwSft()(replace(tokens, sampled_logprobs=tokens.logprobs.detach() + 200)).eq(0).all()
 
 
-def random_pair(seed, places, vocabulary, spread=0.5):
+def random_pair(seed, num_positions, vocabulary, spread=0.5):
     """Return logits of teacher and student, float64, the student's with gradient."""
     rng = np.random.default_rng(seed)
-    teacher = torch.from_numpy(rng.standard_normal((places, vocabulary)))
-    student = teacher + spread * torch.from_numpy(rng.standard_normal((places, vocabulary)))
+    teacher = torch.from_numpy(rng.standard_normal((num_positions, vocabulary)))
+    student = teacher + spread * torch.from_numpy(rng.standard_normal((num_positions, vocabulary)))
     return teacher, student.requires_grad_()
 
 

@@ -37,8 +37,8 @@ def test_share_without_signal_equals_enumeration(case):
     ]
     if group_size == 1:
         return  # Neither the formula nor the question makes sense.
-    found = predictors.share_without_signal(num_samples, counts, group_size)
-    assert found == pytest.approx(float(sum(shares) / len(shares)), abs=1e-12)
+    measured = predictors.share_without_signal(num_samples, counts, group_size)
+    assert measured == pytest.approx(float(sum(shares) / len(shares)), abs=1e-12)
 
 
 @given(COUNTS)
@@ -53,21 +53,21 @@ def test_group_signal_is_the_mean_variance_within_groups(case):
     for count in counts:
         drawn = groups(num_samples, int(count), group_size)
         means.append(sum(map(variance, drawn)) / len(drawn))
-    found = predictors.group_signal(num_samples, counts, group_size)
-    assert found == pytest.approx(float(sum(means) / len(means)), abs=1e-12)
+    measured = predictors.group_signal(num_samples, counts, group_size)
+    assert measured == pytest.approx(float(sum(means) / len(means)), abs=1e-12)
 
 
 def test_group_signal_equals_the_papers_formula():
     """p (1 - p) (g - 1) / g, with enough samples for p to be certain."""
-    found = predictors.group_signal(10**4, np.array([830]), 8)
-    assert found == pytest.approx(0.083 * 0.917 * 7 / 8, rel=1e-3)
+    measured = predictors.group_signal(10**4, np.array([830]), 8)
+    assert measured == pytest.approx(0.083 * 0.917 * 7 / 8, rel=1e-3)
 
 
 @pytest.mark.parametrize("group_size, threshold", [(4, 0.159), (8, 0.083), (16, 0.042)])
 def test_half_of_the_groups_have_no_signal_at_the_papers_threshold(group_size, threshold):
     counts = np.array([round(threshold * 1_000)])
-    found = predictors.share_without_signal(1_000, counts, group_size)
-    assert found == pytest.approx(0.5, abs=0.01)
+    measured = predictors.share_without_signal(1_000, counts, group_size)
+    assert measured == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("num_samples, group_size", [(1, 2), (4, 5)])
@@ -85,8 +85,8 @@ def test_spearman_without_ties_equals_the_textbook_formula():
     """1 - 6 sum d^2 / (n (n^2 - 1)), unchanged by monotonic maps."""
     draw = np.random.default_rng(0)
     x, y = draw.normal(size=12), draw.normal(size=12)
-    places = [[sorted(v).index(one) for one in v] for v in (x.tolist(), y.tolist())]
-    distance = sum((a - b) ** 2 for a, b in zip(*places, strict=True))
+    orders = [[sorted(v).index(one) for one in v] for v in (x.tolist(), y.tolist())]
+    distance = sum((a - b) ** 2 for a, b in zip(*orders, strict=True))
     expected = 1 - 6 * distance / (12 * 143)
     assert predictors.spearman(x, y) == pytest.approx(expected)
     assert predictors.spearman(np.exp(x), y**3) == pytest.approx(expected)
@@ -121,14 +121,14 @@ def test_held_out_r_squared_equals_lines_fitted_by_numpy():
     columns = [y + draw.normal(size=9), -y + draw.normal(size=9)]
     order, expected = np.random.default_rng(5), []
     for _ in range(200):
-        places = order.permutation(9)
-        learned, tested = places[:4], places[4:]
-        lines = [np.polyfit(x[learned], y[learned], 1) for x in columns]
-        guesses = [np.polyval(fit, x[tested]) for fit, x in zip(lines, columns, strict=True)]
-        wrong = ((y[tested] - np.mean(guesses, axis=0)) ** 2).sum()
-        expected.append(1 - wrong / ((y[tested] - y[tested].mean()) ** 2).sum())
-    found = predictors.heldout_r_squared(columns, y, 5)
-    assert found == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
+        split = order.permutation(9)
+        train, test = split[:4], split[4:]
+        lines = [np.polyfit(x[train], y[train], 1) for x in columns]
+        guesses = [np.polyval(fit, x[test]) for fit, x in zip(lines, columns, strict=True)]
+        wrong = ((y[test] - np.mean(guesses, axis=0)) ** 2).sum()
+        expected.append(1 - wrong / ((y[test] - y[test].mean()) ** 2).sum())
+    measured = predictors.heldout_r_squared(columns, y, 5)
+    assert measured == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
 
 
 # Rows of arXiv 2510.01624: Spearman and R^2 of pass@1, held-out loss and pass@64 with the result
@@ -177,9 +177,9 @@ def test_probability_of_first_equals_enumeration():
         means = values[:, list(drawn)].mean(axis=1)
         best = np.isclose(means, means.max())
         expected += best / best.sum() / 27
-    found = predictors.probabilities_of_first(values, 0, num_resamples=40_000)
-    assert found == pytest.approx(expected, abs=0.01)
-    assert found.sum() == pytest.approx(1.0)
+    measured = predictors.probabilities_of_first(values, 0, num_resamples=40_000)
+    assert measured == pytest.approx(expected, abs=0.01)
+    assert measured.sum() == pytest.approx(1.0)
 
 
 def test_equal_candidates_share_first_place():
