@@ -1,14 +1,6 @@
 """What a job may set, and how it is read."""
 
-from pear_ray.config.arms import (
-    LAST_STAGES,
-    TRAINING_STAGES,
-    Arm,
-    Study,
-    is_after_rl,
-    last_stage_with,
-    start_of,
-)
+from pear_ray.config.arms import TRAINING_STAGES, Arm, Study, is_after_rl, start_of
 from pear_ray.config.base import describe
 from pear_ray.config.cooperate import (
     AlternateMethod,
@@ -17,21 +9,11 @@ from pear_ray.config.cooperate import (
     SumMethod,
     TrapoMethod,
 )
-from pear_ray.config.corpus import Columns, Corpus, CorpusSample
-from pear_ray.config.engines import Generator, Learner, Lora, Placement, Rewards, Weights
-from pear_ray.config.job import (
-    Evaluation,
-    Job,
-    Model,
-    ModelSource,
-    Pretrain,
-    Ranking,
-    Run,
-    TaskSpec,
-    Tracking,
-)
+from pear_ray.config.corpus import Columns, Corpus
+from pear_ray.config.engines import Generator, Learner, Lora, Rewards, Weights
+from pear_ray.config.job import Evaluation, Job, Model, Pretrain, Run, TaskSpec, Tracking
 from pear_ray.config.read import read_job
-from pear_ray.config.rl import NftLoss, Rl, TruncatedSampling
+from pear_ray.config.rl import Rl
 from pear_ray.config.sft import (
     IwObjective,
     KlObjective,
@@ -42,7 +24,6 @@ from pear_ray.config.sft import (
 )
 
 __all__ = [
-    "LAST_STAGES",
     "TRAINING_STAGES",
     "AlternateMethod",
     "Arm",
@@ -50,7 +31,6 @@ __all__ = [
     "Columns",
     "Cooperate",
     "Corpus",
-    "CorpusSample",
     "Evaluation",
     "Generator",
     "IwObjective",
@@ -59,12 +39,8 @@ __all__ = [
     "Learner",
     "Lora",
     "Model",
-    "ModelSource",
-    "NftLoss",
     "Optimizer",
-    "Placement",
     "Pretrain",
-    "Ranking",
     "Rewards",
     "Rl",
     "Run",
@@ -76,11 +52,9 @@ __all__ = [
     "TrSftObjective",
     "Tracking",
     "TrapoMethod",
-    "TruncatedSampling",
     "Weights",
     "describe",
     "is_after_rl",
-    "last_stage_with",
     "read_job",
     "start_of",
 ]
