@@ -12,14 +12,7 @@ from pear_ray.config import BridgeMethod, Cooperate, Job, SumMethod
 from pear_ray.data.loader import batches
 from pear_ray.data.scored_dataset import RowFilter, RowGroup
 from pear_ray.data.scored_dataset import training_sequences as sequences_of_rows
-from pear_ray.losses.mixed import (
-    DEMONSTRATION_PREFIX,
-    HighEntropyOnly,
-    JointTokenMean,
-    LambdaMix,
-    rl_weight_at,
-)
-from pear_ray.losses.sft import Supervised
+from pear_ray.losses import mixed
 from pear_ray.records import RolloutGroup, TrainingBatch, TrainingSequence
 from pear_ray.rl.build import build_rl_loss, training_sequences
 from pear_ray.rl.rollouts import RolloutBatch
@@ -49,14 +42,12 @@ class CooperateStep(TrainStep):
 
     def __init__(self, groups: Sequence[RowGroup], config: RankConfig) -> None:
         super().__init__(config, self._build_learners(config))
-        self._settings = cooperate_settings(config.job)
-        self._rl_loss = build_rl_loss(config.job)
-        self._sft_loss: Supervised = build_sft_loss(
-            demonstration_job(config.job), groups, self.learner
-        )
-        frac = self._settings.entropy_top_frac
-        if frac < 1:
-            loss = HighEntropyOnly(self._sft_loss.loss, frac)
+        job = config.job
+        self._settings = cooperate_settings(job)
+        self._rl_loss = build_rl_loss(job)
+        self._sft_loss = build_sft_loss(demonstration_job(job), groups, self.learner)
+        if (frac := self._settings.entropy_top_frac) < 1:
+            loss = mixed.HighEntropyOnly(self._sft_loss.loss, frac)
             self._sft_loss = replace(self._sft_loss, loss=loss)
 
     def _build_learners(self, config: RankConfig) -> Mapping[str, Learner]:
@@ -69,7 +60,9 @@ class CooperateStep(TrainStep):
         )
         return {"policy": learner}
 
-    def _train_on(self, sequences: list[TrainingSequence], loss: JointTokenMean) -> StepOutput:
+    def _train_on(
+        self, sequences: list[TrainingSequence], loss: mixed.JointTokenMean
+    ) -> StepOutput:
         """Take one optimizer step."""
         micro_batches = self.learner.micro_batches(sequences)
         result = self.learner.step(micro_batches, loss)
@@ -90,7 +83,7 @@ class SumStep(CooperateStep):
     def train(self, step: int, rollouts: RolloutBatch) -> StepOutput:
         completions = training_sequences(self._job, rollouts.batch.groups)
         sequences, rl_weight = self._mix(step, completions, rollouts)
-        loss = LambdaMix(self._rl_loss, self._sft_loss, rl_weight)
+        loss = mixed.LambdaMix(self._rl_loss, self._sft_loss, rl_weight)
         metrics, micro_batches = self._train_on(sequences, loss)
         return metrics | {"rl_weight": rl_weight}, micro_batches
 
@@ -100,7 +93,8 @@ class SumStep(CooperateStep):
         """Return the sequences to train on, and lambda: 1 if the step has no demonstrations."""
         method = self._settings.method
         assert isinstance(method, SumMethod | BridgeMethod)
-        rl_weight = rl_weight_at(step, self._job.rl.steps, method.rl_weight, method.rl_weight_final)
+        weights = method.rl_weight, method.rl_weight_final
+        rl_weight = mixed.rl_weight_at(step, self._job.rl.steps, *weights)
         demonstrations = self._demonstrations(rollouts) if rl_weight < 1 else []
         sequences = (completions if rl_weight > 0 else []) + demonstrations
         return sequences, rl_weight if demonstrations else 1.0
@@ -163,9 +157,9 @@ def demonstration_metrics(
     if not num_tokens:
         return {}
     sums = {
-        name.removeprefix(DEMONSTRATION_PREFIX): float(value)
+        name.removeprefix(mixed.DEMONSTRATION_PREFIX): float(value)
         for name, value in metric_sums.items()
-        if name.startswith(DEMONSTRATION_PREFIX) and np.ndim(value) == 0
+        if name.startswith(mixed.DEMONSTRATION_PREFIX) and np.ndim(value) == 0
     }
     metrics = {
         "loss": sums["loss"] / num_tokens,
@@ -175,4 +169,4 @@ def demonstration_metrics(
     if "weight" in sums:
         metrics["weight_mean"] = sums["weight"] / num_tokens
         metrics["effective_sample_size"] = sums["weight"] ** 2 / sums["weight_squared"] / num_tokens
-    return {DEMONSTRATION_PREFIX + name: value for name, value in metrics.items()}
+    return {mixed.DEMONSTRATION_PREFIX + name: value for name, value in metrics.items()}

@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from pear_ray.__main__ import run_command
+from pear_ray.rl.recording import read_batch
 from tests.rl.parity_corpus import write_corpus
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
@@ -149,25 +149,24 @@ def test_bridge_repeats_to_the_bit_after_an_interruption(bridge: Path, write_job
 
 @pytest.mark.timeout(900)
 def test_trapo_continues_prefixes(run_stage: Any) -> None:
-    groups = (
-        "prefix_groups = [2, 1, 1], prefix_fracs = [0.0, 0.5, 1.0],"
-        " prefix_returns = [0.0, 0.9, 0.9]"
+    method = (
+        'method = {type = "trapo", prefix_groups = [2, 1, 1], prefix_fracs = [0.0, 0.5, 1.0],'
+        " prefix_returns = [0.0, 0.9, 0.9]}"
     )
-    method = f'method = {{type = "trapo", {groups}}}'
     job = run_stage("cooperate", method, rl="record = true", corpus="many")
     metrics = rows(job)
     assert len(metrics) == STEPS and max(row["staleness_max"] for row in metrics) == 0
     with_prefix = [row for row in metrics if row.get("prefix_frac")]
     assert with_prefix and all(row["sft_tokens"] > 0 for row in with_prefix)
-    recordings = sorted((job.parent / "run" / "cooperate" / "rollouts").glob("*.parquet"))
-    completions = [row for path in recordings for row in pq.read_table(path).to_pylist()]
-    assert len(completions) == STEPS * 16
-    whole = [row for row in completions if row["trace_ids"] and not row["token_ids"]]
-    continued = [row for row in completions if row["trace_ids"] and row["token_ids"]]
+    folder = job.parent / "run" / "cooperate" / "rollouts"
+    groups = [group for step in range(STEPS) for group in read_batch(folder, step).groups]
+    graded = [pair for g in groups for pair in zip(g.completions, g.grades, strict=True)]
+    assert len(graded) == STEPS * 16
+    whole = [grade for c, grade in graded if c.prefix_ids and not c.token_ids]
     # The corpus is correct.
-    assert whole and all(row["correct"] for row in whole)
-    assert continued
-    assert all(len(row["trace_ids"]) + len(row["token_ids"]) <= 8 for row in completions)
+    assert whole and all(grade.correct for grade in whole)
+    assert any(c.prefix_ids and c.token_ids for c, _ in graded)
+    assert all(c.num_tokens <= 8 for c, _ in graded)
 
 
 @pytest.mark.timeout(900)
