@@ -94,8 +94,8 @@ def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         with outside.network(), cluster_on(nodes) as cluster:
             name = cluster.submit(
                 sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(run),
-                "--placement.learners", "pear-ray/role", "learner",
-                "--placement.generators", "pear-ray/role", "generator",
+                "--placement.learners.pear-ray/role", "learner",
+                "--placement.generators.pear-ray/role", "generator",
                 "--learner.cpus_per_worker", "1",
             )  # fmt: skip
             job = cluster.succeeded(name)

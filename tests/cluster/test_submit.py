@@ -78,8 +78,8 @@ def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         watch = stack.enter_context(prometheus(cluster, PROMETHEUS)) if PROMETHEUS else None
         name = cluster.submit(
             sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(run),
-            "--placement.learners", "pear-ray/role", "learner",
-            "--placement.generators", "pear-ray/role", "generator",
+            "--placement.learners.pear-ray/role", "learner",
+            "--placement.generators.pear-ray/role", "generator",
         )  # fmt: skip
         story = Story(run, cluster, {})
         cluster.until(lambda: (run / "arms/pear/metrics.jsonl").exists(), name)
