@@ -184,6 +184,11 @@ def check_heldout_fraction(fraction: float) -> None:
         raise ValueError(f"heldout_fraction: expected a number in (0, 1), got {fraction}")
 
 
+def split_by_hash(text: str, heldout_fraction: float) -> str:
+    """Return the split of a problem, which depends on its text alone."""
+    return "heldout" if seed_of(text) < heldout_fraction * 2**31 else "train"
+
+
 def _integer_ratio(weights: Sequence[float]) -> list[int]:
     """Return integers in exactly the ratio of `weights`: sums of them do not round."""
     exact = [Fraction(weight) for weight in weights]

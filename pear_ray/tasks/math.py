@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from pear_ray.errors import ConfigError
 from pear_ray.records import Grade, Problem
-from pear_ray.seeds import seed_of
-from pear_ray.tasks import check_heldout_fraction, check_split
+from pear_ray.tasks import check_heldout_fraction, check_split, split_by_hash
 
 EXTRACTORS = ("boxed", "last_number", "either")
 # No known answer is longer, and math-verify takes minutes for long formulas.
@@ -170,8 +169,7 @@ class Math:
                 f" \\boxed{{}}, got {len(known)}: {known[:60]!r}"
             )
         if len(self._columns) == 2:
-            heldout = seed_of(problem.strip()) < self._heldout_fraction * 2**31
-            split = "heldout" if heldout else "train"
+            split = split_by_hash(problem.strip(), self._heldout_fraction)
         if split not in ("train", "heldout"):
             raise ValueError(f"{fields[2]}: expected 'train' or 'heldout', got {split!r}")
         return Row(problem.strip(), known, split)

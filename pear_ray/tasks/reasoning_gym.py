@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pear_ray.records import Grade, Problem
-from pear_ray.seeds import seed_of
-from pear_ray.tasks import check_heldout_fraction, check_split
+from pear_ray.tasks import check_heldout_fraction, check_split, split_by_hash
 
 
 class ReasoningGym:
@@ -58,8 +57,7 @@ class ReasoningGym:
         seen: set[str] = set()
         for entry in self._generate(seed, size=1_000_000):
             question = entry["question"]
-            heldout = seed_of(question) < self._heldout_fraction * 2**31
-            if question in seen or heldout != (split == "heldout"):
+            if question in seen or split_by_hash(question, self._heldout_fraction) != split:
                 continue
             seen.add(question)
             yield Problem(
