@@ -1,4 +1,4 @@
-"""A corpus with everything in it, and what transformers say of its rows."""
+"""A corpus with every kind of row, and the log-probs of its rows by transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A job on a corpus: rows by example_id, those that are of no use, and models by source."""
+    """A job on a corpus: rows by example_id, rejected ones, and models by source."""
 
     max_model_len = MAX_MODEL_LEN
     num_top = TOP
@@ -38,7 +38,7 @@ class Corpus:
 
 @pytest.fixture(scope="session")
 def by_transformers() -> Callable[[str, list[Row]], list[torch.Tensor]]:
-    """Log-softmax [response tokens, vocabulary] at the places of each response, row by row."""
+    """Log-softmax [response tokens, vocabulary] at the positions of each response, by row."""
 
     @torch.no_grad()
     def score(model: str, rows: list[Row]) -> list[torch.Tensor]:
@@ -53,7 +53,7 @@ def by_transformers() -> Callable[[str, list[Row]], list[torch.Tensor]]:
 
 
 def conversation(draw: np.random.Generator, number: int) -> list[dict[str, str]]:
-    """One turn, or two; now and then one that is too long."""
+    """One turn or two; every fortieth is too long."""
     lengths = [draw.integers(1, 14), draw.integers(1, 18)]
     if number % 5 == 0:
         lengths += [draw.integers(1, 6), draw.integers(1, 14)]
@@ -72,9 +72,8 @@ def corpus(
     by_transformers: Callable[[str, list[Row]], list[torch.Tensor]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Corpus:
-    """Four authors: two with models of their own, one who also brings log-probs along, and an
-    unknown one whom a reference stands in for; bad rows among them; gzipped, over two files. Rows
-    are longer than what an engine reads at once."""
+    """Four sources: two with a model, one that also records log-probs, and an unknown one with a
+    fallback scorer; some bad rows; two gzipped files. Rows exceed an engine's batch."""
     folder = tmp_path_factory.mktemp("corpus")
     models = {"a": tiny_model(True, 0), "b": tiny_model(True, 1), "c": tiny_model(True, 2)}
     tokenizer = load_tokenizer(str(models["a"]))
@@ -86,9 +85,9 @@ def corpus(
         rows[name] = {"example_id": name, "source": source, "messages": conversation(draw, number)}
     own = [row for row in rows.values() if row["source"] == "c"]
     found = [encode_conversation(tokenizer, row["messages"]) for row in own]
-    asked = [(ids.prompt_ids, ids.response_ids) for ids in found]
+    ids = [(one.prompt_ids, one.response_ids) for one in found]
     for row, (_, response), table in zip(
-        own, asked, by_transformers(str(models["c"]), asked), strict=True
+        own, ids, by_transformers(str(models["c"]), ids), strict=True
     ):
         row["response_ids"] = response
         row["behavior_logprobs"] = table[range(len(response)), response].tolist()

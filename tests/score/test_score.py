@@ -1,4 +1,4 @@
-"""Stage `score` on real Ray Data and vLLM, against transformers; and corpora that it refuses."""
+"""Stage `score` on real Ray Data and vLLM, against transformers; and corpora that it rejects."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ from pear_ray.__main__ import run_command
 from pear_ray.config import Job, Pretrain
 from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA
-from pear_ray.score import sharing_engines
+from pear_ray.score.scorer import group_by_architecture
 from pear_ray.train.new_model import write_new_model
 
 
 @pytest.fixture(scope="session")
 def scored(scored_run: Path) -> list[dict[str, Any]]:
-    """Its rows, in the order in which they stand in its files."""
+    """The scored rows in the order of the files."""
     files = sorted((scored_run / "scored").glob("*.parquet"))
     tables = [pq.read_table(file) for file in files]
     assert all(table.schema.names == SCORED_SCHEMA.names for table in tables)
     return [row for table in tables for row in table.to_pylist()]
 
 
-def test_every_row_is_scored_once_in_the_order_of_its_name(
-    corpus: Any, scored: list[dict[str, Any]]
-) -> None:
+def test_rows_are_scored_once_and_sorted_by_id(corpus: Any, scored: list[dict[str, Any]]) -> None:
     assert [row["example_id"] for row in scored] == sorted(corpus.rows)
 
 
-def test_bad_rows_are_named_with_the_reason(corpus: Any, scored_run: Path) -> None:
+def test_rejected_rows_have_a_reason(corpus: Any, scored_run: Path) -> None:
     lines = (scored_run / "scored" / "rejected.jsonl").read_text().splitlines()
     rejected = [json.loads(line) for line in lines]
     repeated = next(iter(corpus.rows))
@@ -45,29 +43,28 @@ def test_bad_rows_are_named_with_the_reason(corpus: Any, scored_run: Path) -> No
         assert reasons[name].startswith(reason) and "expected" in reasons[name]
 
 
-def test_scores_are_those_of_transformers_under_the_author(
+def test_logprobs_match_transformers(
     corpus: Any, scored: list[dict[str, Any]], by_transformers: Any
 ) -> None:
-    """Rows of several turns, rows that fill the context, rows read in chunks, and the likeliest
-    tokens."""
+    """Including multi-turn rows, rows that fill the context, chunked prefill and top-k."""
     for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
         rows = [row for row in scored if row["source"] == source]
         assert {row["behavior_model"] for row in rows} == {model}
-        asked = [(row["prompt_ids"], row["response_ids"]) for row in rows]
-        for row, table in zip(rows, by_transformers(model, asked), strict=True):
+        ids = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+        for row, table in zip(rows, by_transformers(model, ids), strict=True):
             trainable = np.array(row["trainable"] or [True] * len(row["response_ids"]))
             own = table[range(len(table)), row["response_ids"]].numpy()
             found = np.array(row["behavior_logprobs"], dtype=np.float32)
             assert np.abs(found - np.where(trainable, own, 0)).max() <= 1e-4
             if row["logprobs_from"] != "recorded":
-                ids = np.array(row["top_ids"]).reshape(-1, corpus.num_top)
+                top_ids = np.array(row["top_ids"]).reshape(-1, corpus.num_top)
                 top = np.array(row["top_logprobs"]).reshape(-1, corpus.num_top)
                 assert np.abs(top - table.topk(corpus.num_top).values.numpy()).max() <= 1e-4
-                theirs = np.take_along_axis(table.numpy(), ids, axis=1)
+                theirs = np.take_along_axis(table.numpy(), top_ids, axis=1)
                 assert np.abs(theirs - top).max() <= 1e-4
 
 
-def test_rows_that_are_too_long_fill_the_context(corpus: Any, scored: list[dict[str, Any]]) -> None:
+def test_truncated_rows_fill_the_context(corpus: Any, scored: list[dict[str, Any]]) -> None:
     cut = [row for row in scored if row["truncated"]]
     assert len(cut) == 15
     assert {len(row["prompt_ids"]) + len(row["response_ids"]) for row in cut} == {
@@ -75,7 +72,7 @@ def test_rows_that_are_too_long_fill_the_context(corpus: Any, scored: list[dict[
     }
 
 
-def test_only_the_assistants_tokens_are_scored(corpus: Any, scored: list[dict[str, Any]]) -> None:
+def test_only_trainable_tokens_are_scored(corpus: Any, scored: list[dict[str, Any]]) -> None:
     several = [row for row in scored if row["trainable"] is not None]
     assert len(several) >= 100
     for row in several:
@@ -85,18 +82,18 @@ def test_only_the_assistants_tokens_are_scored(corpus: Any, scored: list[dict[st
         assert (np.array(row["behavior_logprobs"])[trainable] < 0).all()
 
 
-def test_who_scored_a_row_is_marked(scored: list[dict[str, Any]]) -> None:
+def test_origin_of_logprobs_is_recorded(scored: list[dict[str, Any]]) -> None:
     origins = Counter((row["source"], row["logprobs_from"]) for row in scored)
     assert origins["a", "behavior"] == origins["b", "behavior"] == 150
     assert origins["?", "reference"] == 150
-    # Of those who bring log-probs only the probe is scored, and compared.
+    # Of rows with recorded log-probs only the probe is scored, and compared.
     assert origins["c", "recorded"] + origins["c", "behavior"] == 150
     assert 30 <= origins["c", "behavior"] <= 90
     compared = [row["recorded_gap"] for row in scored if row["recorded_gap"] is not None]
     assert len(compared) == origins["c", "behavior"] and max(compared) <= 1e-4
 
 
-def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> None:
+def test_each_prompt_has_one_split(scored: list[dict[str, Any]]) -> None:
     splits: dict[tuple[int, ...], set[str]] = {}
     for row in scored:
         splits.setdefault(tuple(row["prompt_ids"]), set()).add(row["split"])
@@ -104,8 +101,8 @@ def test_a_prompt_is_held_out_or_trained_on(scored: list[dict[str, Any]]) -> Non
     assert 60 <= sum(row["split"] == "heldout" for row in scored) <= 180
 
 
-def test_the_trainer_agrees_with_the_engine_on_the_probe(scored_run: Path) -> None:
-    """Behavior model a is the student: its delta is nothing but noise."""
+def test_trainer_matches_engine_on_the_probe(scored_run: Path) -> None:
+    """Behavior model a is the student: the gap is pure noise."""
     facts = json.loads((scored_run / "manifest.json").read_text())["stages"]["score"]["facts"]
     assert facts["rows"] == 604 and facts["rejected"] == 4
     for source in "abc":
@@ -115,13 +112,13 @@ def test_the_trainer_agrees_with_the_engine_on_the_probe(scored_run: Path) -> No
         assert 0 < calibration["max_gap"] <= 1e-4
 
 
-def test_progress_is_told(scored_run: Path) -> None:
+def test_progress_is_logged(scored_run: Path) -> None:
     last = json.loads((scored_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == last["parts"] and last["rejected_rows"] == 4
     assert last["tokens_per_second"] > last["rows_per_second"] > 0 and last["seconds_left"] == 0
 
 
-def test_nothing_else_is_left(scored_run: Path) -> None:
+def test_no_other_files_are_left(scored_run: Path) -> None:
     assert not list(scored_run.glob("*.partial"))
     names = {path.name for path in (scored_run / "scored").iterdir()}
     rows = {name for name in names if name.startswith("part-") and name.endswith(".parquet")}
@@ -154,9 +151,9 @@ def lines(*rows: dict[str, Any]) -> bytes:
 
 USER_ONLY = [{"role": "user", "content": "1 + 2 ="}]
 NAMELESS = {key: value for key, value in example().items() if key != "source"}
-# What is wrong: (file, its bytes, what the message says)
+# Name of the mistake: (file, its bytes, parts of the message).
 BAD_CORPORA = {
-    "empty": ("corpus.jsonl", b"", ["holds no", "expected"]),
+    "empty": ("corpus.jsonl", b"", ["corpus.path: expected at least one row"]),
     "no assistant": (
         "corpus.jsonl",
         lines(example(messages=USER_ONLY)),
@@ -165,16 +162,18 @@ BAD_CORPORA = {
     "no source": (
         "corpus.jsonl",
         lines(NAMELESS),
-        ["a-1", "source: read None", "['teacher']", "corpus.source"],
+        ["a-1", "source: expected", "['teacher']", "got None", "corpus.source"],
     ),
-    "cut short": ("corpus.jsonl.gz", gzip.compress(lines(example()))[:-20], ["cannot be read"]),
+    "truncated": ("corpus.jsonl.gz", gzip.compress(lines(example()))[:-20], ["cannot be read"]),
     "no Parquet": ("corpus.parquet", lines(example()), ["corpus.parquet", "as Parquet"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CORPORA)
-def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: None) -> None:
-    name, content, words = BAD_CORPORA[case]
+def test_unusable_corpus_is_rejected(
+    case: str, model: str, tmp_path: Path, ray_session: None
+) -> None:
+    name, content, parts = BAD_CORPORA[case]
     (tmp_path / name).write_bytes(content)
     (tmp_path / "job.toml").write_text(
         f"""
@@ -195,16 +194,16 @@ def test_unusable_corpus(case: str, model: str, tmp_path: Path, ray_session: Non
         name = "countdown"
         """
     )
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as error:
         run_command(["score", str(tmp_path / "job.toml")])
-    for word in [*words, str(tmp_path)]:
-        assert word in str(refusal.value)
+    for part in [*parts, str(tmp_path)]:
+        assert part in str(error.value)
     assert not (tmp_path / "run" / "scored").exists()
     assert not list((tmp_path / "run").glob("*.partial"))
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"] == {}
 
 
-def test_sources_share_an_engine_where_the_architecture_is_the_same(tiny_model) -> None:
+def test_models_are_grouped_by_architecture(tiny_model) -> None:
     paths = {
         "a": str(tiny_model(True, 0)),
         "b": str(tiny_model(False, 0)),
@@ -219,4 +218,4 @@ def test_sources_share_an_engine_where_the_architecture_is_the_same(tiny_model) 
             "tasks": [{"name": "countdown"}],
         }
     )
-    assert sharing_engines(job) == [{"a": paths["a"], "c": paths["c"]}, {"b": paths["b"]}]
+    assert group_by_architecture(job) == [{"a": paths["a"], "c": paths["c"]}, {"b": paths["b"]}]

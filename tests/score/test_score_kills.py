@@ -1,4 +1,4 @@
-"""Whoever is killed while scoring, the rows are those of an undisturbed run, to the bit."""
+"""Whatever is killed while scoring, the rows are bit-identical to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import pytest
 from ray.cluster_utils import Cluster
 
 SECONDS = 400.0
-# Of the actor alone; its whole node and the driver follow.
+# Kills of the actor alone, before those of its node and of the driver.
 NUM_ACTOR_KILLS = int(os.environ.get("PEAR_RAY_ACTOR_KILLS", "0"))
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 
 
 @contextmanager
 def cluster_of_two() -> Iterator[Cluster]:
-    """A head too small for an engine, and room for one node more; both on this machine."""
+    """Start a head node too small for an engine; nodes are added on the same machine."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **RAYLETS})
     try:
         yield cluster
@@ -34,12 +34,12 @@ def cluster_of_two() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def begin(job: Path, folder: Path, cluster: Cluster) -> subprocess.Popen[bytes]:
-    """The stage in a process of its own."""
+def start_stage(job: Path, folder: Path, cluster: Cluster) -> subprocess.Popen[bytes]:
+    """Run the stage in a process of its own."""
     log = (folder / "driver.log").open("ab")
-    words = ["score", str(job), "--run.dir", str(folder / "run")]
+    args = ["score", str(job), "--run.dir", str(folder / "run")]
     return subprocess.Popen(
-        [sys.executable, "-m", "pear_ray", *words],
+        [sys.executable, "-m", "pear_ray", *args],
         stdout=log,
         stderr=log,
         env=os.environ | {"RAY_ADDRESS": cluster.address},
@@ -47,7 +47,7 @@ def begin(job: Path, folder: Path, cluster: Cluster) -> subprocess.Popen[bytes]:
 
 
 def scorers() -> list[psutil.Process]:
-    """Scoring actors among the children of this process."""
+    """Return the scoring actors among the children of this process."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -58,17 +58,17 @@ def scorers() -> list[psutil.Process]:
     return found
 
 
-def parts(folder: Path) -> set[Path]:
-    """Files of log-probs that are there."""
+def stored_shards(folder: Path) -> set[Path]:
+    """Return the log-prob files of finished shards."""
     return set((folder / "run" / "scored.partial" / "logprobs").glob("*.parquet"))
 
 
-def another_part(folder: Path, driver: subprocess.Popen[bytes]) -> None:
-    """Wait until one more part is stored than now."""
-    before, deadline = len(parts(folder)), time.monotonic() + SECONDS
-    while len(parts(folder)) <= before:
+def wait_for_shard(folder: Path, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until one more shard is stored than now."""
+    before, deadline = len(stored_shards(folder)), time.monotonic() + SECONDS
+    while len(stored_shards(folder)) <= before:
         assert driver.poll() is None, (folder / "driver.log").read_text()[-5000:]
-        assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for a part"
+        assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for a shard"
         time.sleep(0.01)
 
 
@@ -78,29 +78,29 @@ def table_of(folder: Path) -> Any:
 
 
 @pytest.mark.timeout(1500)
-def test_rows_do_not_depend_on_who_is_killed(corpus: Any, scored_run: Path, tmp_path: Path) -> None:
-    """The scoring actor at random moments, then its whole node, then the driver."""
+def test_rows_do_not_depend_on_kills(corpus: Any, scored_run: Path, tmp_path: Path) -> None:
+    """Kill the scoring actor at random moments, then its node, then the driver."""
     draw = random.Random(0)
     with cluster_of_two() as cluster:
         node = cluster.add_node(num_cpus=2, **RAYLETS)
-        driver = begin(corpus.job, tmp_path, cluster)
+        driver = start_stage(corpus.job, tmp_path, cluster)
         try:
             for _ in range(NUM_ACTOR_KILLS):
-                another_part(tmp_path, driver)
+                wait_for_shard(tmp_path, driver)
                 time.sleep(draw.random())
                 (victim,) = scorers()
                 victim.kill()
                 victim.wait(10)
-            another_part(tmp_path, driver)
+            wait_for_shard(tmp_path, driver)
             cluster.remove_node(node, allow_graceful=False)
             assert not scorers()
             cluster.add_node(num_cpus=2, **RAYLETS)
-            another_part(tmp_path, driver)
+            wait_for_shard(tmp_path, driver)
             driver.kill()
             driver.wait()
-            times = {path: path.stat().st_mtime_ns for path in parts(tmp_path)}
-            driver = begin(corpus.job, tmp_path, cluster)
-            another_part(tmp_path, driver)
+            times = {path: path.stat().st_mtime_ns for path in stored_shards(tmp_path)}
+            driver = start_stage(corpus.job, tmp_path, cluster)
+            wait_for_shard(tmp_path, driver)
             assert {path: path.stat().st_mtime_ns for path in times} == times
             log = tmp_path / "driver.log"
             assert driver.wait(timeout=SECONDS) == 0, log.read_text()[-5000:]
@@ -111,5 +111,5 @@ def test_rows_do_not_depend_on_who_is_killed(corpus: Any, scored_run: Path, tmp_
     assert (tmp_path / "run" / rejected).read_bytes() == (scored_run / rejected).read_bytes()
     lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
-    # An engine that dies before it tells of a part was never seen.
+    # An engine that dies before its first result was never seen.
     assert kinds.count("restarted") <= NUM_ACTOR_KILLS + 1 and "resumed" in kinds
