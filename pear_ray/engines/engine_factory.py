@@ -54,6 +54,7 @@ class EngineHandle:
     idle_seconds: float = 0.0
 
 
+@dataclass
 class VllmEngineFactory:
     """Starts vLLM engines, each in an actor of its own on a node with `labels`.
 
@@ -61,39 +62,31 @@ class VllmEngineFactory:
     engines follow no learner.
     """
 
-    def __init__(
-        self,
-        dtype: str,
-        settings: Settings,
-        seed: int,
-        make_cache: MakeCache | None = WeightCache,
-        labels: Mapping[str, str] | None = None,
-    ) -> None:
+    dtype: str
+    settings: Settings
+    seed: int
+    make_cache: MakeCache | None = WeightCache
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def start(self, path: str) -> Any:
+        """Return an actor whose engine serves the model in `path`."""
+        settings = self.settings
         if settings.num_gpus == 0:
             # No chunked prefill: see `Generator`.
             batch_tokens = max(settings.max_num_batched_tokens, settings.max_model_len + 1)
             settings = settings.model_copy(update={"max_num_batched_tokens": batch_tokens})
-        self._settings = settings
-        self._make_cache = make_cache or WeightCache
-        self._labels = dict(labels or {})
-        self._make_engine = partial(
-            Generator,
-            dtype=dtype,
-            settings=settings,
-            seed=seed,
-            follows_learner=make_cache is not None,
+        follows_learner = self.make_cache is not None
+        make_engine = partial(
+            Generator, path, self.dtype, settings, self.seed, follows_learner=follows_learner
         )
-
-    def start(self, path: str) -> Any:
-        """Return an actor whose engine serves the model in `path`."""
         actor_class = EngineActor.options(  # type: ignore[attr-defined]
-            num_cpus=self._settings.num_cpus,
-            num_gpus=self._settings.num_actor_gpus,
-            label_selector=self._labels,
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_actor_gpus,
+            label_selector=dict(self.labels),
             max_concurrency=1000,
         )
-        make_engine = partial(self._make_engine, path)
-        return actor_class.remote(make_engine, self._make_cache, self._settings.timeout_seconds)
+        make_cache = self.make_cache or WeightCache
+        return actor_class.remote(make_engine, make_cache, settings.timeout_seconds)
 
     def stop(self, actor: Any) -> None:
         """Kill an engine actor."""

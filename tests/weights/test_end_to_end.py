@@ -3,7 +3,6 @@ and log-probs of both sides agree."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,8 @@ class Case(NamedTuple):
     full_every: int
 
 
-CASES = [Case(*case) for case in itertools.product((True, False), (1, 2), (1, 8))]
+# Pairwise: all combinations of two of the three settings.
+CASES = [Case(True, 1, 1), Case(True, 2, 8), Case(False, 1, 8), Case(False, 2, 1)]
 SETTINGS = Settings(tokens_per_micro_batch=200, timeout_seconds=200)
 OPTIMIZER = Optimizer(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
 NUM_VERSIONS = 3
