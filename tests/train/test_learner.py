@@ -38,11 +38,7 @@ SECONDS = 400
 NUM_STEPS = 20
 # Gradient norms lie on both sides of the clip, and the learning rate changes.
 OPTIMIZER = Optimizer(
-    learning_rate=2e-4,
-    schedule="linear",
-    warmup_fraction=0.0,
-    weight_decay=1.0,
-    max_grad_norm=5.8,
+    learning_rate=2e-4, schedule="linear", warmup_fraction=0.0, weight_decay=1.0, max_grad_norm=5.8
 )
 # Prompt and response lengths of the steps, in turn; the first two need filler packs if they are
 # dealt to four ranks in small packs.
@@ -119,14 +115,10 @@ class Rank:
         np.savez(self.folder / f"partitions.{self.rank}.npz", **values)
         engine = learner._engine
         states = engine.optimizer.fp32_partitioned_groups_flat
-        self.record(
-            "partitions",
-            {
-                "own": own,
-                "whole": sum(parameter.numel() for parameter in engine.module.parameters()),
-                "optimized": sum(state.numel() for state in states),
-            },
-        )
+        num_whole = sum(parameter.numel() for parameter in engine.module.parameters())
+        num_optimized = sum(state.numel() for state in states)
+        sizes = {"own": own, "whole": num_whole, "optimized": num_optimized}
+        self.record("partitions", sizes)
 
 
 def start_rank(number, num_ranks, model, folder):
@@ -269,11 +261,8 @@ def reference(model):
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm)
-        expected = {
-            "loss": loss.item(),
-            "grad_norm": float(norm),
-            "learning_rate": scheduler.get_last_lr()[0],
-        }
+        rate = scheduler.get_last_lr()[0]
+        expected = {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": rate}
         optimizer.step()
         scheduler.step()
         parameters = {name: p.detach().clone() for name, p in policy.named_parameters()}

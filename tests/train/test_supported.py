@@ -36,12 +36,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any], str, Any]] = {
         "attn_logit_softcapping",
         50.0,
     ),
-    "scaled logits": (
-        {"model_type": "granite", "logits_scaling": 8.0},
-        {},
-        "logits_scaling",
-        8.0,
-    ),
+    "scaled logits": ({"model_type": "granite", "logits_scaling": 8.0}, {}, "logits_scaling", 8.0),
     "states": (
         {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
         {},
