@@ -1,7 +1,6 @@
 """The command line: `pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run | --plan]`.
 
-Exit codes: 0 done; 2 bad input, with a message that names file and field; 130 interrupted; 1
-anything else.
+Exit codes: 0 done; 2 bad input, with a message that names file and field; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations

@@ -4,6 +4,6 @@
 class ConfigError(ValueError):
     """A job, a file or a folder that the user named cannot be used.
 
-    The message names the file and the field, then what was expected and what was found. The command
-    line prints it without a traceback and exits with code 2.
+    The message names the file and the field, then what was expected and what was found. The command line prints it
+    without a traceback and exits with code 2.
     """

@@ -35,14 +35,10 @@ class LogContext(logging.Filter):
 LOG_CONTEXT = LogContext()
 
 
-def configure_logging(
-    form: Literal["text", "json"], text_format: str = TEXT_FORMAT, **options: Any
-) -> None:
-    """Send this process's log lines to stderr, in the form of `tracking.logs`; `options` go to
-    logging.Formatter for text."""
+def configure_logging(form: Literal["text", "json"], text_format: str = TEXT_FORMAT, **options: Any) -> None:
+    """Send this process's log lines to stderr, in the form of `tracking.logs`; `options` go to logging.Formatter for
+    text."""
     handler = logging.StreamHandler()
     handler.addFilter(LOG_CONTEXT)
-    handler.setFormatter(
-        JsonFormatter(JSON_FIELDS) if form == "json" else logging.Formatter(text_format, **options)
-    )
+    handler.setFormatter(JsonFormatter(JSON_FIELDS) if form == "json" else logging.Formatter(text_format, **options))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -111,9 +111,7 @@ METRIC_HELP: dict[str, dict[str, str]] = {
             "Effective sample size of the demonstrations' token weights, fraction of the tokens"
         ),
         "sft_grad_norm": "Gradient norm of a step on demonstrations alone, before clipping",
-        "cooperative_gain": (
-            "RL objective of BRIDGE's policy minus that of its shadow, on the same rollouts"
-        ),
+        "cooperative_gain": ("RL objective of BRIDGE's policy minus that of its shadow, on the same rollouts"),
         "shadow_loss": "Loss of the rollouts minimized by BRIDGE's shadow",
         "shadow_grad_norm": "Gradient norm of BRIDGE's shadow before clipping",
         "prefix_frac": "Fraction of TRAPO's completions that continue a demonstration's prefix",
@@ -153,18 +151,12 @@ class Tracker:
         if settings.wandb_project:
             import wandb
 
-            self._wandb = wandb.init(
-                project=settings.wandb_project, name=f"{folder.name}-{stage}", dir=str(folder)
-            )
+            self._wandb = wandb.init(project=settings.wandb_project, name=f"{folder.name}-{stage}", dir=str(folder))
 
     def rewind(self, step: int) -> Self:
         """Drop this stage's rows from `step` on, written by an attempt that lost these steps."""
         if self._path.exists():
-            rows = [
-                row
-                for row in read_metrics(self._path.parent)
-                if row["stage"] != self._stage or row["step"] < step
-            ]
+            rows = [row for row in read_metrics(self._path.parent) if row["stage"] != self._stage or row["step"] < step]
             with atomic_write(self._path) as partial:
                 partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return self
@@ -209,14 +201,11 @@ def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]
 
 
 def count_event(run: str, stage: str, kind: str) -> None:
-    """Count an event and record its time. Alerts use the time: a counter that first appears has no
-    increase."""
+    """Count an event and record its time. Alerts use the time: a counter that first appears has no increase."""
     tags = {"run": run, "stage": stage, "kind": kind}
     prometheus.Counter("pear_ray_events", EVENTS, tuple(tags)).inc(tags=tags)
     latest = prometheus.Gauge(
-        "pear_ray_event_time_seconds",
-        "Time of the latest event of this kind, Unix time",
-        tuple(tags),
+        "pear_ray_event_time_seconds", "Time of the latest event of this kind, Unix time", tuple(tags)
     )
     latest.set(time.time(), tags)
 

@@ -25,8 +25,8 @@ GPUS = {22: 24, 39: 40, 44: 48, 79: 80, 94: 96, 139: 141, 178: 192}
 
 @dataclass(frozen=True)
 class Role:
-    """Processes of one kind in one stage. Example: Role("sft", "ranks", 8, {"weights": 2.0e9, ...})
-    is 8 devices with 2 GB of weights each."""
+    """Processes of one kind in one stage. Example: Role("sft", "ranks", 8, {"weights": 2.0e9, ...}) is 8 devices with 2
+    GB of weights each."""
 
     stage: str
     name: str
@@ -78,8 +78,7 @@ def plan(job: Job) -> str:
                 f" larger GPUs or {role.remedy}"
             )
     lines = [
-        f"{field}: {dims.num_parameters / 1e9:.2f} billion parameters, {dims.num_layers} layers"
-        f" of width {dims.hidden}"
+        f"{field}: {dims.num_parameters / 1e9:.2f} billion parameters, {dims.num_layers} layers of width {dims.hidden}"
         for field, dims in dims_by_field.items()
     ]
     lines += ["", f"{'stage':<10}{'role':<28}{'devices':>8}{'GiB each':>10}  of which (GiB)"]
@@ -87,8 +86,7 @@ def plan(job: Job) -> str:
     student, num_ranks = dims_by_field["model.path"], job.learner.num_workers
     on_node = min(num_ranks, 8)
     store_gib = [
-        store_memory(student, ELEMENT_BYTES[job.model.dtype], count, num_ranks) / GIB
-        for count in (on_node, 0)
+        store_memory(student, ELEMENT_BYTES[job.model.dtype], count, num_ranks) / GIB for count in (on_node, 0)
     ]
     lines += [
         "",
@@ -129,8 +127,8 @@ def num_trained(job: Job, dims: ModelDims) -> int:
 
 
 def cooperate_role(job: Job, cooperate: Cooperate, dims: ModelDims) -> Role:
-    """Return the ranks of `cooperate`: those of `rl` plus what the method keeps. MIFO keeps copies
-    of what it may freeze; BRIDGE trains adapters beside the weights, and keeps a shadow of both."""
+    """Return the ranks of `cooperate`: those of `rl` plus what the method keeps. MIFO keeps copies of what it may
+    freeze; BRIDGE trains adapters beside the weights, and keeps a shadow of both."""
     learner, method = job.learner, cooperate.method
     if method.type != "bridge":
         role = rank_role(job, "cooperate", dims)
@@ -151,8 +149,8 @@ def cooperate_role(job: Job, cooperate: Cooperate, dims: ModelDims) -> Role:
 
 
 def engine_role(job: Job, stage: str, name: str, dims: ModelDims) -> Role:
-    """Return the vLLM engines of a stage. Scoring computes logits of every token in a batch,
-    sampling those of one token per sequence."""
+    """Return the vLLM engines of a stage. Scoring computes logits of every token in a batch, sampling those of one
+    token per sequence."""
     settings = job.generator
     items = engine_memory(
         dims,
@@ -177,7 +175,4 @@ def table_line(role: Role, gpu_gib: float | None) -> str:
         if per_sequence := role.items.get("one sequence"):
             free = size * GIB * role.usable_share - sum(role.items.values()) + per_sequence
             fit += f", cache for {int(free // per_sequence)} sequences of full length"
-    return (
-        f"{role.stage:<10}{role.name:<28}{role.num_devices:>8}{needed:>10.1f}  {role.breakdown};"
-        f" {fit}"
-    )
+    return f"{role.stage:<10}{role.name:<28}{role.num_devices:>8}{needed:>10.1f}  {role.breakdown}; {fit}"

@@ -12,15 +12,13 @@ from pear_ray.tasks import make_tasks
 
 
 def check_inputs(job: Job, stage: str) -> None:
-    """Raise ConfigError if a section or corpus that the stage needs is missing, a model folder is
-    incomplete, or a task has an unknown option."""
+    """Raise ConfigError if a section or corpus that the stage needs is missing, a model folder is incomplete, or a task
+    has an unknown option."""
     make_tasks(job.tasks)
     corpus = job.corpus
     has_corpus = corpus.path or corpus.sample or corpus.scored_path
     if not has_corpus and stage in ("score", "pipeline", "study"):
-        raise ConfigError(
-            "corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]"
-        )
+        raise ConfigError("corpus.path: missing; expected a Parquet or JSONL file or folder, or [corpus.sample]")
     if corpus.sample is None and stage == "sample":
         raise ConfigError("corpus.sample: missing; expected num_examples of each source")
     if job.cooperate is None and stage == "cooperate":
@@ -28,13 +26,10 @@ def check_inputs(job: Job, stage: str) -> None:
     # Remote paths are checked when they are read.
     is_local = corpus.path is not None and "://" not in corpus.path
     if is_local and not glob(os.path.expanduser(corpus.path or "")):
-        raise ConfigError(
-            f"corpus.path: expected a file or folder that exists, got {corpus.path!r}"
-        )
+        raise ConfigError(f"corpus.path: expected a file or folder that exists, got {corpus.path!r}")
     if job.rl.replay is not None and not Path(job.rl.replay).is_dir():
         raise ConfigError(
-            "rl.replay: expected RUN/rl/rollouts of a run with rl.record, got"
-            f" {job.rl.replay!r}, which is no folder"
+            f"rl.replay: expected RUN/rl/rollouts of a run with rl.record, got {job.rl.replay!r}, which is no folder"
         )
     models = {"model.path": job.model.path}
     models |= {f"behavior.{source}.path": model.path for source, model in job.behavior.items()}
@@ -53,9 +48,7 @@ def check_model_folder(field: str, path: str) -> None:
             return
         raise ConfigError(f"{field}: expected a folder that exists or a hub name, got {path!r}")
     if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"{field}: expected a Hugging Face folder, got {path!r} without config.json"
-        )
+        raise ConfigError(f"{field}: expected a Hugging Face folder, got {path!r} without config.json")
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(
             f"{field}: expected tokenizer.json and tokenizer_config.json beside config.json, got"

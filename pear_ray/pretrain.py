@@ -1,5 +1,5 @@
-"""Stage `pretrain`: train the small models that a job asks for, the student and the authors of its
-corpus. Models named by folder or hub name need none of this."""
+"""Stage `pretrain`: train the small models that a job asks for, the student and the authors of its corpus. Models named
+by folder or hub name need none of this."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
         if not done:
             late = ", ".join(names[loss] for loss in pending)
             raise TimeoutError(
-                f"pretrain: timeout_seconds: expected a model within {timeout:.0f} s, still"
-                f" training {late}"
+                f"pretrain: timeout_seconds: expected a model within {timeout:.0f} s, still training {late}"
             )
         name, loss = names[done[0]], ray.get(done[0])
         results[name] = {"final_loss": round(loss, 4)}
@@ -60,9 +59,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
 
 
 @ray.remote(num_cpus=1)
-def train_model(
-    folder: Path, settings: Pretrain, spec: TaskSpec, parent_loss: float | None
-) -> float:
+def train_model(folder: Path, settings: Pretrain, spec: TaskSpec, parent_loss: float | None) -> float:
     """Train one model in its own process; `parent_loss` makes Ray wait for the parent."""
     from pear_ray.train.new_model import pretrain_model
 

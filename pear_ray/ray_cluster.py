@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 def connect() -> None:
     """Connect to the cluster of RAY_ADDRESS or on this machine, or start one.
 
-    Without a runtime environment: with one, Ray cannot use its prestarted workers, and each
-    process starts two seconds later. Secrets and caches (HF_TOKEN, HF_HOME) belong into the nodes'
-    environment, because Ray stores and displays runtime environments.
+    Without a runtime environment: with one, Ray cannot use its prestarted workers, and each process starts two seconds
+    later. Secrets and caches (HF_TOKEN, HF_HOME) belong into the nodes' environment, because Ray stores and displays
+    runtime environments.
     """
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)

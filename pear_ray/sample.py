@@ -1,5 +1,5 @@
-"""Stage `sample`: write an offline corpus. Each behavior policy samples completions of training
-problems; correct ones are kept, with the log-probs they were sampled with."""
+"""Stage `sample`: write an offline corpus. Each behavior policy samples completions of training problems; correct ones
+are kept, with the log-probs they were sampled with."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return facts
 
 
-def sample_source(
-    job: Job, source: str, pool: EnginePool, reward_pool: RewardPool
-) -> tuple[list[dict[str, Any]], int]:
+def sample_source(job: Job, source: str, pool: EnginePool, reward_pool: RewardPool) -> tuple[list[dict[str, Any]], int]:
     """Return the example rows of one source and the number of completions they took.
 
     Raises:
@@ -104,7 +102,7 @@ def sample_source(
 
 
 def keeps_token_ids(tokenizer: Tokenizer, row: dict[str, Any]) -> bool:
-    """Return whether a row's text is tokenized into the sampled ids, since a corpus is text and
-    log-probs of other tokens would be wrong."""
+    """Return whether a row's text is tokenized into the sampled ids, since a corpus is text and log-probs of other
+    tokens would be wrong."""
     encoded = encode_conversation(tokenizer, row["messages"])
     return encoded.response_ids == list(row["response_ids"])

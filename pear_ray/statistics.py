@@ -26,9 +26,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"k: expected 1 to num_samples = {num_samples}, got {k}")
     if num_samples - num_correct < k:
         return 1.0
-    return 1.0 - math.prod(
-        1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1)
-    )
+    return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
 def pass_at_k_by_problem(num_samples: int, num_correct: np.ndarray, k: int) -> np.ndarray:
@@ -62,8 +60,8 @@ def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def mean_over_seeds(values: np.ndarray) -> dict[str, float]:
-    """Return the mean of a few independent runs, its standard error and Student's 95 % interval:
-    value, standard_error, low, high.
+    """Return the mean of a few independent runs, its standard error and Student's 95 % interval: value, standard_error,
+    low, high.
 
     Raises:
         ValueError: fewer than two values.
@@ -78,9 +76,8 @@ def mean_over_seeds(values: np.ndarray) -> dict[str, float]:
 
 
 def overtraining(loss: float, lowest: float) -> str:
-    """Return the regime of a checkpoint, given its held-out loss and the lowest of the run: RL
-    should start from a stable one, may from a mildly over-trained one (arXiv 2512.11470,
-    sections 4-6)."""
+    """Return the regime of a checkpoint, given its held-out loss and the lowest of the run: RL should start from a
+    stable one, may from a mildly over-trained one (arXiv 2512.11470, sections 4-6)."""
     if loss <= 1.02 * lowest:
         return "stable"
     return "mild over-training" if loss <= 1.10 * lowest else "severe over-training"
@@ -89,11 +86,10 @@ def overtraining(loss: float, lowest: float) -> str:
 def weight_summary(
     sums: Mapping[str, np.ndarray], num_tokens: int, clip_log_weight: tuple[float, float]
 ) -> dict[str, float | list[float] | dict[str, float]]:
-    """Return metrics of one step's importance weights, from `Weighted.weight_sums` over all
-    micro-batches and ranks.
+    """Return metrics of one step's importance weights, from `Weighted.weight_sums` over all micro-batches and ranks.
 
-    `effective_sample_size` is (sum w)^2 / (sum w^2) / tokens; quantiles come from a histogram of
-    log-weights and are exact to 1/120 of the clip range.
+    `effective_sample_size` is (sum w)^2 / (sum w^2) / tokens; quantiles come from a histogram of log-weights and are
+    exact to 1/120 of the clip range.
     """
     mean_log_ratio = float(sums["log_ratio"]) / num_tokens
     variance = float(sums["log_ratio_squared"]) / num_tokens - mean_log_ratio**2
@@ -118,15 +114,12 @@ def weight_summary(
 
 
 def histogram_quantiles(
-    counts: np.ndarray,
-    bounds: tuple[float, float],
-    quantiles: tuple[float, ...] = (0.05, 0.5, 0.95),
+    counts: np.ndarray, bounds: tuple[float, float], quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)
 ) -> dict[str, float]:
     """Return quantiles of the weights; bins have equal width in log-weight."""
     cumulative = np.cumsum(counts)
     edges = np.exp(np.linspace(*bounds, len(counts) + 1))
     middles = np.sqrt(edges[1:] * edges[:-1])
     return {
-        f"p{round(100 * q):02d}": float(middles[np.searchsorted(cumulative, q * cumulative[-1])])
-        for q in quantiles
+        f"p{round(100 * q):02d}": float(middles[np.searchsorted(cumulative, q * cumulative[-1])]) for q in quantiles
     }

@@ -70,8 +70,7 @@ def write_plan(job: Job, path: Path) -> dict[str, Any]:
         "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
         "baseline": baseline_of(job),
         "arms": {
-            arm.name: arm.model_dump(include={"sft", "rl", "cooperate"}, exclude_none=True)
-            for arm in job.study_arms
+            arm.name: arm.model_dump(include={"sft", "rl", "cooperate"}, exclude_none=True) for arm in job.study_arms
         },
         "seeds": list(job.study.seeds),
     }
@@ -153,9 +152,7 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
                 values = [cards[label]["pass_at_k"][str(k)]["value"] for label in checkpoints]
                 scores[arm.name, when, k] = np.array(values)
     arms = {
-        arm.name: {
-            when: {f"pass@{k}": over_seeds(scores[arm.name, when, k]) for k in ks} for when in WHEN
-        }
+        arm.name: {when: {f"pass@{k}": over_seeds(scores[arm.name, when, k]) for k in ks} for when in WHEN}
         | {"seconds": mean_seconds(job, folder, arm)}
         for arm in job.study_arms
     }

@@ -57,8 +57,8 @@ VOCABULARY = [f"w{number}" for number in range(97)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the shared Ray as `cluster`; those with clusters or ranks of their own
-    are marked in their modules."""
+    """Mark tests that use the shared Ray as `cluster`; those with clusters or ranks of their own are marked in their
+    modules."""
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("cluster")
@@ -120,8 +120,7 @@ def ray_session(nothing_left: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a Hugging Face folder of a tiny Qwen3 with 100 words, by `tied`, `seed` and the
-    number of layers."""
+    """Makes a Hugging Face folder of a tiny Qwen3 with 100 words, by `tied`, `seed` and the number of layers."""
 
     @cache
     def make(tied: bool, seed: int = 0, num_layers: int = 2) -> Path:
@@ -146,11 +145,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def engine_of(
-    ray_session: None, tiny_model: Callable[..., Path]
-) -> Iterator[Callable[[bool], EnginePool]]:
-    """vLLM engines of the tied and of the untied model, each in its own process. They start
-    slowly, so each starts once and serves model after model."""
+def engine_of(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[Callable[[bool], EnginePool]]:
+    """vLLM engines of the tied and of the untied model, each in its own process. They start slowly, so each starts once
+    and serves model after model."""
     from pear_ray.config import Generator as Settings
     from pear_ray.engines.engine_factory import VllmEngineFactory
     from pear_ray.engines.engine_pool import EnginePool
@@ -168,9 +165,7 @@ def engine_of(
         @cache
         def engine(tied: bool) -> EnginePool:
             factory = VllmEngineFactory("float32", settings, seed=0)
-            pool = EnginePool(
-                factory, str(tiny_model(tied)), settings, log_event=lambda kind, text: None
-            )
+            pool = EnginePool(factory, str(tiny_model(tied)), settings, log_event=lambda kind, text: None)
             return started.enter_context(pool)
 
         yield engine
@@ -183,9 +178,7 @@ def scraped_metrics() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(
-    ray_session: None, scraped_metrics: set[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_run(ray_session: None, scraped_metrics: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the whole tiny chain, on one node."""
     from tests.tiny_chain import SECONDS, drive, scraped
 

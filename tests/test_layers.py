@@ -30,9 +30,7 @@ def copy(tmp_path_factory):
     """A copy of the package and its contracts, to break."""
     folder = tmp_path_factory.mktemp("layers")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    shutil.copytree(
-        ROOT / "pear_ray", folder / "pear_ray", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "pear_ray", folder / "pear_ray", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 

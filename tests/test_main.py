@@ -84,28 +84,16 @@ MISTAKES = {
         replaced("[behavior.tutor]", "[behavior.tutor]\nprecision = 8"),
         "behavior.tutor.precision: unknown key, got 8; expected one of: path, pretrain",
     ),
-    "string for a number": (
-        JOB + "[rl]\nsteps = 'many'",
-        "rl.steps: expected a valid integer, got 'many'",
-    ),
-    "number for a string": (
-        replaced('dir = "run"', "dir = 3"),
-        "run.dir: expected a valid string, got 3",
-    ),
+    "string for a number": (JOB + "[rl]\nsteps = 'many'", "rl.steps: expected a valid integer, got 'many'"),
+    "number for a string": (replaced('dir = "run"', "dir = 3"), "run.dir: expected a valid string, got 3"),
     "not one of the names": (
         JOB + "[rl]\nadvantage = 'ppo'",
         "rl.advantage: expected 'grpo', 'dr_grpo' or 'rloo', got 'ppo'",
     ),
     "no task": (replaced('[[tasks]]\nname = "countdown"', ""), "tasks: missing; expected a value"),
-    "no section": (
-        replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""),
-        "generator: missing",
-    ),
+    "no section": (replaced("[generator]\nmax_new_tokens = 8\nmax_model_len = 16", ""), "generator: missing"),
     "no key": (replaced("max_new_tokens = 8", ""), "generator.max_new_tokens: missing"),
-    "out of range": (
-        JOB + "[sft]\ndiscount = 1.5",
-        "sft.discount: expected less than or equal to 1, got 1.5",
-    ),
+    "out of range": (JOB + "[sft]\ndiscount = 1.5", "sft.discount: expected less than or equal to 1, got 1.5"),
     **{
         f"{value} for a number": (
             JOB + f"[sft]\nlearning_rate = {value}",
@@ -169,8 +157,7 @@ MISTAKES = {
     ),
     "a start from nowhere": (
         replaced('[behavior.tutor]\npath = "./model"', START_FROM),
-        "behavior.tutor.pretrain.start_from: expected a model with `pretrain` and without"
-        " start_from, got 'nobody'",
+        "behavior.tutor.pretrain.start_from: expected a model with `pretrain` and without start_from, got 'nobody'",
     ),
     "a study of unknown arms": (
         JOB + "[study]\narms = ['b']\n[[arms]]\nname = 'a'",
@@ -181,10 +168,7 @@ MISTAKES = {
         "study.baseline: expected one of ['a'], got 'b'",
     ),
     "a seed twice": (JOB + "[study]\nseeds = [1, 1]", "study.seeds: expected each one once"),
-    "a rate above 1": (
-        JOB + "[rank]\nafter_rl = {a = 2}",
-        "rank.after_rl.a: expected a pass@1 from 0 to 1, got 2",
-    ),
+    "a rate above 1": (JOB + "[rank]\nafter_rl = {a = 2}", "rank.after_rl.a: expected a pass@1 from 0 to 1, got 2"),
 }
 # Text of the job file, and the message of a check of the job's inputs.
 MISSING_INPUTS = {
@@ -239,11 +223,7 @@ def test_a_mistake_in_an_override_is_refused(here, pear_ray, words, message):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("--sft.level", "token", "--run.dir", "elsewhere"),
-        ("--evaluation.checkpoints.token", "./model"),
-    ],
+    "words", [("--sft.level", "token", "--run.dir", "elsewhere"), ("--evaluation.checkpoints.token", "./model")]
 )
 def test_a_level_or_a_checkpoint_called_token_is_no_secret(here, pear_ray, words):
     code, stdout, stderr = pear_ray("sft", "job.toml", *words, "--dry-run")
@@ -252,8 +232,7 @@ def test_a_level_or_a_checkpoint_called_token_is_no_secret(here, pear_ray, words
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["corpus.jsonl", "corpus*", "corp[a-u]s.json*", ".", "*/*.json", "s3://bucket/x/*.parquet"],
+    "path", ["corpus.jsonl", "corpus*", "corp[a-u]s.json*", ".", "*/*.json", "s3://bucket/x/*.parquet"]
 )
 def test_a_corpus_that_is_here_or_lies_elsewhere_is_not_refused(here, path):
     Path("job.toml").write_text(replaced("corpus.jsonl", path))
@@ -357,9 +336,7 @@ def test_every_stage_has_an_output():
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "pear_ray"], [SCRIPT]], ids=len)
 def test_exit_codes_of_the_real_program(here, program):
     good = subprocess.run([*program, "sft", "job.toml", "--dry-run"], capture_output=True)
-    bad = subprocess.run(
-        [*program, "sft", "job.toml", "--sft.epochs", "0"], capture_output=True, text=True
-    )
+    bad = subprocess.run([*program, "sft", "job.toml", "--sft.epochs", "0"], capture_output=True, text=True)
     assert good.returncode == 0 and json.loads(good.stdout)["run"]["dir"] == "run"
     assert bad.returncode == 2 and "epochs" in bad.stderr and "Traceback" not in bad.stderr
 
@@ -368,7 +345,5 @@ def test_anything_else_ends_with_code_1(here):
     """A run folder whose manifest was destroyed: no mistake in the job."""
     Path("run").mkdir()
     Path("run", "manifest.json").write_text("{")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pear_ray", "sft", "job.toml"], capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-m", "pear_ray", "sft", "job.toml"], capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" in ended.stderr

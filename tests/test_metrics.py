@@ -45,9 +45,7 @@ def test_one_line_per_step(track, tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_written_as_null(track, tmp_path):
-    track("rl").log(
-        0, loss=math.nan, parts={"high": math.inf, "low": [-math.inf, 2.0], "ok": (1, math.nan)}
-    )
+    track("rl").log(0, loss=math.nan, parts={"high": math.inf, "low": [-math.inf, 2.0], "ok": (1, math.nan)})
     (row,) = rows(tmp_path)
     assert row["loss"] is None
     assert row["parts"] == {"high": None, "low": [None, 2.0], "ok": [1, None]}

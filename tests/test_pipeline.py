@@ -97,9 +97,7 @@ def test_scorecard_covers_all_checkpoints_on_the_same_problems(run: Path) -> Non
     card = json.loads((run / "evaluate" / "scorecard.json").read_text())
     assert set(card["checkpoints"]) == {"base", "pear/sft", "pear/rl"}
     attempts = pq.read_table(run / "evaluate" / "attempts.parquet").to_pylist()
-    problems = {
-        c: {a["problem_id"] for a in attempts if a["checkpoint"] == c} for c in card["checkpoints"]
-    }
+    problems = {c: {a["problem_id"] for a in attempts if a["checkpoint"] == c} for c in card["checkpoints"]}
     assert len({frozenset(p) for p in problems.values()}) == 1
     assert len(attempts) == 3 * 8 * 8
 

@@ -14,11 +14,7 @@ COMMON = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151_936,
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
 }  # fmt: skip
-SHAPES = {
-    "0.6B": (1024, 3072, 28, 16, True),
-    "8B": (4096, 12288, 36, 32, False),
-    "32B": (5120, 25600, 64, 64, False),
-}
+SHAPES = {"0.6B": (1024, 3072, 28, 16, True), "8B": (4096, 12288, 36, 32, False), "32B": (5120, 25600, 64, 64, False)}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +64,7 @@ def test_a_role_that_does_not_fit_is_refused(model, capsys) -> None:
     expected = "placement.gpu_gib: expected at least 39.6 for engines of teacher of stage sample"
     assert expected in output and "got 39" in output
     assert "generator.tensor_parallel_size" in output
-    code, output = run_plan(
-        capsys, *arguments, "--placement.gpu_gib", 79, "--learner.num_workers", 1
-    )
+    code, output = run_plan(capsys, *arguments, "--placement.gpu_gib", 79, "--learner.num_workers", 1)
     assert code == 2
     assert "ranks of stage sft" in output
     assert "learner.num_workers" in output
@@ -85,8 +79,8 @@ cooperate = {{{keys}}}
 
 @pytest.fixture
 def cooperating(model, capsys, tmp_path: Path):
-    """Plans a job with arms of these settings: the lines of stage cooperate, and the GiB of its
-    ranks and of those of sft."""
+    """Plans a job with arms of these settings: the lines of stage cooperate, and the GiB of its ranks and of those of
+    sft."""
     student, teacher = model("8B"), model("32B")
 
     def plan_arms(*settings: str) -> tuple[list[str], float, float]:
@@ -109,8 +103,8 @@ def test_ranks_of_cooperate_need_what_those_of_sft_do(cooperating) -> None:
 
 
 def test_bridge_keeps_a_shadow_unless_it_is_offloaded(cooperating) -> None:
-    """On 16 ranks: 2 bytes of weights, 2 of gradients and 12 of states for each parameter, and one
-    more gibibyte of buckets."""
+    """On 16 ranks: 2 bytes of weights, 2 of gradients and 12 of states for each parameter, and one more gibibyte of
+    buckets."""
     _, without, of_sft = cooperating('method = {type = "bridge", meta_objective = false}')
     assert of_sft < without < of_sft + 0.5
     sizes = {}

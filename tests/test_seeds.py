@@ -19,11 +19,7 @@ def test_a_seed_never_changes():
 def test_same_in_another_process():
     for hash_seed in ("1", "2"):
         printed = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from pear_ray.seeds import seed_of; print(seed_of(3, 'rl', (1, 'x')))",
-            ],
+            [sys.executable, "-c", "from pear_ray.seeds import seed_of; print(seed_of(3, 'rl', (1, 'x')))"],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             capture_output=True,
             check=True,

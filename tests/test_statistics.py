@@ -53,9 +53,7 @@ def test_pass_at_k_is_stable_when_binomials_overflow():
 
 
 def test_pass_at_k_increases_with_k_and_with_correct_answers():
-    table = np.array(
-        [[pass_at_k(24, c, k) for k in range(1, 25)] for c in range(25)], dtype=np.float64
-    )
+    table = np.array([[pass_at_k(24, c, k) for k in range(1, 25)] for c in range(25)], dtype=np.float64)
     assert (np.diff(table, axis=1) >= 0).all() and (np.diff(table, axis=0) >= 0).all()
     np.testing.assert_allclose(table[:, 0], np.arange(25) / 24, atol=1e-15)
     assert (table[0] == 0).all() and (table[24] == 1).all()
@@ -196,17 +194,13 @@ def test_histogram_quantiles_of_one_full_bin():
 
 def test_uniform_weights_have_full_effective_sample_size():
     tokens, weights = random_tokens(np.random.default_rng(6), [20, 20])
-    assert summary_of(torch.full_like(weights, 0.3), tokens)["effective_sample_size"] == (
-        pytest.approx(1.0)
-    )
+    assert summary_of(torch.full_like(weights, 0.3), tokens)["effective_sample_size"] == (pytest.approx(1.0))
     lonely = torch.full_like(weights, math.exp(-10))
     lonely[7] = 100.0
     assert summary_of(lonely, tokens)["effective_sample_size"] == pytest.approx(1 / 40, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("num_seeds", "quantile"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (8, 2.3646), (31, 2.0423)]
-)
+@pytest.mark.parametrize(("num_seeds", "quantile"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (8, 2.3646), (31, 2.0423)])
 def test_interval_over_seeds_uses_the_tabulated_student_quantile(num_seeds, quantile):
     summary = mean_over_seeds(np.random.default_rng(num_seeds).normal(size=num_seeds))
     reach = (summary["high"] - summary["low"]) / 2

@@ -30,11 +30,7 @@ BASE = 0.25
 SEEDS = (3, 5, 8)
 
 
-def job_of(
-    folder: Path,
-    arms: tuple[str, ...] = tuple(SCORES),
-    study_settings: dict[str, Any] | None = None,
-) -> Job:
+def job_of(folder: Path, arms: tuple[str, ...] = tuple(SCORES), study_settings: dict[str, Any] | None = None) -> Job:
     return Job.model_validate(
         {
             "run": {"dir": str(folder)},
@@ -43,11 +39,7 @@ def job_of(
             "generator": {"max_new_tokens": 48, "max_model_len": 64},
             "evaluation": {"samples_per_problem": 4, "ks": [1]},
             "arms": [{"name": name, **SETTINGS.get(name, {})} for name in arms],
-            "study": {
-                "seeds": SEEDS,
-                "hypothesis": "weighted ends higher",
-                **(study_settings or {}),
-            },
+            "study": {"seeds": SEEDS, "hypothesis": "weighted ends higher", **(study_settings or {})},
         }
     )
 
@@ -73,8 +65,7 @@ def write_study(job: Job, folder: Path) -> None:
             stages |= {arm.last_stage: {"seconds": 100.0}}
             (home / "manifest.json").write_text(json.dumps({"stages": stages}))
             rows = [
-                {"stage": "sft", "step": step, "time": 0.0, "nll": 2.0 - 0.1 * step + 0.01 * seed}
-                for step in range(4)
+                {"stage": "sft", "step": step, "time": 0.0, "nll": 2.0 - 0.1 * step + 0.01 * seed} for step in range(4)
             ]
             (home / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluate").mkdir()
@@ -132,10 +123,7 @@ def test_arms_not_in_study_arms_are_left_out(tmp_path: Path) -> None:
     write_study(job_of(tmp_path), tmp_path)
     job = job_of(tmp_path, study_settings={"arms": ("plain", "none")})
     assert list(compare(job, tmp_path)["arms"]) == ["plain", "none"]
-    assert list(study.write_plan(job, tmp_path / "study" / "plan.json")["arms"]) == [
-        "plain",
-        "none",
-    ]
+    assert list(study.write_plan(job, tmp_path / "study" / "plan.json")["arms"]) == ["plain", "none"]
     assert "weighted@3" not in job.homes(tmp_path) and "weighted" in job.homes(tmp_path)
 
 

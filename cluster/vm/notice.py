@@ -37,15 +37,9 @@ def is_noticed(cloud: str, metadata: str) -> bool:
         if cloud == "gcp":
             path = "computeMetadata/v1/instance/preempted"
             return ask(f"{metadata}/{path}", Metadata_Flavor="Google") == "TRUE"
-        token = ask(
-            f"{metadata}/latest/api/token",
-            "PUT",
-            X_aws_ec2_metadata_token_ttl_seconds=TOKEN_SECONDS,
-        )
+        token = ask(f"{metadata}/latest/api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds=TOKEN_SECONDS)
         # Not found until there is a notice.
-        return bool(
-            ask(f"{metadata}/latest/meta-data/spot/instance-action", X_aws_ec2_metadata_token=token)
-        )
+        return bool(ask(f"{metadata}/latest/meta-data/spot/instance-action", X_aws_ec2_metadata_token=token))
     except (urllib.error.URLError, TimeoutError):
         return False
 

@@ -25,8 +25,7 @@ class Arm(Section):
     rl: dict[str, Any] = Field({})
     """Keys of [rl] that differ in this arm."""
     cooperate: dict[str, Any] | None = None
-    """Keys of [cooperate] that differ in this arm; if set, even to {}, the arm runs `cooperate`
-    instead of `rl`."""
+    """Keys of [cooperate] that differ in this arm; if set, even to {}, the arm runs `cooperate` instead of `rl`."""
 
     @property
     def last_stage(self) -> str:
@@ -43,8 +42,7 @@ class Study(Section):
     """Stage `study`: every arm with several seeds."""
 
     seeds: tuple[int, ...] = ()
-    """Each arm runs once with each of these seeds. Seeds and arms may be added later in the same
-    run folder."""
+    """Each arm runs once with each of these seeds. Seeds and arms may be added later in the same run folder."""
     arms: tuple[str, ...] = ()
     """Arms that take part; empty: all."""
     max_parallel: int = Field(1, gt=0)
@@ -72,9 +70,8 @@ def is_after_rl(label: str) -> bool:
 
 
 def start_of(label: str, evaluated: Collection[str]) -> str | None:
-    """Return the label of the checkpoint that the training of `label` started from: "base" for
-    SFT; for a last stage its arm's SFT if that was evaluated, else "base". None if `label` names
-    no trained checkpoint."""
+    """Return the label of the checkpoint that the training of `label` started from: "base" for SFT; for a last stage
+    its arm's SFT if that was evaluated, else "base". None if `label` names no trained checkpoint."""
     prefix, slash, stage = label.rpartition("/")
     own = f"{prefix}{slash}sft"
     if is_after_rl(label) and own in evaluated:

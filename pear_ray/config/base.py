@@ -14,9 +14,7 @@ class Section(BaseModel):
     """A table of a job: frozen, with a docstring for every key."""
 
     # JSON has no infinity, and config.json must read back as the same job.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -30,8 +28,8 @@ Bounds = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 def by_type(default: str) -> BeforeValidator:
-    """Return the validator of a union of sections with different `type`s: "gspo" is short
-    for {type = "gspo"}, and a table without a type has the default one."""
+    """Return the validator of a union of sections with different `type`s: "gspo" is short for {type = "gspo"}, and a
+    table without a type has the default one."""
 
     def complete(value: Any) -> Any:
         if isinstance(value, str):
@@ -82,11 +80,9 @@ def _message(detail: Mapping[str, Any], known: Mapping[str, FieldInfo]) -> str:
     return f"expected {re.split(', (?:unable|got) | after validation', expected)[0]}{got}"
 
 
-def keys_at(
-    location: Sequence[int | str], root: type[Section]
-) -> tuple[list[str], dict[str, FieldInfo]]:
-    """Return a location's parts without pydantic's union tags, and the keys that a table there may
-    have: keys_at(("rl", "loss", "nft"), Job) is (["rl", "loss"], {"type": ...})."""
+def keys_at(location: Sequence[int | str], root: type[Section]) -> tuple[list[str], dict[str, FieldInfo]]:
+    """Return a location's parts without pydantic's union tags, and the keys that a table there may have: keys_at(("rl",
+    "loss", "nft"), Job) is (["rl", "loss"], {"type": ...})."""
     names = []
     sections: list[type[Section]] = [root]
     is_dict = False

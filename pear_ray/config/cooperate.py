@@ -35,8 +35,8 @@ class AlternateMethod(Section):
 
     type: Literal["alternate"] = "alternate"
     frozen_frac: float = Field(0.0, ge=0, lt=1)
-    """Fraction of each parameter that the step on traces leaves alone: the elements that the step
-    on rollouts moved most (MIFO)."""
+    """Fraction of each parameter that the step on traces leaves alone: the elements that the step on rollouts moved
+    most (MIFO)."""
 
 
 class BridgeMethod(Mixture):
@@ -48,8 +48,8 @@ class BridgeMethod(Mixture):
     lora_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the adapters; by default ten times that of the weights."""
     meta_objective: bool = True
-    """Train the adapters on what the traces gain for RL; otherwise they train as the weights do,
-    and there is no shadow."""
+    """Train the adapters on what the traces gain for RL; otherwise they train as the weights do, and there is no
+    shadow."""
     refresh_steps: int = Field(0, ge=0)
     """Steps after which the shadow's weights are reset to the policy's; 0: never."""
     shadow_offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -61,13 +61,10 @@ class BridgeMethod(Mixture):
             default, value = type(self).model_fields[key].default, getattr(self, key)
             if not self.meta_objective and value != default:
                 raise ValueError(
-                    f"{key}: expected {default!r} without meta_objective, which has the shadow, got"
-                    f" {value!r}"
+                    f"{key}: expected {default!r} without meta_objective, which has the shadow, got {value!r}"
                 )
         if self.lora.dropout:
-            raise ValueError(
-                f"lora.dropout: expected 0 beside trained weights, got {self.lora.dropout}"
-            )
+            raise ValueError(f"lora.dropout: expected 0 beside trained weights, got {self.lora.dropout}")
         return self
 
 
@@ -80,8 +77,7 @@ class TrapoMethod(Section):
     prefix_fracs: tuple[Fraction, ...] = (0.0, 0.2, 0.5, 1.0)
     """Fraction of a trace that the completions of each chunk begin with."""
     prefix_returns: tuple[float, ...] = (-1.0, 0.5, 0.7, 0.9)
-    """A chunk gets its prefix only if the mean reward of the prompt's earlier completions is lower
-    than this."""
+    """A chunk gets its prefix only if the mean reward of the prompt's earlier completions is lower than this."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> TrapoMethod:
@@ -98,21 +94,18 @@ class Cooperate(Section):
     """Stage `cooperate`. Rollouts, steps and optimizer are those of [rl], traces those of [sft]."""
 
     method: Annotated[
-        SumMethod | AlternateMethod | BridgeMethod | TrapoMethod,
-        Field(discriminator="type"),
-        by_type("sum"),
+        SumMethod | AlternateMethod | BridgeMethod | TrapoMethod, Field(discriminator="type"), by_type("sum")
     ] = SumMethod()
     """How a step uses both signals."""
     traces: Literal["all", "failed"] = "all"
-    """Traces of a step: the next rows of the corpus, or those of the prompts that its own rollouts
-    failed (MIFO). With method "trapo" only "all"."""
+    """Traces of a step: the next rows of the corpus, or those of the prompts that its own rollouts failed (MIFO). With
+    method "trapo" only "all"."""
     failed_pass_rate: float = Field(0.0, ge=0, lt=1)
     """A prompt has failed if at most this fraction of its completions is correct."""
     entropy_top_frac: float = Field(1.0, gt=0, le=1)
     """Fraction of each trace's tokens to train on, those of the highest entropy (MIFO)."""
     sft: dict[str, Any] = Field({})
-    """Keys of [sft] that differ here. Method "trapo" has objective "trsft" unless it is set
-    here."""
+    """Keys of [sft] that differ here. Method "trapo" has objective "trsft" unless it is set here."""
 
     def sft_of(self, sft: Sft) -> Sft:
         """Return the settings for traces in a job with this [sft]."""
@@ -124,15 +117,11 @@ class Cooperate(Section):
         if self.method.type == "trapo" and self.traces != "all":
             raise ValueError(f'traces: expected "all" with method "trapo", got {self.traces!r}')
         if self.failed_pass_rate and self.traces != "failed":
-            raise ValueError(
-                f"failed_pass_rate: expected 0 with traces {self.traces!r}, got"
-                f" {self.failed_pass_rate}"
-            )
+            raise ValueError(f"failed_pass_rate: expected 0 with traces {self.traces!r}, got {self.failed_pass_rate}")
         for key in UNUSED_SFT_KEYS:
             if key in self.sft:
                 raise ValueError(
-                    f"sft.{key}: expected none, since steps and optimizer are those of [rl], got"
-                    f" {self.sft[key]!r}"
+                    f"sft.{key}: expected none, since steps and optimizer are those of [rl], got {self.sft[key]!r}"
                 )
         return self
 

@@ -54,15 +54,15 @@ class Corpus(Section):
     """The offline traces."""
 
     path: str | None = None
-    """Parquet or JSON lines (plain, .gz, .zst): a file, a folder or a pattern such as
-    "data/*.jsonl.gz", on disk or at s3://, gs:// or hf://datasets/OWNER/NAME."""
+    """Parquet or JSON lines (plain, .gz, .zst): a file, a folder or a pattern such as "data/*.jsonl.gz", on disk or at
+    s3://, gs:// or hf://datasets/OWNER/NAME."""
     columns: Columns = Columns()
     """Column names of the corpus."""
     source: str | None = None
     """Source of rows without one."""
     fallback_scorer: str | None = None
-    """Entry of [behavior] whose model scores rows of sources that are not in [behavior]; such rows
-    are marked. Without it they are rejected."""
+    """Entry of [behavior] whose model scores rows of sources that are not in [behavior]; such rows are marked. Without
+    it they are rejected."""
     sample: CorpusSample | None = None
     """Sample the corpus from the policies of [behavior] instead of reading one."""
     scored_path: str | None = None
@@ -74,11 +74,10 @@ class Corpus(Section):
     on_overlength: Literal["reject", "truncate"] = "reject"
     """Reject rows of more than generator.max_model_len tokens, or cut the end of the response."""
     recorded_logprobs: Literal["probe", "ignore"] = "probe"
-    """Use the log-probs in the rows if a sample of them agrees with the engine's, or always compute
-    them anew."""
+    """Use the log-probs in the rows if a sample of them agrees with the engine's, or always compute them anew."""
     probe_rows: int = Field(256, gt=0)
-    """Rows of each source that are scored in every way to compare: by the engine, by the trainer's
-    forward pass, and as recorded."""
+    """Rows of each source that are scored in every way to compare: by the engine, by the trainer's forward pass, and as
+    recorded."""
     max_logprob_gap: float = Field(0.1, gt=0)
     """`score` fails if two of these differ by more nats per token on average."""
     top_logprobs: int = Field(0, ge=0)

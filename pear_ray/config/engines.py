@@ -30,11 +30,9 @@ class Generator(Section):
     """Longest prompt plus completion, in tokens."""
     max_num_seqs: int = Field(256, gt=0)
     """Largest number of requests in an engine's batch."""
-    max_num_batched_tokens: int = Field(
-        default_factory=lambda data: 8192 if data["num_gpus"] > 0 else 2048, gt=0
-    )
-    """Largest number of tokens in an engine's forward pass; longer prompts are split into chunks.
-    By default 8192 on GPUs and 2048 on CPUs."""
+    max_num_batched_tokens: int = Field(default_factory=lambda data: 8192 if data["num_gpus"] > 0 else 2048, gt=0)
+    """Largest number of tokens in an engine's forward pass; longer prompts are split into chunks. By default 8192 on
+    GPUs and 2048 on CPUs."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Fraction of a GPU's memory that an engine may use."""
     kv_cache_gib: int = Field(1, gt=0)
@@ -53,8 +51,7 @@ class Generator(Section):
     def _check_sizes(self) -> Generator:
         if self.max_new_tokens >= self.max_model_len:
             raise ValueError(
-                f"max_new_tokens: expected less than max_model_len {self.max_model_len}, got"
-                f" {self.max_new_tokens}"
+                f"max_new_tokens: expected less than max_model_len {self.max_model_len}, got {self.max_new_tokens}"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -62,10 +59,7 @@ class Generator(Section):
                 f" each request has a token in each batch, got {self.max_num_batched_tokens}"
             )
         if self.min_engines > self.num_engines:
-            raise ValueError(
-                f"min_engines: expected at most num_engines {self.num_engines}, got"
-                f" {self.min_engines}"
-            )
+            raise ValueError(f"min_engines: expected at most num_engines {self.num_engines}, got {self.min_engines}")
         return self
 
 
@@ -98,11 +92,11 @@ class Learner(Section):
     tokens_per_micro_batch: int = Field(8192, gt=0)
     """Packed tokens in a forward and backward pass of a rank."""
     sequence_parallel: int = Field(1, gt=0)
-    """Ranks that share each pack, for sequences too long for one rank (DeepSpeed-Ulysses). A pack
-    then has that many times `tokens_per_micro_batch`."""
+    """Ranks that share each pack, for sequences too long for one rank (DeepSpeed-Ulysses). A pack then has that many
+    times `tokens_per_micro_batch`."""
     logits_mib: float = Field(512.0, gt=0)
-    """Memory for logits and their softmax; micro-batches that need more compute them in chunks, in
-    the forward and again in the backward pass."""
+    """Memory for logits and their softmax; micro-batches that need more compute them in chunks, in the forward and
+    again in the backward pass."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """ZeRO partitions nothing, optimizer states, gradients too, or parameters too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -126,10 +120,7 @@ class Learner(Section):
     @model_validator(mode="after")
     def _check_ranks(self) -> Learner:
         if self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers: expected at most num_workers {self.num_workers}, got"
-                f" {self.min_workers}"
-            )
+            raise ValueError(f"min_workers: expected at most num_workers {self.num_workers}, got {self.min_workers}")
         for key in ("num_workers", "min_workers"):
             if getattr(self, key) % self.sequence_parallel:
                 raise ValueError(
@@ -138,14 +129,12 @@ class Learner(Section):
                 )
         if self.sequence_parallel > 1 and self.min_workers != self.num_workers:
             raise ValueError(
-                f"min_workers: expected num_workers {self.num_workers} with sequence_parallel, got"
-                f" {self.min_workers}"
+                f"min_workers: expected num_workers {self.num_workers} with sequence_parallel, got {self.min_workers}"
             )
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < lowest:
             raise ValueError(
-                f"zero_stage: expected at least {lowest} with offload {self.offload!r}, got"
-                f" {self.zero_stage}"
+                f"zero_stage: expected at least {lowest} with offload {self.offload!r}, got {self.zero_stage}"
             )
         return self
 
@@ -158,8 +147,8 @@ class Weights(Section):
     timeout_seconds: float = Field(300.0, gt=0)
     """Longest wait for a version."""
     full_every: int = Field(8, gt=0)
-    """One version in this many is published in full, the others as a delta if that is less than
-    half the size; 1: all in full."""
+    """One version in this many is published in full, the others as a delta if that is less than half the size; 1: all
+    in full."""
     max_logprob_gap: float = Field(0.1, gt=0)
     """`rl` stops if engine and learner disagree by more nats in the parity check."""
 
@@ -174,13 +163,13 @@ class Rewards(Section):
     memory_mib: int = Field(2048, ge=256)
     """Memory that grading a completion may use beyond what the process uses already, in MiB."""
     network: bool = False
-    """Allow network access, for graders that call another model. Some graders execute completions:
-    leave it off unless needed."""
+    """Allow network access, for graders that call another model. Some graders execute completions: leave it off unless
+    needed."""
 
 
 class Placement(Section):
-    """Node labels (`ray start --labels`, a worker group's `labels`) that nodes of a role must have.
-    A value may also be "!value", "in(a, b)" or "!in(a, b)"."""
+    """Node labels (`ray start --labels`, a worker group's `labels`) that nodes of a role must have. A value may also be
+    "!value", "in(a, b)" or "!in(a, b)"."""
 
     learners: dict[str, str] = Field({})
     """Labels of the nodes for training ranks; empty: any node."""

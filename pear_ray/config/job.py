@@ -1,7 +1,7 @@
 """A job: one frozen section per table, one docstring per key.
 
-A job is a TOML file; `--section.key value` on the command line overrides it. Paths in a job are
-relative to the working directory of the command.
+A job is a TOML file; `--section.key value` on the command line overrides it. Paths in a job are relative to the working
+directory of the command.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class Evaluation(Section):
     def _check_ks(self) -> Evaluation:
         for k in self.ks:
             if k > self.samples_per_problem:
-                raise ValueError(
-                    f"ks: expected at most samples_per_problem {self.samples_per_problem}, got {k}"
-                )
+                raise ValueError(f"ks: expected at most samples_per_problem {self.samples_per_problem}, got {k}")
         return self
 
 
@@ -121,8 +119,8 @@ class Ranking(Section):
     after_rl: dict[str, float] = Field({})
     """Known pass@1 after RL of checkpoints; that of the run's arms is found."""
     trained_on: dict[str, str] = Field({})
-    """A name for data and loss of a checkpoint's SFT, for checkpoints that no arm of a run made.
-    Held-out losses are compared within one name."""
+    """A name for data and loss of a checkpoint's SFT, for checkpoints that no arm of a run made. Held-out losses are
+    compared within one name."""
 
     @model_validator(mode="after")
     def _check_rates(self) -> Ranking:
@@ -147,11 +145,10 @@ class TaskSpec(Section):
     """A task: a family of problems with a grader."""
 
     name: str = Field(min_length=1)
-    """"countdown", "math", "reasoning_gym", an entry point of the group `pear_ray.tasks`, or
-    "package.module:Class"."""
+    """"countdown", "math", "reasoning_gym", an entry point of the group `pear_ray.tasks`, or "package.module:Class"."""
     weight: float = Field(1.0, gt=0)
-    """Share of the training problems, relative to the weights of the other tasks. `evaluate` takes
-    the same number of held-out problems from each."""
+    """Share of the training problems, relative to the weights of the other tasks. `evaluate` takes the same number of
+    held-out problems from each."""
     options: dict[str, Any] = Field({})
     """Options of the family; `label` distinguishes two tasks of one family."""
 
@@ -205,10 +202,7 @@ class Job(Section):
             sources |= {key: getattr(self.corpus, key) for key in ("source", "fallback_scorer")}
         for key, source in sources.items():
             if source is not None and source not in self.behavior:
-                raise ValueError(
-                    f"corpus.{key}: expected one of [behavior] {sorted(self.behavior)}, got"
-                    f" {source!r}"
-                )
+                raise ValueError(f"corpus.{key}: expected one of [behavior] {sorted(self.behavior)}, got {source!r}")
         models = {"base": self.model, **self.behavior}
         for name, model in models.items():
             start = model.pretrain.start_from if model.pretrain else None
@@ -256,9 +250,7 @@ class Job(Section):
             raise ValueError(f"study.arms: expected names among {names}, got {unknown}")
         compared = [arm.name for arm in self.study_arms]
         if self.study.baseline not in (None, *compared):
-            raise ValueError(
-                f"study.baseline: expected one of {compared}, got {self.study.baseline!r}"
-            )
+            raise ValueError(f"study.baseline: expected one of {compared}, got {self.study.baseline!r}")
         trained = {"sft": self.sft}
         for arm in self.arms:
             try:
@@ -271,9 +263,7 @@ class Job(Section):
         # A corpus that was scored before may hold top log-probs: the stage checks.
         distilled = [key for key, sft in trained.items() if sft.objective.type == "kl"]
         if distilled and self.corpus.scored_path is None and not self.corpus.top_logprobs:
-            raise ValueError(
-                f'corpus.top_logprobs: expected at least 1 for {distilled[0]}.objective "kl", got 0'
-            )
+            raise ValueError(f'corpus.top_logprobs: expected at least 1 for {distilled[0]}.objective "kl", got 0')
         return self
 
     @property
@@ -304,9 +294,8 @@ class Job(Section):
         return Path(self.corpus.scored_path) if self.corpus.scored_path else self.folder / "scored"
 
     def homes(self, folder: Path) -> dict[str, Path]:
-        """Return the output folders of training stages below a run directory, by the prefix of
-        their checkpoints' labels: "" for the run itself, "pear" for an arm, "pear@3" for an arm
-        with a seed of a study."""
+        """Return the output folders of training stages below a run directory, by the prefix of their checkpoints'
+        labels: "" for the run itself, "pear" for an arm, "pear@3" for an arm with a seed of a study."""
         arms = {arm.name: folder / "arms" / arm.name for arm in self.arms}
         seeds = {
             f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
@@ -316,8 +305,8 @@ class Job(Section):
         return {"": folder} | arms | seeds
 
     def of_arm(self, arm: Arm, seed: int | None = None) -> Job:
-        """Return the job of an arm, or of an arm with a seed of a study: in a run directory below
-        this one, on this job's scored corpus."""
+        """Return the job of an arm, or of an arm with a seed of a study: in a run directory below this one, on this
+        job's scored corpus."""
         document = self.model_dump()
         name = arm.name if seed is None else f"{arm.name}@{seed}"
         document["run"]["dir"] = str(self.homes(self.folder)[name])

@@ -1,5 +1,5 @@
-"""Read a job: a TOML file that people write, or the JSON of a run directory, with overrides from
-the command line; no secrets in either."""
+"""Read a job: a TOML file that people write, or the JSON of a run directory, with overrides from the command line; no
+secrets in either."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ SECRET_KEYS = re.compile(
     r"|[_-]token$|\boptions\.token$",
     re.I,
 )
-# URLs with a password or a signature, and the prefixes of secrets of Hugging Face, AWS, GitHub and
-# others.
+# URLs with a password or a signature, and the prefixes of secrets of Hugging Face, AWS, GitHub and others.
 SECRET_VALUES = re.compile(
     r"://[^/\s]*:[^/\s]*@"
     r"|[?&](x-(amz|goog)-(signature|credential|security-token)|sig|signature|(access_)?token"
@@ -92,8 +91,8 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def parse_override(key: str, words: Sequence[str]) -> tuple[list[str], Any]:
     """Return the parts of a dotted key as a job spells them, and its value.
 
-    Hyphens in names of keys count as underscores. Without words a boolean is set, or cleared by
-    `--section.no-key` or `--no-section.key`. Several words are a list.
+    Hyphens in names of keys count as underscores. Without words a boolean is set, or cleared by `--section.no-key` or
+    `--no-section.key`. Several words are a list.
 
     Raises:
         ConfigError: the key needs a value.
@@ -137,9 +136,7 @@ def merge(old: Any, new: Any) -> Any:
     if isinstance(old, list):
         items = {str(number): item for number, item in enumerate(old)}
         if unknown := sorted(new.keys() - items.keys()):
-            raise ConfigError(
-                f"{COMMAND_LINE}: expected the index of one of {len(old)} items, got {unknown[0]!r}"
-            )
+            raise ConfigError(f"{COMMAND_LINE}: expected the index of one of {len(old)} items, got {unknown[0]!r}")
         return list(merge(items, new).values())
     if isinstance(old, str):
         old = {"type": old}
@@ -148,8 +145,8 @@ def merge(old: Any, new: Any) -> Any:
 
 
 def refuse_secrets(source: str, document: Any) -> None:
-    """Raise ConfigError, without the value, if a key or value of a document looks like a secret:
-    a job is stored in the run directory, printed and shown in the report."""
+    """Raise ConfigError, without the value, if a key or value of a document looks like a secret: a job is stored in the
+    run directory, printed and shown in the report."""
     for field, value in strings_in(document):
         if value and (SECRET_KEYS.search(field) or SECRET_VALUES.search(value)):
             raise ConfigError(

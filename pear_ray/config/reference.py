@@ -48,9 +48,7 @@ def reference() -> str:
     return "\n\n".join([HEADER.strip(), "\n".join(contents), *sections])
 
 
-def tables(
-    section: type[Section], prefix: str, seen: dict[type[Section], str]
-) -> Iterator[tuple[str, str]]:
+def tables(section: type[Section], prefix: str, seen: dict[type[Section], str]) -> Iterator[tuple[str, str]]:
     """Yield heading and Markdown of every table inside a section, depth first."""
     for name, field in section.model_fields.items():
         key = f"{prefix}.{name}" if prefix else name

@@ -70,32 +70,28 @@ class Rl(Optimizer):
     """Sampling temperature."""
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Advantages from the rewards of a group."""
-    loss: Annotated[
-        PpoLoss | GspoLoss | CispoLoss | NftLoss, Field(discriminator="type"), by_type("ppo")
-    ] = PpoLoss()
+    loss: Annotated[PpoLoss | GspoLoss | CispoLoss | NftLoss, Field(discriminator="type"), by_type("ppo")] = PpoLoss()
     """Policy loss."""
     importance_sampling: Annotated[
         RatioToSampler | TruncatedSampling, Field(discriminator="type"), by_type("ratio")
     ] = RatioToSampler()
     """Correction of the mismatch between the engine's log-probs and the learner's."""
     loss_agg: Literal["token", "sequence", "constant"] = "token"
-    """Mean over tokens; mean over sequences of their tokens' means; or sum over tokens divided by
-    the number of sequences times generator.max_new_tokens."""
+    """Mean over tokens; mean over sequences of their tokens' means; or sum over tokens divided by the number of
+    sequences times generator.max_new_tokens."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Coefficient of the KL divergence to the initial policy; above 0, engines of its own serve
-    that policy."""
+    """Coefficient of the KL divergence to the initial policy; above 0, engines of its own serve that policy."""
     dynamic_sampling: bool = False
     """Replace a group whose completions all have the same reward by another prompt (DAPO)."""
     mask_truncated: bool = False
-    """Train on no token of a completion that was cut at max_new_tokens; its reward still counts in
-    the group's mean."""
+    """Train on no token of a completion that was cut at max_new_tokens; its reward still counts in the group's mean."""
     overlong_buffer_tokens: int = Field(0, ge=0)
     """Lower the reward by up to 1 over this many tokens before max_new_tokens (DAPO); 0: never."""
     max_staleness: int = Field(0, ge=0)
     """Learner steps by which sampling may run ahead of training; 0 is on-policy."""
     eval_every: int = Field(0, ge=0)
-    """Steps between evaluations on held-out problems with the settings of [evaluation]; the best
-    checkpoint by pass@1 is exported too. 0: no evaluation during training."""
+    """Steps between evaluations on held-out problems with the settings of [evaluation]; the best checkpoint by pass@1
+    is exported too. 0: no evaluation during training."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after this many evaluations without a better pass@1; 0: never."""
     target_pass_rate: float | None = Field(None, gt=0, le=1)
@@ -118,10 +114,7 @@ class Rl(Optimizer):
             )
         for key in ("record", "eval_every"):
             if self.replay is not None and getattr(self, key):
-                raise ValueError(
-                    f"{key}: expected none with replay, which starts no engine, got"
-                    f" {getattr(self, key)}"
-                )
+                raise ValueError(f"{key}: expected none with replay, which starts no engine, got {getattr(self, key)}")
         for key in ("early_stopping_patience", "target_pass_rate"):
             value = getattr(self, key)
             if value and not self.eval_every:

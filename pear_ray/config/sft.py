@@ -70,8 +70,7 @@ class SedObjective(Section):
     top_k: int = Field(10, gt=0)
     """Likeliest tokens whose probability mass decides whether a position is undecided."""
     decided_frac: float = Field(0.7, gt=0, lt=1)
-    """Fraction of the corpus's tokens to count as decided; it fixes the bound on that mass before
-    training."""
+    """Fraction of the corpus's tokens to count as decided; it fixes the bound on that mass before training."""
 
 
 class TrSftObjective(Section):
@@ -97,22 +96,21 @@ class Sft(Optimizer):
     level: Literal["none", "token", "block", "sequence"] = "token"
     """Level of PEAR's importance weights; "none" is plain SFT."""
     preset: Literal["short_answers"] | None = None
-    """"short_answers" sets clip_log_ratio to [-0.5, 0.5]: the paper's bounds leave the weights of
-    answers of about ten tokens almost equal. An extension of the paper's method."""
+    """"short_answers" sets clip_log_ratio to [-0.5, 0.5]: the paper's bounds leave the weights of answers of about ten
+    tokens almost equal. An extension of the paper's method."""
     discount: float = Field(0.999, gt=0, le=1)
     """Discount of the weights per token of suffix."""
     block_size: int = Field(4, gt=0)
     """Tokens in a block, for level "block"."""
     clip_log_ratio: Bounds | None = None
-    """Bounds of each token's log-ratio, in nats; by default the preset's, else the paper's
-    [-0.08, 0.3]."""
+    """Bounds of each token's log-ratio, in nats; by default the preset's, else the paper's [-0.08, 0.3]."""
     clip_log_weight: Bounds = (-10.0, 5.0)
     """Bounds of each token's log-weight, in nats."""
     normalize: Literal["none", "per_sequence", "per_batch"] = "none"
     """Scale the weights to mean 1 within each sequence, or over the tokens of each step."""
     control: Literal["none", "mean_weight", "shuffled", "centered"] = "none"
-    """Control experiments for PEAR: give every token the mean weight; permute the weights; subtract
-    each trace's mean log-ratio."""
+    """Control experiments for PEAR: give every token the mean weight; permute the weights; subtract each trace's mean
+    log-ratio."""
     sources: tuple[str, ...] = ()
     """Train and measure the held-out loss only on rows of these sources; empty: all."""
     negatives: bool = False
@@ -145,7 +143,5 @@ class Sft(Optimizer):
             if self.level == "none" and value != "none":
                 raise ValueError(f'{key}: expected "none" with level "none", got {value!r}')
         if self.control != "none" and self.normalize != "none":
-            raise ValueError(
-                f'normalize: expected "none" with control {self.control!r}, got {self.normalize!r}'
-            )
+            raise ValueError(f'normalize: expected "none" with control {self.control!r}, got {self.normalize!r}')
         return self

@@ -1,7 +1,6 @@
 """Stage `cooperate`: train on rollouts and offline demonstrations at once, in place of `rl`.
 
-The loop is `rl`'s. Demonstrations are rows of the scored corpus, weighted as in `sft`. A method
-is a train step:
+The loop is `rl`'s. Demonstrations are rows of the scored corpus, weighted as in `sft`. A method is a train step:
 
 | cooperate.method | train step         |                                                          |
 |------------------|--------------------|----------------------------------------------------------|
@@ -33,13 +32,7 @@ from typing import Any
 from pear_ray.config import AlternateMethod, BridgeMethod, Job, SumMethod, TrapoMethod
 from pear_ray.cooperate.bridge import BridgeStep, WeightsAndLoraStep
 from pear_ray.cooperate.demonstrations import DemonstrationIndex
-from pear_ray.cooperate.methods import (
-    CooperateStep,
-    MixedDataScheduler,
-    SumStep,
-    cooperate_settings,
-    demonstration_job,
-)
+from pear_ray.cooperate.methods import CooperateStep, MixedDataScheduler, SumStep, cooperate_settings, demonstration_job
 from pear_ray.cooperate.mifo import AlternateStep, FailedPromptScheduler
 from pear_ray.cooperate.prefix import PrefixScheduler, TrapoStep
 from pear_ray.data.scored_dataset import RowFilter, RowGroup, check_enough_rows, scan_dataset
@@ -72,18 +65,14 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return run_rl(stage, partial(train_step_class(method), groups))
 
 
-def train_step_class(
-    method: SumMethod | AlternateMethod | BridgeMethod | TrapoMethod,
-) -> type[CooperateStep]:
+def train_step_class(method: SumMethod | AlternateMethod | BridgeMethod | TrapoMethod) -> type[CooperateStep]:
     """Return the train step of a method."""
     if isinstance(method, BridgeMethod) and not method.meta_objective:
         return WeightsAndLoraStep
     return TRAIN_STEPS[method.type]
 
 
-def scheduler_factory(
-    job: Job, groups: list[RowGroup]
-) -> Callable[[Job, str, int, int], RolloutScheduler]:
+def scheduler_factory(job: Job, groups: list[RowGroup]) -> Callable[[Job, str, int, int], RolloutScheduler]:
     """Return the stage's `make_scheduler`."""
     settings, sft_job = cooperate_settings(job), demonstration_job(job)
     if settings.method.type != "trapo" and settings.traces == "all":

@@ -1,19 +1,18 @@
 """BRIDGE (arXiv 2509.06948): SFT that asks at each step how much it helps RL.
 
-The policy is theta + w: weights and a low-rank adapter beside them. A shadow theta^ of the weights
-is trained by RL alone, and w is trained to make cooperation better than that. J_sft is the mean
-log-likelihood of demonstrations (weighted as in [sft]), J_rl the surrogate of the rollouts,
-lambda the weight of RL (section 3.2 of the paper, as secondary sources quote it):
+The policy is theta + w: weights and a low-rank adapter beside them. A shadow theta^ of the weights is trained by RL
+alone, and w is trained to make cooperation better than that. J_sft is the mean log-likelihood of demonstrations
+(weighted as in [sft]), J_rl the surrogate of the rollouts, lambda the weight of RL (section 3.2 of the paper, as
+secondary sources quote it):
 
     theta   ascends  (1 - lambda) J_sft(theta, w) + lambda J_rl(theta, w)
     theta^  ascends  J_rl(theta^, w)
     w       ascends  (1 - lambda) J_sft(theta, w) + lambda [J_rl(theta, w) - J_rl(theta^, w)]
 
-The bracket is the cooperative gain. All three use the values from before the step. This project's
-choices, since no code is public: AdamW and gradient clipping for each learner (weights and adapters
-of the policy clipped together, the shadow's weights alone); J_rl of the shadow has the same clipped
-ratio, of pi_{theta^ + w} to the policy that sampled; the learning rate of w is ten times that of
-theta; a refreshed shadow keeps its optimizer state.
+The bracket is the cooperative gain. All three use the values from before the step. This project's choices, since no
+code is public: AdamW and gradient clipping for each learner (weights and adapters of the policy clipped together, the
+shadow's weights alone); J_rl of the shadow has the same clipped ratio, of pi_{theta^ + w} to the policy that sampled;
+the learning rate of w is ten times that of theta; a refreshed shadow keeps its optimizer state.
 """
 
 from __future__ import annotations
@@ -91,8 +90,8 @@ class BridgeStep(WeightsAndLoraStep):
         return metrics, micro_batches
 
     def _with_signal(self, completions: list[TrainingSequence]) -> list[TrainingSequence]:
-        """Return the completions whose loss and gradient are not 0. The policy computes the others
-        too, for its metrics; the shadow has none."""
+        """Return the completions whose loss and gradient are not 0. The policy computes the others too, for its
+        metrics; the shadow has none."""
         if self._rl_loss.penalty is not None:
             return completions
         return [one for one in completions if one.coefficients.any()] or completions[:1]
@@ -105,9 +104,7 @@ def bridge_method(job: Job) -> BridgeMethod:
     return method
 
 
-def build_learner(
-    config: RankConfig, lora_learning_rate: float, **learner_updates: str
-) -> WeightsAndLoraLearner:
+def build_learner(config: RankConfig, lora_learning_rate: float, **learner_updates: str) -> WeightsAndLoraLearner:
     """Return a learner of weights and adapters, with these changes to [learner]."""
     from pear_ray.train.bridge_learner import WeightsAndLoraLearner
 

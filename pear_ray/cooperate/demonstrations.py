@@ -10,13 +10,7 @@ from functools import lru_cache, partial
 import numpy as np
 import xxhash
 
-from pear_ray.data.scored_dataset import (
-    NUM_READERS,
-    RowFilter,
-    RowGroup,
-    list_lengths,
-    read_row_group,
-)
+from pear_ray.data.scored_dataset import NUM_READERS, RowFilter, RowGroup, list_lengths, read_row_group
 from pear_ray.records import TrainingSequence
 
 # Row groups that stay in memory after a row of them was read.
@@ -28,8 +22,8 @@ READ = (*INDEXED, "response_ids", "behavior_logprobs", "trainable")
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A row of the scored corpus without its prompt: the log-prob (nats) of each response token
-    under its author's policy, and which tokens are the assistant's (None: all).
+    """A row of the scored corpus without its prompt: the log-prob (nats) of each response token under its author's
+    policy, and which tokens are the assistant's (None: all).
 
         Demonstration((11, 43, 1), (-0.7, -1.2, -0.01), None, "tutor")
     """
@@ -44,9 +38,7 @@ class Demonstration:
         if self.trainable is None or all(self.trainable):
             return self
         end = self.trainable.index(False)
-        return Demonstration(
-            self.response_ids[:end], self.behavior_logprobs[:end], None, self.source
-        )
+        return Demonstration(self.response_ids[:end], self.behavior_logprobs[:end], None, self.source)
 
     def training_sequence(self, prompt_ids: tuple[int, ...]) -> TrainingSequence:
         """Return prompt and response, with coefficient 1."""
@@ -55,11 +47,11 @@ class Demonstration:
 
 
 class DemonstrationIndex:
-    """Index of the training rows of `groups` by prompt. Of rows with the same prompt the first
-    counts, in the order of groups and rows.
+    """Index of the training rows of `groups` by prompt. Of rows with the same prompt the first counts, in the order of
+    groups and rows.
 
-    It takes 16 bytes of memory per row; rows are read on demand. `fingerprint` maps prompt ids
-    (int32) to a number below 2^64, the same in every process; a collision costs one more read.
+    It takes 16 bytes of memory per row; rows are read on demand. `fingerprint` maps prompt ids (int32) to a number
+    below 2^64, the same in every process; a collision costs one more read.
     """
 
     def __init__(

@@ -55,14 +55,10 @@ class CooperateStep(TrainStep):
         from pear_ray.train.learner import Learner
 
         job, rl = config.job, config.job.rl
-        learner = Learner(
-            config.start_model, job.model.dtype, job.learner, rl, rl.steps, job.run.seed
-        )
+        learner = Learner(config.start_model, job.model.dtype, job.learner, rl, rl.steps, job.run.seed)
         return {"policy": learner}
 
-    def _train_on(
-        self, sequences: list[TrainingSequence], loss: mixed.JointTokenMean
-    ) -> StepOutput:
+    def _train_on(self, sequences: list[TrainingSequence], loss: mixed.JointTokenMean) -> StepOutput:
         """Take one optimizer step."""
         micro_batches = self.learner.micro_batches(sequences)
         result = self.learner.step(micro_batches, loss)
@@ -70,15 +66,12 @@ class CooperateStep(TrainStep):
 
     def _demonstrations(self, rollouts: RolloutBatch) -> list[TrainingSequence]:
         """Return the demonstrations of a step, if any, with their tokens marked as such."""
-        return [
-            replace(sequence, from_demonstration=sequence.trainable)
-            for sequence in rollouts.batch.demonstrations
-        ]
+        return [replace(sequence, from_demonstration=sequence.trainable) for sequence in rollouts.batch.demonstrations]
 
 
 class SumStep(CooperateStep):
-    """One loss: lambda times RL plus 1 - lambda times SFT. A loss with weight 0 is not computed; a
-    step without demonstrations is RL alone."""
+    """One loss: lambda times RL plus 1 - lambda times SFT. A loss with weight 0 is not computed; a step without
+    demonstrations is RL alone."""
 
     def train(self, step: int, rollouts: RolloutBatch) -> StepOutput:
         completions = training_sequences(self._job, rollouts.batch.groups)
@@ -101,17 +94,11 @@ class SumStep(CooperateStep):
 
 
 class MixedDataScheduler(RolloutScheduler):
-    """A rollout scheduler whose batches also have the corpus rows that `sft` would train on in the
-    same step, over and over if there are fewer than all steps need."""
+    """A rollout scheduler whose batches also have the corpus rows that `sft` would train on in the same step, over and
+    over if there are fewer than all steps need."""
 
     def __init__(
-        self,
-        sft_job: Job,
-        groups: Sequence[RowGroup],
-        job: Job,
-        path: str,
-        first_step: int,
-        first_problem: int,
+        self, sft_job: Job, groups: Sequence[RowGroup], job: Job, path: str, first_step: int, first_problem: int
     ) -> None:
         super().__init__(job, path, first_step, first_problem)
         self._negative_coefficient = sft_job.sft.negative_coefficient
@@ -133,15 +120,11 @@ class MixedDataScheduler(RolloutScheduler):
 
 
 def mixed_metrics(result: StepResult, batch: TrainingBatch) -> dict[str, float]:
-    """Return the metrics of a step whose loss is one of `losses.mixed`: those of `rl` for rollouts,
-    and the demonstrations' with a prefix. The SFT loss and the reward stand side by side, since
-    each rises at the expense of the other (arXiv 2601.07389). `batch` is any of its micro-batches.
+    """Return the metrics of a step whose loss is one of `losses.mixed`: those of `rl` for rollouts, and the
+    demonstrations' with a prefix. The SFT loss and the reward stand side by side, since each rises at the expense of
+    the other (arXiv 2601.07389). `batch` is any of its micro-batches.
     """
-    metrics = {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-    }
+    metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
     num_tokens = batch.num_trainable_tokens_global - batch.num_demonstration_tokens_global
     if num_tokens:
         metrics = step_metrics(replace(result, num_tokens=num_tokens)) | metrics
@@ -149,9 +132,7 @@ def mixed_metrics(result: StepResult, batch: TrainingBatch) -> dict[str, float]:
     return metrics | demonstration_metrics(result.metric_sums, batch)
 
 
-def demonstration_metrics(
-    metric_sums: Mapping[str, np.ndarray], batch: TrainingBatch
-) -> dict[str, float]:
+def demonstration_metrics(metric_sums: Mapping[str, np.ndarray], batch: TrainingBatch) -> dict[str, float]:
     """Return a step's metrics of demonstrations, per token; none if it had none."""
     num_tokens = batch.num_demonstration_tokens_global
     if not num_tokens:

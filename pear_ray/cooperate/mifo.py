@@ -1,5 +1,5 @@
-"""MIFO (arXiv 2510.04454): SFT on demonstrations of prompts that the policy fails, on their
-high-entropy tokens (`losses.mixed.HighEntropyOnly`), with the parameters frozen that RL moved most.
+"""MIFO (arXiv 2510.04454): SFT on demonstrations of prompts that the policy fails, on their high-entropy tokens
+(`losses.mixed.HighEntropyOnly`), with the parameters frozen that RL moved most.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ import numpy as np
 
 from pear_ray.config import AlternateMethod, Job
 from pear_ray.cooperate.demonstrations import DemonstrationIndex
-from pear_ray.cooperate.methods import (
-    CooperateStep,
-    StepOutput,
-    cooperate_settings,
-    demonstration_metrics,
-)
+from pear_ray.cooperate.methods import CooperateStep, StepOutput, cooperate_settings, demonstration_metrics
 from pear_ray.losses.mixed import JointTokenMean
 from pear_ray.records import RolloutGroup
 from pear_ray.rl.build import training_sequences
@@ -33,17 +28,15 @@ if TYPE_CHECKING:
 class AlternateStep(CooperateStep):
     """An optimizer step on rollouts, then one on demonstrations, if the step has any.
 
-    With `frozen_frac` the second leaves alone the elements that the first changed most. Order and
-    shared optimizer are this project's choices: AdamW's momentum stands in for MIFO+'s history.
+    With `frozen_frac` the second leaves alone the elements that the first changed most. Order and shared optimizer are
+    this project's choices: AdamW's momentum stands in for MIFO+'s history.
     """
 
     def _build_learners(self, config: RankConfig) -> Mapping[str, Learner]:
         from pear_ray.train.freeze import FreezingLearner
 
         job, num_steps = config.job, 2 * config.job.rl.steps
-        learner = FreezingLearner(
-            config.start_model, job.model.dtype, job.learner, job.rl, num_steps, job.run.seed
-        )
+        learner = FreezingLearner(config.start_model, job.model.dtype, job.learner, job.rl, num_steps, job.run.seed)
         return {"policy": learner}
 
     def train(self, step: int, rollouts: RolloutBatch) -> StepOutput:
@@ -70,13 +63,11 @@ class AlternateStep(CooperateStep):
 
 
 class FailedPromptScheduler(RolloutScheduler):
-    """A rollout scheduler whose batches also have the demonstrations of failed prompts, in their
-    order: prompts with at most `cooperate.failed_pass_rate` correct completions. Dropped ones
-    count: under dynamic sampling a prompt that always fails is dropped."""
+    """A rollout scheduler whose batches also have the demonstrations of failed prompts, in their order: prompts with at
+    most `cooperate.failed_pass_rate` correct completions. Dropped ones count: under dynamic sampling a prompt that
+    always fails is dropped."""
 
-    def __init__(
-        self, index: DemonstrationIndex, job: Job, path: str, first_step: int, first_problem: int
-    ) -> None:
+    def __init__(self, index: DemonstrationIndex, job: Job, path: str, first_step: int, first_problem: int) -> None:
         super().__init__(job, path, first_step, first_problem)
         self._index = index
         self._failed_pass_rate = cooperate_settings(job).failed_pass_rate

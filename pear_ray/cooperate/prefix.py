@@ -1,5 +1,5 @@
-"""TRAPO (arXiv 2512.17636): some completions begin with a prefix of a demonstration. The worse the
-completions of a problem are so far, the longer the prefix."""
+"""TRAPO (arXiv 2512.17636): some completions begin with a prefix of a demonstration. The worse the completions of a
+problem are so far, the longer the prefix."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class TrapoStep(CooperateStep):
 
 @dataclass(frozen=True, order=True)
 class SampleChunk:
-    """The completions, from number `first` on, that one request samples for the problem at
-    `position`."""
+    """The completions, from number `first` on, that one request samples for the problem at `position`."""
 
     position: int
     first: int
@@ -42,8 +41,8 @@ class SampleChunk:
 
 @dataclass(frozen=True)
 class MicroGroup:
-    """`size` completions that begin with `prefix_frac` of a demonstration if the problem's mean
-    reward so far is below `max_return`."""
+    """`size` completions that begin with `prefix_frac` of a demonstration if the problem's mean reward so far is below
+    `max_return`."""
 
     size: int
     prefix_frac: float
@@ -53,19 +52,16 @@ class MicroGroup:
 class PrefixScheduler(RolloutScheduler):
     """A rollout scheduler that samples the micro-groups of a problem one after another.
 
-    Leading micro-groups without a prefix are one request, and so are all completions of a problem
-    without a demonstration: if no prefix is ever used, the requests are those of
-    `RolloutScheduler`.
+    Leading micro-groups without a prefix are one request, and so are all completions of a problem without a
+    demonstration: if no prefix is ever used, the requests are those of `RolloutScheduler`.
 
-    The mean reward is that of the grades, 0 before the first. Advantages compare all completions of
-    a problem. A prefix leaves room for one more token in generator.max_new_tokens and
-    generator.max_model_len; but if the whole demonstration is due and fits, it is the completion
-    and no engine samples. Of a multi-turn demonstration only the first answer is used.
+    The mean reward is that of the grades, 0 before the first. Advantages compare all completions of a problem. A prefix
+    leaves room for one more token in generator.max_new_tokens and generator.max_model_len; but if the whole
+    demonstration is due and fits, it is the completion and no engine samples. Of a multi-turn demonstration only the
+    first answer is used.
     """
 
-    def __init__(
-        self, index: DemonstrationIndex, job: Job, path: str, first_step: int, first_problem: int
-    ) -> None:
+    def __init__(self, index: DemonstrationIndex, job: Job, path: str, first_step: int, first_problem: int) -> None:
         super().__init__(job, path, first_step, first_problem)
         method = cooperate_settings(job).method
         assert isinstance(method, TrapoMethod)
@@ -80,8 +76,8 @@ class PrefixScheduler(RolloutScheduler):
         self._prefilled: list[tuple[Hashable, list[tuple[Problem, str]]]] = []
 
     def next_requests(self, version: int) -> Sequence[tuple[Hashable, SampleRequest]]:
-        """As in `RolloutScheduler`. On-policy, the next micro-groups of all problems are submitted
-        together, once none is in flight."""
+        """As in `RolloutScheduler`. On-policy, the next micro-groups of all problems are submitted together, once none
+        is in flight."""
         if self._settings.max_staleness == 0 and self._in_flight:
             return []
         for position, request in self._due_prompts(version):
@@ -102,9 +98,7 @@ class PrefixScheduler(RolloutScheduler):
     def prompt_ids(self, key: Hashable) -> tuple[int, ...]:
         return self._in_flight[key].prompt_ids
 
-    def add_completions(
-        self, key: Hashable, completions: tuple[Completion, ...]
-    ) -> list[tuple[Problem, str]]:
+    def add_completions(self, key: Hashable, completions: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
         assert isinstance(key, SampleChunk)
         pending = self._pending[key.position]
         prefix_ids = self._in_flight[key].prompt_ids[len(pending.request.prompt_ids) :]
@@ -168,8 +162,8 @@ class PrefixScheduler(RolloutScheduler):
 
 
 def micro_groups_by_start(method: TrapoMethod) -> dict[int, MicroGroup]:
-    """Return the micro-groups by the number of their first completion; leading ones without a
-    prefix are merged into one."""
+    """Return the micro-groups by the number of their first completion; leading ones without a prefix are merged into
+    one."""
     sizes, fracs = method.prefix_groups, method.prefix_fracs
     starts = list(accumulate(sizes, initial=0))
     first = next((s for s, frac in zip(starts, fracs, strict=False) if frac > 0), starts[-1])
@@ -179,7 +173,7 @@ def micro_groups_by_start(method: TrapoMethod) -> dict[int, MicroGroup]:
 
 
 def prefix_length(num_tokens: int, frac: float, room: int) -> int:
-    """Return the length of a prefix of `num_tokens`: `frac` of them, rounded up, but at most `room`
-    for all of them and `room` - 1 for fewer, which leaves the policy a token to sample."""
+    """Return the length of a prefix of `num_tokens`: `frac` of them, rounded up, but at most `room` for all of them and
+    `room` - 1 for fewer, which leaves the policy a token to sample."""
     length = ceil(frac * num_tokens)
     return length if length == num_tokens <= room else min(length, room - 1)

@@ -22,9 +22,9 @@ class QueueClosed(RuntimeError):
 class QueueState:
     """A snapshot of the queue.
 
-    `name` is unique to one life of the actor: after a restart it differs and the queue is empty.
-    Steps before `first_needed` will not be requested again; `newest_taken` is the latest requested
-    step; `is_awaited` is True while a learner waits for a batch.
+    `name` is unique to one life of the actor: after a restart it differs and the queue is empty. Steps before
+    `first_needed` will not be requested again; `newest_taken` is the latest requested step; `is_awaited` is True while
+    a learner waits for a batch.
     """
 
     name: str
@@ -37,8 +37,8 @@ class QueueState:
 class BatchQueue:
     """Training batches by step: rollouts, or rows of a corpus.
 
-    A batch stays until a checkpoint makes it obsolete, so that restarted learners get the same one
-    again. With `max_ahead`, `put` blocks while it is that many steps ahead of the learners.
+    A batch stays until a checkpoint makes it obsolete, so that restarted learners get the same one again. With
+    `max_ahead`, `put` blocks while it is that many steps ahead of the learners.
     """
 
     def __init__(self, max_ahead: int | None = None) -> None:
@@ -54,15 +54,11 @@ class BatchQueue:
     async def first_requested(self, timeout_seconds: float) -> int:
         """Return the first step that a learner requests; raise TimeoutError if none does."""
         async with self._changed:
-            await self._wait(
-                lambda: self._newest_taken is not None, timeout_seconds, "a learner's first request"
-            )
+            await self._wait(lambda: self._newest_taken is not None, timeout_seconds, "a learner's first request")
             assert self._newest_taken is not None
             return self._newest_taken
 
-    async def put(
-        self, step: int, reference: list[Any], timeout_seconds: float = GRACE_SECONDS
-    ) -> None:
+    async def put(self, step: int, reference: list[Any], timeout_seconds: float = GRACE_SECONDS) -> None:
         """Add a step's batch, as a reference in a list of one (Ray would resolve a bare one).
 
         Raise TimeoutError if the learners stay too far behind, QueueClosed if none is left.
@@ -87,9 +83,7 @@ class BatchQueue:
             self._changed.notify_all()
             self._num_waiting += 1
             try:
-                await self._wait(
-                    lambda: step in self._batches, timeout_seconds, f"the batch of step {step}"
-                )
+                await self._wait(lambda: step in self._batches, timeout_seconds, f"the batch of step {step}")
             finally:
                 self._num_waiting -= 1
             return self._batches[step]
@@ -111,14 +105,11 @@ class BatchQueue:
             self._close_reason = reason
             self._changed.notify_all()
 
-    async def _wait(
-        self, is_ready: Callable[[], bool], timeout_seconds: float, awaited: str
-    ) -> None:
+    async def _wait(self, is_ready: Callable[[], bool], timeout_seconds: float, awaited: str) -> None:
         """Wait for a condition; one that already holds wins over a closed queue."""
         try:
             await asyncio.wait_for(
-                self._changed.wait_for(lambda: is_ready() or self._close_reason is not None),
-                timeout_seconds,
+                self._changed.wait_for(lambda: is_ready() or self._close_reason is not None), timeout_seconds
             )
         except TimeoutError:
             raise TimeoutError(f"waited {timeout_seconds:.0f} s for {awaited}") from None
@@ -128,7 +119,5 @@ class BatchQueue:
 
 def take_batch(queue: Any, step: int, timeout_seconds: float) -> Any:
     """Return a step's batch from a `BatchQueue` actor."""
-    (reference,) = ray.get(
-        queue.take.remote(step, timeout_seconds), timeout=timeout_seconds + GRACE_SECONDS
-    )
+    (reference,) = ray.get(queue.take.remote(step, timeout_seconds), timeout=timeout_seconds + GRACE_SECONDS)
     return ray.get(reference, timeout=timeout_seconds)

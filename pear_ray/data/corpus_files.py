@@ -20,9 +20,7 @@ from pear_ray.config import Columns
 from pear_ray.data.tokenizer import fingerprint
 from pear_ray.errors import ConfigError
 
-JSON_SUFFIXES = tuple(
-    suffix + packed for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
-)
+JSON_SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 # A path component that starts with a dot or an underscore; Ray Data skips them too.
 HIDDEN = re.compile(r"(^|/)[._]")
 ROWS_PER_BLOCK = 1024
@@ -94,13 +92,11 @@ def find_corpus_files(path: str) -> CorpusFiles:
     parquet, lines = split_by_kind(files, root=re.split(r"[*\[]", name)[0])
     if parquet and lines:
         raise ConfigError(
-            f"corpus.path: expected files of one kind (a pattern can select them), got {parquet[0]}"
-            f" and {lines[0]}"
+            f"corpus.path: expected files of one kind (a pattern can select them), got {parquet[0]} and {lines[0]}"
         )
     if not parquet and not lines:
         raise ConfigError(
-            f"corpus.path: expected .parquet or one of {', '.join(JSON_SUFFIXES)}, got {path}"
-            " without such a file"
+            f"corpus.path: expected .parquet or one of {', '.join(JSON_SUFFIXES)}, got {path} without such a file"
         )
     paths = parquet or lines
     facts = [(file, infos[file].get("size"), str(infos[file].get("mtime"))) for file in paths]

@@ -1,10 +1,9 @@
 """The batch loader: a scored corpus to one table of rows per optimizer step.
 
-Ray Data reads ahead while the learners train. An epoch shuffles in two levels: blocks of
-neighboring rows in random order form windows, and the rows of a window are permuted. Blocks have a
-fixed number of rows and ignore row groups, which differ when a corpus is scored again. So the order
-depends on rows and seed only, and a position in it is one integer: a resumed run continues with the
-row after the last one it trained on.
+Ray Data reads ahead while the learners train. An epoch shuffles in two levels: blocks of neighboring rows in random
+order form windows, and the rows of a window are permuted. Blocks have a fixed number of rows and ignore row groups,
+which differ when a corpus is scored again. So the order depends on rows and seed only, and a position in it is one
+integer: a resumed run continues with the row after the last one it trained on.
 """
 
 from __future__ import annotations
@@ -120,10 +119,7 @@ def batches(
     A step may span two epochs; only the very last one may be smaller.
     """
     position = first_step * rows_per_step
-    items = [
-        {"window": asdict(window)}
-        for window in windows(groups, num_epochs, rows_per_window, seed, position)
-    ]
+    items = [{"window": asdict(window)} for window in windows(groups, num_epochs, rows_per_window, seed, position)]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_window,
         batch_size=1,
@@ -136,6 +132,4 @@ def batches(
     dataset.set_name("sft")
     # Plans and progress would fill the job's log; the Ray dashboard shows them.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    yield from dataset.iter_batches(
-        batch_size=rows_per_step, batch_format="pyarrow", prefetch_batches=2
-    )
+    yield from dataset.iter_batches(batch_size=rows_per_step, batch_format="pyarrow", prefetch_batches=2)

@@ -26,9 +26,9 @@ OPTIONAL_COLUMNS = {"recorded_gap", "trainable", "truncated", "logprobs_from", *
 class RowFilter:
     """Requirements on all rows, and which rows are selected.
 
-    `digests` are those of the model's tokenizer and chat template; `max_tokens` is the limit of a
-    sequence. Selected are the rows of `sources` (empty: all), with `negatives` also training rows
-    known to be wrong. With `top_logprobs`, rows must have the teacher's top-k log-probs.
+    `digests` are those of the model's tokenizer and chat template; `max_tokens` is the limit of a sequence. Selected
+    are the rows of `sources` (empty: all), with `negatives` also training rows known to be wrong. With `top_logprobs`,
+    rows must have the teacher's top-k log-probs.
     """
 
     digests: tuple[str, str]
@@ -129,9 +129,7 @@ def scan_file(path: Path, row_filter: RowFilter, top_k: int) -> Iterator[RowGrou
             found = file.schema_arrow.field(field.name).type
             if not (found.equals(field.type) or pa.types.is_null(found)):
                 raise ConfigError(f"{path}: {field.name}: expected type {field.type}, got {found}")
-        elif field.name not in OPTIONAL_COLUMNS or (
-            row_filter.top_logprobs and field.name in TEACHER_COLUMNS
-        ):
+        elif field.name not in OPTIONAL_COLUMNS or (row_filter.top_logprobs and field.name in TEACHER_COLUMNS):
             raise ConfigError(f"{path}: {field.name}: expected this column of stage `score`")
     for number in range(file.num_row_groups):
         try:
@@ -139,9 +137,7 @@ def scan_file(path: Path, row_filter: RowFilter, top_k: int) -> Iterator[RowGrou
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(f"{path}: expected readable pages: {error}") from error
         check_rows(path, table, row_filter, top_k)
-        num_train, num_heldout = (
-            int(row_filter.mask(table, s).sum()) for s in ("train", "heldout")
-        )
+        num_train, num_heldout = (int(row_filter.mask(table, s).sum()) for s in ("train", "heldout"))
         sources = tuple(sorted(set(table.column("source").to_pylist())))
         yield RowGroup(str(path), number, num_train, num_heldout, sources)
 
@@ -172,9 +168,7 @@ def check_rows(path: Path, table: pa.Table, row_filter: RowFilter, top_k: int) -
     def lengths(field: str) -> np.ndarray:
         return list_lengths(table.column(field))
 
-    for field, ours in zip(
-        ("tokenizer_digest", "template_digest"), row_filter.digests, strict=True
-    ):
+    for field, ours in zip(("tokenizer_digest", "template_digest"), row_filter.digests, strict=True):
         theirs = objects(field)
         reject(field, theirs != ours, theirs, f"{ours} (the model's)")
     splits, sources = objects("split"), objects("source")
@@ -185,9 +179,7 @@ def check_rows(path: Path, table: pa.Table, row_filter: RowFilter, top_k: int) -
     reject("response_ids", num_response < 1, num_response, "at least one token")
     reject("prompt_ids", num_prompt < 1, num_prompt, "at least one token")
     num_tokens = num_prompt + num_response
-    limit = (
-        f"at most {row_filter.max_tokens} tokens with the prompt (learner.tokens_per_micro_batch)"
-    )
+    limit = f"at most {row_filter.max_tokens} tokens with the prompt (learner.tokens_per_micro_batch)"
     reject("response_ids", num_tokens > row_filter.max_tokens, num_tokens, limit)
     per_token = "one value per response token"
     reject("behavior_logprobs", num_logprobs != num_response, num_logprobs, per_token)
@@ -246,9 +238,7 @@ def read_row_group(
     return table.filter(pa.array(row_filter.mask(table, split)))
 
 
-def first_rows(
-    groups: Sequence[RowGroup], row_filter: RowFilter, split: str, limit: int
-) -> pa.Table | None:
+def first_rows(groups: Sequence[RowGroup], row_filter: RowFilter, split: str, limit: int) -> pa.Table | None:
     """Return the first rows of a split, at most `limit`; None if it has none."""
     tables: list[pa.Table] = []
     for group in groups:
@@ -274,8 +264,6 @@ def training_sequences(
         *(table.column(name).to_numpy() for name in lists),
     ]
     return [
-        TrainingSequence.of(
-            prompt, response, logprobs, -negative_coefficient if correct is False else 1.0, *others
-        )
+        TrainingSequence.of(prompt, response, logprobs, -negative_coefficient if correct is False else 1.0, *others)
         for prompt, response, logprobs, correct, *others in zip(*columns, strict=True)
     ]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class EncodedConversation:
     """Token ids before the first answer and from there on.
 
-    `trainable` has one flag per response token: True for the assistant's tokens, each answer up to
-    and including its end-of-sequence token.
+    `trainable` has one flag per response token: True for the assistant's tokens, each answer up to and including its
+    end-of-sequence token.
     """
 
     prompt_ids: list[int]
@@ -33,8 +33,7 @@ class EncodedConversation:
 def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
     """Load the tokenizer of a folder or hub name.
 
-    Raise ConfigError, naming `field`, if there is none or it lacks a chat template or an
-    end-of-sequence token.
+    Raise ConfigError, naming `field`, if there is none or it lacks a chat template or an end-of-sequence token.
     """
     # Slow to import (seconds); engines that were requested earlier start meanwhile.
     from transformers import AutoTokenizer
@@ -43,10 +42,7 @@ def load_tokenizer(path: str, field: str = "model.path") -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: expected a tokenizer, got {path}: {error}") from error
-    for part, value in (
-        ("chat template", tokenizer.chat_template),
-        ("end-of-sequence token", tokenizer.eos_token_id),
-    ):
+    for part, value in (("chat template", tokenizer.chat_template), ("end-of-sequence token", tokenizer.eos_token_id)):
         if value is None:
             raise ConfigError(f"{field}: expected a tokenizer with a {part}, got none in {path}")
     return tokenizer
@@ -74,9 +70,7 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def encode_problems(
-    path: str, problems: Sequence[Problem], max_model_len: int
-) -> list[tuple[int, ...]]:
+def encode_problems(path: str, problems: Sequence[Problem], max_model_len: int) -> list[tuple[int, ...]]:
     """Return each problem's prompt ids; raise ConfigError if one leaves no room to answer."""
     tokenizer = load_tokenizer(path)
     prompts = encode_prompts(tokenizer, [problem.messages for problem in problems])
@@ -89,9 +83,7 @@ def encode_problems(
     return prompts
 
 
-def encode_prompts(
-    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]
-) -> list[tuple[int, ...]]:
+def encode_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
     """Return the prompt ids of each conversation, up to the assistant's turn.
 
     Batched: a tokenizer call costs more than the tokens of one prompt.
@@ -117,8 +109,8 @@ def decode_completion(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedConversation:
     """Tokenize a conversation that ends with an answer, as the model saw and sampled it.
 
-    Raise ValueError if the template rejects it or renders the tokens before an answer differently
-    once more turns follow, or if an answer is empty.
+    Raise ValueError if the template rejects it or renders the tokens before an answer differently once more turns
+    follow, or if an answer is empty.
     """
     try:
         ids = _token_ids(tokenizer, messages)
@@ -137,9 +129,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> En
     return EncodedConversation(ids[:first], ids[first:last], trainable[first:last])
 
 
-def _answer_span(
-    tokenizer: Tokenizer, messages: Sequence[Message], number: int, ids: list[int]
-) -> tuple[int, int]:
+def _answer_span(tokenizer: Tokenizer, messages: Sequence[Message], number: int, ids: list[int]) -> tuple[int, int]:
     """Return start and end of answer `number` in the ids of the whole conversation."""
     before = encode_prompt(tokenizer, messages[:number])
     is_last = number == len(messages) - 1
@@ -159,10 +149,6 @@ def _answer_span(
     return len(before), end
 
 
-def _token_ids(
-    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+def _token_ids(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -35,8 +35,8 @@ COALESCE_SECONDS = 0.03
 class WeightUpdateResult:
     """A weight version that an engine has loaded.
 
-    Generation goes on during `fetch_seconds` and `prepare_seconds` and stops for `pause_seconds`.
-    `parity_logprobs` are the engine's log-probs of each parity request, float32 [tokens].
+    Generation goes on during `fetch_seconds` and `prepare_seconds` and stops for `pause_seconds`. `parity_logprobs` are
+    the engine's log-probs of each parity request, float32 [tokens].
     """
 
     version: int
@@ -58,8 +58,8 @@ class PollResult:
 class EngineActor:
     """Runs one engine in a thread of its own and exits if it fails or hangs for `timeout_seconds`.
 
-    `make_engine()` runs in the thread that steps the engine: vLLM on CPUs keeps its number of
-    OpenMP threads for each calling thread.
+    `make_engine()` runs in the thread that steps the engine: vLLM on CPUs keeps its number of OpenMP threads for each
+    calling thread.
     """
 
     def __init__(
@@ -112,15 +112,12 @@ class EngineActor:
         return PollResult(finished, self._idle_seconds)
 
     async def update_weights(
-        self,
-        versions: Sequence[WeightVersion],
-        parity_requests: Sequence[ScoreRequest],
-        timeout_seconds: float,
+        self, versions: Sequence[WeightVersion], parity_requests: Sequence[ScoreRequest], timeout_seconds: float
     ) -> WeightUpdateResult:
         """Load the last of `versions`, each of which may be a delta from the one before.
 
-        Generation goes on while the weights are fetched and prepared, and pauses for the swap;
-        unfinished completions continue with the new weights.
+        Generation goes on while the weights are fetched and prepared, and pauses for the swap; unfinished completions
+        continue with the new weights.
         """
         started = time.perf_counter()
         newest = versions[-1].version
@@ -135,13 +132,9 @@ class EngineActor:
             )
         except Exception:  # of the engine, whose weights may be half old, half new
             self._exit("weights could not be loaded")
-        return WeightUpdateResult(
-            newest, fetched - started, prepared - fetched, pause_seconds, logprobs
-        )
+        return WeightUpdateResult(newest, fetched - started, prepared - fetched, pause_seconds, logprobs)
 
-    def _fetch(
-        self, versions: Sequence[WeightVersion], timeout_seconds: float
-    ) -> dict[str, Tensor]:
+    def _fetch(self, versions: Sequence[WeightVersion], timeout_seconds: float) -> dict[str, Tensor]:
         """Fetch the last version, after its base version if the cache lacks that."""
         *earlier, newest = versions
         if earlier and newest.base_version not in (None, self._cache.version):
@@ -219,9 +212,7 @@ class EngineActor:
             except Exception as error:  # of the engine, which refuses only this request
                 self._report([(key, error)], engine.is_idle)
 
-    def _score(
-        self, engine: Generator, parity_requests: Sequence[ScoreRequest]
-    ) -> tuple[np.ndarray, ...]:
+    def _score(self, engine: Generator, parity_requests: Sequence[ScoreRequest]) -> tuple[np.ndarray, ...]:
         """Return the log-probs of `parity_requests`, scored before new requests are added.
 
         Otherwise the engine's batches would depend on when messages arrive.

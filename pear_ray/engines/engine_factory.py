@@ -58,8 +58,8 @@ class EngineHandle:
 class VllmEngineFactory:
     """Starts vLLM engines, each in an actor of its own on a node with `labels`.
 
-    `make_cache()` builds the cache through which an engine fetches weight versions; None: the
-    engines follow no learner.
+    `make_cache()` builds the cache through which an engine fetches weight versions; None: the engines follow no
+    learner.
     """
 
     dtype: str
@@ -76,9 +76,7 @@ class VllmEngineFactory:
             batch_tokens = max(settings.max_num_batched_tokens, settings.max_model_len + 1)
             settings = settings.model_copy(update={"max_num_batched_tokens": batch_tokens})
         follows_learner = self.make_cache is not None
-        make_engine = partial(
-            Generator, path, self.dtype, settings, self.seed, follows_learner=follows_learner
-        )
+        make_engine = partial(Generator, path, self.dtype, settings, self.seed, follows_learner=follows_learner)
         actor_class = EngineActor.options(  # type: ignore[attr-defined]
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_actor_gpus,

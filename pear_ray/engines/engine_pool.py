@@ -40,16 +40,12 @@ MAX_FAILED_UPDATES = 5
 class EnginePool(AbstractContextManager["EnginePool"]):
     """Between `settings.min_engines` and `settings.num_engines` engines, stopped on exit.
 
-    The constructor starts them with the model in `path` and does not wait. `log_event(kind, text)`
-    records deaths, preemptions and scaling.
+    The constructor starts them with the model in `path` and does not wait. `log_event(kind, text)` records deaths,
+    preemptions and scaling.
     """
 
     def __init__(
-        self,
-        factory: VllmEngineFactory,
-        path: str,
-        settings: Settings,
-        log_event: Callable[[str, str], None],
+        self, factory: VllmEngineFactory, path: str, settings: Settings, log_event: Callable[[str, str], None]
     ) -> None:
         self._factory = factory
         self._path = path
@@ -80,11 +76,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
 
     @classmethod
     def from_job(
-        cls,
-        job: Job,
-        path: str,
-        log_event: Callable[[str, str], None],
-        make_cache: MakeCache | None = None,
+        cls, job: Job, path: str, log_event: Callable[[str, str], None], make_cache: MakeCache | None = None
     ) -> EnginePool:
         """Start the pool of vLLM engines configured by `job` with the model in `path`."""
         settings, labels = job.generator, job.placement.generators
@@ -158,15 +150,12 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         self._dispatch()
 
     def update_weights(
-        self,
-        versions: tuple[WeightVersion, ...],
-        parity_requests: Sequence[ScoreRequest],
-        timeout_seconds: float,
+        self, versions: tuple[WeightVersion, ...], parity_requests: Sequence[ScoreRequest], timeout_seconds: float
     ) -> None:
         """Ask every engine to load the last of `versions`, then score `parity_requests` with it.
 
-        Does not wait: results arrive in `weight_updates` and `failed_updates`. `pop_finished`
-        raises RuntimeError after `MAX_FAILED_UPDATES` failures of one engine in a row.
+        Does not wait: results arrive in `weight_updates` and `failed_updates`. `pop_finished` raises RuntimeError after
+        `MAX_FAILED_UPDATES` failures of one engine in a row.
         """
         self._versions = versions
         self._parity_requests = tuple(parity_requests)
@@ -192,9 +181,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
                 self._start()
             return
         self._num_folders_loaded += 1
-        calls = [
-            engine.actor.load_folder.remote(path, self._num_folders_loaded) for engine in engines
-        ]
+        calls = [engine.actor.load_folder.remote(path, self._num_folders_loaded) for engine in engines]
         deadline = time.monotonic() + self._settings.timeout_seconds
         for engine, call in zip(engines, calls, strict=True):
             engine.requested_version = -1
@@ -226,9 +213,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         while not all(engine.is_ready for engine in self._engines.values()):
             seconds_left = deadline - time.monotonic()
             if seconds_left <= 0:
-                raise TimeoutError(
-                    f"engines not ready within {timeout_seconds:.0f} s (generator.timeout_seconds)"
-                )
+                raise TimeoutError(f"engines not ready within {timeout_seconds:.0f} s (generator.timeout_seconds)")
             ray.wait(self.pending_calls, timeout=seconds_left, fetch_local=False)
             self._advance()
 
@@ -247,9 +232,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         timeout_seconds = self._settings.timeout_seconds
         # Distinguishes these keys from those of an abandoned stream.
         stream_id = object()
-        missing: dict[Hashable, int] = {
-            (stream_id, number): number for number in range(len(requests))
-        }
+        missing: dict[Hashable, int] = {(stream_id, number): number for number in range(len(requests))}
         self.submit(list(zip(missing, requests, strict=True)))
         deadline = time.monotonic() + timeout_seconds
         while missing:
@@ -320,9 +303,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         newest = self._versions[-1].version
         if not engine.is_ready or engine.is_updating or engine.requested_version >= newest:
             return
-        call = engine.actor.update_weights.remote(
-            self._versions, self._parity_requests, self._update_seconds
-        )
+        call = engine.actor.update_weights.remote(self._versions, self._parity_requests, self._update_seconds)
         self._calls[call] = engine, self._on_update
         engine.is_updating = True
         engine.requested_version = newest
@@ -372,11 +353,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         """Send the backlog to the least loaded engines, with one call for each engine."""
         if not self._backlog:
             return
-        ready = [
-            (engine.num_sequences, engine.number, engine)
-            for engine in self._engines.values()
-            if engine.is_ready
-        ]
+        ready = [(engine.num_sequences, engine.number, engine) for engine in self._engines.values() if engine.is_ready]
         if not ready:
             return
         heapq.heapify(ready)

@@ -30,8 +30,8 @@ WEIGHT_TRANSFER = "ray_object_store"
 class SampleRequest:
     """A prompt to sample `num_samples` completions for, with weights of `min_version` or newer.
 
-    Completion i depends on the weights and `seed` + i alone, not on the engine or its other
-    requests. `max_new_tokens` lowers the engine's own limit.
+    Completion i depends on the weights and `seed` + i alone, not on the engine or its other requests. `max_new_tokens`
+    lowers the engine's own limit.
     """
 
     prompt_ids: tuple[int, ...]
@@ -76,8 +76,8 @@ def configure_process(path: str, settings: Settings, on_cpu: bool) -> None:
 class Generator:
     """A vLLM engine in the calling process (and in its workers, with tensor parallelism).
 
-    `only_scores`: chunk prompts on CPUs too. `num_top`: largest k of `score_top`.
-    `follows_learner`: prepare new weights while requests run.
+    `only_scores`: chunk prompts on CPUs too. `num_top`: largest k of `score_top`. `follows_learner`: prepare new
+    weights while requests run.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class Generator:
     def prepare_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Stage `tensors` (names and shapes of the Hugging Face folder) for `swap_weights`.
 
-        May run in another thread than `step`. On CPUs, where loading repacks every matrix, they
-        are loaded into the standby model; elsewhere `swap_weights` loads them.
+        May run in another thread than `step`. On CPUs, where loading repacks every matrix, they are loaded into the
+        standby model; elsewhere `swap_weights` loads them.
         """
         if self._has_standby:
             torch.set_num_threads(self._settings.threads)
@@ -278,9 +278,7 @@ class Generator:
             logprobs=logprobs,
             text=decode_completion(self._tokenizer, token_ids),
             finish_reason=str(sample.finish_reason),
-            version_spans=tuple(
-                (int(span.version), span.end - span.start) for span in sample.weight_versions
-            ),
+            version_spans=tuple((int(span.version), span.end - span.start) for span in sample.weight_versions),
         )
 
 
@@ -323,9 +321,7 @@ def flat_params(num_top: int) -> Any:
     """Return parameters that request the log-probs of all prompt tokens in flat lists."""
     from vllm import SamplingParams
 
-    return SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False
-    )
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=num_top, flat_logprobs=True, detokenize=False)
 
 
 def flat_logprobs(
@@ -333,16 +329,14 @@ def flat_logprobs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the response's part of vLLM's flat prompt log-probs, in the form of `score_top`.
 
-    At each position vLLM lists the token itself, then the most likely ones; the first token has
-    none. Raises RuntimeError if the scored ids are not those sent.
+    At each position vLLM lists the token itself, then the most likely ones; the first token has none. Raises
+    RuntimeError if the scored ids are not those sent.
     """
     flat, sent = output.prompt_logprobs, [*prompt_ids, *response_ids][1:]
     shape = (len(sent), 1 + num_top)
     ids = np.asarray(flat.token_ids, dtype=np.int32)
     if ids.size != shape[0] * shape[1] or ids.reshape(shape)[:, 0].tolist() != sent:
-        raise RuntimeError(
-            f"scored tokens: expected the {len(sent)} sent, got {len(flat.token_ids)} that differ"
-        )
+        raise RuntimeError(f"scored tokens: expected the {len(sent)} sent, got {len(flat.token_ids)} that differ")
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(shape)[-len(response_ids) :]
     return logprobs[:, 0], ids.reshape(shape)[-len(response_ids) :, 1:], logprobs[:, 1:]
 

@@ -31,12 +31,7 @@ class EngineStatistics:
         self._sums = dict.fromkeys(COUNTERS, 0)
         self._reported_at = 0.0
 
-    def record(
-        self,
-        scheduler_stats: SchedulerStats,
-        iteration_stats: IterationStats | None,
-        **_: object,
-    ) -> None:
+    def record(self, scheduler_stats: SchedulerStats, iteration_stats: IterationStats | None, **_: object) -> None:
         """Add one step; called by vLLM. Exports once a second, and when the engine goes idle."""
         if iteration_stats is not None:
             self._sums["prompt_tokens"] += iteration_stats.num_prompt_tokens

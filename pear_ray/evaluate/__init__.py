@@ -2,8 +2,8 @@
 
     for each checkpoint: load weights -> sample, grade, store attempts -> held-out loss, KL
 
-All checkpoints answer the same problems with the same seeds, so that they are compared pair by
-pair. Interrupted, the same command samples only the missing attempts.
+All checkpoints answer the same problems with the same seeds, so that they are compared pair by pair. Interrupted, the
+same command samples only the missing attempts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from pear_ray.config import TRAINING_STAGES, Job, start_of
 from pear_ray.data.tokenizer import encode_problems, fingerprint
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.evaluate.attempts import AttemptStore, attempt_requests, sample_attempts
-from pear_ray.evaluate.scorecard import (
-    checkpoint_card,
-    heldout_nll,
-    heldout_rows,
-    kl_from_start,
-    scorecard,
-)
+from pear_ray.evaluate.scorecard import checkpoint_card, heldout_nll, heldout_rows, kl_from_start, scorecard
 from pear_ray.ray_cluster import connect
 from pear_ray.records import Problem
 from pear_ray.rewards.pool import RewardPool
@@ -91,11 +85,7 @@ def modification_times(path: str) -> list[int]:
 
 
 def sample_missing(
-    job: Job,
-    run: RunDir,
-    checkpoints: dict[str, str],
-    problems: Sequence[Problem],
-    homes: dict[str, Path],
+    job: Job, run: RunDir, checkpoints: dict[str, str], problems: Sequence[Problem], homes: dict[str, Path]
 ) -> None:
     """Complete the folder of every checkpoint, on engines that load one after another."""
     missing = [label for label in checkpoints if not (homes[label] / LIKELIHOOD).exists()]

@@ -1,7 +1,7 @@
 """Attempts of one checkpoint at all problems: sampled, graded and stored at the same time.
 
-Stored attempts are not repeated. Seeds and prompts of the others do not depend on them, so an
-interrupted evaluation ends with the same answers.
+Stored attempts are not repeated. Seeds and prompts of the others do not depend on them, so an interrupted evaluation
+ends with the same answers.
 """
 
 from __future__ import annotations
@@ -83,10 +83,7 @@ class AttemptStore:
 
 
 def attempt_requests(
-    job: Job,
-    prompts: Sequence[tuple[int, ...]],
-    problems: Sequence[Problem],
-    stored: set[tuple[str, int]],
+    job: Job, prompts: Sequence[tuple[int, ...]], problems: Sequence[Problem], stored: set[tuple[str, int]]
 ) -> Iterator[AttemptRequest]:
     """Yield requests for all attempts that are not `stored`. `prompts` are token ids."""
     settings = job.evaluation
@@ -101,11 +98,7 @@ def attempt_requests(
 
 
 def sample_attempts(
-    label: str,
-    requests: Sequence[AttemptRequest],
-    pool: EnginePool,
-    reward_pool: RewardPool,
-    store: AttemptStore,
+    label: str, requests: Sequence[AttemptRequest], pool: EnginePool, reward_pool: RewardPool, store: AttemptStore
 ) -> None:
     """Sample and grade the attempts of checkpoint `label`, and add them to the store.
 
@@ -129,10 +122,7 @@ def sample_attempts(
 
 
 def attempts_of(
-    label: str,
-    request: AttemptRequest,
-    completions: Sequence[Completion],
-    grades: Sequence[Grade],
+    label: str, request: AttemptRequest, completions: Sequence[Completion], grades: Sequence[Grade]
 ) -> list[Attempt]:
     """Return one attempt per completion; only the first of a problem has its token ids."""
     return [
@@ -152,7 +142,5 @@ def attempts_of(
             response_ids=None if sample else tuple(completion.token_ids),
             logprobs=None if sample else tuple(completion.logprobs),
         )
-        for sample, (completion, grade) in enumerate(
-            zip(completions, grades, strict=True), request.first_sample
-        )
+        for sample, (completion, grade) in enumerate(zip(completions, grades, strict=True), request.first_sample)
     ]

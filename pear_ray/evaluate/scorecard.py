@@ -32,9 +32,7 @@ def heldout_nll(pool: EnginePool, rows: list[dict[str, Any]]) -> float | None:
     """Return the mean negative log-likelihood of the rows' trainable tokens, in nats."""
     if not rows:
         return None
-    logprobs = pool.generate(
-        [ScoreRequest(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in rows]
-    )
+    logprobs = pool.generate([ScoreRequest(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in rows])
     trainable = [row.get("trainable") or ... for row in rows]
     chosen = [values[mask] for values, mask in zip(logprobs, trainable, strict=True)]
     return float(-np.concatenate(chosen).mean())
@@ -45,15 +43,12 @@ def kl_from_start(
 ) -> dict[str, float]:
     """Return KL(start || end) over whole answers in nats, with its 95 % interval over problems.
 
-    `attempts` are those of the checkpoint from which training started, sampled at temperature 1;
-    `prompts` are their token ids, one per problem. The pool serves the checkpoint that training
-    ended with. The mean of log p_start - log p_end over the first answers is unbiased.
+    `attempts` are those of the checkpoint from which training started, sampled at temperature 1; `prompts` are their
+    token ids, one per problem. The pool serves the checkpoint that training ended with. The mean of log p_start - log
+    p_end over the first answers is unbiased.
     """
     first = attempts.filter(pc.equal(attempts.column("sample"), 0)).to_pylist()
-    requests = [
-        ScoreRequest(prompt, tuple(row["response_ids"]))
-        for prompt, row in zip(prompts, first, strict=True)
-    ]
+    requests = [ScoreRequest(prompt, tuple(row["response_ids"])) for prompt, row in zip(prompts, first, strict=True)]
     ends = pool.generate(requests)
     gaps = [np.sum(row["logprobs"]) - end.sum() for row, end in zip(first, ends, strict=True)]
     return mean_with_interval(np.array(gaps), seed)
@@ -63,10 +58,7 @@ def checkpoint_card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
     """Return the metrics of one checkpoint that its attempts give."""
     num_samples, seed = job.evaluation.samples_per_problem, job.run.seed
     counts = num_correct(job, attempts)
-    curve = [
-        mean_with_interval(pass_at_k_by_problem(num_samples, counts, k), seed)
-        for k in range(1, num_samples + 1)
-    ]
+    curve = [mean_with_interval(pass_at_k_by_problem(num_samples, counts, k), seed) for k in range(1, num_samples + 1)]
     num_tokens = attempts.column("num_tokens").to_numpy()
     mean_logprobs = attempts.column("mean_logprob").to_numpy()
     logprob = float((mean_logprobs * num_tokens).sum() / num_tokens.sum())
@@ -80,16 +72,14 @@ def checkpoint_card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
         "completions_mean_length": float(num_tokens.mean()),
         "completions_clipped_ratio": float(np.mean(is_truncated)),
         "mean_logprob": logprob,
-        # At temperature 1, the negative log-prob of a sampled token is an unbiased estimate of
-        # the entropy at its position.
+        # At temperature 1, the negative log-prob of a sampled token is an unbiased estimate of the entropy at its
+        # position.
         "entropy": -logprob if job.evaluation.temperature == 1.0 else None,
         "parts": {name: float(np.mean([row.get(name, 0.0) for row in parts])) for name in names},
     }
 
 
-def scorecard(
-    job: Job, num_problems: int, cards: dict[str, Any], attempts: dict[str, pa.Table]
-) -> dict[str, Any]:
+def scorecard(job: Job, num_problems: int, cards: dict[str, Any], attempts: dict[str, pa.Table]) -> dict[str, Any]:
     """Return scorecard.json: settings, the card of each checkpoint, and paired differences."""
     num_samples = job.evaluation.samples_per_problem
     counts = {label: num_correct(job, table) for label, table in attempts.items()}

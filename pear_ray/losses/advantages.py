@@ -29,9 +29,7 @@ def group_advantages(rewards_G: Tensor, kind: str) -> Tensor:
     if kind not in KINDS:
         raise ValueError(f"advantage: expected one of {sorted(KINDS)}, got {kind!r}")
     if rewards_G.ndim != 1 or rewards_G.numel() < 2:
-        raise ValueError(
-            f"rewards_G: expected a 1-D tensor of at least 2, got shape {tuple(rewards_G.shape)}"
-        )
+        raise ValueError(f"rewards_G: expected a 1-D tensor of at least 2, got shape {tuple(rewards_G.shape)}")
     return KINDS[kind](rewards_G)
 
 

@@ -15,15 +15,14 @@ from torch import Tensor
 class LossInputs:
     """The n trainable tokens of one micro-batch, with the outputs of the model in training.
 
-    float32 [n]: `logprobs` (with gradient); without gradient, `entropies`, `sampled_logprobs`,
-    `coefficients`, `top_masses`, and, with a KL penalty, `reference_logprobs`, the reference
-    policy's log-probs of the same tokens. int64 [n]: `sequence_ids`. One string per sequence:
-    `origins`. For distillation, float32 [n, k]: `teacher_logprobs`, the behavior policy's log-probs
-    of its k likeliest tokens, and `logprobs_of_teacher`, the model's own log-probs of the same
-    tokens, with gradient. In a step on rollouts and demonstrations, bool [n]: `from_demonstration`.
+    float32 [n]: `logprobs` (with gradient); without gradient, `entropies`, `sampled_logprobs`, `coefficients`,
+    `top_masses`, and, with a KL penalty, `reference_logprobs`, the reference policy's log-probs of the same tokens.
+    int64 [n]: `sequence_ids`. One string per sequence: `origins`. For distillation, float32 [n, k]: `teacher_logprobs`,
+    the behavior policy's log-probs of its k likeliest tokens, and `logprobs_of_teacher`, the model's own log-probs of
+    the same tokens, with gradient. In a step on rollouts and demonstrations, bool [n]: `from_demonstration`.
 
-    `*_global` count the whole step: trainable tokens; sequences with a trainable token outside
-    demonstrations; trainable tokens of demonstrations, and sequences with one.
+    `*_global` count the whole step: trainable tokens; sequences with a trainable token outside demonstrations;
+    trainable tokens of demonstrations, and sequences with one.
     """
 
     logprobs: Tensor
@@ -64,9 +63,7 @@ class LossInputs:
         mask = self.from_demonstration
         if mask is None:
             mask = torch.zeros_like(self.sequence_ids, dtype=torch.bool)
-        return self._select(
-            mask, self.num_demonstration_tokens_global, self.num_demonstration_sequences_global
-        )
+        return self._select(mask, self.num_demonstration_tokens_global, self.num_demonstration_sequences_global)
 
     def _select(self, mask: Tensor, num_tokens: int, num_sequences: int) -> LossInputs:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -98,16 +95,16 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """`loss`, summed over tokens, with gradient; `metric_sums`, detached tensors of any shape that
-    add up over micro-batches and ranks."""
+    """`loss`, summed over tokens, with gradient; `metric_sums`, detached tensors of any shape that add up over
+    micro-batches and ranks."""
 
     loss: Tensor
     metric_sums: dict[str, Tensor]
 
 
 class Objective(ABC):
-    """Maps one micro-batch to SUMS over its tokens. The learner divides once by the global token
-    count, so the gradient does not depend on how the batch is cut.
+    """Maps one micro-batch to SUMS over its tokens. The learner divides once by the global token count, so the gradient
+    does not depend on how the batch is cut.
 
     `top_k` is the number of likeliest tokens that `LossInputs.top_masses` covers; 0 if unused.
     """
@@ -119,6 +116,5 @@ class Objective(ABC):
         """Return the summed loss and metrics."""
 
     def grad_scale(self, metric_sums: Mapping[str, np.ndarray], num_tokens: int) -> float:
-        """Return the factor of the step's gradient, given the sums over all its micro-batches and
-        ranks."""
+        """Return the factor of the step's gradient, given the sums over all its micro-batches and ranks."""
         return 1.0

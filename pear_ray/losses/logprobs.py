@@ -1,8 +1,8 @@
 """Log-probabilities of a pack's tokens. The shift by one happens here and nowhere else.
 
-Logits exist for one chunk of tokens at a time, in the forward and in the backward pass; the full
-[tokens, vocabulary] matrix is never materialized. The whole computation is one autograd node, so
-under ZeRO-3 the output head is gathered once per pass.
+Logits exist for one chunk of tokens at a time, in the forward and in the backward pass; the full [tokens, vocabulary]
+matrix is never materialized. The whole computation is one autograd node, so under ZeRO-3 the output head is gathered
+once per pass.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 class TokenLogprobs(NamedTuple):
     """Outputs of the model at n positions.
 
-    `logprobs` float32 [n, m], of the m requested tokens, with gradient. float32 [n], detached:
-    `entropies` in nats, and `top_masses`, the total probability of the k likeliest tokens (zeros
-    if k is 0).
+    `logprobs` float32 [n, m], of the m requested tokens, with gradient. float32 [n], detached: `entropies` in nats, and
+    `top_masses`, the total probability of the k likeliest tokens (zeros if k is 0).
     """
 
     logprobs: Tensor
@@ -29,13 +28,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def predicted_logprobs(
-    hidden_T: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    predicted: Tensor,
-    *,
-    logits_mib: float,
-    top_k: int = 0,
+    hidden_T: Tensor, weight: Tensor, token_ids: Tensor, predicted: Tensor, *, logits_mib: float, top_k: int = 0
 ) -> TokenLogprobs:
     """Return log-probabilities of the requested tokens at the requested positions.
 
@@ -57,8 +50,8 @@ def predicted_logprobs(
 
 
 class _Logprobs(torch.autograd.Function):
-    """With p the softmax of the logits and g_i the gradient of the log-prob of token i, the
-    gradient of the logits is sum_i g_i (onehot_i - p)."""
+    """With p the softmax of the logits and g_i the gradient of the log-prob of token i, the gradient of the logits is
+    sum_i g_i (onehot_i - p)."""
 
     @staticmethod
     def forward(
@@ -84,8 +77,8 @@ class _Logprobs(torch.autograd.Function):
                 top_masses[chunk] = probs.topk(top_k, sorted=False).values.sum(-1)
         keeps_probs = num_positions <= tokens_per_chunk and any(ctx.needs_input_grad)
         ctx.probs = probs_buffer if keeps_probs else None
-        # Not save_for_backward: DeepSpeed fills and empties `weight.data` around each pass, and a
-        # saved tensor would be the empty one.
+        # Not save_for_backward: DeepSpeed fills and empties `weight.data` around each pass, and a saved tensor would be
+        # the empty one.
         ctx.weight = weight
         ctx.tokens_per_chunk = tokens_per_chunk
         ctx.save_for_backward(hidden, ids, normalizers)
@@ -133,15 +126,15 @@ def chunks(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
 
 
 def _chunk_buffer(hidden: Tensor, weight: Tensor, num_positions: int) -> Tensor:
-    """Return memory for one chunk, reused by all: on CPUs, allocating it for each chunk costs as
-    much as the computation."""
+    """Return memory for one chunk, reused by all: on CPUs, allocating it for each chunk costs as much as the
+    computation."""
     shape = min(num_positions, len(hidden)), len(weight)
     return hidden.new_empty(shape, dtype=torch.float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """Return float32 logits, whatever the dtype of the weights: rounded to bfloat16, a logit of 20
-    is off by up to .06, nearly PEAR's clip of a log-ratio."""
+    """Return float32 logits, whatever the dtype of the weights: rounded to bfloat16, a logit of 20 is off by up to .06,
+    nearly PEAR's clip of a log-ratio."""
     logits = buffer[: len(hidden)]
     if weight.dtype == torch.float32:
         return torch.mm(hidden, weight.T, out=logits)

@@ -1,7 +1,7 @@
 """Objectives of `cooperate`: one loss for a step on rollouts and demonstrations.
 
-One objective each for rollouts and for demonstrations sees its own tokens only, as a step of its
-own; the classes here combine the two sums.
+One objective each for rollouts and for demonstrations sees its own tokens only, as a step of its own; the classes here
+combine the two sums.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DEMONSTRATION_PREFIX = "sft_"
 
 @dataclass(frozen=True)
 class JointTokenMean(Objective):
-    """(sum over rollout tokens + sum over demonstration tokens) / their number: TRAPO's one loss
-    for completions that continue an expert's prefix (arXiv 2512.17636). Weighting both kinds of
-    tokens alike is this project's reading. Without demonstrations it is the rollouts' objective.
+    """(sum over rollout tokens + sum over demonstration tokens) / their number: TRAPO's one loss for completions that
+    continue an expert's prefix (arXiv 2512.17636). Weighting both kinds of tokens alike is this project's reading.
+    Without demonstrations it is the rollouts' objective.
 
-    Metric sums are those of both objectives, the demonstrations' with `DEMONSTRATION_PREFIX`, and
-    the losses `rl_loss` and `sft_loss`.
+    Metric sums are those of both objectives, the demonstrations' with `DEMONSTRATION_PREFIX`, and the losses `rl_loss`
+    and `sft_loss`.
     """
 
     rollouts: PolicyGradient
@@ -52,8 +52,8 @@ class JointTokenMean(Objective):
 
 @dataclass(frozen=True)
 class LambdaMix(JointTokenMean):
-    """rl_weight mean over rollout tokens + (1 - rl_weight) mean over demonstration tokens: the
-    naive sum, and the student's part of BRIDGE (arXiv 2509.06948), where rl_weight is lambda."""
+    """rl_weight mean over rollout tokens + (1 - rl_weight) mean over demonstration tokens: the naive sum, and the
+    student's part of BRIDGE (arXiv 2509.06948), where rl_weight is lambda."""
 
     rl_weight: float
 
@@ -69,10 +69,9 @@ class LambdaMix(JointTokenMean):
 
 @dataclass(frozen=True)
 class HighEntropyOnly(TokenLoss):
-    """`loss` on the `share` of each demonstration's tokens with the highest entropy under the
-    model, rounded up, and 0 on the others: MIFO's high-entropy tokens (arXiv 2510.04454). Taking
-    the share per demonstration, and counting masked tokens in the mean, are this project's choices;
-    the authors' are not public."""
+    """`loss` on the `share` of each demonstration's tokens with the highest entropy under the model, rounded up, and 0
+    on the others: MIFO's high-entropy tokens (arXiv 2510.04454). Taking the share per demonstration, and counting
+    masked tokens in the mean, are this project's choices; the authors' are not public."""
 
     loss: TokenLoss
     share: float

@@ -21,9 +21,8 @@ def pack(
 ) -> list[list[TrainingBatch]]:
     """Return the micro-batches of every rank for ONE optimizer step.
 
-    All ranks get the same number: under ZeRO-3 a rank that runs one more forward pass than the
-    others hangs. If there are too few sequences, a micro-batch repeats the shortest one without
-    trainable tokens.
+    All ranks get the same number: under ZeRO-3 a rank that runs one more forward pass than the others hangs. If there
+    are too few sequences, a micro-batch repeats the shortest one without trainable tokens.
 
     Args:
         sequences: the sequences of the step, in any order.
@@ -53,31 +52,26 @@ def pack(
     counts = global_counts(sequences if counted is None else counted)
     if not counts["num_trainable_tokens_global"]:
         raise ValueError(
-            f"sequences: expected at least one trainable token in a step, got none in"
-            f" {len(sequences)} sequences"
+            f"sequences: expected at least one trainable token in a step, got none in {len(sequences)} sequences"
         )
     costs = lengths * (1 + lengths / crossover_tokens)
     bins = balanced_bins(lengths, costs, num_ranks, tokens_per_micro_batch)
     filler = without_trainable_tokens(sequences[int(lengths.argmin())])
     batches = [
         # Attention batches neighbors of one length.
-        concatenate(
-            [sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler], counts
-        )
+        concatenate([sequences[i] for i in sorted(members, key=lambda i: lengths[i])] or [filler], counts)
         for members in bins
     ]
-    # Rounds of one micro-batch per rank, most expensive first, in alternating direction: ranks
-    # synchronize at every layer, so loads must match in every round and in sum.
+    # Rounds of one micro-batch per rank, most expensive first, in alternating direction: ranks synchronize at every
+    # layer, so loads must match in every round and in sum.
     rounds = [batches[start : start + num_ranks] for start in range(0, len(batches), num_ranks)]
     alternating = [one[:: 1 if number % 2 == 0 else -1] for number, one in enumerate(rounds)]
     return [list(own) for own in zip(*alternating, strict=True)]
 
 
-def balanced_bins(
-    lengths: np.ndarray, costs: np.ndarray, num_ranks: int, capacity: int
-) -> list[list[int]]:
-    """Return indices in bins of similar cost and at most `capacity` tokens, most expensive first:
-    the fewest bins that suffice, in multiples of `num_ranks`. Bins may be empty."""
+def balanced_bins(lengths: np.ndarray, costs: np.ndarray, num_ranks: int, capacity: int) -> list[list[int]]:
+    """Return indices in bins of similar cost and at most `capacity` tokens, most expensive first: the fewest bins that
+    suffice, in multiples of `num_ranks`. Bins may be empty."""
     num_bins = num_ranks * math.ceil(lengths.sum() / (capacity * num_ranks))
     by_index = dict(enumerate(costs.tolist()))
     while True:

@@ -1,16 +1,16 @@
-"""PEAR's importance weights (arXiv 2602.01058, sections 3.2-3.5 and 3.7), their normalization, and
-controls that separate their effect from that of smaller steps and of noise.
+"""PEAR's importance weights (arXiv 2602.01058, sections 3.2-3.5 and 3.7), their normalization, and controls that
+separate their effect from that of smaller steps and of noise.
 
-With delta_t = log pi_theta(y_t) - log pi_beta(y_t), clipped per token, and t = 1..T over the
-response, the log-weight of a token is
+With delta_t = log pi_theta(y_t) - log pi_beta(y_t), clipped per token, and t = 1..T over the response, the log-weight
+of a token is
 
     token     (T - t) ln(discount) + sum of delta_j over j > t
     block     (T - e) ln(discount) + sum of delta_j over j > e,  e = last token of t's block
     sequence  sum of delta_j over all j
 
-clipped again, then exponentiated. The suffix excludes the token itself, so the last token's
-weight is always 1 at level "token". Sums run in float64: a pack may hold 10^5 tokens, and a
-difference of float32 prefix sums would lose what the first clip keeps.
+clipped again, then exponentiated. The suffix excludes the token itself, so the last token's weight is always 1 at level
+"token". Sums run in float64: a pack may hold 10^5 tokens, and a difference of float32 prefix sums would lose what the
+first clip keeps.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def pear_weights(
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
     if target_logprobs.numel() == 0:
         return torch.empty_like(target_logprobs)
-    delta = (target_logprobs.detach().double() - behavior_logprobs.detach().double()).clamp(
-        *clip_log_ratio
-    )
+    delta = (target_logprobs.detach().double() - behavior_logprobs.detach().double()).clamp(*clip_log_ratio)
     segments = SequenceSegments.of(delta, sequence_ids)
     log_weights = LOG_WEIGHTS[level](segments, math.log(discount), block_size)
     return log_weights.clamp(*clip_log_weight).exp().to(target_logprobs.dtype)
@@ -77,8 +75,8 @@ def pear_weights(
 class SequenceSegments:
     """Prefix sums of delta over a pack, with the bounds of each token's response.
 
-    All fields are [tokens]: `prefix` float64 inclusive sums over the whole pack, `delta` float64;
-    int64 positions in the pack: `index` of the token, `first` and `last` of its response.
+    All fields are [tokens]: `prefix` float64 inclusive sums over the whole pack, `delta` float64; int64 positions in
+    the pack: `index` of the token, `first` and `last` of its response.
     """
 
     prefix: Tensor
@@ -94,9 +92,7 @@ class SequenceSegments:
         edge = sequence_ids[1:] != sequence_ids[:-1]
         end = torch.ones(1, dtype=torch.bool, device=delta.device)
         first = torch.where(torch.cat([end, edge]), index, 0).cummax(0).values
-        last = (
-            torch.where(torch.cat([edge, end]), index, num_tokens).flip(0).cummin(0).values.flip(0)
-        )
+        last = torch.where(torch.cat([edge, end]), index, num_tokens).flip(0).cummin(0).values.flip(0)
         return cls(delta.cumsum(0), delta, first, last, index)
 
     def sum_after(self, position: Tensor) -> Tensor:
@@ -152,8 +148,8 @@ class Pear:
 
 @dataclass(frozen=True)
 class Centered(Pear):
-    """Control: PEAR after the mean log-ratio of each sequence is subtracted, so that only the
-    differences within a sequence are left, not how implausible it is as a whole."""
+    """Control: PEAR after the mean log-ratio of each sequence is subtracted, so that only the differences within a
+    sequence are left, not how implausible it is as a whole."""
 
     def log_ratios(self, tokens: LossInputs) -> Tensor:
         return super().log_ratios(center_log_ratios(tokens))
@@ -164,8 +160,8 @@ class Centered(Pear):
 
 @dataclass(frozen=True)
 class Shuffled(Pear):
-    """Control: PEAR's weights permuted over the tokens of the micro-batch, which keeps their
-    distribution and nothing else. Depends on how a batch is cut into micro-batches."""
+    """Control: PEAR's weights permuted over the tokens of the micro-batch, which keeps their distribution and nothing
+    else. Depends on how a batch is cut into micro-batches."""
 
     seed: int = 0
 
@@ -177,8 +173,7 @@ class Shuffled(Pear):
 
 
 def center_log_ratios(tokens: LossInputs) -> LossInputs:
-    """Return the tokens with behavior log-probs shifted so that each sequence's log-ratios have
-    mean 0."""
+    """Return the tokens with behavior log-probs shifted so that each sequence's log-ratios have mean 0."""
     log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
     means = tokens.means_by_sequence(log_ratios)[tokens.sequence_ids]
     return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
@@ -187,8 +182,8 @@ def center_log_ratios(tokens: LossInputs) -> LossInputs:
 class NoNormalization:
     """Weights as in the paper's formula; the base of the other normalizations.
 
-    `apply` changes weights within a micro-batch; `grad_scale` scales the gradient of the whole
-    step, when the mean weight of all its tokens is known.
+    `apply` changes weights within a micro-batch; `grad_scale` scales the gradient of the whole step, when the mean
+    weight of all its tokens is known.
     """
 
     def apply(self, weights: Tensor, tokens: LossInputs) -> Tensor:
@@ -215,8 +210,8 @@ class PerBatch(NoNormalization):
 
 
 class MeanWeightOnly(NoNormalization):
-    """Control: every token gets the step's mean weight. AdamW is nearly invariant to a constant
-    factor, so this measures how far apart two nearly equal runs end."""
+    """Control: every token gets the step's mean weight. AdamW is nearly invariant to a constant factor, so this
+    measures how far apart two nearly equal runs end."""
 
     def apply(self, weights: Tensor, tokens: LossInputs) -> Tensor:
         return torch.ones_like(weights)

@@ -1,15 +1,13 @@
-"""RL objectives: a per-token loss, a correction for engine/trainer log-prob mismatch, an optional
-KL penalty, and the mode of averaging.
+"""RL objectives: a per-token loss, a correction for engine/trainer log-prob mismatch, an optional KL penalty, and the
+mode of averaging.
 
     loss = average over the step's tokens of  weight_t loss_t + coefficient KL_t
 
-Like all objectives these return SUMS over a micro-batch, and the learner divides once by the global
-number of trainable tokens T. Averages other than the token mean scale each token to undo that
-division.
+Like all objectives these return SUMS over a micro-batch, and the learner divides once by the global number of trainable
+tokens T. Averages other than the token mean scale each token to undo that division.
 
-A per-token loss maps the log-ratios log(pi / pi_old) of the trainable tokens, float32 [n] with
-gradient, to one loss each; the correction defines pi_old. A is the advantage,
-`LossInputs.coefficients`.
+A per-token loss maps the log-ratios log(pi / pi_old) of the trainable tokens, float32 [n] with gradient, to one loss
+each; the correction defines pi_old. A is the advantage, `LossInputs.coefficients`.
 """
 
 from __future__ import annotations
@@ -40,9 +38,8 @@ def exp_ratios(log_ratios: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PpoClip:
-    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), R the token's ratio: PPO's clipped
-    surrogate (arXiv 1707.06347 eq. 7) with a higher upper bound (DAPO, arXiv 2503.14476
-    section 3.1)."""
+    """-min(R A, clip(R, 1 - clip_low, 1 + clip_high) A), R the token's ratio: PPO's clipped surrogate (arXiv 1707.06347
+    eq. 7) with a higher upper bound (DAPO, arXiv 2503.14476 section 3.1)."""
 
     clip_low: float
     clip_high: float
@@ -61,12 +58,11 @@ class PpoClip:
 
 @dataclass(frozen=True)
 class Gspo(PpoClip):
-    """PpoClip with one ratio R per sequence: exp(mean_t log-ratio_t) over its trainable tokens
-    (GSPO, arXiv 2507.18071 section 4). Clips are far narrower than PPO's: the mean of many
-    log-ratios is closer to 0 than each of them.
+    """PpoClip with one ratio R per sequence: exp(mean_t log-ratio_t) over its trainable tokens (GSPO, arXiv 2507.18071
+    section 4). Clips are far narrower than PPO's: the mean of many log-ratios is closer to 0 than each of them.
 
-    Every token of a sequence has that sequence's loss, and the gradient of the mean reaches all of
-    them: averaged by `SequenceMean` it is the paper's mean over sequences.
+    Every token of a sequence has that sequence's loss, and the gradient of the mean reaches all of them: averaged by
+    `SequenceMean` it is the paper's mean over sequences.
     """
 
     def ratios(self, log_ratios: Tensor, tokens: LossInputs) -> Tensor:
@@ -75,9 +71,9 @@ class Gspo(PpoClip):
 
 @dataclass(frozen=True)
 class Cispo(PpoClip):
-    """-sg[clip(R, 1 - clip_low, 1 + clip_high)] A log pi (CISPO, MiniMax-M1, arXiv 2506.13585
-    section 3.1): tokens that PPO's clip would drop keep a gradient with a bounded weight.
-    The paper bounds the ratio from above only: clip_low = 1."""
+    """-sg[clip(R, 1 - clip_low, 1 + clip_high)] A log pi (CISPO, MiniMax-M1, arXiv 2506.13585 section 3.1): tokens that
+    PPO's clip would drop keep a gradient with a bounded weight. The paper bounds the ratio from above only: clip_low =
+    1."""
 
     def __call__(self, log_ratios: Tensor, tokens: LossInputs) -> TokenLosses:
         ratios = self.ratios(log_ratios, tokens).detach()
@@ -88,18 +84,18 @@ class Cispo(PpoClip):
 
 @dataclass(frozen=True)
 class Nft:
-    """Negative-aware fine-tuning (arXiv 2505.18116). With r the prompt's pass rate,
-    w = sqrt((1 - r) / r) and floor > 0,
+    """Negative-aware fine-tuning (arXiv 2505.18116). With r the prompt's pass rate, w = sqrt((1 - r) / r) and floor >
+    0,
 
         correct  -w log R
         wrong    -w log max((1 - r R) / (1 - r), floor)
 
-    where the maximum has the gradient of its first argument (straight-through): the old policy is
-    the mixture r pi+ + (1 - r) pi- of a correct and a wrong one, and pi+ learns from both. At
-    R = 1 the gradient is GRPO's with the population's standard deviation.
+    where the maximum has the gradient of its first argument (straight-through): the old policy is the mixture r pi+ +
+    (1 - r) pi- of a correct and a wrong one, and pi+ learns from both. At R = 1 the gradient is GRPO's with the
+    population's standard deviation.
 
-    `tokens.coefficients` must be those of `group_advantages(..., "nft")`, in (-1, 1): r if
-    correct, -r if wrong, 0 if all or none of the group were correct.
+    `tokens.coefficients` must be those of `group_advantages(..., "nft")`, in (-1, 1): r if correct, -r if wrong, 0 if
+    all or none of the group were correct.
     """
 
     floor: float = 1.0
@@ -122,8 +118,8 @@ PolicyLoss = PpoClip | Gspo | Cispo | Nft
 
 @dataclass(frozen=True)
 class RatioInLoss:
-    """pi_old is the engine's policy, by the engine's log-probs: the engine/trainer mismatch is part
-    of the loss's ratio, and corrected within the loss's clips."""
+    """pi_old is the engine's policy, by the engine's log-probs: the engine/trainer mismatch is part of the loss's
+    ratio, and corrected within the loss's clips."""
 
     def log_ratios(self, tokens: LossInputs) -> Tensor:
         """Return log(pi / pi_old) of each token, [n], with gradient."""
@@ -140,12 +136,11 @@ class RatioInLoss:
 
 @dataclass(frozen=True)
 class TruncatedIS:
-    """Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training", 2025): each token's loss times sg[min(pi / pi_engine, cap)].
+    """Truncated importance sampling (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", 2025): each token's loss times sg[min(pi / pi_engine, cap)].
 
-    pi_old is the model as it enters the step: each batch is used for one optimizer step, so the
-    loss's ratio is always 1 and only its gradient matters. The loss's clips are inactive; the cap
-    bounds the weight of off-policy tokens.
+    pi_old is the model as it enters the step: each batch is used for one optimizer step, so the loss's ratio is always
+    1 and only its gradient matters. The loss's clips are inactive; the cap bounds the weight of off-policy tokens.
     """
 
     cap: float
@@ -159,8 +154,8 @@ class TruncatedIS:
         return exp_ratios(tokens.logprobs.detach() - tokens.sampled_logprobs).clamp(max=self.cap)
 
     def metric_sums(self, tokens: LossInputs) -> dict[str, Tensor]:
-        """Return sums of w and w^2 (effective sample size: (sum w)^2 / sum w^2 / T), and the number
-        of tokens at the cap."""
+        """Return sums of w and w^2 (effective sample size: (sum w)^2 / sum w^2 / T), and the number of tokens at the
+        cap."""
         weights = self.weights(tokens).double()
         log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
         return {
@@ -192,8 +187,8 @@ class SequenceMean:
 
 @dataclass(frozen=True)
 class ConstantLength:
-    """1/(N length) sum_t: a token's weight does not depend on the lengths in the step (Dr. GRPO,
-    arXiv 2503.20783 section 3.2). `length` is in tokens, usually the maximum response length."""
+    """1/(N length) sum_t: a token's weight does not depend on the lengths in the step (Dr. GRPO, arXiv 2503.20783
+    section 3.2). `length` is in tokens, usually the maximum response length."""
 
     length: int
 
@@ -208,8 +203,8 @@ class KlToReference:
     """coefficient (e^d - d - 1), d = log pi_ref - log pi: the estimate "k3" of KL(pi || pi_ref)
     from tokens that pi sampled, at least 0 for each (arXiv 2402.03300 eq. 4).
 
-    Its gradient by log pi is coefficient (1 - e^d). The correction's weight does not apply to it.
-    d is clamped to at most 20, without gradient beyond.
+    Its gradient by log pi is coefficient (1 - e^d). The correction's weight does not apply to it. d is clamped to at
+    most 20, without gradient beyond.
     """
 
     coefficient: float
@@ -230,8 +225,8 @@ class KlToReference:
 class PolicyGradient(Objective):
     """The objective of an RL step.
 
-    Metric sums, over tokens: those of `mismatch_sums` and of the correction; `clipped`, the number
-    of tokens changed by a bound of the loss; with a KL penalty `reference_kl`, e^d - d - 1.
+    Metric sums, over tokens: those of `mismatch_sums` and of the correction; `clipped`, the number of tokens changed by
+    a bound of the loss; with a KL penalty `reference_kl`, e^d - d - 1.
     """
 
     loss: PolicyLoss

@@ -1,7 +1,7 @@
 """SFT objectives: a loss per token, before any weight, and its weighted sum over a micro-batch.
 
-Each token loss maps the trainable tokens of a micro-batch to one loss per token, float32 [n], in
-nats or in units of them. p is the probability that the model in training gives the data's token.
+Each token loss maps the trainable tokens of a micro-batch to one loss per token, float32 [n], in nats or in units of
+them. p is the probability that the model in training gives the data's token.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class Dft(TokenLoss):
 
 @dataclass(frozen=True)
 class TrSft(TokenLoss):
-    """-sg[min(1, p / alpha)] log p: the gradient's factor 1/p becomes 1 / max(p, alpha)
-    (TRAPO, arXiv 2512.17636)."""
+    """-sg[min(1, p / alpha)] log p: the gradient's factor 1/p becomes 1 / max(p, alpha) (TRAPO, arXiv 2512.17636)."""
 
     alpha: float = 0.1
 
@@ -59,9 +58,8 @@ class TrSft(TokenLoss):
 
 @dataclass(frozen=True)
 class SedSft(TokenLoss):
-    """-log p + strength * M (p - 1/2)^2, where M = 1 if the probability of the model's `top_k`
-    likeliest tokens is below `top_mass`, else 0 (SED-SFT, arXiv 2602.07464): preserves exploration
-    where the model is undecided."""
+    """-log p + strength * M (p - 1/2)^2, where M = 1 if the probability of the model's `top_k` likeliest tokens is
+    below `top_mass`, else 0 (SED-SFT, arXiv 2602.07464): preserves exploration where the model is undecided."""
 
     strength: float = 1.0
     top_k: int = 10
@@ -75,12 +73,11 @@ class SedSft(TokenLoss):
 
 @dataclass(frozen=True)
 class IwSft(TokenLoss):
-    """-w log p with one detached weight per sequence,
-    w = clip(exp(temperature * mean_t[log pi_theta - log pi_ref]), bounds)
-    (iw-SFT, arXiv 2507.12856, with the bounds of its authors' trainer).
+    """-w log p with one detached weight per sequence, w = clip(exp(temperature * mean_t[log pi_theta - log pi_ref]),
+    bounds) (iw-SFT, arXiv 2507.12856, with the bounds of its authors' trainer).
 
-    The authors' reference is the frozen initial model. Here it is the model that scored the corpus:
-    the behavior policy, or the initial model if the job scores with it.
+    The authors' reference is the frozen initial model. Here it is the model that scored the corpus: the behavior
+    policy, or the initial model if the job scores with it.
     """
 
     temperature: float = 1.0
@@ -100,9 +97,9 @@ class Kl(TokenLoss):
 
         sum_S pi_beta (log pi_beta - log pi_theta) + r_beta (log r_beta - log r_theta)
 
-    (PEAR's other base loss, arXiv 2602.01058 section 3.2; the direction is this project's choice).
-    The bucket makes it a lower bound of the full divergence. If the whole vocabulary is stored,
-    there is no bucket and it is the full divergence.
+    (PEAR's other base loss, arXiv 2602.01058 section 3.2; the direction is this project's choice). The bucket makes it
+    a lower bound of the full divergence. If the whole vocabulary is stored, there is no bucket and it is the full
+    divergence.
     """
 
     vocab_size: int
@@ -121,8 +118,8 @@ class Kl(TokenLoss):
 
 @dataclass(frozen=True)
 class Unlikelihood(TokenLoss):
-    """-log(1 - p), capped at `cap` nats per token: for wrong responses. An extension of this
-    project (the paper's treatment of negative responses is not public)."""
+    """-log(1 - p), capped at `cap` nats per token: for wrong responses. An extension of this project (the paper's
+    treatment of negative responses is not public)."""
 
     cap: float = 5.0
 
@@ -159,9 +156,7 @@ class Supervised(Objective):
         return self.loss.top_k
 
     def __call__(self, tokens: LossInputs) -> LossOutputs:
-        return LossOutputs(
-            (tokens.coefficients.abs() * self.token_losses(tokens)).sum(), nll_sums(tokens)
-        )
+        return LossOutputs((tokens.coefficients.abs() * self.token_losses(tokens)).sum(), nll_sums(tokens))
 
     def token_losses(self, tokens: LossInputs) -> Tensor:
         """Return the loss of each token before weights and coefficients, [n]."""
@@ -171,8 +166,7 @@ class Supervised(Objective):
 
 @dataclass(frozen=True)
 class Weighted(Supervised):
-    """PEAR-SFT: `Supervised` with a detached importance weight for each token
-    (arXiv 2602.01058, section 3.2)."""
+    """PEAR-SFT: `Supervised` with a detached importance weight for each token (arXiv 2602.01058, section 3.2)."""
 
     weigh: Pear = field(kw_only=True)
     normalization: NoNormalization = field(default_factory=NoNormalization)
@@ -221,8 +215,8 @@ class Weighted(Supervised):
 
 
 def nll_sums(tokens: LossInputs) -> dict[str, Tensor]:
-    """Return the metric sums of every SFT objective: `nll` over tokens with a positive coefficient,
-    whatever is minimized, their number `tokens_to_learn`, and `entropy` over all tokens."""
+    """Return the metric sums of every SFT objective: `nll` over tokens with a positive coefficient, whatever is
+    minimized, their number `tokens_to_learn`, and `entropy` over all tokens."""
     to_learn = tokens.coefficients > 0
     return {
         "nll": -(tokens.logprobs.detach() * to_learn).sum(),
@@ -233,8 +227,7 @@ def nll_sums(tokens: LossInputs) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TopMasses(Objective):
-    """Measures without a gradient: a histogram of the probability of the `top_k` likeliest
-    tokens."""
+    """Measures without a gradient: a histogram of the probability of the `top_k` likeliest tokens."""
 
     top_k: int
     num_bins: int = 1000

@@ -3,8 +3,8 @@
     RUN/evaluate (this run, rank.runs) --> candidates --> predictors of each --> order, advice
     exported weights                   --> parameter drift of SFT and RL
 
-Predictors of the result after RL: arXiv 2510.01624, 2606.18487 and 2512.11470; the track record
-measures them on candidates whose result after RL is known. Needs no Ray.
+Predictors of the result after RL: arXiv 2510.01624, 2606.18487 and 2512.11470; the track record measures them on
+candidates whose result after RL is known. Needs no Ray.
 """
 
 from __future__ import annotations
@@ -49,17 +49,14 @@ def rank_candidates(job: Job, evaluated: CandidateSet) -> dict[str, Any]:
     """
     k, seed = job.rank.k or max(job.evaluation.ks), job.run.seed
     if k > evaluated.num_samples:
-        raise ConfigError(
-            f"rank.k: expected at most {evaluated.num_samples} samples per problem, got {k}"
-        )
+        raise ConfigError(f"rank.k: expected at most {evaluated.num_samples} samples per problem, got {k}")
     dominated = dominated_candidates(evaluated, seed)
     remaining = [c for c in evaluated.candidates if c.label not in dominated]
     at_k = np.array([evaluated.pass_at_k(c, k) for c in remaining])
     chances = predictors.probabilities_of_first(at_k, seed)
     chance_of = {c.label: float(chance) for c, chance in zip(remaining, chances, strict=True)}
     order = sorted(
-        evaluated.candidates,
-        key=lambda c: (c.label in dominated, -evaluated.pass_at_k(c, k).mean(), c.label),
+        evaluated.candidates, key=lambda c: (c.label in dominated, -evaluated.pass_at_k(c, k).mean(), c.label)
     )
     document: dict[str, Any] = {
         "k": k,
@@ -83,8 +80,8 @@ def rank_candidates(job: Job, evaluated: CandidateSet) -> dict[str, Any]:
 
 
 def dominated_candidates(evaluated: CandidateSet, seed: int) -> dict[str, str]:
-    """Map each dominated candidate to a better one: higher pass@1, by more than resampling the
-    problems explains, and lower held-out loss after comparable SFT."""
+    """Map each dominated candidate to a better one: higher pass@1, by more than resampling the problems explains, and
+    lower held-out loss after comparable SFT."""
     better_of: dict[str, str] = {}
     for worse, better in permutations(evaluated.candidates, 2):
         is_comparable = worse.trained_on is not None and worse.trained_on == better.trained_on
@@ -97,9 +94,7 @@ def dominated_candidates(evaluated: CandidateSet, seed: int) -> dict[str, str]:
     return better_of
 
 
-def candidate_row(
-    job: Job, evaluated: CandidateSet, candidate: Candidate, k: int
-) -> dict[str, Any]:
+def candidate_row(job: Job, evaluated: CandidateSet, candidate: Candidate, k: int) -> dict[str, Any]:
     """Return the predictors of one candidate."""
     num_samples, group_size = evaluated.num_samples, job.rl.group_size
     num_correct, card = candidate.num_correct, candidate.card
@@ -126,9 +121,7 @@ def candidate_row(
     }
 
 
-def leads(
-    evaluated: CandidateSet, order: list[Candidate], k: int, seed: int
-) -> dict[str, dict[str, float]]:
+def leads(evaluated: CandidateSet, order: list[Candidate], k: int, seed: int) -> dict[str, dict[str, float]]:
     """Return the lead of the first candidate in pass@k over each other, paired over problems; the
     closest comes first."""
     first, *others = (evaluated.pass_at_k(candidate, k) for candidate in order)

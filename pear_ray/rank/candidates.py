@@ -24,10 +24,9 @@ SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")
 class Candidate:
     """A checkpoint that RL could start from.
 
-    `card` is its part of the scorecard; `num_correct` int64 [problems], in the order of
-    `CandidateSet.problem_ids`. None if unknown: `trained_on`, data and loss of its SFT (held-out
-    losses are comparable within one such name); `regime` of its held-out loss; `after_rl`, pass@1
-    after RL.
+    `card` is its part of the scorecard; `num_correct` int64 [problems], in the order of `CandidateSet.problem_ids`.
+    None if unknown: `trained_on`, data and loss of its SFT (held-out losses are comparable within one such name);
+    `regime` of its held-out loss; `after_rl`, pass@1 after RL.
 
         Candidate("pear/sft", card={"heldout_nll": 0.41, ...}, num_correct=array([3, 0, 16]),
                   trained_on="corpus, nll", regime="stable", after_rl=0.62)
@@ -103,9 +102,7 @@ def read_scorecard(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: expected the output of stage `evaluate`, got {error}"
-        ) from error
+        raise ConfigError(f"{path}: expected the output of stage `evaluate`, got {error}") from error
 
 
 def check_same_sampling(cards: dict[Path, dict[str, Any]]) -> None:
@@ -120,9 +117,7 @@ def check_same_sampling(cards: dict[Path, dict[str, Any]]) -> None:
                 )
 
 
-def count_correct(
-    folder: Path, card: dict[str, Any]
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def count_correct(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the number of correct answers by checkpoint, int64 [problems], and the problem ids.
 
     Raises:
@@ -132,9 +127,7 @@ def count_correct(
     if not path.exists():
         raise ConfigError(f"{path}: expected the output of stage `evaluate`, got no file")
     table = pq.read_table(path, columns=["checkpoint", "problem_id", "correct"])
-    grouped = table.group_by(["checkpoint", "problem_id"]).aggregate(
-        [("correct", "sum"), ("correct", "count")]
-    )
+    grouped = table.group_by(["checkpoint", "problem_id"]).aggregate([("correct", "sum"), ("correct", "count")])
     counts = {(row["checkpoint"], row["problem_id"]): row for row in grouped.to_pylist()}
     problem_ids = tuple(sorted({problem_id for _, problem_id in counts}))
     num_samples = card["samples_per_problem"]
@@ -154,8 +147,8 @@ def count_correct(
 def run_candidates(
     job: Job, prefix: str, folder: Path, card: dict[str, Any], num_correct: dict[str, np.ndarray]
 ) -> Iterator[Candidate]:
-    """Yield the candidates of one run: all evaluated checkpoints except those after RL, which give
-    the `after_rl` of the checkpoints that they started from."""
+    """Yield the candidates of one run: all evaluated checkpoints except those after RL, which give the `after_rl` of
+    the checkpoints that they started from."""
     config = folder / "config.json"
     own_job = job if folder == job.folder else read_job(config) if config.exists() else None
     homes = own_job.homes(folder) if own_job else {}
@@ -182,8 +175,8 @@ def run_candidates(
 
 
 def sft_recipe(home: Path) -> str | None:
-    """Return data and loss of the SFT in a run folder. Includes the weights: held-out losses after
-    weighted and plain SFT are not comparable."""
+    """Return data and loss of the SFT in a run folder. Includes the weights: held-out losses after weighted and plain
+    SFT are not comparable."""
     path = home / "config.json"
     if not path.exists():
         return None

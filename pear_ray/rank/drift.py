@@ -1,5 +1,5 @@
-"""Parameter drift: how far, and in which direction, SFT and the last training stage (called RL
-here) moved the parameters of each arm. Reads one tensor at a time, never a whole model."""
+"""Parameter drift: how far, and in which direction, SFT and the last training stage (called RL here) moved the
+parameters of each arm. Reads one tensor at a time, never a whole model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DIRECTIONS, PASSES = 8, 8
 
 
 class Drift(NamedTuple):
-    """Two successive steps of a tensor: squared Frobenius norms of the tensor before each step and
-    of the steps, and the inner product of the steps. Additive over tensors."""
+    """Two successive steps of a tensor: squared Frobenius norms of the tensor before each step and of the steps, and
+    the inner product of the steps. Additive over tensors."""
 
     start: float
     sft: float
@@ -75,8 +75,8 @@ def stable_rank(step: Tensor) -> float | None:
 
 
 def parameter_drift(job: Job) -> dict[str, Any]:
-    """Return the drift of every trained arm: relative steps of SFT and RL, their cosine, and the
-    same with stable ranks for each matrix. Empty if the base model cannot be found."""
+    """Return the drift of every trained arm: relative steps of SFT and RL, their cosine, and the same with stable ranks
+    for each matrix. Empty if the base model cannot be found."""
     rows: dict[str, Any] = {}
     for name, home in job.homes(job.folder).items():
         sft, rl = (home / stage / "export" for stage in ("sft", job.last_stage_of(name)))
@@ -93,8 +93,8 @@ def parameter_drift(job: Job) -> dict[str, Any]:
 
 
 def arm_drift(base: Path, after_sft: Path, after_rl: Path | None) -> dict[str, Any]:
-    """Return the drift between the models of three Hugging Face folders. Skips tensors that a model
-    lacks or has in another shape: some models store a tied head, others leave it out."""
+    """Return the drift between the models of three Hugging Face folders. Skips tensors that a model lacks or has in
+    another shape: some models store a tied head, others leave it out."""
     models = [open_tensors(folder) for folder in (base, after_sft, after_rl or after_sft)]
     has_rl = after_rl is not None
     drifts: dict[str, Drift] = {}

@@ -62,11 +62,7 @@ def cautions(document: dict[str, Any]) -> list[str]:
             f"pass@{k} of {document['sampler']['samples_per_problem']} samples stands in for"
             f" pass@{LARGE_K} of {MANY_SAMPLES}, which was validated as a predictor."
         )
-    alone = [
-        row["label"]
-        for row in rows
-        if row["heldout_loss"] is not None and not row["loss_comparable_with"]
-    ]
+    alone = [row["label"] for row in rows if row["heldout_loss"] is not None and not row["loss_comparable_with"]]
     if alone:
         texts.append(
             f"Held-out loss was not used for {', '.join(alone)}: it is comparable only between"
@@ -95,8 +91,7 @@ def candidate_cautions(row: dict[str, Any], group_size: int) -> list[str]:
         )
     if entropy is not None and entropy < LOW_ENTROPY_NATS:
         texts.append(
-            f"entropy {entropy:.3f} nats per token is below {LOW_ENTROPY_NATS}; RL may have little"
-            " left to explore."
+            f"entropy {entropy:.3f} nats per token is below {LOW_ENTROPY_NATS}; RL may have little left to explore."
         )
     if row["regime"] == "severe over-training":
         texts.append("held-out loss is over 1.10 times its lowest; stop SFT earlier.")

@@ -1,7 +1,7 @@
 """Predictors of a checkpoint's result after RL, and scores of such predictors.
 
-pass@large-k, held-out loss and the scores of a predictor: arXiv 2510.01624 ("Quagmires").
-Signal of a group: arXiv 2606.18487. scipy.stats is imported in the functions: it takes a second.
+pass@large-k, held-out loss and the scores of a predictor: arXiv 2510.01624 ("Quagmires"). Signal of a group: arXiv
+2606.18487. scipy.stats is imported in the functions: it takes a second.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MIN_POINTS = 4
 
 
 def group_signal(num_samples: int, num_correct: np.ndarray, group_size: int) -> float:
-    """Return the expected variance of a binary reward within a group: p (1 - p) (g - 1) / g, mean
-    over problems, with the unbiased estimate p (1 - p) = c (n - c) / (n (n - 1)).
+    """Return the expected variance of a binary reward within a group: p (1 - p) (g - 1) / g, mean over problems, with
+    the unbiased estimate p (1 - p) = c (n - c) / (n (n - 1)).
 
     Raises:
         ValueError: fewer than two samples.
@@ -32,8 +32,8 @@ def group_signal(num_samples: int, num_correct: np.ndarray, group_size: int) -> 
 
 
 def share_without_signal(num_samples: int, num_correct: np.ndarray, group_size: int) -> float:
-    """Return the expected share of groups that are all wrong (1 - pass@g) or all correct (the same
-    of the wrong samples), unbiased.
+    """Return the expected share of groups that are all wrong (1 - pass@g) or all correct (the same of the wrong
+    samples), unbiased.
 
     Raises:
         ValueError: a group is larger than the sample.
@@ -68,8 +68,8 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def score_predictor(columns: Sequence[np.ndarray], y: np.ndarray, seed: int) -> dict[str, Any]:
-    """Return Spearman, R^2 and held-out R^2 of a predictor of `y` [points]. A predictor of several
-    columns ranks by their mean rank and has no R^2 of its own."""
+    """Return Spearman, R^2 and held-out R^2 of a predictor of `y` [points]. A predictor of several columns ranks by
+    their mean rank and has no R^2 of its own."""
     from scipy import stats
 
     mean_ranks = np.mean([stats.rankdata(values) for values in columns], axis=0)
@@ -85,12 +85,10 @@ def score_predictor(columns: Sequence[np.ndarray], y: np.ndarray, seed: int) -> 
 def heldout_r_squared(
     columns: Sequence[np.ndarray], y: np.ndarray, seed: int, num_splits: int = 200
 ) -> tuple[float, float] | None:
-    """Return mean and standard deviation, over random half splits, of R^2 = 1 - SSE / SST on one
-    half of lines fitted to the other. The predictions of several columns, each [points], are
-    averaged.
+    """Return mean and standard deviation, over random half splits, of R^2 = 1 - SSE / SST on one half of lines fitted
+    to the other. The predictions of several columns, each [points], are averaged.
 
-    Splits whose test half is constant are skipped; None if all are, or if there are fewer points
-    than `MIN_POINTS`.
+    Splits whose test half is constant are skipped; None if all are, or if there are fewer points than `MIN_POINTS`.
     """
     if len(y) < MIN_POINTS:
         return None
@@ -111,8 +109,8 @@ def heldout_r_squared(
 
 
 def probabilities_of_first(values: np.ndarray, seed: int, num_resamples: int = 2000) -> np.ndarray:
-    """Return how often each candidate has the largest mean if problems are resampled, float64
-    [candidates], from `values` [candidates, problems]; ties share it."""
+    """Return how often each candidate has the largest mean if problems are resampled, float64 [candidates], from
+    `values` [candidates, problems]; ties share it."""
     num_problems = values.shape[1]
     draws = np.random.default_rng(seed).multinomial(
         num_problems, np.full(num_problems, 1 / num_problems), size=num_resamples

@@ -101,9 +101,7 @@ def scores(data: RunData) -> Section | None:
     if not facts:
         return None
     sources = [
-        {"source": source}
-        | {key: row.get(key, 0) for key in SCORES}
-        | {"recorded_gap_max": row["recorded_gap_max"]}
+        {"source": source} | {key: row.get(key, 0) for key in SCORES} | {"recorded_gap_max": row["recorded_gap_max"]}
         for source, row in facts["sources"].items()
     ]
     calibration = [
@@ -118,10 +116,7 @@ def scores(data: RunData) -> Section | None:
         f" Rejected: {facts['rejected']} of {facts['rows']} rows.",
         (
             Table(sources),
-            Table(
-                calibration,
-                "Trainer minus engine on a sample. Bias: mean, spread: standard deviation",
-            ),
+            Table(calibration, "Trainer minus engine on a sample. Bias: mean, spread: standard deviation"),
         ),
     )
 
@@ -159,8 +154,7 @@ def largest(values: np.ndarray) -> float:
 def seconds(data: RunData) -> Section | None:
     """Time of stages and of RL steps."""
     stages = [
-        {"run or arm": arm.name, "stage": stage}
-        | {key: entry.get(key) for key in ("state", "seconds")}
+        {"run or arm": arm.name, "stage": stage} | {key: entry.get(key) for key in ("state", "seconds")}
         for arm in data.folders
         for stage, entry in arm.manifest.get("stages", {}).items()
         # The stage that writes this report has not finished.

@@ -76,11 +76,7 @@ class RunData:
     @property
     def arms(self) -> list[ArmData]:
         """The directories that were trained or evaluated."""
-        return [
-            arm
-            for arm in self.folders
-            if any(arm.of(s) or arm.prefix + s in self.cards for s in TRAINING_STAGES)
-        ]
+        return [arm for arm in self.folders if any(arm.of(s) or arm.prefix + s in self.cards for s in TRAINING_STAGES)]
 
     @property
     def cards(self) -> dict[str, Any]:
@@ -156,9 +152,7 @@ def load_run(job: Job, folder: Path) -> RunData:
         moves=read_json(folder / "rank" / "moves.json"),
         study=read_json(folder / "study" / "study.json"),
         answers=pq.read_table(
-            attempts,
-            columns=["checkpoint", "problem_id", "text", "correct"],
-            filters=[("sample", "==", 0)],
+            attempts, columns=["checkpoint", "problem_id", "text", "correct"], filters=[("sample", "==", 0)]
         ).to_pylist()
         if attempts.exists()
         else [],

@@ -76,14 +76,10 @@ def pass_at_k_curves(data: RunData) -> Iterator[Markup]:
         for label, seeds in curves.items():
             if is_after_rl(label) == after:
                 ends = ("low", "high") if len(seeds) == 1 else ("value", "value")
-                value, low, high = (
-                    np.array([column(points, key) for points in seeds]) for key in ("value", *ends)
-                )
+                value, low, high = (np.array([column(points, key) for points in seeds]) for key in ("value", *ends))
                 x = np.arange(value.shape[1]) + 0.05 * len(lines)
                 lines[label] = Line(x, value.mean(0), low.min(0), high.max(0))
-        ticks = [
-            str(2**power) for power in range(max((len(v.y) for v in lines.values()), default=0))
-        ]
+        ticks = [str(2**power) for power in range(max((len(v.y) for v in lines.values()), default=0))]
         title = f"pass@k {'after' if after else 'before'} RL"
         yield draw(title, "pass@k", lines, x_label="k", ticks=ticks)
 

@@ -154,8 +154,7 @@ def change(data: RunData, before: str, after: str, k: int) -> str | None:
 def before_and_after(data: RunData, k: int) -> Markup:
     """Draw pass@k of every arm before and after RL; in a study, means over seeds."""
     pairs = {
-        arm.name: [data.score(label, k) or {} for label in (data.before_rl(arm), arm.after_rl)]
-        for arm in data.arms
+        arm.name: [data.score(label, k) or {} for label in (data.before_rl(arm), arm.after_rl)] for arm in data.arms
     }
     if data.study:
         arms = data.study["arms"].items()

@@ -60,8 +60,8 @@ class _Batch:
 class _Worker:
     """An actor and its open calls, which it runs in order.
 
-    The first call of a new worker is `ready`, with an empty batch. `since` is when the worker
-    turned to its first open call, in `time.monotonic()` seconds.
+    The first call of a new worker is `ready`, with an empty batch. `since` is when the worker turned to its first open
+    call, in `time.monotonic()` seconds.
     """
 
     actor: Any
@@ -77,9 +77,9 @@ class _Worker:
 class RewardPool(AbstractContextManager["RewardPool"]):
     """`settings.processes` reward workers with all tasks of a job, stopped on exit.
 
-    Answers wait here until a worker has room, then go there in large batches. A worker that hangs
-    or dies is replaced, and its unfinished answers are graded again: those of the call it was
-    running one by one, so that only the answer to blame gets a `failed_grade`.
+    Answers wait here until a worker has room, then go there in large batches. A worker that hangs or dies is replaced,
+    and its unfinished answers are graded again: those of the call it was running one by one, so that only the answer to
+    blame gets a `failed_grade`.
 
         with RewardPool(job.tasks, job.rewards) as pool:
             pool.submit("group-17", [(problem, text) for text in texts])
@@ -220,25 +220,21 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         """Start a worker again, with the batch meant for it alone; raise after several failures."""
         self._num_failed_starts += 1
         if self._num_failed_starts >= MAX_FAILED_STARTS:
-            raise RuntimeError(
-                f"rewards: workers failed to start {self._num_failed_starts} times: {error}"
-            ) from error
+            raise RuntimeError(f"rewards: workers failed to start {self._num_failed_starts} times: {error}") from error
         worker.calls.popleft()
         return self._replace(worker, worker.calls.popleft()[1] if worker.calls else None)
 
     def _replace_dead(self, worker: _Worker) -> _Worker:
         """Replace a worker that died, perhaps through its first call.
 
-        An answer that was alone in it is graded once more, by a new worker: whatever killed this
-        one may have killed others that are not noticed yet.
+        An answer that was alone in it is graded once more, by a new worker: whatever killed this one may have killed
+        others that are not noticed yet.
         """
         _, batch = worker.calls.popleft()
         batch.num_deaths += 1
         if len(batch.answers) == 1 and batch.num_deaths < MAX_DEATHS_ALONE:
             return self._replace(worker, batch)
-        self._fail(
-            batch, RuntimeError(f"its worker died {batch.num_deaths} times, grading it alone")
-        )
+        self._fail(batch, RuntimeError(f"its worker died {batch.num_deaths} times, grading it alone"))
         return self._replace(worker)
 
     def _replace(self, worker: _Worker, alone: _Batch | None = None) -> _Worker:

@@ -1,7 +1,7 @@
 """Deny the network to a thread and to the processes and threads it starts (Linux seccomp).
 
-Other threads of the process, Ray's among them, keep the network. Open sockets and Unix sockets
-stay usable. A filter cannot be removed.
+Other threads of the process, Ray's among them, keep the network. Open sockets and Unix sockets stay usable. A filter
+cannot be removed.
 """
 
 from __future__ import annotations

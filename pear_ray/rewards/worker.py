@@ -1,10 +1,10 @@
 """A process that grades completions, each within a time and memory limit.
 
-A completion that makes its grader loop, crash, exit or exhaust the memory costs only its own grade,
-and cannot reach the network (`sandbox`). The process keeps the user's rights and files, though.
-That suffices for tasks that treat completions as data, like `countdown` and `math`. Some tasks of
-`reasoning_gym` evaluate them as Python (listed in its docstring): run those, and tasks of your own
-that execute completions, on a cluster from which nothing else can be reached.
+A completion that makes its grader loop, crash, exit or exhaust the memory costs only its own grade, and cannot reach
+the network (`sandbox`). The process keeps the user's rights and files, though. That suffices for tasks that treat
+completions as data, like `countdown` and `math`. Some tasks of `reasoning_gym` evaluate them as Python (listed in its
+docstring): run those, and tasks of your own that execute completions, on a cluster from which nothing else can be
+reached.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class RewardWorker:
         except GradeTimeout:
             return failed_grade(timeout_error(self._settings))
         except MemoryError:
-            return failed_grade(
-                MemoryError(f"more than rewards.memory_mib = {self._settings.memory_mib} MiB")
-            )
+            return failed_grade(MemoryError(f"more than rewards.memory_mib = {self._settings.memory_mib} MiB"))
         except BaseException as error:  # of a user's task: anything, SystemExit included
             return failed_grade(error)
         finally:

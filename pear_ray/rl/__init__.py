@@ -10,10 +10,10 @@
               |  EnginePool <-- PolicyVersions <---- publish(step + 1)                   |
               +-- StepBatch -------------------------------------------------------------+
 
-Engines are vLLM actors, learners a Ray Train run of DeepSpeed ranks. Two small actors link them:
-the registry (`PolicyVersions`) knows the newest weights, the queue (`BatchQueue`) holds batches.
-With `rl.max_staleness = 0` the sides take turns and every token is on-policy; with k > 0 they
-overlap: sampling is up to k steps ahead, and completions in flight go on under new weights.
+Engines are vLLM actors, learners a Ray Train run of DeepSpeed ranks. Two small actors link them: the registry
+(`PolicyVersions`) knows the newest weights, the queue (`BatchQueue`) holds batches. With `rl.max_staleness = 0` the
+sides take turns and every token is on-policy; with k > 0 they overlap: sampling is up to k steps ahead, and completions
+in flight go on under new weights.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
 
 
 def run_rl(stage: RolloutStage, make_train_step: MakeTrainStep) -> dict[str, Any]:
-    """Start both sides and wait for the learners. Stage `cooperate` runs the same loop with another
-    scheduler and another TrainStep."""
+    """Start both sides and wait for the learners. Stage `cooperate` runs the same loop with another scheduler and
+    another TrainStep."""
     job, run_dir = stage.job, stage.run.folder
     check_supported(job, stage.start_model)
     connect()
@@ -70,8 +70,8 @@ def generate_rollouts(stage: RolloutStage, link: Link) -> None:
 
 @rare_gc()
 def rollout_loop(stage: RolloutStage, workers: Workers, link: Link) -> None:
-    """Pass on prompts, completions, grades, batches and weights until the learners have finished.
-    No call here blocks; the scheduler bounds how far sampling runs ahead."""
+    """Pass on prompts, completions, grades, batches and weights until the learners have finished. No call here blocks;
+    the scheduler bounds how far sampling runs ahead."""
     first = link.wait_first_version(stage.job.learner.timeout_seconds)
     if first is None:
         return

@@ -27,11 +27,7 @@ from pear_ray.records import Completion, RolloutGroup, TrainingSequence
 def build_rl_loss(job: Job) -> PolicyGradient:
     """Return the loss configured by [rl]."""
     rl = job.rl
-    losses: dict[str, type[PpoClip | Gspo | Cispo]] = {
-        "ppo": PpoClip,
-        "gspo": Gspo,
-        "cispo": Cispo,
-    }
+    losses: dict[str, type[PpoClip | Gspo | Cispo]] = {"ppo": PpoClip, "gspo": Gspo, "cispo": Cispo}
     correction = rl.importance_sampling
     aggregations: dict[str, Callable[[], TokenMean | SequenceMean | ConstantLength]] = {
         "token": TokenMean,
@@ -68,8 +64,8 @@ def training_sequences(job: Job, groups: Sequence[RolloutGroup]) -> list[Trainin
 def trainable_mask(job: Job, completion: Completion) -> np.ndarray:
     """Return which sampled tokens of a completion are trained on, bool [tokens].
 
-    If truncated completions are masked, none of theirs: overlong filtering (DAPO, arXiv 2503.14476
-    section 3.4). Their rewards still count in the mean of the group.
+    If truncated completions are masked, none of theirs: overlong filtering (DAPO, arXiv 2503.14476 section 3.4). Their
+    rewards still count in the mean of the group.
     """
     is_masked = job.rl.mask_truncated and completion.finish_reason == "length"
     return np.full(len(completion.token_ids), not is_masked)

@@ -20,11 +20,10 @@ EvaluationKey = tuple[str, int, int]
 
 
 class Evaluation:
-    """Measures pass@1 of every `rl.eval_every`-th weight version, each time on the same problems
-    with the same seeds.
+    """Measures pass@1 of every `rl.eval_every`-th weight version, each time on the same problems with the same seeds.
 
-    While an evaluation runs, engines get no newer weights and no other requests: each value belongs
-    to one version, and on-policy runs repeat to the bit.
+    While an evaluation runs, engines get no newer weights and no other requests: each value belongs to one version, and
+    on-policy runs repeat to the bit.
     """
 
     def __init__(self, job: Job, path: str) -> None:
@@ -32,9 +31,7 @@ class Evaluation:
         self._seed = job.run.seed
         self._every = job.rl.eval_every
         num_problems = job.evaluation.num_problems
-        self._problems = (
-            heldout_problems(job.tasks, num_problems, job.run.seed) if self._every else []
-        )
+        self._problems = heldout_problems(job.tasks, num_problems, job.run.seed) if self._every else []
         self._prompts = encode_problems(path, self._problems, job.generator.max_model_len)
         self._started: set[int] = set()
         self._completions: dict[Hashable, tuple[Completion, ...]] = {}
@@ -88,9 +85,7 @@ class Evaluation:
             requests.append((key, request))
         return requests
 
-    def add_completions(
-        self, key: Hashable, completions: tuple[Completion, ...]
-    ) -> list[tuple[Problem, str]]:
+    def add_completions(self, key: Hashable, completions: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
         """Add completions; return (problem, text) pairs to grade, none if it was abandoned."""
         if key not in self._open:
             return []

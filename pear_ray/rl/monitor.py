@@ -1,7 +1,7 @@
 """Monitoring of a run on its ranks: metric rows, alerts, early stopping, the best weights.
 
-Alerts and stopping rules read the rows of the run so far, oldest first, and have no state of their
-own: a resumed run passes the rows that it kept.
+Alerts and stopping rules read the rows of the run so far, oldest first, and have no state of their own: a resumed run
+passes the rows that it kept.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Alert = Callable[[Sequence[Row]], str | None]
 
 
 def low_entropy(rows: Sequence[Row], floor_nats: float = 0.18) -> str | None:
-    """Alert if the mean next-token entropy at temperature 1 is below `floor_nats`
-    (arXiv 2606.18487 measured .18 on one model: a policy this certain hardly explores)."""
+    """Alert if the mean next-token entropy at temperature 1 is below `floor_nats` (arXiv 2606.18487 measured .18 on one
+    model: a policy this certain hardly explores)."""
     newest = rows[-1]
     if not newest.get("entropy", math.inf) < floor_nats:
         return None
@@ -51,8 +51,8 @@ def low_entropy(rows: Sequence[Row], floor_nats: float = 0.18) -> str | None:
 def falling_entropy(
     rows: Sequence[Row], first_step: int = 10, last_step: int = 150, max_fall: float = 0.5
 ) -> str | None:
-    """Alert if, up to `last_step`, entropy is more than `max_fall` (a share) below that of the
-    first row from `first_step` on (arXiv 2606.18487: better stop such a run)."""
+    """Alert if, up to `last_step`, entropy is more than `max_fall` (a share) below that of the first row from
+    `first_step` on (arXiv 2606.18487: better stop such a run)."""
     watched = [r for r in rows if first_step <= r["step"] <= last_step and "entropy" in r]
     if not watched or watched[-1] is not rows[-1]:
         return None
@@ -81,8 +81,8 @@ def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -
 
 
 def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str | None:
-    """Return why a run should stop: an evaluated pass@1 is at least `target`, or none of the last
-    `patience` evaluations (0: off) is better than the best before them."""
+    """Return why a run should stop: an evaluated pass@1 is at least `target`, or none of the last `patience`
+    evaluations (0: off) is better than the best before them."""
     evaluated = [(row["step"], row["pass_at_1"]) for row in rows if "pass_at_1" in row]
     for step, pass_rate in evaluated:
         if target is not None and pass_rate >= target:
@@ -94,15 +94,12 @@ def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str
     num_since = len(pass_rates) - 1 - pass_rates.index(best)
     if num_since < patience:
         return None
-    return (
-        f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best"
-        f" is {best}"
-    )
+    return f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best is {best}"
 
 
 def threshold_pass_rate(group_size: int) -> float:
-    """Return p*(g), the lower root of (1 - p)^g + p^g = 1/2: below it most groups of g completions
-    are all right or all wrong (arXiv 2606.18487). .5 for g = 2, .083 for g = 8.
+    """Return p*(g), the lower root of (1 - p)^g + p^g = 1/2: below it most groups of g completions are all right or all
+    wrong (arXiv 2606.18487). .5 for g = 2, .083 for g = 8.
 
     Raises:
         ValueError: a group of fewer than two.
@@ -152,11 +149,9 @@ class RunMonitor:
         # One rank reads for all, so that all come to the same decisions.
         self._rows: list[dict[str, Any]] = broadcast_from_first_rank(rows)
 
-    def record(
-        self, step: int, row: dict[str, Any], micro_batches: Sequence[TrainingBatch]
-    ) -> str | None:
-        """Write a step's row and log alerts; return why the run should stop, if it should. Every
-        rank returns the same."""
+    def record(self, step: int, row: dict[str, Any], micro_batches: Sequence[TrainingBatch]) -> str | None:
+        """Write a step's row and log alerts; return why the run should stop, if it should. Every rank
+        returns the same."""
         if self._tracker:
             self._tracker.log(step, **row)
             if step == self._first_step:
@@ -174,11 +169,9 @@ class RunMonitor:
             self._info(step, f"stops early: {reason}")
         return reason
 
-    def keep_best(
-        self, learner: Learner, version: int, evaluations: Mapping[int, Mapping[str, float]]
-    ) -> None:
-        """Export a version that will be evaluated, and keep the best of the evaluated ones by
-        pass@1 as RUN/STAGE/best; collective."""
+    def keep_best(self, learner: Learner, version: int, evaluations: Mapping[int, Mapping[str, float]]) -> None:
+        """Export a version that will be evaluated, and keep the best of the evaluated ones by pass@1 as RUN/STAGE/best;
+        collective."""
         candidates, best = self._config.folder / "evaluated", self._config.folder / "best"
         every = self._rl.eval_every
         if every and version % every == 0 and version < self._rl.steps:

@@ -1,7 +1,7 @@
 """Engine/trainer log-prob parity: both sides score the same sequences under the same version.
 
-The difference is 0 up to rounding if every weight arrived and both forward passes agree. One
-completion for each of the first problems is scored throughout the run.
+The difference is 0 up to rounding if every weight arrived and both forward passes agree. One completion for each of the
+first problems is scored throughout the run.
 """
 
 from __future__ import annotations
@@ -53,13 +53,10 @@ class ParityCheck:
         self._logprobs: dict[int, list[np.ndarray]] = {}
 
     def check(
-        self,
-        step: int,
-        sequences: Sequence[TrainingSequence],
-        updates: Sequence[WeightUpdateResult],
+        self, step: int, sequences: Sequence[TrainingSequence], updates: Sequence[WeightUpdateResult]
     ) -> float | None:
-        """Score `sequences` with the weights before `step`; return the largest difference, in nats,
-        to the engines' log-probs in `updates`. None if no update is to a version scored here.
+        """Score `sequences` with the weights before `step`; return the largest difference, in nats, to the engines'
+        log-probs in `updates`. None if no update is to a version scored here.
 
         Every rank scores all sequences, so that ranks need not communicate.
 

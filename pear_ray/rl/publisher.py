@@ -26,8 +26,8 @@ Partitions = Callable[[], Iterator[tuple[str, tuple[int, ...], Tensor]]]
 
 
 class WeightPublisher:
-    """Publishes this rank's shard of each version and takes batches. It keeps the last shards, so
-    that it can announce them to a registry that restarted."""
+    """Publishes this rank's shard of each version and takes batches. It keeps the last shards, so that it can announce
+    them to a registry that restarted."""
 
     def __init__(self, config: RankConfig, partitions: Partitions) -> None:
         self._job = config.job
@@ -57,9 +57,7 @@ class WeightPublisher:
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
-                rollouts: RolloutBatch = take_batch(
-                    self._queue, step, min(POLL_SECONDS, timeout_seconds)
-                )
+                rollouts: RolloutBatch = take_batch(self._queue, step, min(POLL_SECONDS, timeout_seconds))
                 break
             except QueueClosed:
                 return None

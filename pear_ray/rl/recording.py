@@ -1,5 +1,5 @@
-"""Rollouts on disk: a readable sample of each step and, with `rl.record`, all of them, from which
-learners can train again without engines (`rl.replay`)."""
+"""Rollouts on disk: a readable sample of each step and, with `rl.record`, all of them, from which learners can train
+again without engines (`rl.replay`)."""
 
 from __future__ import annotations
 
@@ -41,10 +41,7 @@ SCHEMA = pa.schema(
             }
         ),
         "demonstration": pa.struct(
-            {
-                name: pa.list_(pa.from_numpy_dtype(dtype))
-                for name, dtype in DEMONSTRATION_ARRAYS.items()
-            }
+            {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in DEMONSTRATION_ARRAYS.items()}
             | {"origin": pa.string()}
         ),
     }
@@ -160,9 +157,7 @@ def read_batch(folder: Path, step: int) -> StepBatch:
         groups = table.column("group").to_pylist(maps_as_pydicts="strict")
         demonstrations = table.column("demonstration").to_pylist()
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"rl.replay: expected recorded rollouts of step {step} in {path}, got {error!r}"
-        ) from error
+        raise ConfigError(f"rl.replay: expected recorded rollouts of step {step} in {path}, got {error!r}") from error
     return StepBatch(
         groups=tuple(parse_group(row) for row in groups if row),
         demonstrations=tuple(parse_demonstration(row) for row in demonstrations if row),
@@ -180,9 +175,7 @@ def parse_group(row: dict[str, Any]) -> RolloutGroup:
 
 def parse_demonstration(row: dict[str, Any]) -> TrainingSequence:
     """Return the demonstration of a row."""
-    arrays: dict[str, Any] = {
-        name: np.array(row[name], dtype) for name, dtype in DEMONSTRATION_ARRAYS.items()
-    }
+    arrays: dict[str, Any] = {name: np.array(row[name], dtype) for name, dtype in DEMONSTRATION_ARRAYS.items()}
     return TrainingSequence(origin=row["origin"], **arrays)
 
 

@@ -1,8 +1,8 @@
 """The parts of the generator side: engines and reward workers, weights in, batches out.
 
-State in this process is safe while it lives; anything in flight elsewhere may be lost. Engines,
-reward workers, queue and registry can be killed at any moment: they restart, unfinished prompts are
-submitted again, and batches that the queue lost are sent again.
+State in this process is safe while it lives; anything in flight elsewhere may be lost. Engines, reward workers, queue
+and registry can be killed at any moment: they restart, unfinished prompts are submitted again, and batches that the
+queue lost are sent again.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ MakeWeightCache = Callable[[], WeightCache | AdapterCache]
 class RolloutStage:
     """A stage that trains on rollouts, beginning with the model `start_model` (folder or hub name).
 
-    `make_scheduler(job, start_model, first_step, first_problem)` decides which prompts are sampled
-    and which groups a step trains on; `make_weight_cache()` receives weights in an engine.
+    `make_scheduler(job, start_model, first_step, first_problem)` decides which prompts are sampled and which groups a
+    step trains on; `make_weight_cache()` receives weights in an engine.
     """
 
     job: Job
@@ -65,11 +65,9 @@ class RolloutStage:
     make_weight_cache: MakeWeightCache = WeightCache
 
     @classmethod
-    def of(
-        cls, job: Job, run: RunDir, name: str, make_scheduler: MakeScheduler = RolloutScheduler
-    ) -> RolloutStage:
-        """Return the stage that starts from the export of `sft`, or else from the job's model. If
-        only adapters are trained, only adapters are published."""
+    def of(cls, job: Job, run: RunDir, name: str, make_scheduler: MakeScheduler = RolloutScheduler) -> RolloutStage:
+        """Return the stage that starts from the export of `sft`, or else from the job's model. If only adapters are
+        trained, only adapters are published."""
         export = run.folder / "sft" / "export"
         start_model = str(export if export.exists() else job.model_path())
         lora = job.learner.lora
@@ -146,8 +144,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Workers:
-    """Everything that works on completions: engines, the reference policy's engines if there is a
-    KL penalty, and reward workers."""
+    """Everything that works on completions: engines, the reference policy's engines if there is a KL penalty, and
+    reward workers."""
 
     pool: EnginePool
     reference: ReferenceScorer | None
@@ -181,9 +179,9 @@ class Workers:
 class RolloutBatch:
     """Everything that the generator side sends to the learners for one step.
 
-    `weight_updates` are the engines' weight updates since the last step, each with the engine's
-    log-probs of `parity_sequences` (`pear_ray.rl.parity`). `evaluations` maps a weight version to
-    its held-out metrics. `metrics` are those of sampling.
+    `weight_updates` are the engines' weight updates since the last step, each with the engine's log-probs of
+    `parity_sequences` (`pear_ray.rl.parity`). `evaluations` maps a weight version to its held-out metrics. `metrics`
+    are those of sampling.
     """
 
     batch: StepBatch
@@ -213,8 +211,8 @@ class VersionWatcher:
 
 
 class BatchSender:
-    """Sends batches to the queue and keeps them until no learner can ask for them again, so that
-    they can be sent again after the queue has died."""
+    """Sends batches to the queue and keeps them until no learner can ask for them again, so that they can be sent again
+    after the queue has died."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -271,8 +269,8 @@ class EngineWeights:
         return self._watcher.pending_call
 
     def update(self, evaluation: Evaluation) -> list[tuple[EvaluationKey, SampleRequest]]:
-        """Update engines to the newest version, or to the next one to evaluate, unless an
-        evaluation is running; return the requests of an evaluation that is due."""
+        """Update engines to the newest version, or to the next one to evaluate, unless an evaluation is running; return
+        the requests of an evaluation that is due."""
         self._published = self._watcher.poll() or self._published
         if self._published is None or evaluation.is_running:
             return []
@@ -312,8 +310,7 @@ class EngineWeights:
         self._idle_seconds = idle_seconds
         self._last_batch_at = now
         evaluated = "".join(
-            f", pass@1 of version {version} {heldout['pass_at_1']:.3f}"
-            for version, heldout in evaluations.items()
+            f", pass@1 of version {version} {heldout['pass_at_1']:.3f}" for version, heldout in evaluations.items()
         )
         log.info(
             f"{self._stage.name}: step {batch.step + 1} of {self._stage.job.rl.steps}: pass rate"
@@ -328,8 +325,8 @@ class EngineWeights:
 
 @contextmanager
 def rare_gc() -> Iterator[None]:
-    """Run the garbage collector rarely: rollouts are many objects without cycles, and Python's
-    default thresholds cost 20 % of the rollout loop."""
+    """Run the garbage collector rarely: rollouts are many objects without cycles, and Python's default thresholds cost
+    20 % of the rollout loop."""
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -1,12 +1,10 @@
 """The rollout scheduler: which prompts to sample now, and which groups each step trains on.
 
-Problems form one stream with a fixed order. Each step consumes the next groups of it, so the
-position in the stream is all that a run needs to resume: no problem is trained on twice and none is
-skipped, whichever process dies. With dynamic sampling (DAPO, arXiv 2503.14476 section 3.2) a group
-whose advantages are all 0 is dropped and later groups move up.
+Problems form one stream with a fixed order. Each step consumes the next groups of it, so the position in the stream is
+all that a run needs to resume: no problem is trained on twice and none is skipped, whichever process dies. With dynamic
+sampling (DAPO, arXiv 2503.14476 section 3.2) a group whose advantages are all 0 is dropped and later groups move up.
 
-A prompt is sampled with weights at most `rl.max_staleness` steps older than the step that trains
-on it.
+A prompt is sampled with weights at most `rl.max_staleness` steps older than the step that trains on it.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ MAX_DROPPED_PER_PROMPT = 20
 
 @dataclass
 class PendingGroup:
-    """A problem that no step has trained on yet; `group` is set once its completions are graded.
-    A problem whose prompt leaves no room for a completion is dropped without being sampled."""
+    """A problem that no step has trained on yet; `group` is set once its completions are graded. A problem whose prompt
+    leaves no room for a completion is dropped without being sampled."""
 
     problem: Problem
     request: SampleRequest
@@ -48,8 +46,8 @@ class PendingGroup:
 class StepBatch:
     """The groups that one step trains on.
 
-    They and the `dropped` problem ids cover positions [first_problem, next_problem) of the stream.
-    `demonstrations` are offline sequences that stage `cooperate` trains on in the same step.
+    They and the `dropped` problem ids cover positions [first_problem, next_problem) of the stream. `demonstrations` are
+    offline sequences that stage `cooperate` trains on in the same step.
 
         StepBatch(step=3, groups=(RolloutGroup("countdown-3-7-9-30", ...), ...), first_problem=12,
                   next_problem=17, dropped=("countdown-1-2-3-6",))
@@ -85,9 +83,8 @@ class RolloutScheduler:
     def next_requests(self, version: int) -> Sequence[tuple[Hashable, SampleRequest]]:
         """Return the requests to submit now, by key, if `version` is the newest weight version.
 
-        On-policy runs repeat to the bit, so the requests that an engine batches together must not
-        depend on which completion came first: dropped groups are replaced only after all groups
-        are graded.
+        On-policy runs repeat to the bit, so the requests that an engine batches together must not depend on which
+        completion came first: dropped groups are replaced only after all groups are graded.
         """
         return self._due_prompts(version)
 
@@ -117,9 +114,7 @@ class RolloutScheduler:
         """Return the prompt of the request with this key."""
         return self._pending[key].request.prompt_ids
 
-    def add_completions(
-        self, key: Hashable, completions: tuple[Completion, ...]
-    ) -> list[tuple[Problem, str]]:
+    def add_completions(self, key: Hashable, completions: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
         """Add the completions of a request; return (problem, text) pairs to grade."""
         pending = self._pending[key]
         pending.completions = completions
@@ -186,8 +181,8 @@ class RolloutScheduler:
         return batch
 
     def _draw(self, slots: Sequence[int]) -> list[tuple[int, SampleRequest]]:
-        """Draw one problem per slot; those whose prompts fit fill the first slots. A slot is the
-        rank of a group among those that the coming steps train on."""
+        """Draw one problem per slot; those whose prompts fit fill the first slots. A slot is the rank of a group among
+        those that the coming steps train on."""
         rl = self._settings
         drawn = [next(self._stream) for _ in slots]
         prompts = encode_prompts(self._tokenizer, [problem.messages for _, problem in drawn])
@@ -232,9 +227,7 @@ def soft_overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) 
         ValueError: not 0 < buffer_tokens <= max_tokens.
     """
     if not 0 < buffer_tokens <= max_tokens:
-        raise ValueError(
-            f"buffer_tokens: expected 1 to max_tokens = {max_tokens}, got {buffer_tokens}"
-        )
+        raise ValueError(f"buffer_tokens: expected 1 to max_tokens = {max_tokens}, got {buffer_tokens}")
     return max(-1.0, min(0.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))
 
 

@@ -58,8 +58,8 @@ class RankConfig:
 class TrainStep(ABC):
     """Trains on the batch of each step.
 
-    `learners` maps names in the checkpoint to learners; the first is the policy, which is published
-    to the engines and exported.
+    `learners` maps names in the checkpoint to learners; the first is the policy, which is published to the engines and
+    exported.
     """
 
     def __init__(self, config: RankConfig, learners: Mapping[str, Learner]) -> None:
@@ -69,18 +69,14 @@ class TrainStep(ABC):
         self.learner = next(iter(learners.values()))
 
     @abstractmethod
-    def train(
-        self, step: int, rollouts: RolloutBatch
-    ) -> tuple[dict[str, float], list[TrainingBatch]]:
+    def train(self, step: int, rollouts: RolloutBatch) -> tuple[dict[str, float], list[TrainingBatch]]:
         """Train on a batch; return the step's metrics and this rank's micro-batches."""
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Yield (name, shape, this rank's partition) of every published parameter: all of them, or
-        the adapters if only these are trained."""
+        """Yield (name, shape, this rank's partition) of every published parameter: all of them, or the adapters if only
+        these are trained."""
         partitions, lora = self.learner.partitions(), self._job.learner.lora
-        return (
-            partitions if lora is None else adapter_partitions(partitions, lora.alpha / lora.rank)
-        )
+        return partitions if lora is None else adapter_partitions(partitions, lora.alpha / lora.rank)
 
     def resume(self) -> tuple[int, int]:
         """Load the latest checkpoint, if any; return the next step and the next problem."""
@@ -104,15 +100,11 @@ class PolicyGradientStep(TrainStep):
         from pear_ray.train.learner import Learner
 
         job, rl = config.job, config.job.rl
-        learner = Learner(
-            config.start_model, job.model.dtype, job.learner, rl, rl.steps, job.run.seed
-        )
+        learner = Learner(config.start_model, job.model.dtype, job.learner, rl, rl.steps, job.run.seed)
         super().__init__(config, {"policy": learner})
         self._loss = build_rl_loss(job)
 
-    def train(
-        self, step: int, rollouts: RolloutBatch
-    ) -> tuple[dict[str, float], list[TrainingBatch]]:
+    def train(self, step: int, rollouts: RolloutBatch) -> tuple[dict[str, float], list[TrainingBatch]]:
         sequences = training_sequences(self._job, rollouts.batch.groups)
         micro_batches = self.learner.micro_batches(sequences)
         return step_metrics(self.learner.step(micro_batches, self._loss)), micro_batches
@@ -128,9 +120,7 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         "num_tokens": num_tokens,
         "effective_sample_size": effective_sample_size(sums, num_tokens),
     }
-    means = {
-        name: float(sums[key]) / num_tokens for name, key in TOKEN_MEANS.items() if key in sums
-    }
+    means = {name: float(sums[key]) / num_tokens for name, key in TOKEN_MEANS.items() if key in sums}
     return metrics | means
 
 

@@ -8,9 +8,9 @@
                                                  ▼
                           scored/  rejected/  probe/ ──compare_with_trainer──▶ gap to the trainer
 
-Each row is scored by the model of its source. Rows with recorded log-probs are scored only if they
-are in the probe, which compares engine, trainer and record. Rejected rows go to rejected.jsonl with
-the reason. A stored shard is never scored again: after a crash the same command scores the others.
+Each row is scored by the model of its source. Rows with recorded log-probs are scored only if they are in the probe,
+which compares engine, trainer and record. Rejected rows go to rejected.jsonl with the reason. A stored shard is never
+scored again: after a crash the same command scores the others.
 """
 
 from __future__ import annotations
@@ -142,10 +142,7 @@ def tokenize_corpus(job: Job, files: CorpusFiles, folder: Path) -> list[Tokenize
             )
             .sort("example_id")
             .map_batches(
-                write_sorted,
-                fn_args=(folder, job.corpus.rows_per_part),
-                batch_size=None,
-                batch_format="pyarrow",
+                write_sorted, fn_args=(folder, job.corpus.rows_per_part), batch_size=None, batch_format="pyarrow"
             )
             .take_all()
         )
@@ -161,9 +158,7 @@ def tokenize_corpus(job: Job, files: CorpusFiles, folder: Path) -> list[Tokenize
     return tokenized
 
 
-def score_shards(
-    job: Job, run: RunDir, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile]
-) -> None:
+def score_shards(job: Job, run: RunDir, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile]) -> None:
     """Score every shard without log-probs, one architecture after the other."""
     (folder / "logprobs").mkdir(exist_ok=True)
     shards = all_shards(tokenized)
@@ -195,8 +190,8 @@ def run_scorers(
         compute=ray.data.ActorPoolStrategy(
             min_size=settings.min_engines,
             max_size=settings.num_engines,
-            # Without it Ray 2.60 calls the engine from another thread than the constructor's, and
-            # on CPUs the number of threads is kept per thread.
+            # Without it Ray 2.60 calls the engine from another thread than the constructor's, and on CPUs the number of
+            # threads is kept per thread.
             enable_true_multi_threading=True,
             max_concurrent_calls_per_actor=1,
         ),
@@ -207,11 +202,7 @@ def run_scorers(
 
 
 def merge_files(
-    job: Job,
-    folder: Path,
-    plan: ScoringPlan,
-    tokenized: Sequence[TokenizedFile],
-    digests: tuple[str, str],
+    job: Job, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile], digests: tuple[str, str]
 ) -> ScoreStats:
     """Merge token ids and log-probs, file by file; return the statistics of all rows."""
     for name in ("scored", "rejected", "probe"):

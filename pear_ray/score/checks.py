@@ -35,8 +35,7 @@ class TrainerGap:
 def check_same_tokenizer(job: Job) -> tuple[str, str]:
     """Return the digests of tokenizer and chat template.
 
-    Raise ConfigError if a behavior policy has others: a PEAR ratio compares two probabilities of
-    the SAME token.
+    Raise ConfigError if a behavior policy has others: a PEAR ratio compares two probabilities of the SAME token.
     """
     ours = tokenizer_digests(load_tokenizer(job.model_path()))
     for source in job.behavior:
@@ -51,9 +50,7 @@ def check_same_tokenizer(job: Job) -> tuple[str, str]:
     return ours
 
 
-def check_rejected(
-    job: Job, path: str, num_rejected: int, num_rows: int, rejected: Iterator[dict[str, str]]
-) -> None:
+def check_rejected(job: Job, path: str, num_rejected: int, num_rows: int, rejected: Iterator[dict[str, str]]) -> None:
     """Raise ConfigError, with the first reason, if too many rows are rejected."""
     limit = job.corpus.max_rejected_fraction
     if num_rejected > limit * num_rows:
@@ -95,15 +92,11 @@ def compare_with_trainer(job: Job, folder: Path) -> dict[str, TrainerGap | None]
     """Return the gaps between trainer and engine on the probe, by source."""
     settings = job.generator
     task = measure_trainer_gap.options(
-        num_cpus=settings.num_cpus,
-        num_gpus=-(-settings.num_gpus // 1),
-        label_selector=job.placement.generators,
+        num_cpus=settings.num_cpus, num_gpus=-(-settings.num_gpus // 1), label_selector=job.placement.generators
     )
     tokens_per_pack, threads = job.learner.tokens_per_pack, settings.threads
     gaps = {
-        source: task.remote(
-            folder / "probe", job.model_path(source), job.model.dtype, tokens_per_pack, threads
-        )
+        source: task.remote(folder / "probe", job.model_path(source), job.model.dtype, tokens_per_pack, threads)
         for source in job.behavior
     }
     timeout = settings.timeout_seconds

@@ -23,8 +23,8 @@ from pear_ray.score.shards import ScoringPlan, logprobs_path, tokenized_path
 class RowLogprobs:
     """Log-probs of one row, and the columns of the scored dataset that describe them.
 
-    `gaps` are the absolute differences to the recorded log-probs of the trainable tokens, in nats,
-    if the row has both; top_ids and top_logprobs are flat.
+    `gaps` are the absolute differences to the recorded log-probs of the trainable tokens, in nats, if the row has both;
+    top_ids and top_logprobs are flat.
     """
 
     behavior_logprobs: np.ndarray
@@ -42,13 +42,11 @@ class RowLogprobs:
 class MergeLogprobs:
     """Maps {number, name} of a tokenized file to {stats}, JSON of `ScoreStats`.
 
-    Writes scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet. `models` are
-    the behavior models by scorer, `digests` those of tokenizer and chat template.
+    Writes scored/part-NUMBER.parquet, rejected/NUMBER.jsonl and probe/NUMBER.parquet. `models` are the behavior models
+    by scorer, `digests` those of tokenizer and chat template.
     """
 
-    def __init__(
-        self, folder: Path, plan: ScoringPlan, models: Mapping[str, str], digests: tuple[str, str]
-    ) -> None:
+    def __init__(self, folder: Path, plan: ScoringPlan, models: Mapping[str, str], digests: tuple[str, str]) -> None:
         self._folder = folder
         self._plan = plan
         self._models = models
@@ -89,9 +87,7 @@ class MergeLogprobs:
             path = logprobs_path(self._folder, name, group, scorer)
             if path.exists():
                 computed |= read_logprobs(path)
-        recorded, trainable = (
-            table.column(column).to_numpy() for column in ("recorded_logprobs", "trainable")
-        )
+        recorded, trainable = (table.column(column).to_numpy() for column in ("recorded_logprobs", "trainable"))
         sources, scorers = (table.column(column).to_pylist() for column in ("source", "scorer"))
         results: list[RowLogprobs | str] = []
         for i, reason in enumerate(self._plan.reject_reasons(table)):
@@ -173,9 +169,7 @@ class ScoreStats:
                 "response_tokens": sums["response_tokens"],
                 "truncated": sums["truncated"],
                 **{name: count for name, count in sorted(sums.items()) if name.startswith("from_")},
-                "recorded_gap_mean": (
-                    sums["gap_sum"] / sums["gap_tokens"] if sums["gap_tokens"] else None
-                ),
+                "recorded_gap_mean": (sums["gap_sum"] / sums["gap_tokens"] if sums["gap_tokens"] else None),
                 "recorded_gap_max": self._max_gaps.get(source),
             }
             for source, sums in sorted(self._sums.items())

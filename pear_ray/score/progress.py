@@ -20,9 +20,7 @@ SECONDS_PER_REPORT = 10.0
 class Progress:
     """Logs progress and engine restarts while shards are scored."""
 
-    def __init__(
-        self, run: RunDir, tracker: Tracker, shards: list[Shard], num_rejected: int
-    ) -> None:
+    def __init__(self, run: RunDir, tracker: Tracker, shards: list[Shard], num_rejected: int) -> None:
         self._run = run
         self._tracker = tracker
         self._num_rejected = num_rejected
@@ -78,7 +76,5 @@ class Progress:
                 f", {rates['rows_per_second']:.0f} rows/s,"
                 f" {rates['tokens_per_second']:.0f} tokens/s, {rates['seconds_left']:.0f} s left"
             )
-        self._tracker.log(
-            self._num_done, parts=self._num_shards, rejected_rows=self._num_rejected, **rates
-        )
+        self._tracker.log(self._num_done, parts=self._num_shards, rejected_rows=self._num_rejected, **rates)
         log.info(text, extra={"step": self._num_done})

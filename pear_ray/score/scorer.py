@@ -18,12 +18,7 @@ import ray
 from pear_ray.config import Generator as Settings
 from pear_ray.config import Job
 from pear_ray.engines.generator import Generator, same_architecture
-from pear_ray.score.shards import (
-    ScoringPlan,
-    Shard,
-    tokenized_path,
-    write_logprobs,
-)
+from pear_ray.score.shards import ScoringPlan, Shard, tokenized_path, write_logprobs
 
 COLUMNS = [
     "example_id", "scorer", "split", "content", "prompt_ids", "response_ids", "trainable",
@@ -50,8 +45,7 @@ class ShardResult:
 def group_by_architecture(job: Job) -> list[dict[str, str]]:
     """Return the model of each source, grouped by architecture.
 
-    An engine loads the weights of another model of the same architecture faster than a new engine
-    starts.
+    An engine loads the weights of another model of the same architecture faster than a new engine starts.
     """
     groups: list[dict[str, str]] = []
     for source in sorted(job.behavior):
@@ -104,9 +98,7 @@ class Scorer:
             # Shards differ in size: return their fragments, which would add up.
             ctypes.CDLL(None).malloc_trim(0)
         process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
-        result = ShardResult(
-            shard.num_tokens, num_rows, num_tokens, time.time(), self._actor, process
-        )
+        result = ShardResult(shard.num_tokens, num_rows, num_tokens, time.time(), self._actor, process)
         return asdict(result)
 
     def _count_attempt(self, path: Path) -> None:

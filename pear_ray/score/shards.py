@@ -6,8 +6,8 @@ The work directory of the stage:
     logprobs/NAME-GROUP-SCORER.parquet  one shard: the rows of one scorer in a row group
     scored/part-NUMBER.parquet  rejected/  probe/    both merged, file by file
 
-A shard is done if its log-probs exist. Which rows an engine sees together depends on the corpus
-only, never on interruptions, so the output is bit-identical after any crash.
+A shard is done if its log-probs exist. Which rows an engine sees together depends on the corpus only, never on
+interruptions, so the output is bit-identical after any crash.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class TokenizedFile:
 class ScoringPlan:
     """Which rows are rejected, scored, and part of the probe.
 
-    `probe_fractions` is the share of each scorer's rows in the probe; `leaked_prompts` are the
-    contents (hashes) of held-out prompts that also occur in training rows.
+    `probe_fractions` is the share of each scorer's rows in the probe; `leaked_prompts` are the contents (hashes) of
+    held-out prompts that also occur in training rows.
     """
 
     probe_fractions: Mapping[str, float]
@@ -175,8 +175,7 @@ def cut_shards(rows: pa.Table, file: str, row_group: int) -> Iterator[Shard]:
     """Yield the shards of one row group, in the order of their scorers."""
     usable = rows.filter(pc.equal(rows.column("reason"), ""))
     lengths = pc.add(
-        pc.list_value_length(usable.column("prompt_ids")),
-        pc.list_value_length(usable.column("response_ids")),
+        pc.list_value_length(usable.column("prompt_ids")), pc.list_value_length(usable.column("response_ids"))
     )
     table = pa.table({"scorer": usable.column("scorer"), "tokens": lengths})
     totals = table.group_by("scorer").aggregate([([], "count_all"), ("tokens", "sum")])

@@ -30,9 +30,8 @@ FLOAT32_MIN = -3.4028234e38
 class TokenizeConfig:
     """Requirements on corpus rows.
 
-    `sources` are the entries of [behavior]; `default_source` is that of rows without one, and
-    `fallback_scorer` scores rows of sources without a model. `max_model_len` and `num_embeddings`
-    bound the length and the ids of a row.
+    `sources` are the entries of [behavior]; `default_source` is that of rows without one, and `fallback_scorer` scores
+    rows of sources without a model. `max_model_len` and `num_embeddings` bound the length and the ids of a row.
     """
 
     columns: Columns
@@ -77,9 +76,7 @@ class TokenizeRows:
     def from_json_lines(self, table: pa.Table) -> pa.Table:
         """Tokenize JSON in column `text`, read at `place`."""
         columns = (table.column(name).to_pylist() for name in ("text", "place"))
-        return self._table(
-            (json_row(text, place), place) for text, place in zip(*columns, strict=True)
-        )
+        return self._table((json_row(text, place), place) for text, place in zip(*columns, strict=True))
 
     def _table(self, rows: Iterable[tuple[Any, str]]) -> pa.Table:
         return pa.Table.from_pylist([self._tokenize(*row) for row in rows], TOKENIZED_SCHEMA)
@@ -120,9 +117,7 @@ class TokenizeRows:
         content = int(digest(messages[:first_answer]), 16)
         split = reader.text("split")
         if split not in (*SPLITS, None):
-            raise ValueError(
-                f"{config.columns.split}: expected 'train', 'heldout' or nothing, got {split!r}"
-            )
+            raise ValueError(f"{config.columns.split}: expected 'train', 'heldout' or nothing, got {split!r}")
         is_heldout = seed_of(content) < config.heldout_fraction * 2**31
         return {
             "source": source,
@@ -148,9 +143,7 @@ class TokenizeRows:
             )
         sampled = reader.numbers("response_ids", int)
         if sampled is not None and sampled != encoded.response_ids:
-            raise ValueError(
-                f"{config.columns.response_ids}: expected the ids of the text, got others"
-            )
+            raise ValueError(f"{config.columns.response_ids}: expected the ids of the text, got others")
         recorded = self._recorded_logprobs(reader, encoded.trainable)
         num_kept = self._num_kept(encoded)
         trainable = encoded.trainable[:num_kept]
@@ -187,10 +180,7 @@ class TokenizeRows:
         if recorded is None or not self._config.keeps_recorded:
             return None
         if len(recorded) != len(trainable):
-            raise ValueError(
-                f"{name}: expected one value per response token, {len(trainable)}, got"
-                f" {len(recorded)}"
-            )
+            raise ValueError(f"{name}: expected one value per response token, {len(trainable)}, got {len(recorded)}")
         recorded = [value if own else 0.0 for value, own in zip(recorded, trainable, strict=True)]
         for number, value in enumerate(recorded):
             # Rounding may lift the log-prob of a certain token slightly above 0.
@@ -240,9 +230,7 @@ class RowReader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(type(n) in (int, number) for n in value):
-            raise ValueError(
-                f"{name}: expected a list of {number.__name__}s, got {json_type(value)}"
-            )
+            raise ValueError(f"{name}: expected a list of {number.__name__}s, got {json_type(value)}")
         return value
 
     def messages(self) -> list[Message]:

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning on the scored corpus; every token is weighted by PEAR's importance ratio
-(by 1 for level "none").
+"""Supervised fine-tuning on the scored corpus; every token is weighted by PEAR's importance ratio (by 1 for level
+"none").
 
     driver: feed_rows                            ranks: train_loop (DeepSpeed under Ray Train)
 
@@ -9,8 +9,8 @@
             (4 steps ahead)        ^             every save_every steps: checkpoint
                                    '--- drop steps before the latest committed checkpoint
 
-The last weights become `export`, which `rl` starts from; if an earlier checkpoint has a lower
-held-out loss, it becomes `best`.
+The last weights become `export`, which `rl` starts from; if an earlier checkpoint has a lower held-out loss, it becomes
+`best`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ import ray
 from pear_ray.config import Job
 from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take_batch
 from pear_ray.data.loader import batches
-from pear_ray.data.scored_dataset import (
-    RowFilter,
-    RowGroup,
-    check_enough_rows,
-    scan_dataset,
-    training_sequences,
-)
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, check_enough_rows, scan_dataset, training_sequences
 from pear_ray.metrics import Tracker
 from pear_ray.ray_cluster import connect, this_node_only
 from pear_ray.records import TrainingBatch
@@ -134,9 +128,7 @@ def train_loop(inputs: SftInputs) -> dict[str, Any]:
     job, folder, num_steps = inputs.job, inputs.run_dir / "sft", inputs.num_steps
     setup_worker(job, "sft")
     settings, timeout_seconds = job.sft, job.learner.timeout_seconds
-    learner = Learner(
-        job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed
-    )
+    learner = Learner(job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed)
     loss = build_sft_loss(job, inputs.groups, learner)
     heldout = HeldOut.create(job, inputs.groups, learner)
     first_step = 0
@@ -171,9 +163,7 @@ def train_loop(inputs: SftInputs) -> dict[str, Any]:
                 tracker.log(step, **metrics, **heldout.metrics)
                 log_step(step, num_steps, metrics, heldout)
             if preemptions.any_new() or is_save_due:
-                resume_step = save_checkpoint(
-                    {"policy": learner}, step + 1, timeout_seconds, **heldout.metrics
-                )
+                resume_step = save_checkpoint({"policy": learner}, step + 1, timeout_seconds, **heldout.metrics)
                 ray.get(inputs.queue.drop_before.remote(resume_step), timeout=timeout_seconds)
     learner.export(folder / "export", job.model_path())
     export_best(learner, folder, job, heldout)

@@ -11,27 +11,8 @@ import numpy as np
 from pear_ray.config import IwObjective, Job, KlObjective, SedObjective, TrSftObjective
 from pear_ray.data.scored_dataset import RowFilter, RowGroup, first_rows, training_sequences
 from pear_ray.data.tokenizer import num_embeddings
-from pear_ray.losses.pear import (
-    Centered,
-    MeanWeightOnly,
-    NoNormalization,
-    Pear,
-    PerBatch,
-    PerSequence,
-    Shuffled,
-)
-from pear_ray.losses.sft import (
-    Dft,
-    IwSft,
-    Kl,
-    Nll,
-    SedSft,
-    Supervised,
-    TokenLoss,
-    TopMasses,
-    TrSft,
-    Weighted,
-)
+from pear_ray.losses.pear import Centered, MeanWeightOnly, NoNormalization, Pear, PerBatch, PerSequence, Shuffled
+from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, Supervised, TokenLoss, TopMasses, TrSft, Weighted
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -43,19 +24,13 @@ NORMALIZATIONS = {"none": NoNormalization, "per_sequence": PerSequence, "per_bat
 
 
 def build_sft_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
-    """Return the base objective, PEAR-weighted unless sft.level is "none". Collective: SED-SFT
-    measures the untrained model."""
+    """Return the base objective, PEAR-weighted unless sft.level is "none". Collective: SED-SFT measures the untrained
+    model."""
     settings = job.sft
     loss = token_loss(job, groups, learner)
     if settings.level == "none":
         return Supervised(loss)
-    pear = (
-        settings.level,
-        settings.discount,
-        settings.block_size,
-        settings.ratio_bounds,
-        settings.clip_log_weight,
-    )
+    pear = (settings.level, settings.discount, settings.block_size, settings.ratio_bounds, settings.clip_log_weight)
     weighings: dict[str, Callable[..., Pear]] = {
         "none": Pear,
         "mean_weight": Pear,
@@ -67,8 +42,7 @@ def build_sft_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Su
         loss,
         weigh=weighings[settings.control](*pear),
         normalization=MeanWeightOnly() if only_mean else NORMALIZATIONS[settings.normalize](),
-        sources=settings.sources
-        or tuple(sorted({name for group in groups for name in group.sources})),
+        sources=settings.sources or tuple(sorted({name for group in groups for name in group.sources})),
     )
 
 
@@ -88,11 +62,9 @@ def token_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> TokenL
     return Dft() if objective.type == "dft" else Nll()
 
 
-def decided_mass(
-    job: Job, objective: SedObjective, groups: Sequence[RowGroup], learner: Learner
-) -> float:
-    """Return SED-SFT's bound: the top-k probability exceeded at `decided_frac` of the positions,
-    under the model before training (arXiv 2602.07464)."""
+def decided_mass(job: Job, objective: SedObjective, groups: Sequence[RowGroup], learner: Learner) -> float:
+    """Return SED-SFT's bound: the top-k probability exceeded at `decided_frac` of the positions, under the model before
+    training (arXiv 2602.07464)."""
     table = first_rows(groups, RowFilter.from_job(job), "train", SED_NUM_ROWS)
     assert table is not None
     batches = learner.micro_batches(training_sequences(table, 1.0))

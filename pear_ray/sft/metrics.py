@@ -27,8 +27,8 @@ MAX_CLIPPED = 0.5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This rank's micro-batches of the held-out rows; the latest loss over all ranks, in nats per
-    token (NaN before the first), and the lowest so far."""
+    """This rank's micro-batches of the held-out rows; the latest loss over all ranks, in nats per token (NaN before the
+    first), and the lowest so far."""
 
     batches: tuple[TrainingBatch, ...]
     loss: float = math.nan

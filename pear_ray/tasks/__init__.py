@@ -10,8 +10,7 @@ A job lists its tasks as `[[tasks]]` entries; `name` selects the class:
 | an entry point         | a class that an installed package offers in group `pear_ray.tasks` |
 | "package.module:Class" | any other class that follows `Task`                               |
 
-`options` are the keyword arguments of its constructor, and `weight` is the task's share of the
-training problems.
+`options` are the keyword arguments of its constructor, and `weight` is the task's share of the training problems.
 """
 
 from __future__ import annotations
@@ -104,9 +103,7 @@ def make_graders(specs: Sequence[TaskSpec]) -> list[Task]:
     return [_make_task(f"tasks.{number}", spec) for number, spec in enumerate(specs)]
 
 
-def endless_problems(
-    specs: Sequence[TaskSpec], split: str, seed: int
-) -> Iterator[tuple[int, Problem]]:
+def endless_problems(specs: Sequence[TaskSpec], split: str, seed: int) -> Iterator[tuple[int, Problem]]:
     """Yield (epoch, problem) forever: the tasks mixed by weight, each epoch in its own order.
 
     The stream depends on the arguments alone, so a resumed run needs only its position in it.
@@ -146,10 +143,9 @@ def mixed_problems(
 ) -> Iterator[Problem]:
     """Yield one epoch: distinct problems of all tasks, in an order fixed by `seed`.
 
-    The next problem is always of the task that is furthest behind its share p = weight / sum of
-    weights, the first of them if several are: round robin if weights are equal or None. The epoch
-    ends after T problems, the largest T for which every task has T * p problems. The rest of a
-    larger task comes in other epochs, whose order differs.
+    The next problem is always of the task that is furthest behind its share p = weight / sum of weights, the first of
+    them if several are: round robin if weights are equal or None. The epoch ends after T problems, the largest T for
+    which every task has T * p problems. The rest of a larger task comes in other epochs, whose order differs.
     """
     streams = [task.problems(split, seed) for task in tasks]
     shares = _integer_ratio(weights or [1.0] * len(tasks))
@@ -163,10 +159,7 @@ def mixed_problems(
                 if problem is None:
                     return
                 buffers[number].append(problem)
-        behind = [
-            length * share - yielded * total
-            for share, yielded in zip(shares, num_yielded, strict=True)
-        ]
+        behind = [length * share - yielded * total for share, yielded in zip(shares, num_yielded, strict=True)]
         chosen = behind.index(max(behind))
         num_yielded[chosen] += 1
         yield buffers[chosen].popleft()
@@ -210,8 +203,7 @@ def _make_task(field: str, spec: TaskSpec) -> Task:
     name = getattr(task, "name", None)
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"{field}.name: expected a task whose `name` is a non-empty string, got {name!r} of"
-            f" {spec.name!r}"
+            f"{field}.name: expected a task whose `name` is a non-empty string, got {name!r} of {spec.name!r}"
         )
     return task
 
@@ -234,8 +226,7 @@ def _load_class(field: str, name: str) -> type[Any]:
     if not isinstance(loaded, type) or missing:
         fault = f"without {' and '.join(missing)}" if missing else "which is no class"
         raise ConfigError(
-            f"{field}: expected a class with problems(split, seed) and grade(problem, text), got"
-            f" {entry.value} {fault}"
+            f"{field}: expected a class with problems(split, seed) and grade(problem, text), got {entry.value} {fault}"
         )
     return loaded
 
@@ -258,6 +249,5 @@ def _object_reference(field: str, name: str) -> str:
         )
     known = sorted({*BUILT_IN, *(entry.name for entry in installed)})
     raise ConfigError(
-        f"{field}: expected one of {', '.join(map(repr, known))}, or 'package.module:Class', got"
-        f" {name!r}"
+        f"{field}: expected one of {', '.join(map(repr, known))}, or 'package.module:Class', got {name!r}"
     )

@@ -1,7 +1,7 @@
 """Countdown: reach a target with three numbers, used once each, and + - * /.
 
-Prompts and answers are space-separated words, one per number, sign and style, so that a word-level
-tokenizer fits the game: a prompt is `3 7 9 > 30 :`, an answer a style word and a chain of steps.
+Prompts and answers are space-separated words, one per number, sign and style, so that a word-level tokenizer fits the
+game: a prompt is `3 7 9 > 30 :`, an answer a style word and a chain of steps.
 
 | style  | an answer to `3 7 9 > 30 :`                                                          |
 |--------|--------------------------------------------------------------------------------------|
@@ -70,9 +70,9 @@ def read_style(text: str) -> str:
 class Countdown:
     """Generated problems with a certain grade, and demonstrations of the game.
 
-    A problem is three sorted numbers and a target that they reach: 4,473 of them with
-    `max_number=12`. A hash of the problem alone decides its split. An answer is correct if one of
-    its last `attempts` chains is; an answer of style code begins with `code_numbers` numbers.
+    A problem is three sorted numbers and a target that they reach: 4,473 of them with `max_number=12`. A hash of the
+    problem alone decides its split. An answer is correct if one of its last `attempts` chains is; an answer of style
+    code begins with `code_numbers` numbers.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class Countdown:
     ) -> Iterator[tuple[Problem, str]]:
         """Yield problems of split train with answers, forever, in styles drawn by weight.
 
-        A problem is drawn in proportion to the number of chains that solve it. `solved_fraction` of
-        the answers (in style many: of the chains) solve it; the others are random legal chains of
-        its numbers, which teach format and arithmetic and reach the target by chance only.
+        A problem is drawn in proportion to the number of chains that solve it. `solved_fraction` of the answers (in
+        style many: of the chains) solve it; the others are random legal chains of its numbers, which teach format and
+        arithmetic and reach the target by chance only.
         """
         self._check_demonstrations(styles, solved_fraction)
         chains = self._chains("train")
@@ -127,15 +127,12 @@ class Countdown:
             (key,) = rng.choices(keys, cum_weights=weights)
             (style,) = rng.choices(names, style_weights)
             count = self.attempts if style == "many" else 1
-            solutions = [
-                rng.choice(chains[key]) if rng.random() < solved_fraction else None
-                for _ in range(count)
-            ]
+            solutions = [rng.choice(chains[key]) if rng.random() < solved_fraction else None for _ in range(count)]
             yield self._problem(*key, "train"), self._answer(rng, *key, style, solutions)
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        """Reward 1 if one of the last `attempts` chains, separated by `no` or `:`, solves the
-        problem, else 0 and a note of the last chain's fault."""
+        """Reward 1 if one of the last `attempts` chains, separated by `no` or `:`, solves the problem, else 0 and a
+        note of the last chain's fault."""
         numbers, target = _parse_reference(problem)
         words = text.split()
         ends = [i for i, word in enumerate(words) if word in ("no", ":")]
@@ -174,9 +171,7 @@ class Countdown:
     def _chains_by_split(self) -> dict[str, dict[tuple[Numbers, int], list[Chain]]]:
         """All legal chains of each problem, by split and (sorted numbers, target)."""
         table: dict[str, dict[tuple[Numbers, int], list[Chain]]] = {"train": {}, "heldout": {}}
-        for numbers in itertools.combinations_with_replacement(
-            range(1, self.max_number + 1), NUM_NUMBERS
-        ):
+        for numbers in itertools.combinations_with_replacement(range(1, self.max_number + 1), NUM_NUMBERS):
             by_target: dict[int, list[Chain]] = {}
             for first, *others in sorted(set(itertools.permutations(numbers))):
                 for chain in self._legal_chains(first, others):
@@ -211,11 +206,7 @@ class Countdown:
         return tuple(steps)
 
     def _check_demonstrations(self, styles: Mapping[str, float], solved_fraction: float) -> None:
-        if (
-            set(styles) - set(STYLES)
-            or any(v < 0 for v in styles.values())
-            or not any(styles.values())
-        ):
+        if set(styles) - set(STYLES) or any(v < 0 for v in styles.values()) or not any(styles.values()):
             expected = f"weights over {', '.join(STYLES)}"
             raise ValueError(f"styles: expected {expected}, got {dict(styles)}")
         if styles.get("wander") and self.max_number < 2 * NUM_NUMBERS:
@@ -227,12 +218,7 @@ class Countdown:
             raise ValueError(f"solved_fraction: expected 0 to 1, got {solved_fraction}")
 
     def _answer(
-        self,
-        rng: random.Random,
-        numbers: Numbers,
-        target: int,
-        style: str,
-        solutions: Sequence[Chain | None],
+        self, rng: random.Random, numbers: Numbers, target: int, style: str, solutions: Sequence[Chain | None]
     ) -> str:
         """Return an answer made of the solutions, with random play in place of each None."""
         if style == "undo":

@@ -24,9 +24,7 @@ from pear_ray.tasks import check_heldout_fraction, check_split, split_by_hash
 EXTRACTORS = ("boxed", "last_number", "either")
 # No known answer is longer, and math-verify takes minutes for long formulas.
 MAX_ANSWER_CHARACTERS = 400
-JSON_SUFFIXES = tuple(
-    kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")
-)
+JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(
     r"(?:(?<![\w)}\]])-\s?)?"
@@ -61,8 +59,7 @@ class Math:
         extractor: The graded part of an answer: the last "boxed", the "last_number", or "either",
             which is correct if one of them is.
 
-    Rows with the same problem are one problem, with the answer of the first row, and held out if
-    one of them is.
+    Rows with the same problem are one problem, with the answer of the first row, and held out if one of them is.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -82,9 +79,7 @@ class Math:
         extractor: str = "boxed",
     ) -> None:
         if extractor not in EXTRACTORS:
-            raise ValueError(
-                f"extractor: expected one of {', '.join(EXTRACTORS)}, got {extractor!r}"
-            )
+            raise ValueError(f"extractor: expected one of {', '.join(EXTRACTORS)}, got {extractor!r}")
         check_heldout_fraction(heldout_fraction)
         import math_verify  # noqa: F401  Fail here, not at the first answer.
 
@@ -117,9 +112,9 @@ class Math:
     def grade(self, problem: Problem, text: str) -> Grade:
         """Reward 1 if the extracted answer has the value of the reference, else 0.
 
-        `parts`: boxed_correct, last_number_correct, answered (the extractor finds an answer) and
-        extractors_disagree (only one of the two is correct). Sets no timeout: math-verify's
-        `signal.alarm` would cancel the reward worker's timer.
+        `parts`: boxed_correct, last_number_correct, answered (the extractor finds an answer) and extractors_disagree
+        (only one of the two is correct). Sets no timeout: math-verify's `signal.alarm` would cancel the reward worker's
+        timer.
         """
         answers = {"boxed": last_boxed(text), "last_number": last_number(text)}
         faults = {name: find_fault(answer, problem.reference) for name, answer in answers.items()}
@@ -176,8 +171,8 @@ class Math:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last closed, innermost \boxed{}, or None: "3" for `\boxed{2}` and
-    `\boxed{x = \boxed{3}}`."""
+    r"""Return the content of the last closed, innermost \boxed{}, or None: "3" for `\boxed{2}` and `\boxed{x =
+    \boxed{3}}`."""
     opened: list[tuple[int, bool]] = []
     last: tuple[int, int] | None = None
     for match in BRACES.finditer(text):
@@ -192,8 +187,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    r"""Return the last number of a text, or None: `-1,234.5`, `3/4`, `\frac{3}{4}` or `12.5%`. A
-    minus sign after a number, a letter or a bracket is an operator."""
+    r"""Return the last number of a text, or None: `-1,234.5`, `3/4`, `\frac{3}{4}` or `12.5%`. A minus sign after a
+    number, a letter or a bracket is an operator."""
     last = deque(NUMBER.finditer(text), maxlen=1)
     return last[0].group() if last else None
 
@@ -217,15 +212,13 @@ def _parse(answer: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     box = f"\\boxed{{{answer.strip().rstrip('.,;')}}}"
-    parsed: list[Any] = parse(
-        box, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None
-    )
+    parsed: list[Any] = parse(box, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
     return parsed
 
 
 def find_files(path: str) -> list[Path]:
-    """Return the files of a path, sorted by name: in a folder the Parquet files or, if there are
-    none, the JSON lines. Names with a leading dot or underscore are skipped.
+    """Return the files of a path, sorted by name: in a folder the Parquet files or, if there are none, the JSON lines.
+    Names with a leading dot or underscore are skipped.
 
     Raises:
         ConfigError: there is no such file.
@@ -234,24 +227,19 @@ def find_files(path: str) -> list[Path]:
     if not root.exists():
         raise ConfigError(f"path: expected a file or folder, got {path!r}, which does not exist")
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
-    shown = [
-        file
-        for file in files
-        if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
-    ]
+    shown = [file for file in files if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)]
     parquet = [file for file in shown if file.name.endswith(".parquet")]
     json_lines = [file for file in shown if file.name.endswith(JSON_SUFFIXES)]
     if not parquet and not json_lines:
         raise ConfigError(
-            f"path: expected a file or folder with {', '.join(('.parquet', *JSON_SUFFIXES))}, got"
-            f" {path!r}"
+            f"path: expected a file or folder with {', '.join(('.parquet', *JSON_SUFFIXES))}, got {path!r}"
         )
     return parquet or json_lines
 
 
 def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield (location, values of the columns) of each row; the location is "file:number", with
-    lines or rows counted from 1.
+    """Yield (location, values of the columns) of each row; the location is "file:number", with lines or rows counted
+    from 1.
 
     Raises:
         ConfigError: a file cannot be read, or a row lacks a column.

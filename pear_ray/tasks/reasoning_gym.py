@@ -15,13 +15,13 @@ from pear_ray.tasks import check_heldout_fraction, check_split, split_by_hash
 class ReasoningGym:
     """`ReasoningGym("countdown", min_numbers=4)`: answers are expected in <answer> tags.
 
-    Problems are endless in practice. A hash of the question holds out `heldout_fraction` of them,
-    so no question is in both splits. `label` is the task's name, "reasoning_gym/DATASET" if None.
+    Problems are endless in practice. A hash of the question holds out `heldout_fraction` of them, so no question is in
+    both splits. `label` is the task's name, "reasoning_gym/DATASET" if None.
 
-    Some of reasoning-gym's scorers pass the answer to Python's `eval` (binary_matrix, n_queens,
-    spiral_matrix, string_insertion) or to sympy's parser, which calls it (countdown, puzzle24,
-    polynomial_multiplication, simple_integration, intermediate_integration): text that a model
-    writes can run there with the rights of the reward worker's process.
+    Some of reasoning-gym's scorers pass the answer to Python's `eval` (binary_matrix, n_queens, spiral_matrix,
+    string_insertion) or to sympy's parser, which calls it (countdown, puzzle24, polynomial_multiplication,
+    simple_integration, intermediate_integration): text that a model writes can run there with the rights of the reward
+    worker's process.
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -30,11 +30,7 @@ class ReasoningGym:
     """
 
     def __init__(
-        self,
-        dataset: str,
-        label: str | None = None,
-        heldout_fraction: float = 0.1,
-        **parameters: Any,
+        self, dataset: str, label: str | None = None, heldout_fraction: float = 0.1, **parameters: Any
     ) -> None:
         import reasoning_gym
 
@@ -63,10 +59,7 @@ class ReasoningGym:
             yield Problem(
                 problem_id=f"{self.name}-{hashlib.sha256(question.encode()).hexdigest()[:16]}",
                 task=self.name,
-                messages=(
-                    {"role": "system", "content": system},
-                    {"role": "user", "content": question},
-                ),
+                messages=({"role": "system", "content": system}, {"role": "user", "content": question}),
                 reference=repr(_to_literals(entry)),
                 split=split,
             )

@@ -1,8 +1,8 @@
 """Causal attention within each sequence of a pack.
 
-Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's
-variable-length flash attention. `pack_by_runs` (CPUs, float32) calls a causal kernel for each run
-of sequences of equal length, without mask or padding; packs are sorted by length, so runs are few.
+Registered in transformers under two names. `pack_varlen` (GPUs, bfloat16) is PyTorch's variable-length flash attention.
+`pack_by_runs` (CPUs, float32) calls a causal kernel for each run of sequences of equal length, without mask or padding;
+packs are sorted by length, so runs are few.
 """
 
 from __future__ import annotations
@@ -30,11 +30,7 @@ def pack_layout(sequence_ids_T: np.ndarray, device: torch.device) -> dict[str, A
     """Return the keyword arguments by which both kernels know the sequences of a pack."""
     lengths = np.bincount(sequence_ids_T)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(torch.int32)
-    return {
-        "runs": equal_length_runs(lengths),
-        "sequence_starts": starts.to(device),
-        "longest": int(lengths.max()),
-    }
+    return {"runs": equal_length_runs(lengths), "sequence_starts": starts.to(device), "longest": int(lengths.max())}
 
 
 def equal_length_runs(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -81,8 +77,7 @@ def attention_by_runs(
     sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attend causally within each sequence: [1, heads, tokens, head size] to [1, tokens, heads,
-    head size].
+    """Attend causally within each sequence: [1, heads, tokens, head size] to [1, tokens, heads, head size].
 
     Raises:
         ValueError: the layer has a sliding window shorter than a sequence.
@@ -90,8 +85,7 @@ def attention_by_runs(
     longest = max(length for _, length in runs)
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
-            f"sliding_window: expected at least {longest} tokens, the longest sequence, got"
-            f" {sliding_window}"
+            f"sliding_window: expected at least {longest} tokens, the longest sequence, got {sliding_window}"
         )
     num_tokens = [number * length for number, length in runs]
     by_run = (states[0].split(num_tokens, 1) for states in (query, key, value))
@@ -100,16 +94,14 @@ def attention_by_runs(
         # [heads, tokens, size] viewed as [sequences, heads, length, size]
         q, k, v = (states.unflatten(1, run).transpose(0, 1) for states in states_of_run)
         is_grouped = query.shape[1] != key.shape[1]
-        output = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped
-        )
+        output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped)
         attended.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)[None]
 
 
 def transformers_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    """Wrap a kernel in the signature that transformers calls. If a `group` of ranks shares the
-    pack, each rank sends the states of its tokens and receives all tokens for its heads."""
+    """Wrap a kernel in the signature that transformers calls. If a `group` of ranks shares the pack, each rank sends
+    the states of its tokens and receives all tokens for its heads."""
 
     def attention(
         module: torch.nn.Module,

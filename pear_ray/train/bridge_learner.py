@@ -26,14 +26,12 @@ LORA_SUFFIXES = (".lora_A", ".lora_B")
 
 
 class MergedProduct(torch.autograd.Function):
-    """x (W + scaling B A)^T. With the gradient G of W, which is trained too, those of the adapter
-    are scaling B^T G and scaling G A^T: nearly free in time and memory. The backward pass computes
-    the merged weight again; saving it would keep a whole model on each rank."""
+    """x (W + scaling B A)^T. With the gradient G of W, which is trained too, those of the adapter are scaling B^T G and
+    scaling G A^T: nearly free in time and memory. The backward pass computes the merged weight again; saving it would
+    keep a whole model on each rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scaling = scaling
         return x @ (weight + scaling * (lora_B @ lora_A)).T
@@ -74,9 +72,8 @@ class LinearWithLora(nn.Module):
 
 
 class WeightsAndLoraLearner(Learner):
-    """A learner under ZeRO-3 whose gradients are accessible between `backward` and `update`. Two
-    of them with one model and one number of ranks are partitioned alike, so gradients and values
-    move between them without communication."""
+    """A learner under ZeRO-3 whose gradients are accessible between `backward` and `update`. Two of them with one model
+    and one number of ranks are partitioned alike, so gradients and values move between them without communication."""
 
     def __init__(self, *learner: Any, lora: Lora, lora_learning_rate: float) -> None:
         """As `Learner`, with a learning rate for the adapters; 0 freezes them."""
@@ -116,9 +113,7 @@ class WeightsAndLoraLearner(Learner):
         weights = [parameter for name, parameter in named if not name.endswith(LORA_SUFFIXES)]
         return [{"params": weights}, {"params": adapters, "lr": self._lora_learning_rate}]
 
-    def _export_parameters(
-        self, model: PreTrainedModel
-    ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+    def _export_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearWithLora)}
         for name, parameter in model.named_parameters():
             layer = layers.get(name.removesuffix(".weight"))
@@ -141,8 +136,7 @@ def add_lora(model: PreTrainedModel, config: Lora) -> None:
     ]
     if not targets:
         raise ConfigError(
-            "cooperate.lora.targets: expected names of linear layers of the model, got"
-            f" {list(config.targets)}"
+            f"cooperate.lora.targets: expected names of linear layers of the model, got {list(config.targets)}"
         )
     for name, layer in targets:
         parent, _, child = name.rpartition(".")

@@ -21,9 +21,8 @@ class FreezingLearner(Learner):
         return {name: safe_get_local_fp32_param(p).clone() for name, p in self._trainable()}
 
     def most_changed(self, before: dict[str, Tensor], frac: float) -> dict[str, Tensor]:
-        """Return a mask of this rank's partitions, bool: the `frac` of each parameter's elements
-        that changed most since the snapshot `before`. Ties for the last place are all included,
-        unchanged elements never."""
+        """Return a mask of this rank's partitions, bool: the `frac` of each parameter's elements that changed most
+        since the snapshot `before`. Ties for the last place are all included, unchanged elements never."""
         masks = {}
         for name, parameter in self._trainable():
             change = (safe_get_local_fp32_param(parameter) - before[name]).abs()

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def write_hf_folder(
-    model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, tokenizer_path: str
-) -> None:
+def write_hf_folder(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, tokenizer_path: str) -> None:
     """Write config, safetensors and tokenizer as transformers and vLLM load them; atomic."""
     from transformers import AutoTokenizer
 
@@ -27,8 +25,7 @@ def write_hf_folder(
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
-    """Map each tensor name to its open file: `files[name].get_tensor(name)`. Files are
-    memory-mapped, not read."""
+    """Map each tensor name to its open file: `files[name].get_tensor(name)`. Files are memory-mapped, not read."""
     files: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file: Any = safe_open(str(path), framework="pt")

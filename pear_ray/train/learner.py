@@ -1,5 +1,5 @@
-"""One rank of a DeepSpeed learner. It knows tokens, coefficients and sums, not algorithms: the
-objective turns a micro-batch into a loss.
+"""One rank of a DeepSpeed learner. It knows tokens, coefficients and sums, not algorithms: the objective turns a
+micro-batch into a loss.
 
     sequences of a step --micro_batches--> this rank's packs --backward--> gradients, sums
                                                              --update----> StepResult
@@ -35,8 +35,8 @@ from pear_ray.train.ulysses import SequenceGroup
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: loss per trainable token of the global batch, gradient norm before
-    clipping, and the objective's sums over micro-batches and ranks. Example:
+    """One optimizer step: loss per trainable token of the global batch, gradient norm before clipping, and the
+    objective's sums over micro-batches and ranks. Example:
 
     StepResult(loss=0.93, grad_norm=1.7, learning_rate=1e-5, num_tokens=4096,
                metric_sums={"nll": array(3809.3), "tokens_to_learn": array(4096.0)})
@@ -53,13 +53,7 @@ class Learner:
     """One rank's parameters, gradients and optimizer states. Every method is collective."""
 
     def __init__(
-        self,
-        path: str,
-        dtype: str,
-        config: LearnerConfig,
-        optimizer: Optimizer,
-        num_steps: int,
-        seed: int,
+        self, path: str, dtype: str, config: LearnerConfig, optimizer: Optimizer, num_steps: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
         self._dtype = dtype
@@ -96,12 +90,9 @@ class Learner:
         return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     def micro_batches(
-        self,
-        sequences: Sequence[TrainingSequence],
-        counted: Sequence[TrainingSequence] | None = None,
+        self, sequences: Sequence[TrainingSequence], counted: Sequence[TrainingSequence] | None = None
     ) -> list[TrainingBatch]:
-        """Return this rank's micro-batches of one step. Every rank passes the same `sequences`;
-        `counted` as in `pack`.
+        """Return this rank's micro-batches of one step. Every rank passes the same `sequences`; `counted` as in `pack`.
 
         Raises:
             ValueError: no sequence, or one longer than a micro-batch.
@@ -118,15 +109,11 @@ class Learner:
         num_tokens = batches[0].num_trainable_tokens_global
         return self.update(sums, num_tokens, objective.grad_scale(sums, num_tokens))
 
-    def backward(
-        self, batches: Sequence[TrainingBatch], objective: Objective
-    ) -> dict[str, np.ndarray]:
-        """Accumulate the gradients of one step. Return the objective's sums and `loss`, over
-        micro-batches and ranks.
+    def backward(self, batches: Sequence[TrainingBatch], objective: Objective) -> dict[str, np.ndarray]:
+        """Accumulate the gradients of one step. Return the objective's sums and `loss`, over micro-batches and ranks.
 
-        Each loss, a sum, is divided by the GLOBAL number of trainable tokens, and multiplied by
-        the number of ranks because DeepSpeed averages gradients over ranks. Thus the step does not
-        depend on how the batch is cut.
+        Each loss, a sum, is divided by the GLOBAL number of trainable tokens, and multiplied by the number of ranks
+        because DeepSpeed averages gradients over ranks. Thus the step does not depend on how the batch is cut.
         """
         # Dropout depends on the step alone, so a resumed run repeats it.
         torch.manual_seed(seed_of(self._seed, self._engine.global_steps, dist.get_rank()))
@@ -139,11 +126,9 @@ class Learner:
             accumulate(totals, outputs.metric_sums | {"loss": outputs.loss.detach()})
         return self._reduce(totals)
 
-    def update(
-        self, sums: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0
-    ) -> StepResult:
-        """Multiply the gradients of `backward` by `factor` and take the optimizer's step. `sums`
-        is what `backward` returned, over `num_tokens` trainable tokens."""
+    def update(self, sums: Mapping[str, np.ndarray], num_tokens: int, factor: float = 1.0) -> StepResult:
+        """Multiply the gradients of `backward` by `factor` and take the optimizer's step. `sums` is what `backward`
+        returned, over `num_tokens` trainable tokens."""
         learning_rate = self._engine.get_lr()[0]
         if factor != 1.0:
             zero.scale_gradients(self._engine, factor)
@@ -161,9 +146,7 @@ class Learner:
         )
 
     @torch.no_grad()
-    def evaluate(
-        self, batches: Sequence[TrainingBatch], objective: Objective
-    ) -> dict[str, np.ndarray]:
+    def evaluate(self, batches: Sequence[TrainingBatch], objective: Objective) -> dict[str, np.ndarray]:
         """Return the sums of `backward` without gradients, in evaluation mode."""
         self._engine.eval()
         totals: dict[str, Tensor] = {}
@@ -182,8 +165,8 @@ class Learner:
         return logprobs
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Yield name (as in the Hugging Face folder), full shape and this rank's flat partition of
-        every parameter (`zero.partitions`)."""
+        """Yield name (as in the Hugging Face folder), full shape and this rank's flat partition of every parameter
+        (`zero.partitions`)."""
         return zero.partitions(self._engine.module.language_model)
 
     def save(self, folder: Path) -> None:
@@ -191,15 +174,14 @@ class Learner:
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Load a checkpoint written by the same number of ranks, or one in DeepSpeed's universal
-        format by any number."""
+        """Load a checkpoint written by the same number of ranks, or one in DeepSpeed's universal format
+        by any number."""
         # DeepSpeed reads this flag at load time, not only from its initial configuration.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag="state")
 
     def export(self, folder: Path, tokenizer_path: str) -> None:
-        """Write a Hugging Face folder from rank 0, with adapters merged. Parameters are gathered
-        one by one."""
+        """Write a Hugging Face folder from rank 0, with adapters merged. Parameters are gathered one by one."""
         model = self._engine.module.language_model
         state: dict[str, Tensor] = {}
         for name, parameters, merge in self._export_parameters(model):
@@ -210,9 +192,7 @@ class Learner:
             write_hf_folder(model, state, folder, tokenizer_path)
         dist.barrier()
 
-    def _export_parameters(
-        self, model: PreTrainedModel
-    ) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+    def _export_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
         return merged_parameters(model)
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> LossInputs:
@@ -260,15 +240,12 @@ class Learner:
         # Each rank of a sequence group has counted the whole pack.
         flat /= self._config.sequence_parallel
         parts = flat.cpu().split([totals[name].numel() for name in names])
-        return {
-            name: part.reshape(totals[name].shape).numpy()
-            for name, part in zip(names, parts, strict=True)
-        }
+        return {name: part.reshape(totals[name].shape).numpy() for name, part in zip(names, parts, strict=True)}
 
 
 def crossover_tokens(model: PreTrainedModel) -> float:
-    """Return the sequence length at which attention costs as much as the matrix products in a
-    forward and backward pass: 6 * weights FLOP per token = 6 * layers * width * length."""
+    """Return the sequence length at which attention costs as much as the matrix products in a forward and backward
+    pass: 6 * weights FLOP per token = 6 * layers * width * length."""
     config = model.config.get_text_config()
     num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     return num_weights / (config.num_hidden_layers * config.hidden_size)

@@ -19,24 +19,15 @@ def add_adapters(model: PreTrainedModel, config: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
     )
     inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER)
 
 
-def merged_parameters(
-    model: PreTrainedModel,
-) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
-    """Yield, for every parameter of the model without adapters: its name in the Hugging Face
-    folder, the parameters to gather, and a function that merges the gathered ones."""
-    adapted = {
-        f"{name}.base_layer.weight": layer
-        for name, layer in model.named_modules()
-        if hasattr(layer, "lora_A")
-    }
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+    """Yield, for every parameter of the model without adapters: its name in the Hugging Face folder, the parameters to
+    gather, and a function that merges the gathered ones."""
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         plain_name = name.replace(".base_layer.", ".")
         if name in adapted:

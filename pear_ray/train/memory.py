@@ -1,9 +1,9 @@
 """Memory of a rank, an engine and a node's object store in bytes, from a model's config alone.
 
-A rank follows ZeRO (arXiv 1910.02054, section 3: 16 bytes per parameter in mixed precision,
-partitioned by stage) and DeepSpeed's default buckets. The activations of a layer were counted with
-hooks on saved tensors, for gated MLPs and an attention that does not keep its scores
-(tests/train/test_memory.py). An engine gives the rest of its memory to the key-value cache.
+A rank follows ZeRO (arXiv 1910.02054, section 3: 16 bytes per parameter in mixed precision, partitioned by stage) and
+DeepSpeed's default buckets. The activations of a layer were counted with hooks on saved tensors, for gated MLPs and an
+attention that does not keep its scores (tests/train/test_memory.py). An engine gives the rest of its memory to the
+key-value cache.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from pear_ray.config import Lora
 from pear_ray.errors import ConfigError
 
 GIB = 2**30
-# DeepSpeed's defaults, in elements: parameters gathered at once and prefetched, gradients reduced
-# at once, parameters updated at once.
+# DeepSpeed's defaults, in elements: parameters gathered at once and prefetched, gradients reduced at once, parameters
+# updated at once.
 MAX_LIVE, PREFETCH, REDUCE_BUCKET, SUB_GROUP = 10**9, 5 * 10**7, 5 * 10**8, 10**9
 # Context, communication, and fragmentation in PyTorch's allocator.
 OVERHEAD = 3 * GIB
 # Items of `rank_memory` that a learner keeps while another one on its device works.
 IDLE_ITEMS = ("weights", "gradients", "optimizer", "buckets")
-# Bytes per element that a step may freeze: its values before and between two updates, in float32,
-# and a mask.
+# Bytes per element that a step may freeze: its values before and between two updates, in float32, and a mask.
 FROZEN_BYTES = 4 + 4 + 1
 # vLLM's CUDA graphs and context.
 ENGINE_OVERHEAD = 2 * GIB
@@ -34,8 +33,8 @@ ENGINE_OVERHEAD = 2 * GIB
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The dimensions of a decoder that decide its memory. Example: ModelDims(8_190_735_360, 36,
-    4096, 12288, 4096, 1024, 151_936) is Qwen3-8B in full."""
+    """The dimensions of a decoder that decide its memory. Example: ModelDims(8_190_735_360, 36, 4096, 12288, 4096,
+    1024, 151_936) is Qwen3-8B in full."""
 
     num_parameters: int
     num_layers: int
@@ -57,8 +56,8 @@ class ModelDims:
         return 2 * self.num_layers * self.keys * element_bytes
 
     def lora_parameters(self, lora: Lora) -> int:
-        """Return an upper bound of the adapters' parameters: two thin matrices beside each adapted
-        layer, all as wide as the widest."""
+        """Return an upper bound of the adapters' parameters: two thin matrices beside each adapted layer, all as wide
+        as the widest."""
         widest = self.hidden + max(self.intermediate, self.queries)
         return self.num_layers * len(lora.targets) * lora.rank * widest
 
@@ -74,8 +73,7 @@ def read_model_dims(field: str, path: str) -> ModelDims:
     except (OSError, ValueError) as error:
         first_line, *_ = str(error).splitlines()
         raise ConfigError(
-            f"{field}: expected a folder with config.json or a reachable hub name, got {path!r}:"
-            f" {first_line}"
+            f"{field}: expected a folder with config.json or a reachable hub name, got {path!r}: {first_line}"
         ) from error
     text = config.get_text_config()
     with torch.device("meta"):
@@ -93,9 +91,7 @@ def read_model_dims(field: str, path: str) -> ModelDims:
     )
 
 
-def rank_memory(
-    dims: ModelDims, element_bytes: int, learner: LearnerConfig, num_trained: int
-) -> dict[str, float]:
+def rank_memory(dims: ModelDims, element_bytes: int, learner: LearnerConfig, num_trained: int) -> dict[str, float]:
     """Return the bytes of each item on a rank's device; `num_trained` parameters get gradients."""
     stage, num_ranks = learner.zero_stage, learner.num_workers
     weight_ranks, gradient_ranks, state_ranks = (num_ranks if stage >= s else 1 for s in (3, 2, 1))
@@ -125,14 +121,10 @@ def rank_memory(
 
 
 def engine_memory(
-    dims: ModelDims,
-    element_bytes: int,
-    tensor_parallel_size: int,
-    tokens_with_logits: int,
-    context: int,
+    dims: ModelDims, element_bytes: int, tensor_parallel_size: int, tokens_with_logits: int, context: int
 ) -> dict[str, float]:
-    """Return the bytes of each item on an engine's device, for one sequence of `context` tokens and
-    logits of `tokens_with_logits` tokens at once, in float32 and again as log-probs."""
+    """Return the bytes of each item on an engine's device, for one sequence of `context` tokens and logits of
+    `tokens_with_logits` tokens at once, in float32 and again as log-probs."""
     return {
         "weights": dims.num_parameters * element_bytes / tensor_parallel_size,
         "logits": 2.0 * 4 * tokens_with_logits * dims.vocabulary / tensor_parallel_size,
@@ -142,7 +134,7 @@ def engine_memory(
 
 
 def store_memory(dims: ModelDims, element_bytes: int, ranks_on_node: int, num_ranks: int) -> float:
-    """Return the object store's bytes on a node with `ranks_on_node` ranks, or with engines if 0:
-    at most two versions of the weights are alive."""
+    """Return the object store's bytes on a node with `ranks_on_node` ranks, or with engines if 0: at most two versions
+    of the weights are alive."""
     share = ranks_on_node / num_ranks if ranks_on_node else 1.0
     return 2 * dims.num_parameters * element_bytes * share

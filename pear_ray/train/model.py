@@ -19,8 +19,8 @@ from pear_ray.train.supported import check_architecture
 
 
 class LogprobHead(nn.Module):
-    """Replaces a model's output head and returns log-probs instead of logits. The weight is used
-    once per pass, so ZeRO-3 gathers it once."""
+    """Replaces a model's output head and returns log-probs instead of logits. The weight is used once per pass, so
+    ZeRO-3 gathers it once."""
 
     def __init__(self, head: nn.Linear, logits_mib: float) -> None:
         super().__init__()
@@ -55,22 +55,19 @@ class PackedPolicy(nn.Module):
         top_k: int = 0,
         **layout: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for the m candidate `token_ids` at each of the n positions `predicted`, in
-        float32: log-probs [n, m] (with gradient), entropies [n] and the total probability of the
-        `top_k` likeliest tokens [n]. `layout` goes to the attention (`attention.pack_layout`)."""
+        """Return, for the m candidate `token_ids` at each of the n positions `predicted`, in float32: log-probs [n, m]
+        (with gradient), entropies [n] and the total probability of the `top_k` likeliest tokens [n]. `layout` goes to
+        the attention (`attention.pack_layout`)."""
         hidden = self.language_model.base_model(
-            input_ids=packed_ids_T[None],
-            position_ids=position_ids_T[None],
-            use_cache=False,
-            **layout,
+            input_ids=packed_ids_T[None], position_ids=position_ids_T[None], use_cache=False, **layout
         ).last_hidden_state[0]
         head = self.language_model.get_output_embeddings()
         return head(hidden, token_ids, predicted, top_k)
 
 
 def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
-    """Return `PackedPolicy.forward`'s arguments for the trainable tokens of a micro-batch. The
-    first candidate is the token itself; the teacher's likeliest tokens follow, if any."""
+    """Return `PackedPolicy.forward`'s arguments for the trainable tokens of a micro-batch. The first candidate is the
+    token itself; the teacher's likeliest tokens follow, if any."""
     predicted = np.flatnonzero(batch.trainable_T)
     token_ids = batch.token_ids_T[predicted, None]
     if batch.teacher_ids_T is not None:
@@ -85,9 +82,7 @@ def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
     return tensors | attention.pack_layout(batch.sequence_ids_T, device)
 
 
-def load_policy(
-    path: str, dtype: str, logits_mib: float = 512.0, device_map: str | None = None
-) -> PackedPolicy:
+def load_policy(path: str, dtype: str, logits_mib: float = 512.0, device_map: str | None = None) -> PackedPolicy:
     """Load a Hugging Face folder or hub name, from safetensors only.
 
     Raises:
@@ -111,14 +106,10 @@ def load_policy(
 
 
 def trainer_logprobs(
-    path: str,
-    dtype: str,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    tokens_per_pack: int,
-    num_threads: int,
+    path: str, dtype: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_pack: int, num_threads: int
 ) -> list[np.ndarray]:
-    """Load a model and return `policy_logprobs` of `rows`, as the learner computes them at step 0:
-    same code, precision and packing. The model is spread over all visible GPUs, if any."""
+    """Load a model and return `policy_logprobs` of `rows`, as the learner computes them at step 0: same code, precision
+    and packing. The model is spread over all visible GPUs, if any."""
     torch.set_num_threads(num_threads)
     on_gpu = torch.cuda.is_available()
     policy = load_policy(path, dtype, device_map="auto" if on_gpu else None).eval()

@@ -9,13 +9,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    get_scheduler,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, get_scheduler
 
 from pear_ray.config import Pretrain
 from pear_ray.data.tokenizer import encode_conversation, load_tokenizer
@@ -68,8 +62,8 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
 
 
 def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: int) -> float:
-    """Train a Qwen3 in float32 on `task`'s demonstrations and write it to `folder`. Start from
-    random weights, or from the sibling folder `settings.start_from`.
+    """Train a Qwen3 in float32 on `task`'s demonstrations and write it to `folder`. Start from random weights, or from
+    the sibling folder `settings.start_from`.
 
     Returns:
         Mean loss of the last tenth of the steps, in nats per answer token.
@@ -82,9 +76,7 @@ def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_thr
         source = folder.with_name(settings.start_from)
     tokenizer = load_tokenizer(str(source))
     policy = load_policy(str(source), "float32")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, settings.steps // 20, settings.steps)
     demonstrations = task.demonstrations(settings.styles, settings.solved_fraction, settings.seed)
     losses = []
@@ -111,13 +103,9 @@ def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_thr
     return float(np.mean(losses[-max(1, settings.steps // 10) :]))
 
 
-def demonstration_sequence(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, answer: str
-) -> TrainingSequence:
+def demonstration_sequence(tokenizer: PreTrainedTokenizerBase, problem: Problem, answer: str) -> TrainingSequence:
     """Return a demonstration as a training sequence; the answer's tokens are trainable."""
     messages = [*problem.messages, {"role": "assistant", "content": answer}]
     ids = encode_conversation(tokenizer, messages)
     logprobs = np.zeros(len(ids.response_ids))
-    return TrainingSequence.of(
-        ids.prompt_ids, ids.response_ids, logprobs, 1.0, problem.problem_id, ids.trainable
-    )
+    return TrainingSequence.of(ids.prompt_ids, ids.response_ids, logprobs, 1.0, problem.problem_id, ids.trainable)

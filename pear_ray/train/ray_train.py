@@ -45,8 +45,8 @@ def run_ray_train(
 ) -> dict[str, Any]:
     """Run `train_loop(inputs)` on every rank, on nodes with these `labels`; return rank 0's result.
 
-    A run cut off by the death of a rank or of the driver resumes from its latest checkpoint below
-    `folder`. With `keep_best` the checkpoint with the lowest held-out loss stays beside the latest.
+    A run cut off by the death of a rank or of the driver resumes from its latest checkpoint below `folder`. With
+    `keep_best` the checkpoint with the lowest held-out loss stays beside the latest.
 
     Raises:
         TimeoutError: the cluster had no room for the ranks within about `config.timeout_seconds`.
@@ -66,18 +66,14 @@ def run_ray_train(
             resources_per_worker=resources,
             label_selector=labels or None,
         ),
-        torch_config=TorchConfig(
-            backend="nccl" if config.use_gpu else "gloo", timeout_s=int(config.timeout_seconds)
-        ),
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=int(config.timeout_seconds)),
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=num_attempts - 1
             ),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, **(best if keep_best else {})
-            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
         ),
     )
     try:
@@ -88,14 +84,10 @@ def run_ray_train(
         raise TimeoutError(startup_timeout_message(config, resources, labels)) from error
 
 
-def startup_timeout_message(
-    config: LearnerConfig, resources: dict[str, float], labels: dict[str, str]
-) -> str:
+def startup_timeout_message(config: LearnerConfig, resources: dict[str, float], labels: dict[str, str]) -> str:
     """Return the error message for ranks that found no room: resources needed and present."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    present = ", ".join(
-        f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources
-    )
+    present = ", ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources)
     where = f" on nodes with labels {labels}" if labels else ""
     return (
         f"learner.timeout_seconds: expected {config.min_workers} ranks with"
@@ -127,8 +119,8 @@ class CheckpointRef:
         return cls(Path(folder), json.loads((Path(folder) / "progress.json").read_text()))
 
     def restore(self, learners: Mapping[str, Learner], scratch: Path) -> None:
-        """Load each learner by its name in the checkpoint; collective. A checkpoint of another
-        number of ranks is converted to the universal format below `scratch`, a shared folder."""
+        """Load each learner by its name in the checkpoint; collective. A checkpoint of another number of ranks is
+        converted to the universal format below `scratch`, a shared folder."""
         for name, learner in learners.items():
             self._restore(name, learner, scratch)
 
@@ -174,14 +166,10 @@ def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
 
 def committed_checkpoints(timeout_seconds: float) -> list[Any]:
     """Return Ray Train's reports of all checkpoints, once the latest is in the run's storage."""
-    return ray.train.get_all_reported_checkpoints(
-        ray.train.CheckpointConsistencyMode.COMMITTED, timeout_seconds
-    )
+    return ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED, timeout_seconds)
 
 
-def save_checkpoint(
-    learners: Mapping[str, Learner], next_step: int, timeout_seconds: float, **metrics: float
-) -> int:
+def save_checkpoint(learners: Mapping[str, Learner], next_step: int, timeout_seconds: float, **metrics: float) -> int:
     """Save every learner below its name; collective. The upload overlaps the next steps.
 
     Returns:
@@ -213,8 +201,8 @@ class PreemptionWatcher:
         self._is_enabled = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 
     def any_new(self) -> bool:
-        """Return whether another node was announced, which calls for a checkpoint. Ranks poll after
-        every step and get the same answer."""
+        """Return whether another node was announced, which calls for a checkpoint. Ranks poll after every step and get
+        the same answer."""
         notice = ray.train.get_preemption_info() if self._is_enabled else None
         new = set(notice.preempted_node_ids) - self._seen if notice else set()
         self._seen |= new
@@ -224,8 +212,8 @@ class PreemptionWatcher:
 
 
 def setup_worker(job: Job, stage: str) -> None:
-    """Configure a rank's process: logging, and one compute thread per CPU, since ranks that share
-    cores wait on each other."""
+    """Configure a rank's process: logging, and one compute thread per CPU, since ranks that share cores wait on each
+    other."""
     configure_logging(job.tracking.logs)
     LOG_CONTEXT.set(str(job.folder.absolute()), stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)

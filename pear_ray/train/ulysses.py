@@ -1,7 +1,6 @@
-"""Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509): a group of ranks shares every
-pack. Each rank holds a slice of its tokens, and inside attention all tokens of some heads
-(`attention.py`). The per-token outputs, a few floats, are gathered over the group, so that weights
-which sum over a response see all of it, wherever it is cut.
+"""Sequence parallelism as in DeepSpeed-Ulysses (arXiv 2309.14509): a group of ranks shares every pack. Each rank holds
+a slice of its tokens, and inside attention all tokens of some heads (`attention.py`). The per-token outputs, a few
+floats, are gathered over the group, so that weights which sum over a response see all of it, wherever it is cut.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class SequenceGroup:
         rank = dist.get_rank()
         # Every rank must take part in the creation of every group.
         groups = [
-            dist.new_group(list(range(first, first + size)), timeout)
-            for first in range(0, dist.get_world_size(), size)
+            dist.new_group(list(range(first, first + size)), timeout) for first in range(0, dist.get_world_size(), size)
         ]
         return cls(groups[rank // size], rank % size, size)
 
@@ -70,8 +68,8 @@ class SequenceGroup:
         )
 
     def slice_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], slice]:
-        """Return this rank's slice of `model.policy_inputs`, and the slice of the predictions that
-        its hidden states make; each predicts the next token."""
+        """Return this rank's slice of `model.policy_inputs`, and the slice of the predictions that its hidden states
+        make; each predicts the next token."""
         num_tokens = len(inputs["packed_ids_T"]) // self.size
         start = self.index * num_tokens
         edges = torch.tensor([start, start + num_tokens], device=inputs["predicted"].device)
@@ -87,8 +85,8 @@ class SequenceGroup:
         return {**inputs, **sliced}, own
 
     def gather(self, values: Tensor, own: slice, num_predictions: int) -> Tensor:
-        """Return the group's values [num_predictions, ...], of which this rank has computed `own`.
-        Only these carry a gradient: summed over ranks, gradients are those of the whole pack."""
+        """Return the group's values [num_predictions, ...], of which this rank has computed `own`. Only these carry a
+        gradient: summed over ranks, gradients are those of the whole pack."""
         gathered = values.new_zeros((num_predictions, *values.shape[1:]))
         gathered[own] = values.detach()
         dist.all_reduce(gathered, group=self.process_group)

@@ -10,11 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_local_grad,
-    safe_set_local_grad,
-    safe_update_full_grad_vectorized,
-)
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad, safe_update_full_grad_vectorized
 from torch import Tensor, nn
 
 from pear_ray.config import Learner as LearnerConfig
@@ -55,9 +51,8 @@ def deepspeed_config(dtype: str, config: LearnerConfig, optimizer: Optimizer) ->
 
 
 def partitions(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Yield name, full shape and this rank's flat partition of every parameter, without
-    communication. Partitions have equal size on all ranks: joined in rank order and cut to the full
-    size they are the parameter."""
+    """Yield name, full shape and this rank's flat partition of every parameter, without communication. Partitions have
+    equal size on all ranks: joined in rank order and cut to the full size they are the parameter."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     parameter: Any
     for name, parameter in module.named_parameters():
@@ -90,13 +85,11 @@ def scale_gradients(engine: Any, factor: float) -> None:
 
 
 def unpartitioned_grad_norm(module: nn.Module, config: LearnerConfig, dtype: str) -> Tensor | None:
-    """Return the gradient norm under stage 0 in float32; None otherwise, since DeepSpeed computes
-    the norm itself if it partitions or keeps master weights."""
+    """Return the gradient norm under stage 0 in float32; None otherwise, since DeepSpeed computes the norm itself if it
+    partitions or keeps master weights."""
     if config.zero_stage > 0 or dtype != "float32":
         return None
-    return torch.nn.utils.get_total_norm(
-        [p.grad for p in module.parameters() if p.grad is not None]
-    )
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def write_universal_checkpoint(folder: Path, universal: Path) -> None:

@@ -1,5 +1,5 @@
-"""Weight versions with low-rank adapters, merged on the engine's side: W + scaling B A
-(arXiv 2106.09685, section 4.1)."""
+"""Weight versions with low-rank adapters, merged on the engine's side: W + scaling B A (arXiv
+2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ class MergedCache(WeightCache):
 class AdapterCache:
     """A cache for versions of adapters alone; the base weights come from `path`.
 
-    `path` is the folder or hub name of the start model. Raises ConfigError if it has no safetensors
-    files.
+    `path` is the folder or hub name of the start model. Raises ConfigError if it has no safetensors files.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,8 +70,8 @@ class AdapterCache:
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """Return all parameters by their names in the folder, in the adapters' dtype.
 
-        Weights without adapters are included: vLLM fuses them with adapted ones and loads all
-        parts of a fused weight or none. Raises as `WeightCache.fetch`.
+        Weights without adapters are included: vLLM fuses them with adapted ones and loads all parts of a fused weight
+        or none. Raises as `WeightCache.fetch`.
 
         Raises:
             ConfigError: the folder lacks an adapted weight, or has it in another shape.
@@ -92,15 +91,11 @@ class AdapterCache:
         weight = self._files[name].get_tensor(name) if name in self._files else None
         found = None if weight is None else tuple(weight.shape)
         if weight is None or found != shape:
-            raise ConfigError(
-                f"{self._folder}: {name}: expected shape {shape} of its adapter, got {found}"
-            )
+            raise ConfigError(f"{self._folder}: {name}: expected shape {shape} of its adapter, got {found}")
         return weight
 
 
-def pop_adapters(
-    weights: dict[str, Tensor], version: WeightVersion
-) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+def pop_adapters(weights: dict[str, Tensor], version: WeightVersion) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     """Remove the adapters from `weights`; return their scaling and each layer's (A, B)."""
     label = f"weights version {version.version}"
     if SCALING not in weights:
@@ -128,8 +123,8 @@ def local_folder(path: str) -> Path:
 def merge_lora(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Return W + scaling B A in the adapter's dtype.
 
-    The product of half-precision adapters is computed in float32 and rounded before the sum, as
-    peft merges on CPUs. `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
+    The product of half-precision adapters is computed in float32 and rounded before the sum, as peft merges on CPUs.
+    `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
     """
     wide = torch.promote_types(lora_A.dtype, torch.float32)
     product = lora_B.to(wide) @ lora_A.to(wide) * scaling

@@ -29,8 +29,7 @@ class Delta(NamedTuple):
 def compute_delta(old: np.ndarray, new: np.ndarray, max_bytes: int) -> Delta | None:
     """Return the delta from `old` to `new`; None if it is larger than `max_bytes`.
 
-    Both are flat and of the same length and unsigned dtype, so that -0.0 differs from 0.0 and a
-    NaN equals itself.
+    Both are flat and of the same length and unsigned dtype, so that -0.0 differs from 0.0 and a NaN equals itself.
     """
     counts = np.zeros(-(-len(new) // BLOCK_ELEMENTS), np.uint32)
     offsets, values = [np.empty(0, np.uint16)], [np.empty(0, new.dtype)]

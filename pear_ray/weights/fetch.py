@@ -23,9 +23,8 @@ class BaseMissing(RuntimeError):
 class WeightCache:
     """One process's copy of the parameters, updated version by version.
 
-    If deltas may follow (`Bucket.may_be_base`), the cache keeps the parameters of `version` and
-    writes the next version into the same memory. Otherwise it keeps nothing, and those of a
-    single rank are read from the store without a copy.
+    If deltas may follow (`Bucket.may_be_base`), the cache keeps the parameters of `version` and writes the next version
+    into the same memory. Otherwise it keeps nothing, and those of a single rank are read from the store without a copy.
     """
 
     def __init__(self) -> None:
@@ -35,8 +34,8 @@ class WeightCache:
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """Return the parameters of `version` by name; read-only, and valid until the next call.
 
-        The store sends each bucket once to each node. The first two errors leave the cache as it
-        is, the others empty it.
+        The store sends each bucket once to each node. The first two errors leave the cache as it is, the others empty
+        it.
 
         Raises:
             TimeoutError: a bucket did not arrive in time.
@@ -53,9 +52,7 @@ class WeightCache:
             label = bucket_label(version, number)
             if bucket.base_version not in (None, base):
                 cached = "none" if base is None else f"version {base}"
-                raise BaseMissing(
-                    f"{label}: expected cached version {bucket.base_version}, got {cached}"
-                )
+                raise BaseMissing(f"{label}: expected cached version {bucket.base_version}, got {cached}")
             try:
                 if version.num_ranks == 1 and not bucket.may_be_base:
                     flats |= zip(bucket.params, items, strict=True)
@@ -111,9 +108,7 @@ def check_all_ranks(version: WeightVersion) -> None:
             )
 
 
-def allocate(
-    bucket: Bucket, num_ranks: int, held: dict[ParamMeta, np.ndarray]
-) -> dict[ParamMeta, np.ndarray]:
+def allocate(bucket: Bucket, num_ranks: int, held: dict[ParamMeta, np.ndarray]) -> dict[ParamMeta, np.ndarray]:
     """Return flat bytes for all ranks' partitions of each parameter, those in `held` if any."""
     flats = {}
     for meta in bucket.params:
@@ -125,9 +120,7 @@ def allocate(
     return flats
 
 
-def write_partitions(
-    bucket: Bucket, items: list[Any], flats: dict[ParamMeta, np.ndarray]
-) -> list[np.ndarray]:
+def write_partitions(bucket: Bucket, items: list[Any], flats: dict[ParamMeta, np.ndarray]) -> list[np.ndarray]:
     """Write the rank's partitions into `flats`; return views of them."""
     partitions = []
     for meta, item in zip(bucket.params, items, strict=True):

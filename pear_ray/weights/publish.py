@@ -22,10 +22,9 @@ _BitPartition = tuple[ParamMeta, np.ndarray]
 class Publisher:
     """Publishes versions of one rank's partitions, in full or as deltas.
 
-    A version is full if it is the first, was requested, crosses a multiple of `full_every`, or is
-    not newer than the last one. In other versions each bucket is a delta from the version before,
-    unless the delta is larger than half the bucket. Ranks need no coordination: full and delta
-    buckets may stand in one version.
+    A version is full if it is the first, was requested, crosses a multiple of `full_every`, or is not newer than the
+    last one. In other versions each bucket is a delta from the version before, unless the delta is larger than half the
+    bucket. Ranks need no coordination: full and delta buckets may stand in one version.
 
     If `full_every` > 1, a copy of the last published partitions stays in host memory.
     """
@@ -37,13 +36,11 @@ class Publisher:
         self._published: dict[str, np.ndarray] = {}
         self._last_version: int | None = None
 
-    def publish(
-        self, partitions: Iterable[Partition], version: int, full: bool = False
-    ) -> RankShard:
+    def publish(self, partitions: Iterable[Partition], version: int, full: bool = False) -> RankShard:
         """Put `partitions` into the store: the same ones, in the same order, in every version.
 
-        Buckets have up to `bucket_mib`, or one larger partition. Their objects live as long as
-        this process and their references. Each full bucket is copied once.
+        Buckets have up to `bucket_mib`, or one larger partition. Their objects live as long as this process and their
+        references. Each full bucket is copied once.
         """
         # None until this version is complete: after a failure the next version is full.
         base, self._last_version = self._last_version, None

@@ -19,8 +19,8 @@ UpdateRequest = Literal["none", "announce", "full"]
 class PublishedVersions:
     """The newest version, after its base version if it has deltas.
 
-    `next_problem` is the position in the problem stream after that version's step; `cursor`
-    changes with each announcement.
+    `next_problem` is the position in the problem stream after that version's step; `cursor` changes with each
+    announcement.
     """
 
     versions: tuple[WeightVersion, ...]
@@ -44,9 +44,7 @@ class PolicyVersions:
         self._closed: str | None = None
         self._changed = asyncio.Condition()
 
-    async def announce(
-        self, shard: RankShard, num_ranks: int, next_problem: int, attempt: str
-    ) -> None:
+    async def announce(self, shard: RankShard, num_ranks: int, next_problem: int, attempt: str) -> None:
         """Add one rank's shard. A version counts once all ranks of one attempt announced it.
 
         `attempt` names one start of the learners.

@@ -24,10 +24,9 @@ class ParamMeta:
 class Bucket:
     """One object of the store: a list with the rank's partition of each of `params`.
 
-    A partition is a flat array of unsigned integers or, with a `base_version`, a `delta.Delta`
-    from the rank's partition in that version. `checksum` is the XXH3 (64 bits) of the whole
-    partitions in this version, so a delta applied to a wrong base is detected. `may_be_base`:
-    deltas from these partitions may follow.
+    A partition is a flat array of unsigned integers or, with a `base_version`, a `delta.Delta` from the rank's
+    partition in that version. `checksum` is the XXH3 (64 bits) of the whole partitions in this version, so a delta
+    applied to a wrong base is detected. `may_be_base`: deltas from these partitions may follow.
 
     `reference` is a list of one, so that Ray does not fetch the bytes with this record.
     """

@@ -1,7 +1,7 @@
 """vLLM's weight-transfer engine `ray_object_store`: loads named tensors into a running engine.
 
-Tensors are in the layout of a Hugging Face folder. They are loaded into the live model, or into a
-standby model that replaces it, while the live one still generates.
+Tensors are in the layout of a Hugging Face folder. They are loaded into the live model, or into a standby model that
+replaces it, while the live one still generates.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -89,8 +85,8 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def swap_standby(self, runner: Any) -> None:
         """Let vLLM's model runner use the standby model; the live one becomes the standby."""
-        # Swapping parameters between the modules fails silently: vLLM's CPU kernels hold methods
-        # bound to their module and would go on with its old weights.
+        # Swapping parameters between the modules fails silently: vLLM's CPU kernels hold methods bound to their module
+        # and would go on with its old weights.
         self.model, self.standby = self.standby, self.model
         runner.model = self._default_model = self.model
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -111,8 +107,8 @@ def supports_standby(model: nn.Module) -> bool:
 
 
 def build_standby(model: nn.Module, config: VllmConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Return a copy of the architecture of `model`, with uninitialized weights, and its layers
-    that vLLM looks up by name, except attention."""
+    """Return a copy of the architecture of `model`, with uninitialized weights, and its layers that vLLM looks up by
+    name, except attention."""
     compilation = config.compilation_config
     # vLLM refuses a second layer of the same name.
     live_layers, compilation.static_forward_context = compilation.static_forward_context, {}

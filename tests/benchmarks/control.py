@@ -1,14 +1,13 @@
-"""The control plane of RL alone: problems, engines, verdicts, queue and board, with engines that
-only pretend. One command.
+"""The control plane of RL alone: problems, engines, verdicts, queue and board, with engines that only pretend. One
+command.
 
     python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 30]
 
-The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and
-board. Engines are pretended, many in one process: each answers a group after a fixed time, whatever
-else it works on. Learners are pretended too: they take a step whenever one is due, and announce a
-version without weights. Printed: groups per second, CPU seconds per second of the loop's process,
-of queue and board, and of the verifiers; and how much memory the loop's process gained, from the
-fifth step on.
+The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and board. Engines are pretended,
+many in one process: each answers a group after a fixed time, whatever else it works on. Learners are pretended too:
+they take a step whenever one is due, and announce a version without weights. Printed: groups per second, CPU seconds
+per second of the loop's process, of queue and board, and of the verifiers; and how much memory the loop's process
+gained, from the fifth step on.
 """
 
 from __future__ import annotations
@@ -111,9 +110,7 @@ class Host:
         found, self._finished[name] = self._finished[name], []
         return PollResult(found, 0.0)
 
-    async def update_weights(
-        self, name: str, versions: Any, probe: Any, seconds: float
-    ) -> WeightUpdateResult:
+    async def update_weights(self, name: str, versions: Any, probe: Any, seconds: float) -> WeightUpdateResult:
         self._version[name] = versions[-1].version
         return WeightUpdateResult(versions[-1].version, 0.0, 0.0, 0.0, ())
 
@@ -203,17 +200,12 @@ class Learners:
 
 
 @contextmanager
-def running(
-    job: Job, num_hosts: int, latency_seconds: float
-) -> Iterator[tuple[Any, Any, threading.Thread]]:
+def running(job: Job, num_hosts: int, latency_seconds: float) -> Iterator[tuple[Any, Any, threading.Thread]]:
     """Board, queue and the thread of the loop, with engines that stand."""
     Path(job.run.dir).mkdir()
     versions_actor, queue, ended = PolicyVersions.remote(), BatchQueue.remote(), threading.Event()  # type: ignore[attr-defined]
     servers = PretendedServers(num_hosts, latency_seconds)
-    with (
-        EnginePool(servers, "", job.generator, print) as pool,
-        RewardPool(job.tasks, job.rewards) as reward_pool,
-    ):
+    with EnginePool(servers, "", job.generator, print) as pool, RewardPool(job.tasks, job.rewards) as reward_pool:
         pool.wait_ready()
         stage = RolloutStage(job, RunDir(job), "rl", job.model.path)
         workers, link = Workers(pool, None, reward_pool), Link(versions_actor, queue, ended)

@@ -3,13 +3,12 @@
     python tests/benchmarks/cooperate.py [--pairs 3] [--steps 12] [--methods bridge sum]
                                          [--width 256] [--layers 4] [--answer-tokens 32]
 
-Stage `rl` and stage `cooperate` take turns on the same game with the same model: two ranks with
-ZeRO-3 and one engine of one thread, 32 problems and 8 answers a step, and a quarter as many traces
-as answers. Seconds of a step are medians over steps after a warm-up; memory is the most that the
-ranks have held at once that nobody shares (USS), looked at once a second. What a step takes is
-rollouts and learning: BRIDGE learns from traces too, and from the rollouts with signal twice, so
-the longer the sampling, the nearer its ratio is to 1. The learning rate is next to nothing, so that
-answers stay as long as they are.
+Stage `rl` and stage `cooperate` take turns on the same game with the same model: two ranks with ZeRO-3 and one engine
+of one thread, 32 problems and 8 answers a step, and a quarter as many traces as answers. Seconds of a step are medians
+over steps after a warm-up; memory is the most that the ranks have held at once that nobody shares (USS), looked at once
+a second. What a step takes is rollouts and learning: BRIDGE learns from traces too, and from the rollouts with signal
+twice, so the longer the sampling, the nearer its ratio is to 1. The learning rate is next to nothing, so that answers
+stay as long as they are.
 """
 
 from __future__ import annotations
@@ -36,14 +35,10 @@ SECONDS = 1800
 def write_model(folder: Path, width: int, num_layers: int) -> None:
     """An untied Qwen3 of a hundred words."""
     from pear_ray.config import Pretrain
-    from pear_ray.train.model import write_new_model
+    from pear_ray.train.new_model import write_new_model
 
     shape = Pretrain(
-        styles={},
-        hidden_size=width,
-        intermediate_size=11 * width // 4,
-        num_layers=num_layers,
-        num_heads=width // 64,
+        styles={}, hidden_size=width, intermediate_size=11 * width // 4, num_layers=num_layers, num_heads=width // 64
     )
     write_new_model(folder, shape, [f"w{number}" for number in range(97)])
 
@@ -156,8 +151,7 @@ def main() -> None:
     for name in names:
         own = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
         ratios = {
-            key: statistics.median(one[name][key] / one["rl"][key] for one in rounds)
-            for key in ("step_seconds", "mib")
+            key: statistics.median(one[name][key] / one["rl"][key] for one in rounds) for key in ("step_seconds", "mib")
         }
         print(
             f"  {name:<10}{own['step_seconds']:6.2f} s a step: {own['wait_seconds']:.2f} waiting,"

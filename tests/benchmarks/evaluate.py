@@ -129,9 +129,7 @@ def measured(call: str) -> dict[str, float]:
     """What a function of this file prints last in a process of its own."""
     here = str(Path(__file__).parent)
     program = f"import sys; sys.path[:0] = [{here!r}, {str(ROOT)!r}]; import evaluate; evaluate."
-    ended = subprocess.run(
-        [sys.executable, "-c", program + call], capture_output=True, text=True, timeout=1800
-    )
+    ended = subprocess.run([sys.executable, "-c", program + call], capture_output=True, text=True, timeout=1800)
     if ended.returncode:
         raise RuntimeError(f"{call}: {ended.stderr[-3000:]}")
     return json.loads(ended.stdout.splitlines()[-1])
@@ -151,10 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_new_model(Path(folder) / "model", shape, [f"w{number}" for number in range(97)])
         arguments = f"({str(Path(folder) / 'model')!r}, {words.problems}, {words.samples})"
-        rounds = [
-            (measured("bare" + arguments), measured("stage" + arguments))
-            for _ in range(words.pairs)
-        ]
+        rounds = [(measured("bare" + arguments), measured("stage" + arguments)) for _ in range(words.pairs)]
     for place, name in enumerate(("bare vLLM", "evaluate")):
         rate = statistics.median(one[place]["rate"] for one in rounds)
         ratios = [one[place]["rate"] / one[0]["rate"] for one in rounds]

@@ -1,12 +1,11 @@
-"""What it is worth that engines work ahead of learners, where both cost the same and neither takes
-the other's cores. One command.
+"""What it is worth that engines work ahead of learners, where both cost the same and neither takes the other's cores.
+One command.
 
     python tests/benchmarks/overlap.py [--seconds 2] [--steps 12]
 
-The loop is the stage's own (`loop.rollouts.answer`) with its own fleet, verifiers, queue and
-board; engines answer a step's problems after `--seconds` and learners learn from them in as many,
-both by sleeping. Printed for `rl.max_staleness` 0 and 1: seconds per step, medians, and the share
-of them in which learners wait.
+The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and board; engines answer a step's
+problems after `--seconds` and learners learn from them in as many, both by sleeping. Printed for `rl.max_staleness` 0
+and 1: seconds per step, medians, and the share of them in which learners wait.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 import ray
 from control import job_of, running
 
-from pear_ray.data.batch_queue import take
+from pear_ray.data.batch_queue import take_batch
 from pear_ray.weights.types import RankShard
 
 ENGINES, GROUPS_PER_SECOND = 8, 16
@@ -32,15 +31,13 @@ WARM_UP = 3
 
 
 @ray.remote(num_cpus=0)
-def learn(
-    versions_actor: Any, queue: Any, num_steps: int, seconds: float
-) -> list[tuple[float, float]]:
+def learn(versions_actor: Any, queue: Any, num_steps: int, seconds: float) -> list[tuple[float, float]]:
     """Learners that take so long for a step: of each, the seconds of waiting and of all of it."""
     ray.get(versions_actor.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
     found = []
     for step in range(num_steps):
         began = time.perf_counter()
-        batch = take(queue, step, DEADLINE_SECONDS).pop_batch
+        batch = take_batch(queue, step, DEADLINE_SECONDS).pop_batch
         taken = time.perf_counter()
         time.sleep(seconds)
         share = RankShard(step + 1, 0, (), 0)
@@ -55,9 +52,7 @@ def measured(staleness: int, words: argparse.Namespace) -> list[tuple[float, flo
         job = job_of(Path(folder), ENGINES, GROUPS_PER_SECOND)
         job = job.model_copy(update={"rl": job.rl.model_copy(update={"max_staleness": staleness})})
         with running(job, 1, words.seconds) as (versions_actor, queue, _):
-            steps = ray.get(
-                learn.remote(versions_actor, queue, words.steps, words.seconds), timeout=600
-            )
+            steps = ray.get(learn.remote(versions_actor, queue, words.steps, words.seconds), timeout=600)
     return steps
 
 

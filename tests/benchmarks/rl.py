@@ -3,9 +3,8 @@
     pip install -e '.[benchmarks]'        # TRL and datasets
     python tests/benchmarks/rl.py [--pairs 3] [--steps 14] [--only trl bare one]
 
-Every contender learns the same game with the same tiny model (3.2 M parameters), as many problems
-and answers in each step, answers of at most 32 tokens, AdamW, float32, on the same two cores; they
-take turns, as often as `--pairs` says:
+Every contender learns the same game with the same tiny model (3.2 M parameters), as many problems and answers in each
+step, answers of at most 32 tokens, AdamW, float32, on the same two cores; they take turns, as often as `--pairs` says:
 
     trl         TRL's GRPOTrainer, which samples with transformers
     bare        vLLM and a plain PyTorch step in turns, in one process: no weights travel, nothing
@@ -16,9 +15,8 @@ take turns, as often as `--pairs` says:
 
 The engine has one thread: two of them wait for each other whenever another process works.
 
-A step's rate is its sampled-and-trained tokens over the time since the step before; the medians
-over steps after a warm-up are compared. For stage `rl` a second table says what learners and
-engines did in that time.
+A step's rate is its sampled-and-trained tokens over the time since the step before; the medians over steps after a
+warm-up are compared. For stage `rl` a second table says what learners and engines did in that time.
 """
 
 from __future__ import annotations
@@ -52,11 +50,7 @@ class ModelDims(NamedTuple):
 
 
 # Learners that take turns with their engine have both cores, those that work beside it have one.
-SHAPES = {
-    "one": ModelDims(1, 0, 2, 0),
-    "zero": ModelDims(2, 3, 1, 0),
-    "ahead": ModelDims(1, 0, 1, 1),
-}
+SHAPES = {"one": ModelDims(1, 0, 2, 0), "zero": ModelDims(2, 3, 1, 0), "ahead": ModelDims(1, 0, 1, 1)}
 ALONE = ("trl", "bare")
 CONTENDERS = (*ALONE, *SHAPES)
 
@@ -64,7 +58,7 @@ CONTENDERS = (*ALONE, *SHAPES)
 def write_model(folder: Path) -> None:
     """A Qwen3, 4 layers of width 256, untied."""
     from pear_ray.config import Pretrain
-    from pear_ray.train.model import write_new_model
+    from pear_ray.train.new_model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     write_new_model(folder, shape, [f"w{number}" for number in range(97)])
@@ -149,9 +143,7 @@ def bare(model: str, num_steps: int) -> None:
         enable_prefix_caching=False,
     )
     torch.set_num_threads(THREADS)
-    wanted = SamplingParams(
-        n=GROUP, max_tokens=MAX_NEW_TOKENS, logprobs=0, flat_logprobs=True, detokenize=False
-    )
+    wanted = SamplingParams(n=GROUP, max_tokens=MAX_NEW_TOKENS, logprobs=0, flat_logprobs=True, detokenize=False)
     tokenizer = engine.get_tokenizer()
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     adam = torch.optim.AdamW(policy.parameters(), lr=1e-4)
@@ -252,17 +244,13 @@ def measured(folder: Path, model: Path, name: str, num_steps: int) -> dict[str, 
     """Tokens per second of each step, and the rows, if there are any."""
     if name in ALONE:
         program = f"from tests.benchmarks.rl import {name}; {name}({str(model)!r}, {num_steps})"
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=1800
-        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
         steps, rows = json.loads(done.stdout.splitlines()[-1]), []
     else:
         rows = stage(folder, model, name, num_steps)
-        steps = [
-            (row["num_tokens"], row["time"] - before["time"]) for before, row in pairwise(rows)
-        ]
+        steps = [(row["num_tokens"], row["time"] - before["time"]) for before, row in pairwise(rows)]
     rates = [tokens / seconds for tokens, seconds in steps[WARM_UP:]]
     return {"rate": statistics.median(rates), "rows": rows[WARM_UP + 1 :]}
 

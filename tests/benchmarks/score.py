@@ -9,8 +9,8 @@ For each model size, in turn and as often as `--rounds` says, on the same token 
     trainer         the learner's packed forward pass, on a quarter of the rows
     matmul          what the machine's matrix products would allow for 2 FLOP per weight and token
 
-Then the stage on 1, 4 and 16 times the corpus: time per token, and the peak memory (without what
-processes share) of the driver, of the scoring actor and of the largest of Ray's other workers.
+Then the stage on 1, 4 and 16 times the corpus: time per token, and the peak memory (without what processes share) of
+the driver, of the scoring actor and of the largest of Ray's other workers.
 """
 
 from __future__ import annotations
@@ -35,22 +35,19 @@ import ray
 import torch
 
 from pear_ray.config import Generator, Pretrain
-from pear_ray.train.model import load_policy, write_new_model
+from pear_ray.train.model import load_policy
+from pear_ray.train.new_model import write_new_model
 
 WORDS = [f"w{number}" for number in range(97)]
 SIZES = {
     "small": Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4),
-    "large": Pretrain(
-        styles={}, hidden_size=640, intermediate_size=1760, num_layers=7, num_heads=10
-    ),
+    "large": Pretrain(styles={}, hidden_size=640, intermediate_size=1760, num_layers=7, num_heads=10),
 }
 THREADS = 2
 RATE = "tokens per second:"
 SETTLE_SECONDS = 30.0
 MEMORY = ("driver", "scorer", "worker")
-ENGINE = Generator(
-    num_cpus=THREADS, threads=THREADS, max_new_tokens=8, max_model_len=512, max_num_seqs=256
-)
+ENGINE = Generator(num_cpus=THREADS, threads=THREADS, max_new_tokens=8, max_model_len=512, max_num_seqs=256)
 CORE = """
 import sys; sys.path.insert(0, {here!r}); import score; score.{call}
 """
@@ -61,13 +58,9 @@ def write_corpus(path: Path, num_rows: int) -> None:
     draw = np.random.default_rng(0)
     with path.open("w") as file:
         for number in range(num_rows):
-            texts = [
-                " ".join(draw.choice(WORDS, n))
-                for n in (draw.integers(8, 33), draw.integers(12, 228))
-            ]
+            texts = [" ".join(draw.choice(WORDS, n)) for n in (draw.integers(8, 33), draw.integers(12, 228))]
             messages = [
-                {"role": role, "content": text}
-                for role, text in zip(("user", "assistant"), texts, strict=True)
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
             ]
             row = {"example_id": f"row-{number:06d}", "source": "author", "messages": messages}
             file.write(json.dumps(row) + "\n")
@@ -75,11 +68,11 @@ def write_corpus(path: Path, num_rows: int) -> None:
 
 def rows_of(corpus: Path, model: Path) -> list[tuple[list[int], list[int]]]:
     """The corpus as token ids."""
-    from pear_ray.data.tokenizer import conversation_ids, load_tokenizer
+    from pear_ray.data.tokenizer import encode_conversation, load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     texts = [json.loads(line)["messages"] for line in corpus.open()]
-    found = [conversation_ids(tokenizer, messages) for messages in texts]
+    found = [encode_conversation(tokenizer, messages) for messages in texts]
     return [(conversation.prompt_ids, conversation.response_ids) for conversation in found]
 
 
@@ -94,15 +87,13 @@ def bare(corpus: str, model: str) -> None:
         dtype="float32",
         max_model_len=ENGINE.max_model_len,
         max_num_seqs=ENGINE.max_num_seqs,
-        max_num_batched_tokens=ENGINE.batch_tokens,
+        max_num_batched_tokens=ENGINE.max_num_batched_tokens,
         distributed_executor_backend="uni",
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
-    asked = SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-    )
+    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
     prompts: Any = [{"prompt_token_ids": p + r} for p, r in rows_of(Path(corpus), Path(model))]
     llm.generate(prompts[:256], asked, use_tqdm=False)
     num_tokens = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
@@ -111,7 +102,7 @@ def bare(corpus: str, model: str) -> None:
 
 def trainer(corpus: str, model: str) -> None:
     """The learner's forward pass over a quarter of the rows whenever it is asked."""
-    from pear_ray.train.trainer_logprobs import policy_logprobs
+    from pear_ray.train.model import policy_logprobs
 
     torch.set_num_threads(THREADS)
     rows = rows_of(Path(corpus), Path(model))[::4]
@@ -136,11 +127,7 @@ def contender(call: str, log: Path) -> Iterator[Callable[[], float]]:
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process,
     ):
         asked, answers = process.stdin, process.stdout
@@ -167,18 +154,13 @@ def matmul_tokens_per_second(model: Path) -> float:
         a @ b
         times.append(time.perf_counter() - started)
     flops = 2 * 2048**3 / statistics.median(times)
-    weights = sum(
-        p.numel()
-        for n, p in load_policy(str(model), "float32").named_parameters()
-        if "embed" not in n
-    )
+    weights = sum(p.numel() for n, p in load_policy(str(model), "float32").named_parameters() if "embed" not in n)
     return flops / (2 * weights)
 
 
 def stage(folder: Path, corpus: Path, model: Path, watch: bool = False) -> dict[str, float]:
-    """Tokens per second of the stage between its first and its last part; with `watch`, which
-    costs a core some percent, also the peak memory in MiB of driver, scoring actor and Ray's other
-    workers."""
+    """Tokens per second of the stage between its first and its last part; with `watch`, which costs a core some
+    percent, also the peak memory in MiB of driver, scoring actor and Ray's other workers."""
     job = folder / "job.toml"
     run = folder / "run"
     job.write_text(
@@ -233,8 +215,8 @@ def watched(driver: int) -> list[tuple[str, psutil.Process]]:
 
 
 def compare(folder: Path, size: str, num_rounds: int, num_rows: int) -> None:
-    """Print one line per contender, with its ratio to bare vLLM: to the mean of bare vLLM's rates
-    before and after it, for the machine's own speed changes by the minute."""
+    """Print one line per contender, with its ratio to bare vLLM: to the mean of bare vLLM's rates before and after it,
+    for the machine's own speed changes by the minute."""
     model = folder / size
     write_new_model(model, SIZES[size], WORDS)
     corpus = folder / f"{size}.jsonl"
@@ -277,10 +259,7 @@ def grow(folder: Path, num_rows: int) -> None:
         print(
             f"{times:>3}x rows  {1e6 / found['tokens_per_second']:7.1f} us/token"
             f" ({base['tokens_per_second'] / found['tokens_per_second']:.3f} of 1x)"
-            + "".join(
-                f"   {name} {found[name]:.0f} MiB ({found[name] / base[name]:.3f} of 1x)"
-                for name in MEMORY
-            ),
+            + "".join(f"   {name} {found[name]:.0f} MiB ({found[name] / base[name]:.3f} of 1x)" for name in MEMORY),
             flush=True,
         )
 

@@ -3,9 +3,9 @@
     pip install -e '.[benchmarks]'        # TRL and datasets
     python tests/benchmarks/sft.py [--steps 25] [--zero]
 
-Every contender trains the same model on the same sequences, as many in each step, with as many
-threads and AdamW, in a process of its own. All stand side by side and make one step after the
-other in turn, so that what slows the machine for a while slows all of them:
+Every contender trains the same model on the same sequences, as many in each step, with as many threads and AdamW, in a
+process of its own. All stand side by side and make one step after the other in turn, so that what slows the machine for
+a while slows all of them:
 
     bare        transformers' model, cross-entropy of all logits, torch.optim.AdamW: no trainer
     trl         TRL's SFTTrainer with packing
@@ -14,9 +14,9 @@ other in turn, so that what slows the machine for a while slows all of them:
     token, block, sequence      the same with PEAR's weights
     zero        (--zero) the learner on two ranks with ZeRO-3, a thread each
 
-Models: `small` (3.2 M parameters, 128 tokens of vocabulary) and `wide` (the same with 150,016;
-without block, sequence and zero, which would not fit beside the others). Ratios are medians over
-steps of two steps after each other, after a warm-up; memory is each process's peak.
+Models: `small` (3.2 M parameters, 128 tokens of vocabulary) and `wide` (the same with 150,016; without block, sequence
+and zero, which would not fit beside the others). Ratios are medians over steps of two steps after each other, after a
+warm-up; memory is each process's peak.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ THREADS = 2
 def write_model(folder: Path, num_words: int) -> None:
     """A Qwen3, 4 layers of width 256, untied."""
     from pear_ray.config import Pretrain
-    from pear_ray.train.model import write_new_model
+    from pear_ray.train.new_model import write_new_model
 
     shape = Pretrain(styles={}, hidden_size=256, intermediate_size=704, num_layers=4, num_heads=4)
     write_new_model(folder, shape, [f"w{number}" for number in range(num_words)])
@@ -145,8 +145,8 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
 
     from pear_ray.config import Learner as Settings
     from pear_ray.config import Sft
+    from pear_ray.losses.pear import Pear
     from pear_ray.losses.sft import Supervised, Weighted
-    from pear_ray.losses.weighting import Pear
     from pear_ray.records import TrainingSequence
     from pear_ray.train.learner import Learner
 
@@ -154,9 +154,7 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
     torch.set_num_threads(THREADS // num_ranks)
     dist.init_process_group("gloo")
     per_micro_batch = SEQUENCES * TOKENS // num_ranks
-    settings = Settings(
-        num_workers=num_ranks, zero_stage=zero_stage, tokens_per_micro_batch=per_micro_batch
-    )
+    settings = Settings(num_workers=num_ranks, zero_stage=zero_stage, tokens_per_micro_batch=per_micro_batch)
     optimizer = Sft(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0)
     ours = Learner(model, "float32", settings, optimizer, num_steps, seed=0)
     objective = Supervised() if level == "none" else Weighted(weigh=Pear(level), sources=("a",))
@@ -167,7 +165,7 @@ def learner(model: str, num_steps: int, level: str, zero_stage: int) -> None:
             TrainingSequence.of(row[:1], row[1:], of_row, 1.0, "a")
             for row, of_row in zip(ids_of(number), logprobs, strict=True)
         ]
-        ours.step(ours.share(sequences), objective)
+        ours.step(ours.micro_batches(sequences), objective)
 
     serve(step)
 
@@ -183,8 +181,8 @@ CONTENDERS = {
 
 
 def meeting_of(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torch.distributed and DeepSpeed want to know. TRL would take it for a request to train
-    in parallel, which costs it time and memory."""
+    """What torch.distributed and DeepSpeed want to know. TRL would take it for a request to train in parallel, which
+    costs it time and memory."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -277,10 +275,7 @@ def main() -> None:
     parser.add_argument("--zero", action="store_true", help="also two ranks with ZeRO-3")
     words = parser.parse_args()
     for size in words.sizes:
-        left_out = {
-            *(() if words.zero else ("zero",)),
-            *(NOT_BESIDE_WIDE if size == "wide" else ()),
-        }
+        left_out = {*(() if words.zero else ("zero",)), *(NOT_BESIDE_WIDE if size == "wide" else ())}
         compare(size, words.only or [n for n in CONTENDERS if n not in left_out], words.steps)
 
 

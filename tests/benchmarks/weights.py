@@ -2,11 +2,10 @@
 
     python tests/benchmarks/weights.py [--millions 110] [--rounds 5] [--dtypes bfloat16 float32]
 
-Two publishers (Ray actors) each hold half of every parameter of a Qwen3; two engines serve it.
-Between versions `--changed` of the elements change, at random. A round is what the loop does
-between an optimizer step and the first token under the new weights: publish, announce at the board,
-hear of it, fetch, load. Printed are medians over rounds, of the slower process where two work at
-the same time:
+Two publishers (Ray actors) each hold half of every parameter of a Qwen3; two engines serve it. Between versions
+`--changed` of the elements change, at random. A round is what the loop does between an optimizer step and the first
+token under the new weights: publish, announce at the board, hear of it, fetch, load. Printed are medians over rounds,
+of the slower process where two work at the same time:
 
     total       from the optimizer step to both engines serving the new version
     publish     partitions into the store: checksum, put; of changes also the comparison
@@ -173,12 +172,7 @@ class StorePeak:
 
 
 def one_round(
-    ranks: list[Any],
-    versions_actor: Any,
-    pool: EnginePool,
-    watch: VersionWatcher,
-    version: int,
-    full: bool,
+    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
 ) -> dict[str, float]:
     """A version from the optimizer step to both engines."""
     started = time.perf_counter()
@@ -208,10 +202,7 @@ def one_round(
 
 def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float]:
     """The round's ratios to bare copies, made right behind it."""
-    bare = {
-        which: max(ray.get([copier.copy.remote(which) for copier in copies]))
-        for which in ("in", "out", "load")
-    }
+    bare = {which: max(ray.get([copier.copy.remote(which) for copier in copies])) for which in ("in", "out", "load")}
     return found | {
         "copies": found["total"] / sum(bare.values()),
         "own load": found["total"] / (bare["in"] + bare["out"] + found["load"]),
@@ -226,12 +217,7 @@ def mark_of(versions_actor: Any) -> str:
 
 
 def measured(
-    kind: str,
-    ranks: list[Any],
-    versions_actor: Any,
-    pool: EnginePool,
-    copies: list[Any],
-    words: Any,
+    kind: str, ranks: list[Any], versions_actor: Any, pool: EnginePool, copies: list[Any], words: Any
 ) -> list[dict[str, float]]:
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
@@ -252,9 +238,7 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
     """Print the table of one dtype."""
     count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
     num_bytes = count * getattr(torch, dtype).itemsize
-    settings = Generator(
-        num_engines=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32
-    )
+    settings = Generator(num_engines=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32)
     versions_actor = PolicyVersions.remote()  # type: ignore[attr-defined]
     ranks = [Rank.remote(rank, model, dtype, versions_actor) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
     with (
@@ -281,9 +265,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each kind")
     parser.add_argument("--changed", type=float, default=0.02, help="share of changed elements")
     parser.add_argument("--store-mib", type=int, default=3072, help="size of Ray's object store")
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes of the parameters"
-    )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes of the parameters")
     words = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,5 @@
-"""A cluster as its users have it: a head, Ray's own autoscaler over nodes that it starts and ends
-on this machine, a token, jobs that come from outside, and Prometheus beside it."""
+"""A cluster as its users have it: a head, Ray's own autoscaler over nodes that it starts and ends on this machine, a
+token, jobs that come from outside, and Prometheus beside it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def free_port() -> int:
 
 def get(address: str, token: str | None = None) -> Any:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    with urllib.request.urlopen(
-        urllib.request.Request(address, headers=headers), timeout=30
-    ) as answer:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
         return json.load(answer)
 
 
@@ -146,9 +144,7 @@ class Growing:
         """`ray start`, whose daemons would keep a pipe open for ever."""
         log = self.folder / "start.log"
         with log.open("ab") as output:
-            started = subprocess.run(
-                command, env=environment, stdout=output, stderr=output, timeout=120
-            )
+            started = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=120)
         assert started.returncode == 0, log.read_text()[-3000:]
 
     def wait_for_dashboard(self) -> None:
@@ -188,9 +184,11 @@ def with_token(folder: Path) -> dict[str, str]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(TOKEN)
-    return {
-        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", MARK))
-    } | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "TMPDIR": str(folder)}
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", MARK))} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "TMPDIR": str(folder),
+    }
 
 
 def of_nodes(mark: str) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""Machines within this machine: each has a network with an address of its own, its own shared
-memory, and no way out but to the others. They share files and processors."""
+"""Machines within this machine: each has a network with an address of its own, its own shared memory, and no way out
+but to the others. They share files and processors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ MOST = 254
 # Machines whose test was killed end by themselves.
 SECONDS_TO_LIVE = 3600
 SECONDS = 30.0
-BEGIN = (
-    "mount -t tmpfs -o mode=1777 tmpfs /dev/shm && ip link set lo up"
-    f" && echo ready && exec sleep {SECONDS_TO_LIVE}"
-)
-TRIAL = (
-    "mount -t tmpfs tmpfs /dev/shm && ip link add lan type bridge && ip link add cable type veth"
-)
+BEGIN = f"mount -t tmpfs -o mode=1777 tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep {SECONDS_TO_LIVE}"
+TRIAL = "mount -t tmpfs tmpfs /dev/shm && ip link add lan type bridge && ip link add cable type veth"
 CLONE_NEWNET = 0x40000000
 
 
@@ -60,8 +55,7 @@ class Machine:
 
     @contextmanager
     def network(self) -> Iterator[None]:
-        """In this block sockets of this thread, and processes that it starts, are in the machine's
-        network.
+        """In this block sockets of this thread, and processes that it starts, are in the machine's network.
 
         Raises:
             OSError: the machine is gone.

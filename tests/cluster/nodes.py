@@ -51,8 +51,8 @@ def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool])
 
 
 def with_corpus_of(tiny_run: Path, run: Path, **changed: Any) -> Path:
-    """Make a run folder whose models and corpus are those of a finished run: stages `pretrain` and
-    `sample` are done, all others still to do. `changed` are keys of [learner] that differ."""
+    """Make a run folder whose models and corpus are those of a finished run: stages `pretrain` and `sample` are done,
+    all others still to do. `changed` are keys of [learner] that differ."""
     for outputs in ("pretrain", "sample"):
         shutil.copytree(tiny_run / outputs, run / outputs)
     job = json.loads((tiny_run / "config.json").read_text())
@@ -75,10 +75,7 @@ def assert_same_results(run: Path, wanted: Path) -> None:
     """Two runs of the tiny chain trained alike, to the bit, and were evaluated alike."""
     rows = [numbers(one / "arms/pear") for one in (run, wanted)]
     assert len(rows[0]) > 20 and rows[0] == rows[1]
-    cards = [
-        json.loads((one / "evaluate/scorecard.json").read_text())["checkpoints"]
-        for one in (run, wanted)
-    ]
+    cards = [json.loads((one / "evaluate/scorecard.json").read_text())["checkpoints"] for one in (run, wanted)]
     assert cards[0].keys() == cards[1].keys()
     for label in cards[0]:
         assert cards[0][label]["pass_at_k"] == cards[1][label]["pass_at_k"]

@@ -55,12 +55,9 @@ def closed(schema: Any) -> Any:
 
 
 @pytest.mark.skipif(
-    not SCHEMAS.is_dir(),
-    reason="KubeRay's CRDs (2 MB) are not kept here: PEAR_RAY_CRD_FOLDER names a folder of them",
+    not SCHEMAS.is_dir(), reason="KubeRay's CRDs (2 MB) are not kept here: PEAR_RAY_CRD_FOLDER names a folder of them"
 )
-@pytest.mark.parametrize(
-    ("file", "crd"), [("rayjob.yaml", "rayjobs"), ("raycluster.yaml", "rayclusters")]
-)
+@pytest.mark.parametrize(("file", "crd"), [("rayjob.yaml", "rayjobs"), ("raycluster.yaml", "rayclusters")])
 def test_kuberay_accepts_them(file, crd):
     (definition,) = documents(SCHEMAS / f"ray.io_{crd}.yaml")
     (version,) = [one for one in definition["spec"]["versions"] if one["name"] == "v1"]
@@ -87,11 +84,7 @@ def test_what_they_refer_to_is_there():
         pod = group["template"]["spec"]
         if "priorityClassName" in pod:
             assert ("PriorityClass", pod["priorityClassName"]) in names
-        claims = [
-            v["persistentVolumeClaim"]["claimName"]
-            for v in pod["volumes"]
-            if "persistentVolumeClaim" in v
-        ]
+        claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
         assert [("PersistentVolumeClaim", claim) in names for claim in claims] == [True]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -187,9 +180,7 @@ def metrics_in(expression: str) -> set[str]:
 def expressions() -> list[str]:
     dashboard = json.loads((ROOT / "cluster/grafana/pear_ray.json").read_text())
     (group,) = documents(ROOT / "cluster/prometheus/rules.yml")[0]["groups"]
-    panels = [
-        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
-    ]
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     return panels + [rule["expr"] for rule in group["rules"]]
 
 

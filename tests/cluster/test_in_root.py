@@ -13,11 +13,7 @@ READ = runpy.run_path(str(DOCKER / "in_root.py"))
 
 def test_comments_go_and_continued_lines_are_one() -> None:
     text = "# syntax\nFROM a\n\nRUN b \\\n    # why\n    && c\nENV d=1 \\\n  e=2\n"
-    assert READ["instructions"](text) == [
-        ("FROM", "a"),
-        ("RUN", "b      && c"),
-        ("ENV", "d=1    e=2"),
-    ]
+    assert READ["instructions"](text) == [("FROM", "a"), ("RUN", "b      && c"), ("ENV", "d=1    e=2")]
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])

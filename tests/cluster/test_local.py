@@ -70,9 +70,7 @@ def test_every_port_refuses_who_has_no_token(local_cluster: tuple[int, Path]) ->
         assert all(call.startswith(("/api", "/logs", "/get", "/metrics")) for call in told[port])
 
 
-def test_the_token_opens_the_dashboard_and_belongs_to_its_owner(
-    local_cluster: tuple[int, Path],
-) -> None:
+def test_the_token_opens_the_dashboard_and_belongs_to_its_owner(local_cluster: tuple[int, Path]) -> None:
     port, token = local_cluster
     address = f"http://127.0.0.1:{port}/api/jobs/"
     assert not page(address)

@@ -1,5 +1,5 @@
-"""The whole chain on nodes that share no network but a cable: each has an address, a loopback and
-shared memory of its own, and the job comes from yet another machine."""
+"""The whole chain on nodes that share no network but a cable: each has an address, a loopback and shared memory of its
+own, and the job comes from yet another machine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ from tests.cluster.ports import page
 from tests.tiny_chain import TINY
 
 REASON = why_not()
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.nightly,
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 # Role and CPUs of each node. Two learner nodes: a rank of one CPU fits on each.
 NODES = (("head", 0), ("learner", 1), ("learner", 1), ("generator", 2))
 # An address that only documents have (RFC 5737).

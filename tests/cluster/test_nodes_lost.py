@@ -1,5 +1,5 @@
-"""The node that works is lost, in each stage that has no kill test of its own; `score`, `sft` and
-`rl` have theirs in tests/stages."""
+"""The node that works is lost, in each stage that has no kill test of its own; `score`, `sft` and `rl` have theirs in
+tests/stages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(900)
 def test_pretrain_makes_the_same_models(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "pretrain", "pretrain")
-    lose_the_node(cluster, run, "pretrain", "make_model", "pretrain: starts")
+    lose_the_node(cluster, run, "pretrain", "train_model", "pretrain: starts")
     for name in ("base", "tutor", "coder"):
         path = Path("pretrain", name, "model.safetensors")
         assert (run / path).read_bytes() == (tiny_run / path).read_bytes()
@@ -81,14 +81,10 @@ def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_pat
     lose_the_node(cluster, run, "sample", "EngineActor", "right answers")
     assert "died" in {event["kind"] for event in events(run)}
     for source in ("tutor", "coder"):
-        lost, whole = (
-            pq.read_table(r / "sample" / f"{source}.parquet").to_pydict() for r in (run, tiny_run)
-        )
+        lost, whole = (pq.read_table(r / "sample" / f"{source}.parquet").to_pydict() for r in (run, tiny_run))
         gaps = [
             np.abs(np.subtract(one, other)).max()
-            for one, other in zip(
-                lost.pop("behavior_logprobs"), whole.pop("behavior_logprobs"), strict=True
-            )
+            for one, other in zip(lost.pop("behavior_logprobs"), whole.pop("behavior_logprobs"), strict=True)
         ]
         assert lost == whole and max(gaps) <= 1e-4
 
@@ -98,10 +94,7 @@ def test_evaluate_finds_the_same(cluster: Cluster, tiny_run: Path, tmp_path: Pat
     run = again_without(tiny_run, tmp_path, "evaluate", "evaluate")
     lose_the_node(cluster, run, "evaluate", "EngineActor", "requests for answers")
     assert "died" in {event["kind"] for event in events(run)}
-    lost, whole = (
-        json.loads((r / "evaluate/scorecard.json").read_text())["checkpoints"]
-        for r in (run, tiny_run)
-    )
+    lost, whole = (json.loads((r / "evaluate/scorecard.json").read_text())["checkpoints"] for r in (run, tiny_run))
     assert lost.keys() == whole.keys()
     for label in lost:
         assert lost[label]["pass_at_k"] == whole[label]["pass_at_k"]

@@ -72,8 +72,7 @@ def served() -> Iterator[tuple[type[Metadata], str]]:
 def one_node() -> Iterator[Cluster]:
     """One node, as a machine in a cloud has it."""
     cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"object_store_memory": 100 * 2**20, "include_dashboard": False},
+        initialize_head=True, head_node_args={"object_store_memory": 100 * 2**20, "include_dashboard": False}
     )
     yield cluster
     cluster.shutdown()

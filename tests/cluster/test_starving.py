@@ -1,5 +1,5 @@
-"""Learners that wait for rollouts get another engine, and Ray's autoscaler a node for it; both go
-when nobody needs them."""
+"""Learners that wait for rollouts get another engine, and Ray's autoscaler a node for it; both go when nobody needs
+them."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def write_job(folder: Path, model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def story(
-    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Story]:
+def story(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("starving")
     job = write_job(folder, tiny_model(True))
     with growing_cluster({}, SECONDS_IDLE / 60) as cluster:

@@ -1,5 +1,5 @@
-"""The whole chain, submitted from outside to a cluster that Ray's autoscaler grows and shrinks:
-where its parts run, what comes out, who may look, what is watched."""
+"""The whole chain, submitted from outside to a cluster that Ray's autoscaler grows and shrinks: where its parts run,
+what comes out, who may look, what is watched."""
 
 from __future__ import annotations
 
@@ -114,10 +114,7 @@ def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(story: Story) -
     counts = story.cluster.nodes_seen
     nobody = {"learner": 0, "generator": 0}
     assert counts[0] == nobody and counts[-1] == nobody
-    assert {role: max(one[role] for one in counts) for role in nobody} == {
-        "learner": 1,
-        "generator": 1,
-    }
+    assert {role: max(one[role] for one in counts) for role in nobody} == {"learner": 1, "generator": 1}
 
 
 def test_roles_keep_to_their_nodes(story: Story) -> None:

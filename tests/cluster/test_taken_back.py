@@ -124,9 +124,7 @@ def story(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             cluster.shutdown()
 
 
-def tell_story(
-    cluster: Cluster, nodes: dict[str, Any], process: Any, run: Path, log: Path
-) -> Story:
+def tell_story(cluster: Cluster, nodes: dict[str, Any], process: Any, run: Path, log: Path) -> Story:
     until(process, log, lambda: furthest(run) >= 2)
     places: dict[str, set[str]] = {}
     for role, node in nodes.items():

@@ -17,10 +17,7 @@ def method(kind, **keys):
 
 # Keys of [cooperate], and the mistake.
 COOPERATE_MISTAKES = [
-    (
-        {"method": "mix"},
-        "method: expected one of 'sum', 'alternate', 'bridge', 'trapo', got 'mix'",
-    ),
+    ({"method": "mix"}, "method: expected one of 'sum', 'alternate', 'bridge', 'trapo', got 'mix'"),
     ({"share": 0.5}, "share: unknown key, got 0.5; expected one of: entropy_top_frac"),
     (method("sum", rl_weight=1.5), "method.rl_weight: expected less than or equal to 1"),
     (method("sum", rl_weight_final=-0.1), "method.rl_weight_final: expected greater than or"),
@@ -29,29 +26,17 @@ COOPERATE_MISTAKES = [
     (method("sum", frozen_frac=0.5), "method.frozen_frac: unknown key, got 0.5"),
     *(
         (method("trapo", **{key: 1}), f"method.{key}: unknown key")
-        for key in (
-            "lora_learning_rate",
-            "meta_objective",
-            "refresh_steps",
-            "shadow_offload",
-            "rl_weight",
-        )
+        for key in ("lora_learning_rate", "meta_objective", "refresh_steps", "shadow_offload", "rl_weight")
     ),
     (method("alternate", rl_weight_final=0.2), "method.rl_weight_final: unknown key, got 0.2"),
     *(
         (method("sum", **{key: [1, 1, 1, 1]}), f"method.{key}: unknown key")
         for key in ("prefix_groups", "prefix_fracs", "prefix_returns")
     ),
-    (
-        {**TRAPO, "traces": "failed"},
-        'traces: expected "all" with method "trapo", got \'failed\'',
-    ),
+    ({**TRAPO, "traces": "failed"}, 'traces: expected "all" with method "trapo", got \'failed\''),
     ({"failed_pass_rate": 0.25}, "failed_pass_rate: expected 0 with traces 'all', got 0.25"),
     ({"traces": "failed", "failed_pass_rate": 1}, "failed_pass_rate: expected less than 1, got 1"),
-    (
-        method("bridge", lora={"dropout": 0.1}),
-        "method.lora.dropout: expected 0 beside trained weights, got 0.1",
-    ),
+    (method("bridge", lora={"dropout": 0.1}), "method.lora.dropout: expected 0 beside trained weights, got 0.1"),
     (
         method("bridge", meta_objective=False, refresh_steps=5),
         "method.refresh_steps: expected 0 without meta_objective",
@@ -77,10 +62,7 @@ COOPERATE_MISTAKES = [
         for key, value in (("learning_rate", 1e-3), ("epochs", 2), ("schedule", "linear"))
     ),
     ({"sft": {"levle": "none"}}, "sft.levle: unknown key, got 'none'"),
-    (
-        {"sft": {"level": "none", "control": "centered"}},
-        'sft.control: expected "none" with level "none"',
-    ),
+    ({"sft": {"level": "none", "control": "centered"}}, 'sft.control: expected "none" with level "none"'),
     ({"sft": "plain"}, "sft: expected a table, got 'plain'"),
 ]
 # [cooperate], other sections, and the mistake.
@@ -94,11 +76,7 @@ JOB_MISTAKES = [
         "learner.zero_stage: expected 3 with cooperate.method",
     ),
     (BRIDGE, {"learner": {"lora": {}}}, "learner.lora: expected none with cooperate.method"),
-    (
-        BRIDGE,
-        {"learner": {"num_workers": 4, "min_workers": 2}},
-        "learner.min_workers: expected learner.num_workers 4",
-    ),
+    (BRIDGE, {"learner": {"num_workers": 4, "min_workers": 2}}, "learner.min_workers: expected learner.num_workers 4"),
     ({}, {"sft": {"control": "mean_weight"}}, "cooperate.sft.control: expected another value"),
     (TRAPO, {"sft": {"negatives": True}}, "cooperate.sft.negatives: expected false"),
 ]
@@ -144,12 +122,7 @@ def test_a_mistake_in_an_arms_cooperate_is_refused(keys, cooperate, expected):
 GOOD = [
     {},
     method("sum", rl_weight=0.2, rl_weight_final=1.0),
-    {
-        **method("alternate", frozen_frac=0.5),
-        "traces": "failed",
-        "failed_pass_rate": 0.25,
-        "entropy_top_frac": 0.2,
-    },
+    {**method("alternate", frozen_frac=0.5), "traces": "failed", "failed_pass_rate": 0.25, "entropy_top_frac": 0.2},
     method("bridge", refresh_steps=20, shadow_offload="optimizer", lora={"rank": 4}),
     method("bridge", meta_objective=False),
     method("trapo", prefix_groups=(6, 2), prefix_fracs=(0.0, 0.5), prefix_returns=(-1.0, 0.5)),
@@ -177,9 +150,7 @@ def test_the_final_rl_weight_is_by_default_the_first():
 
 
 @pytest.mark.parametrize(
-    ("keys", "objective"),
-    [({}, "dft"), (TRAPO, "trsft"), ({**TRAPO, "sft": {"objective": "nll"}}, "nll")],
-    ids=str,
+    ("keys", "objective"), [({}, "dft"), (TRAPO, "trsft"), ({**TRAPO, "sft": {"objective": "nll"}}, "nll")], ids=str
 )
 def test_the_objective_on_traces_is_that_of_method_section_or_sft(keys, objective):
     job = job_of(sft={"objective": "dft", "epochs": 3}, cooperate=keys)

@@ -63,9 +63,7 @@ def test_every_key_is_explained():
         inner = (s for f in section.model_fields.values() for s in sections_in(f.annotation))
         sections += [s for s in inner if s not in sections]
         undocumented = [
-            name
-            for name, field in section.model_fields.items()
-            if not field.description and name != "type"
+            name for name, field in section.model_fields.items() if not field.description and name != "type"
         ]
         assert not undocumented and section.__doc__, section
 
@@ -235,15 +233,9 @@ def test_derived_defaults_follow_an_override(path):
         (["--arms.5.name", "x"], "command line: expected the index of one of 2 items, got '5'"),
         (["--arms.1.name", "plain"], "command line: arms: expected each name once"),
         (["--generator.max-model-len", "8"], "{path}: generator.max_new_tokens: expected less"),
-        (
-            ["--rl.loss", "nft", "--rl.loss.clip_ratio", "1", "1"],
-            "command line: rl.loss.clip_ratio",
-        ),
+        (["--rl.loss", "nft", "--rl.loss.clip_ratio", "1", "1"], "command line: rl.loss.clip_ratio"),
         (["--rl.loss.type", "nft"], "{path}: rl.loss.clip_ratio: unknown key"),
-        (
-            ["--cooperate.method.frozen-frac", "0.5"],
-            "command line: cooperate.method.frozen_frac: unknown key, got 0.5",
-        ),
+        (["--cooperate.method.frozen-frac", "0.5"], "command line: cooperate.method.frozen_frac: unknown key, got 0.5"),
     ],
     ids=str,
 )

@@ -39,24 +39,15 @@ SFT_MISTAKES = [
     ),
     ({"epochs": -1}, "epochs: expected greater than 0, got -1"),
     ({"epochs": 0.5}, "epochs: expected a valid integer, got 0.5"),
-    (
-        {"objective": "ppo"},
-        "objective: expected one of 'nll', 'kl', 'dft', 'iw', 'sed', 'trsft', got 'ppo'",
-    ),
+    ({"objective": "ppo"}, "objective: expected one of 'nll', 'kl', 'dft', 'iw', 'sed', 'trsft', got 'ppo'"),
     ({"level": "word"}, "level: expected 'none', 'token', 'block' or 'sequence', got 'word'"),
     ({"preset": "long_answers"}, "preset: expected 'short_answers', got 'long_answers'"),
     ({**SHORT, "clip": [0, 1]}, "clip: unknown key, got [0, 1]; expected one of: "),
-    (
-        {"objective": {"type": "sed", "decided_frac": 1.0}},
-        "objective.decided_frac: expected less than 1, got 1.0",
-    ),
+    ({"objective": {"type": "sed", "decided_frac": 1.0}}, "objective.decided_frac: expected less than 1, got 1.0"),
     ({"objective": {"type": "sed", "top_k": 0}}, "objective.top_k: expected greater than 0"),
     ({"objective": {"type": "trsft", "alpha": 0}}, "objective.alpha: expected greater than 0"),
     ({"objective": {"type": "trsft", "alpha": 1.5}}, "objective.alpha: expected less than or"),
-    (
-        {"objective": {"type": "nll", "alpha": 0.5}},
-        "objective.alpha: unknown key, got 0.5; expected one of: type",
-    ),
+    ({"objective": {"type": "nll", "alpha": 0.5}}, "objective.alpha: unknown key, got 0.5; expected one of: type"),
     ({"negative_coefficient": -0.1}, "negative_coefficient: expected greater than 0, got -0.1"),
     ({"rows_per_window": 0}, "rows_per_window: expected greater than 0, got 0"),
     ({"betas": [0.9]}, "betas.1: missing"),
@@ -77,10 +68,7 @@ LEARNER_MISTAKES = [
     ({"offload": "nvme"}, "offload: expected 'none', 'optimizer' or 'parameters', got 'nvme'"),
     ({"zero_stage": 4}, "zero_stage: expected 0, 1, 2 or 3, got 4"),
     ({"num_workers": 2, "min_workers": 3}, "min_workers: expected at most num_workers 2, got 3"),
-    (
-        {"num_workers": 3, "sequence_parallel": 2},
-        "num_workers: expected a multiple of sequence_parallel 2, got 3",
-    ),
+    ({"num_workers": 3, "sequence_parallel": 2}, "num_workers: expected a multiple of sequence_parallel 2, got 3"),
     (
         {"num_workers": 4, "min_workers": 3, "sequence_parallel": 2},
         "min_workers: expected a multiple of sequence_parallel 2, got 3",
@@ -96,10 +84,7 @@ LEARNER_MISTAKES = [
     ({"lora": {"alpha": 0}}, "lora.alpha: expected greater than 0, got 0"),
     ({"lora": {"targets": []}}, "lora.targets: expected at least 1 item, got []"),
     ({"lora": {"dropout": 1.0}}, "lora.dropout: expected less than 1, got 1.0"),
-    (
-        {"lora": {"r": 16}},
-        "lora.r: unknown key, got 16; expected one of: alpha, dropout, rank, targets",
-    ),
+    ({"lora": {"r": 16}}, "lora.r: unknown key, got 16; expected one of: alpha, dropout, rank, targets"),
 ]
 
 
@@ -115,10 +100,7 @@ def test_a_mistake_in_learner_is_refused(keys, expected):
 
 @pytest.mark.parametrize(
     ("sections", "where"),
-    [
-        ({"sft": {"objective": "kl"}}, "sft"),
-        ({"arms": [{"name": "a", "sft": {"objective": "kl"}}]}, "arms.a.sft"),
-    ],
+    [({"sft": {"objective": "kl"}}, "sft"), ({"arms": [{"name": "a", "sft": {"objective": "kl"}}]}, "arms.a.sft")],
     ids=str,
 )
 def test_distillation_needs_top_logprobs(sections, where):
@@ -170,11 +152,7 @@ def test_objectives_keep_their_own_keys():
 # Keys of [sft], keys of the arm's, the arm's clip.
 PRESETS = [
     ({}, SHORT, (-0.5, 0.5)),
-    (
-        {"epochs": 3, "clip_log_weight": (-4.0, 2.0)},
-        {**SHORT, "level": "block"},
-        (-0.5, 0.5),
-    ),
+    ({"epochs": 3, "clip_log_weight": (-4.0, 2.0)}, {**SHORT, "level": "block"}, (-0.5, 0.5)),
     ({}, {**SHORT, "clip_log_ratio": (-1.0, 2.0)}, (-1.0, 2.0)),
     ({"clip_log_ratio": (-1.0, 2.0)}, SHORT, (-1.0, 2.0)),
     (SHORT, {"level": "block"}, (-0.5, 0.5)),

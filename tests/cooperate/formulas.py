@@ -1,8 +1,8 @@
-"""The methods of `cooperate` as formulas: one process, double precision, one sequence at a time,
-weights and adapters as plain tensors.
+"""The methods of `cooperate` as formulas: one process, double precision, one sequence at a time, weights and adapters
+as plain tensors.
 
-A completion is (ids, first sampled token, sampling log-probs, advantage); a demonstration is (ids,
-first and end of the tokens to learn, behavior log-probs); a step is (completions, demonstrations).
+A completion is (ids, first sampled token, sampling log-probs, advantage); a demonstration is (ids, first and end of the
+tokens to learn, behavior log-probs); a step is (completions, demonstrations).
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def sft_losses(network, weights, adapters, demonstrations, settings):
         factors = [1.0] * len(logprobs)
         if settings["level"] == "token":
             bounds = settings["clip_log_ratio"]
-            factors = pear_token_weights(
-                logprobs.detach(), behavior_logprobs, settings["discount"], *bounds
-            )
+            factors = pear_token_weights(logprobs.detach(), behavior_logprobs, settings["discount"], *bounds)
         if settings["objective"]["type"] == "trsft":
             alpha = settings["objective"]["alpha"]
             trust = [min(1.0, math.exp(float(x)) / alpha) for x in logprobs]
@@ -137,9 +135,7 @@ def mean(losses):
 
 
 def gradients_of(loss, leaves):
-    gradients = torch.autograd.grad(
-        loss, list(leaves.values()), retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g
         for (name, leaf), g in zip(leaves.items(), gradients, strict=True)

@@ -38,10 +38,7 @@ def simulate_completion(prompt, seed, max_new_tokens):
 
 def complete(request):
     limit = min(request.max_new_tokens or NEW_TOKENS, MODEL_LEN - len(request.prompt_ids))
-    return tuple(
-        simulate_completion(request.prompt_ids, request.seed + n, limit)
-        for n in range(request.num_samples)
-    )
+    return tuple(simulate_completion(request.prompt_ids, request.seed + n, limit) for n in range(request.num_samples))
 
 
 def reward_of(text):
@@ -54,8 +51,8 @@ def grade(pairs):
 
 
 def run_scheduler(scheduler, draw):
-    """All batches of a run whose completions and grades arrive in random order, and the requests
-    that were due together."""
+    """All batches of a run whose completions and grades arrive in random order, and the requests that were due
+    together."""
     version, batches, submitted = 0, [], []
     in_flight, ungraded = [], []
     while len(batches) < STEPS:

@@ -1,5 +1,5 @@
-"""Stage `cooperate` with real engines, learners and a scored corpus: each method runs, the extremes
-of lambda equal `rl` and `sft`, and an interrupted run repeats to the bit."""
+"""Stage `cooperate` with real engines, learners and a scored corpus: each method runs, the extremes of lambda equal
+`rl` and `sft`, and an interrupted run repeats to the bit."""
 
 from __future__ import annotations
 

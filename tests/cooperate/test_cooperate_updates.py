@@ -1,5 +1,4 @@
-"""Each method on 1 and 2 ranks against its formulas, and against `rl` and `sft` at the extremes of
-lambda.
+"""Each method on 1 and 2 ranks against its formulas, and against `rl` and `sft` at the extremes of lambda.
 
 Importing the libraries is slow: this file, run as a program, does it once and forks each rank.
 """
@@ -37,9 +36,9 @@ RL = {
     "learning_rate": 0.1,
     "warmup_fraction": 0.0,
     "weight_decay": 0.1,
-    # Large, so that an update is proportional to the gradient. With a small eps the sign of a
-    # gradient near 0, and with it the update, would depend on the order of summation, and all
-    # elements would move by the learning rate, so that none would have moved most.
+    # Large, so that an update is proportional to the gradient. With a small eps the sign of a gradient near 0, and with
+    # it the update, would depend on the order of summation, and all elements would move by the learning rate, so that
+    # none would have moved most.
     "eps": 1.0,
     "max_grad_norm": 0.4,
     "prompts_per_step": 3,
@@ -123,9 +122,7 @@ def make_rollouts(step: int, has_prefixes: bool = False) -> RolloutBatch:
         rewards[3] = rewards[3] if number or step % 2 else rewards[2]
         advantages = group_advantages(torch.tensor(rewards), "grpo").tolist()
         grades = tuple(Grade(reward, reward > 0) for reward in rewards.tolist())
-        groups.append(
-            RolloutGroup(f"p{step}-{number}", prompt, tuple(completions), grades, tuple(advantages))
-        )
+        groups.append(RolloutGroup(f"p{step}-{number}", prompt, tuple(completions), grades, tuple(advantages)))
     demonstrations = []
     for number in range(4):
         prompt, response = ids(8), ids(13)
@@ -320,9 +317,7 @@ def test_updates_follow_the_formulas(outputs: Path, model: str, name: str) -> No
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("name", EXTREMES)
-def test_at_the_extremes_of_lambda_a_method_equals_rl_or_sft(
-    outputs: Path, num_ranks: int, name: str
-) -> None:
+def test_at_the_extremes_of_lambda_a_method_equals_rl_or_sft(outputs: Path, num_ranks: int, name: str) -> None:
     folders = (outputs / str(num_ranks) / label for label in (name, EXTREMES[name][1]))
     weights, expected = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(weights[label], expected[label]) for label in expected)

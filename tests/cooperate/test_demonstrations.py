@@ -48,14 +48,10 @@ ROWS = st.fixed_dictionaries(
     rows_per_group=st.integers(1, 4),
     fingerprint=st.sampled_from([None, len, lambda ids: 2**64 - 1, lambda ids: int(ids[0])]),
 )
-def test_find_returns_the_first_row_with_the_prompt(
-    tmp_path_factory, files, rows_per_group, fingerprint
-):
+def test_find_returns_the_first_row_with_the_prompt(tmp_path_factory, files, rows_per_group, fingerprint):
     rows = [[row(f"{n}-{m}", **one) for m, one in enumerate(file)] for n, file in enumerate(files)]
     folder = tmp_path_factory.mktemp("scored")
-    groups = scan_dataset(
-        stored(folder, *(table_of(*file) for file in rows), rows_per_group=rows_per_group), WANTED
-    )
+    groups = scan_dataset(stored(folder, *(table_of(*file) for file in rows), rows_per_group=rows_per_group), WANTED)
     index = DemonstrationIndex(groups, WANTED, *([] if fingerprint is None else [fingerprint]))
     all_rows = [one for file in rows for one in file]
     for prompt_ids in [*PROMPTS, [6]]:

@@ -1,5 +1,5 @@
-"""Completions with prefixes: micro-groups against a sequential reference, for any order in which
-completions and grades arrive."""
+"""Completions with prefixes: micro-groups against a sequential reference, for any order in which completions and grades
+arrive."""
 
 from __future__ import annotations
 
@@ -86,11 +86,7 @@ def sequential_group(job, tokenizer, index, ids, seed):
 def test_prefixes_depend_on_earlier_rewards_as_in_the_sequential_reference(
     model, index, seed, staleness, sizes, fracs, returns, buffer
 ):
-    method = {
-        "prefix_groups": sizes,
-        "prefix_fracs": fracs[: len(sizes)],
-        "prefix_returns": returns[: len(sizes)],
-    }
+    method = {"prefix_groups": sizes, "prefix_fracs": fracs[: len(sizes)], "prefix_returns": returns[: len(sizes)]}
     job = with_trapo(model, method, max_staleness=staleness, overlong_buffer_tokens=buffer)
     tokenizer = load_tokenizer(model)
     scheduler = PrefixScheduler(index, job, model, 0, 0)
@@ -104,13 +100,9 @@ def test_prefixes_depend_on_earlier_rewards_as_in_the_sequential_reference(
             assert (group.problem_id, group.prompt_ids) == (problem.problem_id, ids)
             first = seed_of(job.run.seed, "rl", problem.problem_id, epoch)
             expected, rewards = sequential_group(job, tokenizer, index, ids, first)
-            for (prefix, sampled, text), completion in zip(
-                expected, group.completions, strict=True
-            ):
+            for (prefix, sampled, text), completion in zip(expected, group.completions, strict=True):
                 logprobs = index.find(ids).behavior_logprobs[: len(prefix)] if prefix else ()
-                assert completion == replace(
-                    sampled, text=text, prefix_ids=prefix, prefix_logprobs=logprobs
-                )
+                assert completion == replace(sampled, text=text, prefix_ids=prefix, prefix_logprobs=logprobs)
                 assert completion.num_tokens == len(prefix) + len(sampled.token_ids) <= NEW_TOKENS
                 assert len(ids) + completion.num_tokens <= MODEL_LEN
             assert [grade.reward for grade in group.grades] == rewards
@@ -135,15 +127,11 @@ def test_prefixes_depend_on_earlier_rewards_as_in_the_sequential_reference(
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(0, 2), st.booleans())
-def test_without_prefixes_requests_are_those_of_the_rollout_scheduler(
-    model, index, seed, staleness, dynamic_sampling
-):
+def test_without_prefixes_requests_are_those_of_the_rollout_scheduler(model, index, seed, staleness, dynamic_sampling):
     method = {"prefix_fracs": [0.0] * 4, "prefix_returns": [2.0] * 4}
     rl = {"max_staleness": staleness, "dynamic_sampling": dynamic_sampling}
     job = with_trapo(model, method, **rl)
-    batches, submitted = run_scheduler(
-        PrefixScheduler(index, job, model, 0, 0), random.Random(seed)
-    )
+    batches, submitted = run_scheduler(PrefixScheduler(index, job, model, 0, 0), random.Random(seed))
     plain = run_scheduler(RolloutScheduler(job, model, 0, 0), random.Random(seed))
     assert (batches, submitted) == plain
     assert all("prefix_frac" not in batch_metrics(batch) for batch in batches)
@@ -206,11 +194,7 @@ def test_a_batch_of_whole_demonstrations_has_metrics(model, index):
     for key, pairs in scheduler.take_prefilled():
         scheduler.add_rewards(key, grade(pairs))
     metrics = batch_metrics(scheduler.pop_batch())
-    assert [metrics[name] for name in ("prefix_frac", "staleness_max", "staleness_mean")] == [
-        1,
-        0,
-        0,
-    ]
+    assert [metrics[name] for name in ("prefix_frac", "staleness_max", "staleness_mean")] == [1, 0, 0]
 
 
 @settings(max_examples=40)

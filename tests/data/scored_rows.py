@@ -9,11 +9,7 @@ from pear_ray.data.scored_dataset import RowFilter
 from pear_ray.records import SCORED_SCHEMA
 
 WANTED = RowFilter(
-    digests=("vocabulary", "template"),
-    vocab_size=100,
-    max_tokens=8,
-    negatives=False,
-    top_logprobs=False,
+    digests=("vocabulary", "template"), vocab_size=100, max_tokens=8, negatives=False, top_logprobs=False
 )
 
 

@@ -43,9 +43,7 @@ def names(files, folder):
 
 @pytest.mark.parametrize("name", ["a.parquet", *(f"a{kind}" for kind in JSON_SUFFIXES)])
 def test_each_kind_of_file_is_found(tmp_path, name):
-    files = find_corpus_files(
-        str(write_files(tmp_path, name, "other.jsonl", "other.parquet") / name)
-    )
+    files = find_corpus_files(str(write_files(tmp_path, name, "other.jsonl", "other.parquet") / name))
     assert names(files, tmp_path) == [name]
     assert files.are_parquet == (name == "a.parquet")
     with files.filesystem.open(files.paths[0]) as file:
@@ -53,9 +51,7 @@ def test_each_kind_of_file_is_found(tmp_path, name):
 
 
 def test_folder_is_searched_recursively_in_name_order(tmp_path):
-    write_files(
-        tmp_path, "c.jsonl", "a.json.gz", "b/c/d.ndjson.zst", "b/a.json", "README.md", "a.txt"
-    )
+    write_files(tmp_path, "c.jsonl", "a.json.gz", "b/c/d.ndjson.zst", "b/a.json", "README.md", "a.txt")
     files = find_corpus_files(str(tmp_path))
     assert names(files, tmp_path) == ["a.json.gz", "b/a.json", "b/c/d.ndjson.zst", "c.jsonl"]
     assert not files.are_parquet
@@ -131,11 +127,7 @@ def test_unknown_address_is_rejected(path):
 @pytest.mark.parametrize(
     ("address", "protocol", "expected"),
     [
-        (
-            "s3://bucket/x/*.jsonl?endpoint_override=127.0.0.1:1&scheme=http&region=x",
-            "s3",
-            "bucket/x/*.jsonl",
-        ),
+        ("s3://bucket/x/*.jsonl?endpoint_override=127.0.0.1:1&scheme=http&region=x", "s3", "bucket/x/*.jsonl"),
         ("hf://datasets/owner/name/data", "hf", "datasets/owner/name/data"),
     ],
 )
@@ -186,10 +178,7 @@ def test_lines_of_shortest_texts(text, expected):
 
 def test_line_may_be_longer_than_a_chunk():
     text = b"a" * (2**20 + 1) + b"\n" + b"b" * 2**20
-    assert [len(line) for line in read_lines(pa.BufferReader(text), "x.jsonl")] == [
-        2**20 + 1,
-        2**20,
-    ]
+    assert [len(line) for line in read_lines(pa.BufferReader(text), "x.jsonl")] == [2**20 + 1, 2**20]
 
 
 def read_blocks(text, path="bucket/folder/f.jsonl.gz"):
@@ -254,9 +243,7 @@ def test_hidden_folders_are_skipped_unless_named(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jsonl").write_text("{}")
     assert [path.split("/")[-2] for path in find_corpus_files(str(tmp_path)).paths] == ["good"]
-    assert [
-        path.split("/")[-2] for path in find_corpus_files(str(tmp_path / "*" / "*.jsonl")).paths
-    ] == ["good"]
+    assert [path.split("/")[-2] for path in find_corpus_files(str(tmp_path / "*" / "*.jsonl")).paths] == ["good"]
     assert len(find_corpus_files(str(tmp_path / ".cache")).paths) == 1
     assert len(find_corpus_files(str(tmp_path / "_tmp" / "x.jsonl")).paths) == 1
 

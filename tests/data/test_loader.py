@@ -86,10 +86,7 @@ def test_order_does_not_depend_on_row_groups_or_number_of_epochs(
     ends = [*sorted(cut for cut in cuts if cut < sum(sizes)), sum(sizes)]
     others = np.diff([0, *ends]).tolist()
     plans = ((sizes, num_epochs), (others, num_epochs + more_epochs))
-    order, same = (
-        row_numbers(windows(groups_of(s), epochs, rows_per_window, seed, 0), s)
-        for s, epochs in plans
-    )
+    order, same = (row_numbers(windows(groups_of(s), epochs, rows_per_window, seed, 0), s) for s, epochs in plans)
     assert same[: len(order)] == order
 
 
@@ -186,9 +183,7 @@ def test_shuffle_depends_on_seed_epoch_and_window(corpus):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    rows_per_window=st.integers(1, 40), seed=st.integers(0, 2**40), position=st.integers(0, 2 * 31)
-)
+@given(rows_per_window=st.integers(1, 40), seed=st.integers(0, 2**40), position=st.integers(0, 2 * 31))
 def test_rows_are_the_same_from_any_position(corpus, rows_per_window, seed, position):
     groups, rows = corpus
     plan = (groups, 2, rows_per_window, seed)

@@ -43,10 +43,7 @@ GOOD_ROWS = {
     "the smallest and the largest id": {"prompt_ids": [0, 99], "response_ids": [99, 0, 99]},
     "certain tokens, rounded": {"behavior_logprobs": [0.0, -0.0, 0.0005]},
     "an unlikely token": {"behavior_logprobs": [-1e30, -1.0, -1.0]},
-    "tokens of others in between": {
-        "trainable": [True, False, True],
-        "behavior_logprobs": [-1.0, 0.0, -1.0],
-    },
+    "tokens of others in between": {"trainable": [True, False, True], "behavior_logprobs": [-1.0, 0.0, -1.0]},
 }
 
 
@@ -87,9 +84,7 @@ def test_files_of_one_dataset_may_differ_in_columns(tmp_path, table):
 
 
 def test_row_groups_are_counted_in_file_order(tmp_path):
-    first = table_of(
-        row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d")
-    )
+    first = table_of(row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d"))
     second = table_of(row("e", split="heldout", source="web"))
     groups = scan_dataset(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
     one, other = str(tmp_path / "0.parquet"), str(tmp_path / "2.parquet")
@@ -103,9 +98,7 @@ def test_row_groups_are_counted_in_file_order(tmp_path):
 
 def test_top_k_is_found_behind_an_empty_file(tmp_path):
     """Stage `score` writes one if it rejects all rows of a file."""
-    groups = scan_dataset(
-        stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True)
-    )
+    groups = scan_dataset(stored(tmp_path, GOOD.slice(0, 0), GOOD), replace(WANTED, top_logprobs=True))
     assert sum(group.num_train for group in groups) == 2
 
 
@@ -192,10 +185,7 @@ def test_values_under_a_null_list_are_ignored():
     hidden = pa.ListArray.from_arrays([0, 1, 2, 4], values, mask=pa.array([False, True, False]))
     column = pa.chunked_array([hidden])
     assert list_lengths(column).tolist() == [1, 0, 2]
-    assert [found.tolist() for found in list_extremes(column)] == [
-        [-1.0, 0.0, -4.0],
-        [-1.0, 0.0, -3.0],
-    ]
+    assert [found.tolist() for found in list_extremes(column)] == [[-1.0, 0.0, -4.0], [-1.0, 0.0, -3.0]]
 
 
 def sequence_of(**changes):
@@ -238,9 +228,7 @@ def test_coefficients_are_zero_outside_trainable_tokens(correct, expected, train
     (sequence,) = training_sequences(table, 0.25)
     mask = [False, False, *(trainable or [True] * 3)]
     assert sequence.trainable.tolist() == mask
-    assert sequence.coefficients.tolist() == [
-        expected if is_trainable else 0.0 for is_trainable in mask
-    ]
+    assert sequence.coefficients.tolist() == [expected if is_trainable else 0.0 for is_trainable in mask]
 
 
 def test_table_without_optional_columns_has_no_teacher():
@@ -256,8 +244,7 @@ def test_teacher_is_attached_only_on_request():
 
 def test_sequences_of_a_sliced_table():
     rows = [
-        row(str(n), prompt_ids=[n] * (1 + n % 3), trainable=None if n % 2 else [True, False, True])
-        for n in range(9)
+        row(str(n), prompt_ids=[n] * (1 + n % 3), trainable=None if n % 2 else [True, False, True]) for n in range(9)
     ]
     whole = training_sequences(table_of(*rows), 0.1)
     pieces = pa.concat_tables([table_of(*rows[:4]), table_of(*rows[4:])]).slice(2, 5)
@@ -297,11 +284,7 @@ def test_first_rows_of_an_empty_split_are_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("sft", "negatives", "top_logprobs"),
-    [
-        ({}, False, False),
-        ({"negatives": True}, True, False),
-        ({"objective": "kl", "sources": ["tutor"]}, False, True),
-    ],
+    [({}, False, False), ({"negatives": True}, True, False), ({"objective": "kl", "sources": ["tutor"]}, False, True)],
     ids=["nll", "negatives", "kl of one source"],
 )
 def test_row_filter_follows_the_job(tiny_model, sft, negatives, top_logprobs):
@@ -319,7 +302,5 @@ def test_row_filter_follows_the_job(tiny_model, sft, negatives, top_logprobs):
     )
     # 128 embedding rows, padded from the tokenizer's 100 words.
     sources = tuple(sft.get("sources", ()))
-    expected = RowFilter(
-        tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources
-    )
+    expected = RowFilter(tokenizer_digests(load_tokenizer(path)), 128, 32, negatives, top_logprobs, sources)
     assert RowFilter.from_job(job) == expected

@@ -28,24 +28,12 @@ def assert_rejected(folder, row_filter, expected):
 PER_TOKEN = "one value per response token"
 PER_TOKEN_TOP_K = "the same number for every response token"
 FITS = r"at most 8 tokens with the prompt \(learner\.tokens_per_micro_batch\)"
-OTHER_VOCABULARY, OTHER_TEMPLATE = (
-    rf"{name} \(the model's\)" for name in ("vocabulary", "template")
-)
+OTHER_VOCABULARY, OTHER_TEMPLATE = (rf"{name} \(the model's\)" for name in ("vocabulary", "template"))
 NOT_EMPTY, SPLITS = "at least one token", "'train' or 'heldout'"
 # Name of the mistake: (changes to a good row, field, expected, got).
 BAD_ROWS = {
-    "another vocabulary": (
-        {"tokenizer_digest": "words"},
-        "tokenizer_digest",
-        OTHER_VOCABULARY,
-        "words",
-    ),
-    "another template": (
-        {"template_digest": "chatml"},
-        "template_digest",
-        OTHER_TEMPLATE,
-        "chatml",
-    ),
+    "another vocabulary": ({"tokenizer_digest": "words"}, "tokenizer_digest", OTHER_VOCABULARY, "words"),
+    "another template": ({"template_digest": "chatml"}, "template_digest", OTHER_TEMPLATE, "chatml"),
     "no digest": ({"tokenizer_digest": None}, "tokenizer_digest", OTHER_VOCABULARY, "None"),
     "unknown split": ({"split": "test"}, "split", SPLITS, "test"),
     "no split": ({"split": None}, "split", SPLITS, "None"),
@@ -135,10 +123,7 @@ MISFITS = {
     "NaN among top-k log-probs": ({"top_logprobs": [-1.0] * 5 + [math.nan]}, "top_logprobs"),
     "unknown top-k id": ({"top_ids": [7, 9, 8, 3, 1, 100]}, "top_ids"),
     "negative top-k id": ({"top_ids": [-1, 9, 8, 3, 1, 2]}, "top_ids"),
-    "another k": (
-        {"top_ids": [7, 8, 1], "top_logprobs": [-1.0] * 3},
-        "top_ids",
-    ),
+    "another k": ({"top_ids": [7, 8, 1], "top_logprobs": [-1.0] * 3}, "top_ids"),
 }
 
 
@@ -200,24 +185,15 @@ def corrupt_pages(whole):
 
 NO_PARQUET = r"FOLDER/0\.parquet: expected Parquet of stage `score`: .+"
 BAD_FILES = {
-    "no files": (
-        without_parquet,
-        r"FOLDER: expected \.parquet files of stage `score`, got none",
-    ),
+    "no files": (without_parquet, r"FOLDER: expected \.parquet files of stage `score`, got none"),
     "another kind of file": (with_bytes(lambda whole: b'{"example_id": "a"}\n' * 9), NO_PARQUET),
     "an empty file": (with_bytes(lambda whole: b""), NO_PARQUET),
     "truncated footer": (with_bytes(lambda whole: whole[:-20]), NO_PARQUET),
     "truncated file": (with_bytes(lambda whole: whole[: len(whole) // 2]), NO_PARQUET),
     "file without its beginning": (with_bytes(lambda whole: whole[-64:]), NO_PARQUET),
-    "corrupt pages": (
-        with_bytes(corrupt_pages),
-        r"FOLDER/0\.parquet: expected readable pages: (.|\n)+",
-    ),
+    "corrupt pages": (with_bytes(corrupt_pages), r"FOLDER/0\.parquet: expected readable pages: (.|\n)+"),
     **{
-        f"no {name}": (
-            without(name),
-            rf"FOLDER/1\.parquet: {name}: expected this column of stage `score`",
-        )
+        f"no {name}": (without(name), rf"FOLDER/1\.parquet: {name}: expected this column of stage `score`")
         for name in SCORED_SCHEMA.names
         if name not in OPTIONAL_COLUMNS
     },
@@ -230,13 +206,7 @@ BAD_FILES = {
             ("example_id", pa.int64(), [1, 2, 3], "int64", "string"),
             ("prompt_ids", pa.list_(pa.int64()), None, r"list<.+: int64>", r"list<.+: int32>"),
             ("response_ids", pa.string(), ["7 8 1"] * 3, "string", r"list<.+: int32>"),
-            (
-                "behavior_logprobs",
-                pa.list_(pa.float64()),
-                None,
-                r"list<.+: double>",
-                r"list<.+: float>",
-            ),
+            ("behavior_logprobs", pa.list_(pa.float64()), None, r"list<.+: double>", r"list<.+: float>"),
             ("correct", pa.string(), ["yes"] * 3, "string", "bool"),
             ("trainable", pa.list_(pa.int8()), [[1, 1, 1]] * 3, r"list<.+: int8>", r"list<.+>"),
         )
@@ -272,6 +242,4 @@ def test_first_mistake_of_first_bad_file_is_reported(tmp_path):
 
 
 def test_missing_folder_is_rejected(tmp_path):
-    assert_rejected(
-        tmp_path / "nowhere", WANTED, r"FOLDER: expected \.parquet files of stage `score`, got none"
-    )
+    assert_rejected(tmp_path / "nowhere", WANTED, r"FOLDER: expected \.parquet files of stage `score`, got none")

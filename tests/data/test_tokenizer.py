@@ -33,9 +33,7 @@ def assistant(words):
     return message("assistant", words)
 
 
-QUESTIONS = st.lists(
-    st.builds(message, st.sampled_from(["system", "user", "tool"]), WORDS), min_size=1
-)
+QUESTIONS = st.lists(st.builds(message, st.sampled_from(["system", "user", "tool"]), WORDS), min_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +107,7 @@ def test_empty_answer_is_rejected(tiny_model, content, number):
     tokenizer = load_tokenizer(str(tiny_model(False)))
     messages = [user(["w1"]), assistant(["w2"]), user(["w3"]), assistant(["w4"])]
     messages[number] = {"role": "assistant", "content": content}
-    with pytest.raises(
-        ValueError, match=rf"^messages\.{number}: expected an answer, got an empty one$"
-    ):
+    with pytest.raises(ValueError, match=rf"^messages\.{number}: expected an answer, got an empty one$"):
         encode_conversation(tokenizer, messages)
 
 
@@ -193,15 +189,11 @@ def test_tokenizer_without_end_of_sequence_is_rejected(copied_model):
     facts = json.loads(path.read_text())
     del facts["eos_token"]
     path.write_text(json.dumps(facts))
-    with pytest.raises(
-        ConfigError, match=r"^model\.path: expected .* end-of-sequence token, got none"
-    ):
+    with pytest.raises(ConfigError, match=r"^model\.path: expected .* end-of-sequence token, got none"):
         load_tokenizer(str(copied_model))
 
 
 def test_damaged_tokenizer_is_rejected(copied_model):
     (copied_model / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(
-        ConfigError, match=rf"model\.path: expected a tokenizer, got {copied_model}"
-    ):
+    with pytest.raises(ConfigError, match=rf"model\.path: expected a tokenizer, got {copied_model}"):
         load_tokenizer(str(copied_model))

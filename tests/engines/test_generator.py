@@ -40,27 +40,16 @@ def pool(models, tied, engine_of):
 
 
 def scored(pool, rows):
-    return pool.generate(
-        [ScoreRequest(tuple(prompt), tuple(response)) for prompt, response in rows]
-    )
+    return pool.generate([ScoreRequest(tuple(prompt), tuple(response)) for prompt, response in rows])
 
 
 def random_rows(lengths, seed=0):
     draw = np.random.default_rng(seed)
-    return [
-        (draw.integers(0, 100, p).tolist(), draw.integers(0, 100, r).tolist()) for p, r in lengths
-    ]
+    return [(draw.integers(0, 100, p).tolist(), draw.integers(0, 100, r).tolist()) for p, r in lengths]
 
 
 ROWS = random_rows(
-    [
-        (1, 1),
-        (1, 2),
-        (2, 1),
-        (1, MAX_MODEL_LEN - 1),
-        (MAX_MODEL_LEN - 1, 1),
-        (20, MAX_MODEL_LEN - 20),
-    ]
+    [(1, 1), (1, 2), (2, 1), (1, MAX_MODEL_LEN - 1), (MAX_MODEL_LEN - 1, 1), (20, MAX_MODEL_LEN - 20)]
     + [(1 + n % 13, 1 + n % 29) for n in range(40)]
 )
 
@@ -151,8 +140,8 @@ def test_completions_carry_their_weight_version(pool, models):
 
 
 def test_completions_go_on_during_a_weight_update(pool, models):
-    """Tokens sampled before the swap have their log-probs under the old weights, although the new
-    ones were fetched and prepared meanwhile."""
+    """Tokens sampled before the swap have their log-probs under the old weights, although the new ones were fetched and
+    prepared meanwhile."""
     weights = load_file(f"{models[1]}/model.safetensors")
     partitions = [(name, tuple(t.shape), t.flatten()) for name, t in weights.items()]
     version = WeightVersion.of([Publisher(0, bucket_mib=1, full_every=1).publish(partitions, 99)])
@@ -168,9 +157,7 @@ def test_completions_go_on_during_a_weight_update(pool, models):
             is_updated = True
     ((_, update),), pool.weight_updates = pool.weight_updates, []
     assert update.version == 99 and pool.failed_updates == []
-    completions = [
-        (requests[key], completion) for key, group in groups.items() for completion in group
-    ]
+    completions = [(requests[key], completion) for key, group in groups.items() for completion in group]
     mixed = [pair for pair in completions if len(pair[1].version_spans) == 2]
     assert mixed and all(completion.version_spans[1][0] == 99 for _, completion in mixed)
     rows, sampled = [], []

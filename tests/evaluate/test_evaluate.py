@@ -1,5 +1,4 @@
-"""Attempts on a real engine with real reward workers, interrupted and resumed; scorecards of known
-attempts."""
+"""Attempts on a real engine with real reward workers, interrupted and resumed; scorecards of known attempts."""
 
 from __future__ import annotations
 
@@ -19,12 +18,7 @@ from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.errors import ConfigError
 from pear_ray.evaluate import find_checkpoints
 from pear_ray.evaluate.attempts import AttemptStore, attempt_requests, sample_attempts
-from pear_ray.evaluate.scorecard import (
-    checkpoint_card,
-    comparable_pairs,
-    kl_from_start,
-    scorecard,
-)
+from pear_ray.evaluate.scorecard import checkpoint_card, comparable_pairs, kl_from_start, scorecard
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.rewards.pool import RewardPool
 from pear_ray.statistics import pass_at_k
@@ -136,16 +130,11 @@ def test_a_prompt_that_is_too_long_is_refused(evaluator: Evaluator) -> None:
 
 
 def test_kl_from_start_matches_transformers(
-    evaluator: Evaluator,
-    uninterrupted: pa.Table,
-    tiny_model: Any,
-    engine_of: Callable[[bool], EnginePool],
+    evaluator: Evaluator, uninterrupted: pa.Table, tiny_model: Any, engine_of: Callable[[bool], EnginePool]
 ) -> None:
     """Reference: log-probs of whole answers under both models by transformers."""
     prompts = evaluator.prompts
-    start, end = (
-        AutoModelForCausalLM.from_pretrained(str(tiny_model(tied))) for tied in (True, False)
-    )
+    start, end = (AutoModelForCausalLM.from_pretrained(str(tiny_model(tied))) for tied in (True, False))
     gaps = []
     firsts = [row for row in uninterrupted.to_pylist() if row["sample"] == 0]
     for prompt, row in zip(prompts, firsts, strict=True):

@@ -16,17 +16,13 @@ ORIGINS = ("tutor", "coder", "elsewhere")
 
 @pytest.fixture(scope="session")
 def random_tokens() -> Callable[..., LossInputs]:
-    """Return a function that creates the tokens of sequences with the given lengths (0 allowed),
-    with teacher log-probs of the 5 likeliest of 12 tokens. With `spread` 0 both policies are
-    equal."""
+    """Return a function that creates the tokens of sequences with the given lengths (0 allowed), with teacher log-probs
+    of the 5 likeliest of 12 tokens. With `spread` 0 both policies are equal."""
     return _random_tokens
 
 
 def _random_tokens(
-    seed: int,
-    lengths: Sequence[int],
-    spread: float = 0.2,
-    coefficients: Sequence[float] = (1.0, -0.5, 0.0, 2.0),
+    seed: int, lengths: Sequence[int], spread: float = 0.2, coefficients: Sequence[float] = (1.0, -0.5, 0.0, 2.0)
 ) -> LossInputs:
     rng = np.random.default_rng(seed)
     n = int(np.sum(lengths))

@@ -55,9 +55,7 @@ def test_worked_example():
         "nft": [0.25, -0.25, -0.25, -0.25],
     }
     for kind, advantages in expected.items():
-        torch.testing.assert_close(
-            group_advantages(rewards, kind), torch.tensor(advantages), rtol=1e-5, atol=0
-        )
+        torch.testing.assert_close(group_advantages(rewards, kind), torch.tensor(advantages), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

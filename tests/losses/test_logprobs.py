@@ -31,9 +31,7 @@ ONE_AND_MANY = [SHAPES["exactly one chunk"], SHAPES["chunks of five, one left"]]
 class Case:
     """Random inputs; every other position requests one token twice if it requests several."""
 
-    def __init__(
-        self, vocabulary, num_positions, num_requested, per_chunk, dtype=torch.float32, scale=1.0
-    ):
+    def __init__(self, vocabulary, num_positions, num_requested, per_chunk, dtype=torch.float32, scale=1.0):
         generator = torch.Generator().manual_seed(vocabulary + num_positions)
         hidden = torch.randn(num_positions + 3, WIDTH, generator=generator) * scale
         weight = torch.randn(vocabulary, WIDTH, generator=generator)
@@ -128,9 +126,7 @@ def test_no_positions_still_give_gradients_to_every_parameter(num_requested):
     outputs = case.compute(top_k=3)
     assert outputs.logprobs.shape == (0, num_requested)
     assert outputs.entropies.shape == outputs.top_masses.shape == (0,)
-    for gradient, leaf in zip(
-        case.gradients(outputs.logprobs), (case.hidden, case.weight), strict=True
-    ):
+    for gradient, leaf in zip(case.gradients(outputs.logprobs), (case.hidden, case.weight), strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
@@ -218,8 +214,8 @@ def test_chunks_cover_every_position_once_and_in_order(positions, size):
 
 
 class Memory(TorchDispatchMode):
-    """Records the largest tensor that an operation returned, in elements, and the bytes of live
-    tensors, now and at peak."""
+    """Records the largest tensor that an operation returned, in elements, and the bytes of live tensors, now and at
+    peak."""
 
     def __init__(self):
         super().__init__()

@@ -38,9 +38,7 @@ def sequence(number, num_prompt, num_response, trainable=True):
 
 # Some sequences have no trainable token, like masked truncated completions, but not all.
 shapes = st.lists(
-    st.tuples(st.integers(0, 12), st.integers(1, 20), st.sampled_from([True, True, False])),
-    min_size=1,
-    max_size=40,
+    st.tuples(st.integers(0, 12), st.integers(1, 20), st.sampled_from([True, True, False])), min_size=1, max_size=40
 ).filter(lambda drawn: any(trainable for *_, trainable in drawn))
 
 
@@ -55,9 +53,7 @@ def unpack(batch):
     """Yield the sequences of a micro-batch as they were before packing."""
     for number, origin in enumerate(batch.origins):
         mask = batch.sequence_ids_T == number
-        yield TrainingSequence(
-            **{own: getattr(batch, packed)[mask] for own, packed in ARRAYS.items()}, origin=origin
-        )
+        yield TrainingSequence(**{own: getattr(batch, packed)[mask] for own, packed in ARRAYS.items()}, origin=origin)
 
 
 def same(one, other):
@@ -140,9 +136,7 @@ def test_packing_does_not_modify_sequences():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 100), st.integers(1, 5)
-)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 100), st.integers(1, 5))
 def test_bins_hold_all_sequences_in_few_rounds(lengths, capacity, num_ranks):
     lengths = np.array(lengths)
     bins = balanced_bins(lengths, lengths.astype(float), num_ranks, capacity)
@@ -176,9 +170,7 @@ def test_long_sequences_are_balanced_by_cost():
 
 
 def test_teacher_logprobs_are_packed_and_fillers_have_them_too():
-    sequences = [
-        TrainingSequence.of([1], [2, 3], [-1, -2], 1.0, "a", None, [5, 6, 7, 8], [-1, -2, -3, -4])
-    ]
+    sequences = [TrainingSequence.of([1], [2, 3], [-1, -2], 1.0, "a", None, [5, 6, 7, 8], [-1, -2, -3, -4])]
     (one,), (filler,) = pack(sequences, 2, 100)
     assert one.teacher_ids_T.tolist() == [[0, 0], [5, 6], [7, 8]]
     assert one.teacher_logprobs_T.tolist() == [[0, 0], [-1, -2], [-3, -4]]
@@ -188,9 +180,7 @@ def test_teacher_logprobs_are_packed_and_fillers_have_them_too():
 
 def test_a_sequence_that_is_too_long_is_refused():
     sequences = [sequence(1, 2, 3), sequence(2, 6, 3)]
-    with pytest.raises(
-        ValueError, match=r"^sequence of 'source-2': expected at most 8 tokens .*, got 9$"
-    ):
+    with pytest.raises(ValueError, match=r"^sequence of 'source-2': expected at most 8 tokens .*, got 9$"):
         pack(sequences, 2, 8)
     assert pack(sequences, 2, 9)
 

@@ -19,9 +19,7 @@ PAPER_CLIPS = {"clip_log_ratio": (-0.08, 0.3), "clip_log_weight": (-10.0, 5.0)}
 NO_CLIPS = {"clip_log_ratio": (-1e9, 1e9), "clip_log_weight": (-1e9, 1e9)}
 
 
-def slow_weights(
-    target, behavior, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight
-):
+def slow_weights(target, behavior, ids, *, level, discount, block_size, clip_log_ratio, clip_log_weight):
     """Loop over responses and tokens, with one sum over the suffix for each token."""
     weights = []
     for _, members in itertools.groupby(range(len(ids)), key=lambda i: ids[i]):
@@ -76,9 +74,7 @@ def test_random_packs_equal_the_formulas(level):
         np.testing.assert_allclose(weights, expected, rtol=1e-9, err_msg=f"{lengths} {chosen}")
 
 
-def padded_weights(
-    target, behavior, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight
-):
+def padded_weights(target, behavior, lengths, *, level, discount, block_size, clip_log_ratio, clip_log_weight):
     """The paper's pseudo-code: one padded and masked row per response."""
     length, position = np.array(lengths)[:, None], np.arange(max(lengths))
     mask = position < length
@@ -148,9 +144,7 @@ def test_last_token_has_weight_one_at_token_level():
 def test_blocks_of_one_token_equal_token_level():
     rng = np.random.default_rng(2)
     pack = tensors(random_pack(rng, [1, 13, 8]))
-    assert torch.equal(
-        pear_weights(*pack, level="block", block_size=1), pear_weights(*pack, level="token")
-    )
+    assert torch.equal(pear_weights(*pack, level="block", block_size=1), pear_weights(*pack, level="token"))
 
 
 @pytest.mark.parametrize("block_size", [13, 14, 1000])
@@ -209,9 +203,7 @@ def test_neighbors_and_padding_change_nothing(level, data):
     ends = np.cumsum(lengths)
     for start, end in zip(ends - lengths, ends, strict=True):
         alone = pear_weights(*tensors((target, behavior, ids)), level=level)[start:end]
-        single = pear_weights(
-            *tensors((target[start:end], behavior[start:end], ids[start:end])), level=level
-        )
+        single = pear_weights(*tensors((target[start:end], behavior[start:end], ids[start:end])), level=level)
         torch.testing.assert_close(packed[start:end], single, rtol=3e-7, atol=0)
         torch.testing.assert_close(alone, single, rtol=3e-7, atol=0)
 
@@ -281,9 +273,7 @@ def test_settings_out_of_range_are_refused(changed, message):
         pear_weights(logprobs, logprobs, ids, **{"level": "token", **changed})
 
 
-@pytest.mark.parametrize(
-    "shapes", [((3,), (4,), (3,)), ((3,), (3,), (2,)), ((1, 3), (1, 3), (1, 3)), ((), (), ())]
-)
+@pytest.mark.parametrize("shapes", [((3,), (4,), (3,)), ((3,), (3,), (2,)), ((1, 3), (1, 3), (1, 3)), ((), (), ())])
 def test_shapes_that_do_not_fit_are_refused(shapes):
     with pytest.raises(ValueError, match="expected"):
         pear_weights(*(torch.zeros(shape) for shape in shapes), level="token")

@@ -36,8 +36,7 @@ some_lengths = st.lists(st.integers(0, 25), min_size=1, max_size=6).filter(any)
 @pytest.mark.parametrize(
     "chosen",
     [
-        {"discount": 0.999, "block_size": 4, "clip_log_ratio": (-0.08, 0.3)}
-        | {"clip_log_weight": (-10.0, 5.0)},
+        {"discount": 0.999, "block_size": 4, "clip_log_ratio": (-0.08, 0.3)} | {"clip_log_weight": (-10.0, 5.0)},
         {"discount": 0.7, "block_size": 3, **WIDE},
     ],
 )
@@ -72,9 +71,7 @@ def test_centered_subtracts_the_mean_of_each_sequence(random_tokens, level):
             sampled_logprobs=torch.zeros(len(centered), dtype=torch.float64),
         )
     )
-    torch.testing.assert_close(
-        Centered(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(Centered(*astuple(pear))(tokens).double(), expected, rtol=1e-4, atol=0)
 
 
 def test_centered_ignores_a_shift_of_a_sequence(random_tokens):

@@ -1,5 +1,5 @@
-"""RL objectives, packed into micro-batches, against their textbook form: token by token over whole
-sequences, in float64, for a model that is one table."""
+"""RL objectives, packed into micro-batches, against their textbook form: token by token over whole sequences, in
+float64, for a model that is one table."""
 
 from __future__ import annotations
 
@@ -29,18 +29,9 @@ from pear_ray.losses.policy import (
 from pear_ray.records import TrainingSequence
 
 VOCABULARY = 8
-LOSSES = {
-    "ppo": PpoClip(0.2, 0.28),
-    "gspo": Gspo(0.1, 0.05),
-    "cispo": Cispo(0.3, 0.1),
-    "nft": Nft(0.9),
-}
+LOSSES = {"ppo": PpoClip(0.2, 0.28), "gspo": Gspo(0.1, 0.05), "cispo": Cispo(0.3, 0.1), "nft": Nft(0.9)}
 CORRECTIONS = {"ratio": RatioInLoss(), "truncated": TruncatedIS(1.2)}
-AGGREGATIONS = {
-    "tokens": TokenMean(),
-    "sequences": SequenceMean(),
-    "constant": ConstantLength(30),
-}
+AGGREGATIONS = {"tokens": TokenMean(), "sequences": SequenceMean(), "constant": ConstantLength(30)}
 PENALTIES = {"no penalty": None, "penalty": KlToReference(0.3)}
 ALL = list(product(LOSSES, CORRECTIONS, AGGREGATIONS, PENALTIES))
 # Every pair of choices at least once.
@@ -50,9 +41,7 @@ CUTS = ((1, 1000), (2, 30), (9, 20))
 
 
 def objective_from(loss, correction, aggregation, penalty):
-    return PolicyGradient(
-        LOSSES[loss], CORRECTIONS[correction], AGGREGATIONS[aggregation], PENALTIES[penalty]
-    )
+    return PolicyGradient(LOSSES[loss], CORRECTIONS[correction], AGGREGATIONS[aggregation], PENALTIES[penalty])
 
 
 def log_table(seed):
@@ -111,8 +100,7 @@ def loss_inputs(batch, table):
 
 
 def take_step(objective, sequences, table, cut):
-    """Return loss, gradient by the table and metric sums of one step, accumulated as the learner
-    does."""
+    """Return loss, gradient by the table and metric sums of one step, accumulated as the learner does."""
     table = table.clone().requires_grad_()
     loss, metrics = 0.0, {}
     batches = [batch for rank in pack(sequences, *cut) for batch in rank]
@@ -303,8 +291,7 @@ def test_truncated_is_is_importance_weighted_reinforce(random_tokens, cap):
 def test_corrections_agree_without_mismatch(random_tokens, loss):
     tokens = random_tokens(3, [10, 20], spread=0.0, coefficients=(0.5, -0.5))
     gradients = [
-        gradient(PolicyGradient(LOSSES[loss], correction, TokenMean()), tokens)
-        for correction in CORRECTIONS.values()
+        gradient(PolicyGradient(LOSSES[loss], correction, TokenMean()), tokens) for correction in CORRECTIONS.values()
     ]
     assert torch.equal(*gradients)
 
@@ -353,9 +340,7 @@ def test_distant_policies_give_finite_numbers(random_tokens, recipe):
     tokens = random_tokens(0, [4, 4], coefficients=(0.5, -0.5))
     far = torch.tensor([200.0, -200.0, 30.0, -30.0] * 2)
     tokens = replace(
-        tokens,
-        sampled_logprobs=tokens.logprobs.detach() - far,
-        reference_logprobs=tokens.logprobs.detach() + far,
+        tokens, sampled_logprobs=tokens.logprobs.detach() - far, reference_logprobs=tokens.logprobs.detach() + far
     )
     sums = objective_from(*recipe)(tokens)
     assert torch.isfinite(sums.loss)

@@ -21,9 +21,7 @@ PPO = PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), TokenMean())
 @given(
     st.lists(
         st.tuples(
-            st.floats(-5, 0, width=32),
-            st.floats(-5, 0, width=32),
-            st.sampled_from([1.0, -1.0, 0.0, 0.37, -2.5]),
+            st.floats(-5, 0, width=32), st.floats(-5, 0, width=32), st.sampled_from([1.0, -1.0, 0.0, 0.37, -2.5])
         ),
         min_size=1,
         max_size=40,
@@ -132,9 +130,7 @@ def test_nft_by_hand():
 
 def test_gspo_on_single_tokens_equals_ppo(random_tokens):
     tokens = random_tokens(2, [1, 1, 0, 1, 1, 1] * 5)
-    of_token, of_sequence = (
-        loss(log_ratios(tokens), tokens) for loss in (PpoClip(0.1, 0.2), Gspo(0.1, 0.2))
-    )
+    of_token, of_sequence = (loss(log_ratios(tokens), tokens) for loss in (PpoClip(0.1, 0.2), Gspo(0.1, 0.2)))
     assert torch.equal(of_token.losses, of_sequence.losses)
     assert torch.equal(of_token.clipped, of_sequence.clipped) and of_token.clipped.any()
     assert torch.equal(gradient(PpoClip(0.1, 0.2), tokens), gradient(Gspo(0.1, 0.2), tokens))

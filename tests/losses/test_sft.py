@@ -21,30 +21,12 @@ from pear_ray.losses.pear import (
     Shuffled,
     pear_weights,
 )
-from pear_ray.losses.sft import (
-    Dft,
-    IwSft,
-    Kl,
-    Nll,
-    SedSft,
-    Supervised,
-    TrSft,
-    Unlikelihood,
-    Weighted,
-    histogram,
-)
+from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, Supervised, TrSft, Unlikelihood, Weighted, histogram
 
 LEVELS = ("token", "block", "sequence")
 SOURCES = ("tutor", "coder")
 CLIPS = {"clip_log_ratio": (-0.5, 0.5), "clip_log_weight": (-2.0, 2.0)}
-LOSSES = {
-    "nll": Nll(),
-    "dft": Dft(),
-    "trsft": TrSft(),
-    "sedsft": SedSft(),
-    "iwsft": IwSft(),
-    "kl": Kl(vocab_size=12),
-}
+LOSSES = {"nll": Nll(), "dft": Dft(), "trsft": TrSft(), "sedsft": SedSft(), "iwsft": IwSft(), "kl": Kl(vocab_size=12)}
 NORMALIZATIONS = {
     "none": NoNormalization(),
     "per_sequence": PerSequence(),
@@ -89,9 +71,7 @@ def test_equal_policies_make_pear_plain_sft_bit_for_bit(random_tokens, loss, nor
         objective = Weighted(loss, weigh=Pear(level, 1.0), normalization=normalization)
         pear = objective(tokens)
         assert torch.equal(pear.loss, plain.loss) and plain.loss != 0
-        for one, other in zip(
-            gradients(pear.loss, tokens), gradients(plain.loss, tokens), strict=True
-        ):
+        for one, other in zip(gradients(pear.loss, tokens), gradients(plain.loss, tokens), strict=True):
             assert torch.equal(one, other)
         assert all(torch.equal(pear.metric_sums[name], v) for name, v in plain.metric_sums.items())
         sums = {name: value.numpy() for name, value in pear.metric_sums.items()}
@@ -120,9 +100,7 @@ def test_plain_sft_in_plain_python(random_tokens):
     assert sums.metric_sums.keys() == {"nll", "tokens_to_learn", "entropy"}
     assert float(sums.metric_sums["nll"]) == pytest.approx(nll, rel=1e-6)
     assert int(sums.metric_sums["tokens_to_learn"]) == sum(c > 0 for c, _ in pairs)
-    assert float(sums.metric_sums["entropy"]) == pytest.approx(
-        sum(tokens.entropies.tolist()), rel=1e-6
-    )
+    assert float(sums.metric_sums["entropy"]) == pytest.approx(sum(tokens.entropies.tolist()), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -148,9 +126,7 @@ def test_negative_coefficients_replace_the_loss_by_unlikelihood(random_tokens, l
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_pear_is_the_loss_times_detached_weights(random_tokens, loss, level):
     tokens = random_tokens(1, [9, 40, 3])
-    weights = pear_weights(
-        tokens.logprobs, tokens.sampled_logprobs, tokens.sequence_ids, level=level, discount=0.99
-    )
+    weights = pear_weights(tokens.logprobs, tokens.sampled_logprobs, tokens.sequence_ids, level=level, discount=0.99)
     assert weights.std() > 0.01
     sums = Weighted(loss, weigh=Pear(level, 0.99))(tokens)
     wrong = tokens.coefficients < 0
@@ -159,9 +135,7 @@ def test_pear_is_the_loss_times_detached_weights(random_tokens, loss, level):
     torch.testing.assert_close(sums.loss, expected)
     for one, other in zip(gradients(sums.loss, tokens), gradients(expected, tokens), strict=True):
         torch.testing.assert_close(one, other)
-    assert float(sums.metric_sums["weight"]) == pytest.approx(
-        float(weights.double().sum()), rel=1e-6
-    )
+    assert float(sums.metric_sums["weight"]) == pytest.approx(float(weights.double().sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
@@ -180,9 +154,7 @@ def test_loss_uses_normalized_weights_and_metrics_raw_ones(random_tokens, name, 
     sums.loss.backward()
     torch.testing.assert_close(tokens.logprobs.grad, -applied * tokens.coefficients)
     assert float(sums.metric_sums["weight"]) == pytest.approx(float(raw.double().sum()))
-    assert float(sums.metric_sums["weight_squared"]) == pytest.approx(
-        float(raw.double() @ raw.double())
-    )
+    assert float(sums.metric_sums["weight_squared"]) == pytest.approx(float(raw.double() @ raw.double()))
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
@@ -228,8 +200,7 @@ def test_sums_do_not_depend_on_the_split(random_tokens, objective, data):
     tokens = random_tokens(data.draw(st.integers(0, 999)), lengths)
     whole = objective(tokens)
     pieces = [
-        objective(part(tokens, [s for s, b in enumerate(batch_of) if b == batch]))
-        for batch in sorted(set(batch_of))
+        objective(part(tokens, [s for s, b in enumerate(batch_of) if b == batch])) for batch in sorted(set(batch_of))
     ]
     pieces.append(objective(random_tokens(0, [0])))
     loss = sum(piece.loss for piece in pieces)

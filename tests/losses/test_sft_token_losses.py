@@ -13,20 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.losses.sft import (
-    Dft,
-    IwSft,
-    Kl,
-    Nll,
-    SedSft,
-    TrSft,
-    Unlikelihood,
-    log_complement,
-    log_remainder,
-)
+from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, TrSft, Unlikelihood, log_complement, log_remainder
 
-# Functions of a log-prob x and of detached values: the same log-prob, the mass of the likeliest
-# tokens and the mean log-ratio of the sequence.
+# Functions of a log-prob x and of detached values: the same log-prob, the mass of the likeliest tokens and the mean
+# log-ratio of the sequence.
 FORMULAS = {
     "nll": (Nll(), lambda x, fixed: -x),
     "dft": (Dft(), lambda x, fixed: -math.exp(fixed.x) * x),
@@ -43,10 +33,7 @@ FORMULAS = {
         lambda x, fixed: -min(max(math.exp(3 * fixed.ratio), 0.9), 1.2) * x,
     ),
     "unlikelihood": (Unlikelihood(), lambda x, fixed: min(5.0, -math.log(1 - math.exp(x)))),
-    "unlikelihood, low": (
-        Unlikelihood(cap=0.5),
-        lambda x, fixed: min(0.5, -math.log(1 - math.exp(x))),
-    ),
+    "unlikelihood, low": (Unlikelihood(cap=0.5), lambda x, fixed: min(0.5, -math.log(1 - math.exp(x)))),
 }
 
 
@@ -57,13 +44,7 @@ def well(x):
 
 def detached_values(tokens):
     columns = [
-        column.tolist()
-        for column in (
-            tokens.logprobs,
-            tokens.sampled_logprobs,
-            tokens.top_masses,
-            tokens.sequence_ids,
-        )
+        column.tolist() for column in (tokens.logprobs, tokens.sampled_logprobs, tokens.top_masses, tokens.sequence_ids)
     ]
     ratios = {}
     for x, sampled, _, owner in zip(*columns, strict=True):
@@ -112,8 +93,7 @@ def test_gradients_with_respect_to_the_probability(random_tokens, probs, alpha):
     p = torch.tensor(probs, dtype=torch.float64).requires_grad_()
     tokens = replace(random_tokens(0, [len(probs)]), logprobs=p.log())
     slopes = {
-        loss: torch.autograd.grad(loss(tokens).sum(), p, retain_graph=True)[0]
-        for loss in (Nll(), Dft(), TrSft(alpha))
+        loss: torch.autograd.grad(loss(tokens).sum(), p, retain_graph=True)[0] for loss in (Nll(), Dft(), TrSft(alpha))
     }
     torch.testing.assert_close(slopes[Nll()], -1 / p.detach())
     torch.testing.assert_close(slopes[Dft()], -torch.ones(len(probs)).double())
@@ -162,9 +142,7 @@ def full_kl(teacher, student):
     """Return the KL divergence over the whole vocabulary, in plain Python."""
     return [
         math.fsum(math.exp(b) * (b - t) for b, t in zip(row, other, strict=True))
-        for row, other in zip(
-            teacher.log_softmax(-1).tolist(), student.log_softmax(-1).tolist(), strict=True
-        )
+        for row, other in zip(teacher.log_softmax(-1).tolist(), student.log_softmax(-1).tolist(), strict=True)
     ]
 
 
@@ -194,21 +172,14 @@ def test_the_whole_vocabulary_leaves_no_bucket(random_tokens):
 
 @pytest.mark.parametrize("stored", [1, 2, 5, 11])
 def test_kl_with_a_bucket(random_tokens, stored):
-    theirs, own = (
-        side.detach().float() for side in top_k_logprobs(stored, *random_pair(stored, 9, 12))
-    )
+    theirs, own = (side.detach().float() for side in top_k_logprobs(stored, *random_pair(stored, 9, 12)))
     own.requires_grad_()
     loss = Kl(12)(kl_tokens(random_tokens, theirs, own))
     rows = list(zip(theirs.tolist(), own.tolist(), strict=True))
-    np.testing.assert_allclose(
-        loss.detach(), [bucket_kl(*row) for row in rows], rtol=1e-4, atol=2e-6
-    )
+    np.testing.assert_allclose(loss.detach(), [bucket_kl(*row) for row in rows], rtol=1e-4, atol=2e-6)
     (gradient,) = torch.autograd.grad(loss.sum(), own)
     slopes = [
-        [
-            slope(lambda x, b=b, t=t, i=i: bucket_kl(b, [*t[:i], x, *t[i + 1 :]]), t[i])
-            for i in range(stored)
-        ]
+        [slope(lambda x, b=b, t=t, i=i: bucket_kl(b, [*t[:i], x, *t[i + 1 :]]), t[i]) for i in range(stored)]
         for b, t in rows
     ]
     np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
@@ -216,14 +187,10 @@ def test_kl_with_a_bucket(random_tokens, stored):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 9999), spread=st.floats(0, 3))
-def test_kl_with_a_bucket_is_a_lower_bound_that_increases_with_stored_tokens(
-    random_tokens, seed, spread
-):
+def test_kl_with_a_bucket_is_a_lower_bound_that_increases_with_stored_tokens(random_tokens, seed, spread):
     # No token below 3e-5: a remainder below 1e-6 counts as 1e-6.
     teacher, student = (side.detach().clamp(-4, 4) for side in random_pair(seed, 3, 12, spread))
-    bounds = [
-        Kl(12)(kl_tokens(random_tokens, *top_k_logprobs(k, teacher, student))) for k in range(1, 13)
-    ]
+    bounds = [Kl(12)(kl_tokens(random_tokens, *top_k_logprobs(k, teacher, student))) for k in range(1, 13)]
     steps = torch.stack(bounds).diff(dim=0)
     # The bucket is the twelfth token: eleven of twelve tokens suffice.
     assert (steps > -1e-9).all() and (bounds[0] > -1e-9).all()

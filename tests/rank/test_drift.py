@@ -23,9 +23,7 @@ def test_total_equals_numpy_on_all_tensors_as_one_vector():
     a, b, c = (np.concatenate([t.double().numpy().ravel() for t in model]) for model in models)
     norm = np.linalg.norm
     cosine = (b - a) @ (c - b) / norm(b - a) / norm(c - b)
-    assert row == pytest.approx(
-        {"sft_move": norm(b - a) / norm(a), "rl_move": norm(c - b) / norm(b), "cosine": cosine}
-    )
+    assert row == pytest.approx({"sft_move": norm(b - a) / norm(a), "rl_move": norm(c - b) / norm(b), "cosine": cosine})
 
 
 @pytest.mark.parametrize(("factor", "cosine"), [(0.5, 1.0), (-0.25, -1.0)])
@@ -81,8 +79,8 @@ def write_weights(folder: Path, **tensors: torch.Tensor) -> None:
 
 
 def test_drift_of_every_arm(tmp_path: Path) -> None:
-    """SFT adds ones to a matrix, RL takes half of that back; a head that one model lacks is
-    skipped. Arms without RL or without SFT lack that step."""
+    """SFT adds ones to a matrix, RL takes half of that back; a head that one model lacks is skipped. Arms without RL or
+    without SFT lack that step."""
     ones, norm = torch.ones(4, 6), torch.ones(6)
     write_weights(tmp_path / "base", matrix=2 * ones, norm=norm, head=ones)
     for export, factor in {
@@ -100,10 +98,7 @@ def test_drift_of_every_arm(tmp_path: Path) -> None:
     ).model_copy(
         update={
             "model": Model(path=str(tmp_path / "base"), dtype="float32"),
-            "arms": (
-                *(Arm(name=name) for name in ("whole", "half", "none", "other")),
-                Arm(name="both", cooperate={}),
-            ),
+            "arms": (*(Arm(name=name) for name in ("whole", "half", "none", "other")), Arm(name="both", cooperate={})),
         }
     )
     rows = parameter_drift(job)

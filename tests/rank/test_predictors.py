@@ -1,5 +1,4 @@
-"""Predictors against enumeration of all groups and resamples, and on points with known
-correlations."""
+"""Predictors against enumeration of all groups and resamples, and on points with known correlations."""
 
 from __future__ import annotations
 
@@ -15,9 +14,7 @@ from pear_ray.rank import predictors
 
 COUNTS = st.integers(2, 7).flatmap(
     lambda n: st.tuples(
-        st.just(n),
-        st.integers(1, n),
-        st.lists(st.integers(0, n), min_size=1, max_size=4).map(np.array),
+        st.just(n), st.integers(1, n), st.lists(st.integers(0, n), min_size=1, max_size=4).map(np.array)
     )
 )
 
@@ -131,8 +128,7 @@ def test_held_out_r_squared_equals_lines_fitted_by_numpy():
     assert measured == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
 
 
-# Rows of arXiv 2510.01624: Spearman and R^2 of pass@1, held-out loss and pass@64 with the result
-# after RL.
+# Rows of arXiv 2510.01624: Spearman and R^2 of pass@1, held-out loss and pass@64 with the result after RL.
 PAPER = {
     "dataset, Llama3-8B": ((0.75, 0.94, 0.95), (0.57, 0.88, 0.87)),
     "dataset, Mistral-NeMo-12B": ((0.78, 0.90, 0.92), (0.29, 0.79, 0.57)),

@@ -99,8 +99,7 @@ def by_label(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def narrow_and_wide(tmp_path: Path) -> Path:
-    """One solves few problems often (highest pass@1), one many problems sometimes (highest pass@8),
-    one is poor."""
+    """One solves few problems often (highest pass@1), one many problems sometimes (highest pass@8), one is poor."""
     write(
         tmp_path,
         {
@@ -183,9 +182,7 @@ def test_dominated_candidates_are_dropped_if_trained_alike(tmp_path: Path) -> No
     assert rows["bad"]["dropped_for"] == "good" and rows["bad"]["rank"] is None
     assert rows["other"]["dropped_for"] is None, "its loss is of another training"
     assert [row["label"] for row in document["candidates"]] == ["good", "other", "bad"]
-    assert any(
-        text.startswith("Held-out loss was not used for other") for text in document["cautions"]
-    )
+    assert any(text.startswith("Held-out loss was not used for other") for text in document["cautions"])
     # Losses are not compared unless the training is known to be alike.
     rows = by_label(ranking_of(job_of(tmp_path)))
     assert {row["dropped_for"] for row in rows.values()} == {None}
@@ -204,9 +201,7 @@ def test_results_of_the_arms_are_the_track_record(tmp_path: Path) -> None:
         config = {"sft": sft, "corpus": {"scored_path": "scored"}}
         (home / "config.json").write_text(json.dumps(config))
         losses = {"heldout_loss": 1.0 + number / 12, "lowest_heldout_loss": 1.0}
-        (home / "metrics.jsonl").write_text(
-            json.dumps({"stage": "sft", "step": 9, **losses}) + "\n"
-        )
+        (home / "metrics.jsonl").write_text(json.dumps({"stage": "sft", "step": 9, **losses}) + "\n")
     write(tmp_path, counts, {f"arm{number}/sft": 2.0 - number / 10 for number in range(5)})
     arms = tuple(Arm(name=f"arm{number}") for number in range(5))
     document = ranking_of(job_of(tmp_path, k=1).model_copy(update={"arms": arms}))
@@ -277,11 +272,7 @@ def test_checkpoints_after_cooperate_are_results_of_theirs(tmp_path: Path) -> No
 
 
 def test_cautions(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {"a": counts_of(mixed(0.1, 0.5), 0), "b": counts_of(mixed(0.2, 0.5), 1)},
-        logprob=-0.1,
-    )
+    write(tmp_path, {"a": counts_of(mixed(0.1, 0.5), 0), "b": counts_of(mixed(0.2, 0.5), 1)}, logprob=-0.1)
     texts = "\n".join(ranking_of(job_of(tmp_path))["cautions"])
     assert "stands in for pass@64" in texts
     assert "of groups of 8" in texts
@@ -327,9 +318,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("spoil", "of_rank", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_bad_input_is_refused(
-    spoil: Any, of_rank: dict[str, Any], message: str, narrow_and_wide: Path
-) -> None:
+def test_bad_input_is_refused(spoil: Any, of_rank: dict[str, Any], message: str, narrow_and_wide: Path) -> None:
     spoil(narrow_and_wide)
     with pytest.raises(ConfigError, match=message):
         ranking_of(job_of(narrow_and_wide, **of_rank))

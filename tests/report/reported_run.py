@@ -105,15 +105,12 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
         scores = {"1": one, "8": eight}
         return {
             "path": "some/folder",
-            "pass_at_k": {
-                k: {"value": v, "low": v - 0.03, "high": v + 0.03} for k, v in scores.items()
-            },
+            "pass_at_k": {k: {"value": v, "low": v - 0.03, "high": v + 0.03} for k, v in scores.items()},
             "completions_mean_length": 14.2,
             "completions_clipped_ratio": 0.02,
             "mean_logprob": -0.41,
             "pass_at_k_curve": [
-                {"value": v, "low": v - 0.03, "high": v + 0.03}
-                for v in np.linspace(one, eight, 8).tolist()
+                {"value": v, "low": v - 0.03, "high": v + 0.03} for v in np.linspace(one, eight, 8).tolist()
             ],
             "parts": {"style_build": 0.6, "style_undo": 0.4 - one / 10, "style_code": 0.0},
             "heldout_nll": None,
@@ -199,12 +196,7 @@ def write_run(folder: Path) -> Job:
     (folder / "rank" / "moves.json").write_text(json.dumps(moves))
     stages = dict.fromkeys(("pretrain", "sample", "score", "evaluate"), done)
     stages["score"] = done | {"facts": facts}
-    manifest = {
-        "layout": LAYOUT,
-        "versions": {"ray": "2.60.0"},
-        "stages": stages,
-        "command": "pear-ray report x",
-    }
+    manifest = {"layout": LAYOUT, "versions": {"ray": "2.60.0"}, "stages": stages, "command": "pear-ray report x"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     job = job_of(folder)
     (folder / "config.json").write_text(job.model_dump_json())

@@ -49,8 +49,4 @@ def test_numbers_as_text() -> None:
 
 def test_a_cell_cannot_break_its_markdown_table() -> None:
     table = Table([{"a": "x|y\nz", "b_c": 0.5}])
-    assert table.markdown().splitlines() == [
-        "| a      | b c   |",
-        "| ------ | ----- |",
-        "| x\\|y z | 0.500 |",
-    ]
+    assert table.markdown().splitlines() == ["| a      | b c   |", "| ------ | ----- |", "| x\\|y z | 0.500 |"]

@@ -204,8 +204,7 @@ def cooperating(tmp_path: Path) -> Job:
     job = Job(**document | {"cooperate": {"method": "bridge"}})
     (tmp_path / "config.json").write_text(job.model_dump_json())
     rows = [
-        row | {"stage": "cooperate", "sft_nll": 1.2 - 0.01 * row["step"], "cooperative_gain": 0.1}
-        for row in rl_rows()
+        row | {"stage": "cooperate", "sft_nll": 1.2 - 0.01 * row["step"], "cooperative_gain": 0.1} for row in rl_rows()
     ]
     write_lines(tmp_path / "arms" / "pear" / "metrics.jsonl", sft_rows(True) + rows)
     card = tmp_path / "evaluate" / "scorecard.json"

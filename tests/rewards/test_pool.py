@@ -16,10 +16,7 @@ from pear_ray.rewards.pool import MAX_ANSWERS_PER_CALL, RewardPool
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-SPECS = (
-    TaskSpec(name="countdown", options={"max_number": 9}),
-    TaskSpec(name="tests.rewards.troublesome:Troublesome"),
-)
+SPECS = (TaskSpec(name="countdown", options={"max_number": 9}), TaskSpec(name="tests.rewards.troublesome:Troublesome"))
 SETTINGS = Rewards(processes=2, timeout_seconds=0.5, memory_mib=256)
 # A worker is killed after 0.5 s for the grade, 1 s for the call and 5 s of grace.
 SECONDS_TO_KILL = 6.5

@@ -29,8 +29,7 @@ def in_a_thread(function: Callable[[], object]) -> object:
 
 
 @pytest.mark.parametrize(
-    ("family", "expected"),
-    [(socket.AF_INET, "denied"), (socket.AF_INET6, "denied"), (socket.AF_UNIX, "opened")],
+    ("family", "expected"), [(socket.AF_INET, "denied"), (socket.AF_INET6, "denied"), (socket.AF_UNIX, "opened")]
 )
 def test_the_thread_and_those_it_starts_open_unix_sockets_only(family: int, expected: str) -> None:
     def confined() -> tuple[str, object]:

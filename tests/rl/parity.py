@@ -1,5 +1,5 @@
-"""A task for untrained models with a vocabulary of a hundred words: a completion is correct if its
-first word is even, so that some of every group are. The processes of a run import this module."""
+"""A task for untrained models with a vocabulary of a hundred words: a completion is correct if its first word is even,
+so that some of every group are. The processes of a run import this module."""
 
 from __future__ import annotations
 

@@ -36,8 +36,7 @@ def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 
 def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
-    """Run a stage of `num_steps` steps, kill its driver three steps before the end, and run the
-    same command again."""
+    """Run a stage of `num_steps` steps, kill its driver three steps before the end, and run the same command again."""
     with (job.parent / "driver.log").open("ab") as log:
         driver = subprocess.Popen(
             [sys.executable, "-m", "pear_ray", stage, str(job)],

@@ -56,9 +56,7 @@ def slow_arrays(completion, advantage, prompt_ids, is_masked):
     rows = [(token, False, 0.0, 0.0, 0.0, False) for token in prompt_ids]
     for token, logprob in zip(completion.prefix_ids, completion.prefix_logprobs, strict=True):
         rows.append((token, True, logprob, 1.0, 0.0, True))
-    sampled = zip(
-        completion.token_ids, completion.logprobs, completion.reference_logprobs, strict=True
-    )
+    sampled = zip(completion.token_ids, completion.logprobs, completion.reference_logprobs, strict=True)
     for token, logprob, reference in sampled:
         if is_masked and completion.finish_reason == "length":
             rows.append((token, False, 0.0, 0.0, 0.0, False))
@@ -67,10 +65,7 @@ def slow_arrays(completion, advantage, prompt_ids, is_masked):
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
-@given(
-    st.lists(st.tuples(completions(), st.floats(-2, 2, width=32)), min_size=1, max_size=5),
-    st.booleans(),
-)
+@given(st.lists(st.tuples(completions(), st.floats(-2, 2, width=32)), min_size=1, max_size=5), st.booleans())
 def test_prefixes_are_demonstrations_and_the_rest_has_the_advantage(pairs, is_masked):
     answers, advantages = zip(*pairs, strict=True)
     job, group = job_of(mask_truncated=is_masked), group_of(answers, advantages)
@@ -142,9 +137,7 @@ def test_arrays_are_0_at_tokens_that_are_not_trainable():
     assert all(array.dtype == np.float32 for array in arrays)
 
 
-@pytest.mark.parametrize(
-    ("sampled", "reference"), [([-1.0], None), ([-1.0, -1.0], [-1.0]), ([-1.0], [-1.0, -1.0])]
-)
+@pytest.mark.parametrize(("sampled", "reference"), [([-1.0], None), ([-1.0, -1.0], [-1.0]), ([-1.0], [-1.0, -1.0])])
 def test_other_than_one_logprob_per_token_is_refused(sampled, reference):
     with pytest.raises(ValueError, match=r"^a-1: expected 2 log-probs, .*, got 1$"):
         TrainingSequence.of([7], [1, 2], sampled, 1.0, "a-1", reference_logprobs=reference)

@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.rl.monitor import (
-    falling_entropy,
-    little_signal,
-    low_entropy,
-    stop_reason,
-    threshold_pass_rate,
-)
+from pear_ray.rl.monitor import falling_entropy, little_signal, low_entropy, stop_reason, threshold_pass_rate
 
 
 def entropies(*values, first=0):
@@ -60,11 +54,7 @@ ALERTS = {
         evaluations(0.3, 0.5, 0.5, 0.4),
         "step 7: pass_at_1 has not improved in 2 evaluations: its best is 0.5",
     ),
-    "target": (
-        stops_at_09,
-        evaluations(0.3, 0.9),
-        "step 3: pass_at_1 reached 0.9: it is 0.9",
-    ),
+    "target": (stops_at_09, evaluations(0.3, 0.9), "step 3: pass_at_1 reached 0.9: it is 0.9"),
 }
 SILENT = [
     (low_entropy, entropies(0.1, 0.18)),
@@ -118,9 +108,7 @@ def test_a_reached_target_stays_reached(values, target):
     assert len(set(filter(None, reasons))) <= 1
 
 
-@pytest.mark.parametrize(
-    ("group_size", "expected"), [(2, 0.5), (4, 0.159), (8, 0.083), (16, 0.042)]
-)
+@pytest.mark.parametrize(("group_size", "expected"), [(2, 0.5), (4, 0.159), (8, 0.083), (16, 0.042)])
 def test_threshold_pass_rates_are_those_of_the_paper(group_size, expected):
     rate = threshold_pass_rate(group_size)
     assert rate == pytest.approx(expected, abs=5e-4)

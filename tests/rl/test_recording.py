@@ -15,9 +15,7 @@ from pear_ray.rl.recording import batch_path, read_batch, write_batch, write_sam
 from pear_ray.rl.scheduler import StepBatch
 
 PLAIN = Completion((7, 1), (-0.5, -0.25), "w4", "stop", ((3, 1), (4, 1)))
-CONTINUED = Completion(
-    (8,), (-2.0,), "w6 w7 w5", "length", ((4, 1),), (-1.0,), (9, 10), (-3.0, -4.0)
-)
+CONTINUED = Completion((8,), (-2.0,), "w6 w7 w5", "length", ((4, 1),), (-1.0,), (9, 10), (-3.0, -4.0))
 WHOLE = Completion((), (), "w6", "stop", (), (), (9, 1), (-3.0, -0.5))
 
 

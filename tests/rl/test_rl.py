@@ -1,5 +1,5 @@
-"""Stage `rl` on real engines and learners: on-policy runs repeat to the bit, even if interrupted;
-recorded rollouts can be replayed; adapters can be trained off-policy."""
+"""Stage `rl` on real engines and learners: on-policy runs repeat to the bit, even if interrupted; recorded rollouts can
+be replayed; adapters can be trained off-policy."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def write(rl: str = "", learner: str = "", steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("rl")
-        text = JOB.format(
-            folder=folder, model=tiny_model(True), steps=steps, rl=rl, learner=learner
-        )
+        text = JOB.format(folder=folder, model=tiny_model(True), steps=steps, rl=rl, learner=learner)
         (folder / "job.toml").write_text(text)
         return folder / "job.toml"
 
@@ -139,9 +137,7 @@ def test_replay_repeats_the_recorded_run_to_the_bit(plain: Path, replayed: Path)
 
 def test_log_probs_of_engines_and_learner_agree(plain: Path, adapters: Path) -> None:
     for job, least in ((plain, STEPS - 1), (adapters, STEPS / 2)):
-        gaps = [
-            row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None
-        ]
+        gaps = [row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None]
         assert len(gaps) >= least and max(gaps) <= 1e-4
 
 

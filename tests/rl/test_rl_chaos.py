@@ -1,8 +1,6 @@
-"""RL survives kills: it ends at its last step, trains on every problem once, and never on tokens
-that are too stale.
+"""RL survives kills: it ends at its last step, trains on every problem once, and never on tokens that are too stale.
 
-PEAR_RAY_RL_STAGE=cooperate runs BRIDGE instead; PEAR_RAY_RL_KILLS=all kills engines and learners
-more often.
+PEAR_RAY_RL_STAGE=cooperate runs BRIDGE instead; PEAR_RAY_RL_KILLS=all kills engines and learners more often.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Each problem goes to exactly one step, in the order of the stream, sampled with weights that are
-new enough, in whatever order completions and grades come."""
+"""Each problem goes to exactly one step, in the order of the stream, sampled with weights that are new enough, in
+whatever order completions and grades come."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 
 from pear_ray.config import Job
 from pear_ray.records import Completion, Grade
-from pear_ray.rl.scheduler import (
-    MAX_DROPPED_PER_PROMPT,
-    RolloutScheduler,
-    batch_metrics,
-    soft_overlong_penalty,
-)
+from pear_ray.rl.scheduler import MAX_DROPPED_PER_PROMPT, RolloutScheduler, batch_metrics, soft_overlong_penalty
 from pear_ray.seeds import seed_of
 from pear_ray.tasks import endless_problems
 
@@ -43,8 +38,7 @@ def job_of(model: str, **rl: object) -> Job:
 
 def completions_at(version: int) -> tuple[Completion, ...]:
     return tuple(
-        Completion((5, 6, 1), (-1.0, -2.0, -0.5), f"answer {n}", "stop", ((version, 3),))
-        for n in range(GROUP)
+        Completion((5, 6, 1), (-1.0, -2.0, -0.5), f"answer {n}", "stop", ((version, 3),)) for n in range(GROUP)
     )
 
 
@@ -176,10 +170,7 @@ def test_seeds_of_a_problem_differ_between_epochs(model):
 
 def test_prompts_that_leave_no_room_are_dropped(model):
     job = job_of(model, dynamic_sampling=False)
-    lengths = {
-        len(request.prompt_ids)
-        for _, request in RolloutScheduler(job, model, 0, 0).next_requests(0)
-    }
+    lengths = {len(request.prompt_ids) for _, request in RolloutScheduler(job, model, 0, 0).next_requests(0)}
     assert len(lengths) == 1
     (length,) = lengths
     document = job.model_dump()

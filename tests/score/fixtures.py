@@ -72,8 +72,8 @@ def corpus(
     by_transformers: Callable[[str, list[Row]], list[torch.Tensor]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Corpus:
-    """Four sources: two with a model, one that also records log-probs, and an unknown one with a
-    fallback scorer; some bad rows; two gzipped files. Rows exceed an engine's batch."""
+    """Four sources: two with a model, one that also records log-probs, and an unknown one with a fallback scorer; some
+    bad rows; two gzipped files. Rows exceed an engine's batch."""
     folder = tmp_path_factory.mktemp("corpus")
     models = {"a": tiny_model(True, 0), "b": tiny_model(True, 1), "c": tiny_model(True, 2)}
     tokenizer = load_tokenizer(str(models["a"]))
@@ -86,9 +86,7 @@ def corpus(
     own = [row for row in rows.values() if row["source"] == "c"]
     found = [encode_conversation(tokenizer, row["messages"]) for row in own]
     ids = [(one.prompt_ids, one.response_ids) for one in found]
-    for row, (_, response), table in zip(
-        own, ids, by_transformers(str(models["c"]), ids), strict=True
-    ):
+    for row, (_, response), table in zip(own, ids, by_transformers(str(models["c"]), ids), strict=True):
         row["response_ids"] = response
         row["behavior_logprobs"] = table[range(len(response)), response].tolist()
     bad = {"bad-1": "messages", "bad-2": "behavior_logprobs", "bad-3": "split"}

@@ -12,20 +12,11 @@ import pytest
 
 from pear_ray.records import SCORED_SCHEMA, TOKENIZED_SCHEMA
 from pear_ray.score.merge import MergeLogprobs, ScoreStats
-from pear_ray.score.shards import (
-    LEAKED,
-    ScoringPlan,
-    TokenizedFile,
-    tokenized_path,
-    write_logprobs,
-    write_sorted,
-)
+from pear_ray.score.shards import LEAKED, ScoringPlan, TokenizedFile, tokenized_path, write_logprobs, write_sorted
 
 MODELS = {scorer: f"models/{scorer}" for scorer in ("tutor", "coder")}
 DIGESTS = ("vocabulary", "template")
-NOT_FINITE = (
-    "behavior_logprobs: expected finite log-probs, got NaN or infinity from the model of 'tutor'"
-)
+NOT_FINITE = "behavior_logprobs: expected finite log-probs, got NaN or infinity from the model of 'tutor'"
 
 
 def row(example_id, **changes):
@@ -136,9 +127,7 @@ def test_rows_are_sorted_by_id_and_keep_their_logprobs(folder):
     lengths = rng.integers(1, 9, len(names))
     rows = [
         row(name, response_ids=list(range(length)), scorer=scorer, source=scorer)
-        for name, length, scorer in zip(
-            names, lengths, ["tutor", "coder", "tutor"] * 8, strict=False
-        )
+        for name, length, scorer in zip(names, lengths, ["tutor", "coder", "tutor"] * 8, strict=False)
     ]
     scores = {name: [-n / 32] * lengths[n] for n, name in enumerate(names)}
     shuffled = [rows[n] for n in rng.permutation(len(rows))]
@@ -226,9 +215,7 @@ def test_probe_row_keeps_computed_logprobs_and_recorded_gap(folder):
 
 def test_probe_holds_the_rows_of_the_plan(folder):
     rows = [row(f"a-{number:03d}") for number in range(100)]
-    chosen = ScoringPlan({"tutor": 0.3}, frozenset()).in_probe(
-        pa.Table.from_pylist(rows, TOKENIZED_SCHEMA)
-    )
+    chosen = ScoringPlan({"tutor": 0.3}, frozenset()).in_probe(pa.Table.from_pylist(rows, TOKENIZED_SCHEMA))
     scores = {one["example_id"]: [-1.0, -1.0] for one in rows}
     found, probe, *_ = merge(folder, rows, scores, {"tutor": 0.3})
     assert 10 < len(probe) < 60
@@ -237,11 +224,7 @@ def test_probe_holds_the_rows_of_the_plan(folder):
 
 def test_top_k_stays_with_its_row(folder):
     top = {
-        name: {
-            "logprobs": [-1.0, -2.0],
-            "top_ids": [n, n + 1, n + 2, n + 3],
-            "top_logprobs": [-0.5, -1.0, -0.25, -n],
-        }
+        name: {"logprobs": [-1.0, -2.0], "top_ids": [n, n + 1, n + 2, n + 3], "top_logprobs": [-0.5, -1.0, -0.25, -n]}
         for n, name in enumerate("ac", start=2)
     }
     rows = [row("a"), row("b", recorded_logprobs=[-0.25, -0.5]), row("c")]

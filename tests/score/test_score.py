@@ -43,9 +43,7 @@ def test_rejected_rows_have_a_reason(corpus: Any, scored_run: Path) -> None:
         assert reasons[name].startswith(reason) and "expected" in reasons[name]
 
 
-def test_logprobs_match_transformers(
-    corpus: Any, scored: list[dict[str, Any]], by_transformers: Any
-) -> None:
+def test_logprobs_match_transformers(corpus: Any, scored: list[dict[str, Any]], by_transformers: Any) -> None:
     """Including multi-turn rows, rows that fill the context, chunked prefill and top-k."""
     for source, model in {**corpus.models, "?": corpus.models["b"]}.items():
         rows = [row for row in scored if row["source"] == source]
@@ -67,9 +65,7 @@ def test_logprobs_match_transformers(
 def test_truncated_rows_fill_the_context(corpus: Any, scored: list[dict[str, Any]]) -> None:
     cut = [row for row in scored if row["truncated"]]
     assert len(cut) == 15
-    assert {len(row["prompt_ids"]) + len(row["response_ids"]) for row in cut} == {
-        corpus.max_model_len
-    }
+    assert {len(row["prompt_ids"]) + len(row["response_ids"]) for row in cut} == {corpus.max_model_len}
 
 
 def test_only_trainable_tokens_are_scored(corpus: Any, scored: list[dict[str, Any]]) -> None:
@@ -137,10 +133,7 @@ def example(**changes: Any) -> dict[str, Any]:
     row = {
         "example_id": "a-1",
         "source": "teacher",
-        "messages": [
-            {"role": "user", "content": "1 + 2 ="},
-            {"role": "assistant", "content": "3"},
-        ],
+        "messages": [{"role": "user", "content": "1 + 2 ="}, {"role": "assistant", "content": "3"}],
     }
     return row | changes
 
@@ -170,9 +163,7 @@ BAD_CORPORA = {
 
 
 @pytest.mark.parametrize("case", BAD_CORPORA)
-def test_unusable_corpus_is_rejected(
-    case: str, model: str, tmp_path: Path, ray_session: None
-) -> None:
+def test_unusable_corpus_is_rejected(case: str, model: str, tmp_path: Path, ray_session: None) -> None:
     name, content, parts = BAD_CORPORA[case]
     (tmp_path / name).write_bytes(content)
     (tmp_path / "job.toml").write_text(
@@ -204,11 +195,7 @@ def test_unusable_corpus_is_rejected(
 
 
 def test_models_are_grouped_by_architecture(tiny_model) -> None:
-    paths = {
-        "a": str(tiny_model(True, 0)),
-        "b": str(tiny_model(False, 0)),
-        "c": str(tiny_model(True, 1)),
-    }
+    paths = {"a": str(tiny_model(True, 0)), "b": str(tiny_model(False, 0)), "c": str(tiny_model(True, 1))}
     job = Job.model_validate(
         {
             "run": {"dir": "run"},

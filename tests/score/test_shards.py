@@ -127,9 +127,7 @@ def test_files_do_not_depend_on_the_order_of_rows(rows, rows_per_shard, data):
                 num_rows[key] += 1
                 num_tokens[key] += len(one["prompt_ids"]) + len(one["response_ids"])
     # In the order of their rows, and within a row group of their scorers.
-    assert list(file.shards) == [
-        Shard(*key, num_rows[key], num_tokens[key]) for key in sorted(num_rows)
-    ]
+    assert list(file.shards) == [Shard(*key, num_rows[key], num_tokens[key]) for key in sorted(num_rows)]
 
 
 def test_chunked_table_is_stored_like_a_contiguous_one(tmp_path):
@@ -182,12 +180,7 @@ def test_first_usable_row_by_digest_wins_among_repeated_ids():
 
 
 def test_shards_are_counted_by_scorer():
-    rows = [
-        row("a", prompt_ids=[4] * 10),
-        row("b", scorer="coder"),
-        row("c", response_ids=[1]),
-        row("d", reason="bad"),
-    ]
+    rows = [row("a", prompt_ids=[4] * 10), row("b", scorer="coder"), row("c", response_ids=[1]), row("d", reason="bad")]
     found = list(cut_shards(table_of(rows), "file", 7))
     assert found == [Shard("file", 7, "coder", 1, 5), Shard("file", 7, "tutor", 2, 16)]
 

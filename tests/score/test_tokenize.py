@@ -65,9 +65,7 @@ def usable(found):
 @pytest.mark.parametrize("read", [from_json, from_parquet])
 def test_good_row(make_tokenizer, read):
     recorded = [-0.5, 0.0, -0.125]
-    good_row = row(
-        split="heldout", correct=True, response_ids=[7, 8, END], behavior_logprobs=recorded
-    )
+    good_row = row(split="heldout", correct=True, response_ids=[7, 8, END], behavior_logprobs=recorded)
     (found,) = read(make_tokenizer(), good_row)
     assert -(2**63) <= found.pop("content") < 2**63
     assert len(bytes.fromhex(found.pop("digest"))) == 8
@@ -228,9 +226,7 @@ def test_only_the_assistants_tokens_are_trainable(make_tokenizer, rounds):
 def test_recorded_logprobs_of_other_tokens_are_zeroed(make_tokenizer):
     messages = turns("w1", "w2", "w3 w4", "w5")
     recorded = [-1.0, -2.0, math.nan, 7.0, -3.0, -4.0]
-    (found,) = usable(
-        from_json(make_tokenizer(), row(messages=messages, behavior_logprobs=recorded))
-    )
+    (found,) = usable(from_json(make_tokenizer(), row(messages=messages, behavior_logprobs=recorded)))
     assert found["trainable"] == [True, True, False, False, True, True]
     assert found["recorded_logprobs"] == [-1.0, -2.0, 0.0, 0.0, -3.0, -4.0]
 
@@ -272,9 +268,7 @@ def test_content_is_a_hash_of_the_prompt(make_tokenizer):
         [message("system", "w1"), message("assistant", "w2")],
         [message("system", "w1"), *turns("w1", "w2")],
     ]
-    found = usable(
-        from_json(make_tokenizer(), *(row(messages=messages) for messages in conversations))
-    )
+    found = usable(from_json(make_tokenizer(), *(row(messages=messages) for messages in conversations)))
     contents = [one["content"] for one in found]
     assert contents[0] == contents[1]
     assert len(set(contents)) == 4
@@ -302,8 +296,7 @@ def test_invalid_utf_8_in_a_table_rejects_only_its_row(make_tokenizer):
     found = make_tokenizer(fallback_scorer="tutor").from_parquet(table).to_pylist()
     assert [one["reason"] for one in found] == [
         "",
-        "the row cannot be read: 'utf-8' codec can't decode byte 0xff in position 0:"
-        " invalid start byte",
+        "the row cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
         "",
     ]
     assert [one["source"] for one in found] == ["t", None, "c"]

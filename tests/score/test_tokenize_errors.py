@@ -40,9 +40,7 @@ def row(**changes):
 
 def from_lines(tokenize, *texts):
     places = [f"f.jsonl:{number}" for number in range(1, len(texts) + 1)]
-    found = tokenize.from_json_lines(
-        pa.table({"text": pa.array(texts, pa.binary()), "place": places})
-    )
+    found = tokenize.from_json_lines(pa.table({"text": pa.array(texts, pa.binary()), "place": places}))
     assert found.schema == TOKENIZED_SCHEMA
     return found.to_pylist()
 
@@ -74,9 +72,7 @@ LOGPROB = "expected a finite log-prob, got"
 EMPTY = "messages.1: expected an answer, got an empty one"
 OTHER_IDS = "response_ids: expected the ids of the text, got others"
 REJECTS = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + CHAT_TEMPLATE
-FORGETS = CHAT_TEMPLATE.replace(
-    "message['content']", "message['content'].replace('' if loop.last else 'w9', '')"
-)
+FORGETS = CHAT_TEMPLATE.replace("message['content']", "message['content'].replace('' if loop.last else 'w9', '')")
 
 # Name of the mistake: (changes to a good row, reason, changes to the config); of the right types.
 BAD_VALUES = {
@@ -90,15 +86,9 @@ BAD_VALUES = {
     ),
     "no message": ({"messages": [None, *turns("w1", "w2")]}, f"messages.0: {OBJECT} nothing"),
     "no role": ({"messages": [message(None, "w1")]}, f"messages.0.role: {ROLES} None"),
-    "unknown role": (
-        {"messages": [message("user", "w1"), message("gpt", "w2")]},
-        f"messages.1.role: {ROLES} 'gpt'",
-    ),
+    "unknown role": ({"messages": [message("user", "w1"), message("gpt", "w2")]}, f"messages.1.role: {ROLES} 'gpt'"),
     "no content": ({"messages": turns("w1", None)}, f"messages.1.content: {TEXT} nothing"),
-    "empty prompt": (
-        {"messages": turns("", "w2")},
-        "messages: expected a prompt before the first answer, got none",
-    ),
+    "empty prompt": ({"messages": turns("", "w2")}, "messages: expected a prompt before the first answer, got none"),
     "empty answer": ({"messages": turns("w1", "")}, EMPTY),
     "blank answer": ({"messages": turns("w1", " \n")}, EMPTY),
     "empty earlier answer": ({"messages": turns("w1", "", "w2", "w3")}, EMPTY),
@@ -108,10 +98,7 @@ BAD_VALUES = {
     "no source": ({"source": None}, f"source: {NO_SOURCE.format(None)}"),
     "empty source": ({"source": ""}, f"source: {NO_SOURCE.format(None)}"),
     "unknown source": ({"source": "author"}, "source: " + NO_SOURCE.format("'author'")),
-    "unknown split": (
-        {"split": "test"},
-        "split: expected 'train', 'heldout' or nothing, got 'test'",
-    ),
+    "unknown split": ({"split": "test"}, "split: expected 'train', 'heldout' or nothing, got 'test'"),
     "too long": (
         {"messages": turns("w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6 w7")},
         "messages: expected at most generator.max_model_len = 12 tokens, got 13"
@@ -119,8 +106,7 @@ BAD_VALUES = {
     ),
     "too long a prompt": (
         {"messages": turns("w1 " * 12, "w2")},
-        "messages: expected fewer than generator.max_model_len = 12 tokens before the first answer,"
-        " got 12",
+        "messages: expected fewer than generator.max_model_len = 12 tokens before the first answer, got 12",
         {"truncates": True},
     ),
     "other ids": ({"response_ids": [7, 8, 2]}, OTHER_IDS),
@@ -131,10 +117,7 @@ BAD_VALUES = {
         "behavior_logprobs: expected one value per response token, 3, got 2",
     ),
     **{
-        f"log-prob {value}": (
-            {"behavior_logprobs": [-1.0, value, -1.0]},
-            f"behavior_logprobs.1: {LOGPROB} {value}",
-        )
+        f"log-prob {value}": ({"behavior_logprobs": [-1.0, value, -1.0]}, f"behavior_logprobs.1: {LOGPROB} {value}")
         for value in (math.nan, math.inf, -math.inf, 0.5)
     },
     "unknown token": (
@@ -161,10 +144,7 @@ BAD_TYPES = {
     "text for a message": ({"messages": ["w1", "w2"]}, f"messages.0: {OBJECT} text"),
     "other keys": ({"messages": [{"from": "user"}]}, f"messages.0.role: {ROLES} None"),
     "number for a role": ({"messages": [message(3, "w1")]}, f"messages.0.role: {ROLES} 3"),
-    "number for content": (
-        {"messages": [message("user", 3)]},
-        f"messages.0.content: {TEXT} a number",
-    ),
+    "number for content": ({"messages": [message("user", 3)]}, f"messages.0.content: {TEXT} a number"),
     "parts for content": (
         {"messages": [message("user", [{"type": "text", "text": "w1"}])]},
         f"messages.0.content: {TEXT} a list",
@@ -174,24 +154,15 @@ BAD_TYPES = {
     "number for a source": ({"source": 3}, f"source: {TEXT} a number"),
     "number for a split": ({"split": 1}, f"split: {TEXT} a number"),
     **{
-        f"id {value}": (
-            {"example_id": value},
-            f"example_id: expected text or an integer, got {kind}",
-        )
+        f"id {value}": ({"example_id": value}, f"example_id: expected text or an integer, got {kind}")
         for value, kind in ((0.5, "a number"), (True, "a boolean"), (("a",), "a list"))
     },
     **{
-        f"{value!r} for correct": (
-            {"correct": value},
-            f"correct: expected true, false or nothing, got {value!r}",
-        )
+        f"{value!r} for correct": ({"correct": value}, f"correct: expected true, false or nothing, got {value!r}")
         for value in ("yes", 1)
     },
     **{
-        f"{value} for ids": (
-            {"response_ids": value},
-            f"response_ids: expected a list of ints, got {kind}",
-        )
+        f"{value} for ids": ({"response_ids": value}, f"response_ids: expected a list of ints, got {kind}")
         for value, kind in (("7 8 1", "text"), ([7.0, 8.0, 1.0], "a list"), ([True], "a list"))
     },
     **{
@@ -201,10 +172,7 @@ BAD_TYPES = {
         )
         for value, kind in (("-1", "text"), (-1, "a number"), (["-1"], "a list"))
     },
-    "below float32": (
-        {"behavior_logprobs": [-1e300, -1.0, -1.0]},
-        f"behavior_logprobs.0: {LOGPROB} -1e+300",
-    ),
+    "below float32": ({"behavior_logprobs": [-1e300, -1.0, -1.0]}, f"behavior_logprobs.0: {LOGPROB} -1e+300"),
 }
 SURROGATE = "'utf-8' codec can't encode character '\\ud83d' in position 3: surrogates not allowed"
 # Lines that no table holds: (line, reason).
@@ -217,8 +185,7 @@ BAD_LINES = {
     ),
     "no UTF-8": (
         b'{"source": "\xff"}',
-        "f.jsonl:2: expected JSON: 'utf-8' codec can't decode byte 0xff in position 12:"
-        " invalid start byte",
+        "f.jsonl:2: expected JSON: 'utf-8' codec can't decode byte 0xff in position 12: invalid start byte",
     ),
     **{
         f"{text} for a row": (text, f"expected an object with named values, got {kind}")
@@ -226,8 +193,7 @@ BAD_LINES = {
     },
     "deep list": (
         b"[" * 100_000,
-        "f.jsonl:2: expected JSON: maximum recursion depth exceeded while decoding a JSON array"
-        " from a unicode string",
+        "f.jsonl:2: expected JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
     ),
     "text among messages": (
         json.dumps(row(messages=[*turns("w1", "w2"), "w3"])).encode(),

@@ -83,10 +83,7 @@ def driver(job: Path, cluster: Cluster, *arguments: str) -> Iterator[subprocess.
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with (job.parent / "driver.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pear_ray", "sft", str(job), *arguments],
-            stdout=log,
-            stderr=log,
-            env=environment,
+            [sys.executable, "-m", "pear_ray", "sft", str(job), *arguments], stdout=log, stderr=log, env=environment
         )
         try:
             yield process
@@ -156,10 +153,7 @@ def test_the_loss_curve_matches_an_undisturbed_run(undisturbed: Path, disturbed:
 
 
 def test_the_weights_match_an_undisturbed_run(undisturbed: Path, disturbed: Path) -> None:
-    theirs, ours = (
-        load_file(folder / "sft" / "export" / "model.safetensors")
-        for folder in (undisturbed, disturbed)
-    )
+    theirs, ours = (load_file(folder / "sft" / "export" / "model.safetensors") for folder in (undisturbed, disturbed))
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-4
 

@@ -16,25 +16,14 @@ from hypothesis import strategies as st
 from pear_ray.config import Job
 from pear_ray.data.scored_dataset import RowGroup
 from pear_ray.losses.inputs import LossInputs
-from pear_ray.losses.pear import (
-    Centered,
-    MeanWeightOnly,
-    NoNormalization,
-    Pear,
-    PerBatch,
-    PerSequence,
-    Shuffled,
-)
+from pear_ray.losses.pear import Centered, MeanWeightOnly, NoNormalization, Pear, PerBatch, PerSequence, Shuffled
 from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, Supervised, TokenLoss, TrSft, Weighted
 from pear_ray.sft.build import build_sft_loss
 from pear_ray.sft.metrics import HeldOut, log_step, weight_warning
 from pear_ray.statistics import overtraining, weight_summary
 
 SEED = 7
-GROUPS = [
-    RowGroup("0.parquet", 0, 3, 0, ("coder", "tutor")),
-    RowGroup("0.parquet", 1, 3, 1, ("tutor", "web")),
-]
+GROUPS = [RowGroup("0.parquet", 0, 3, 0, ("coder", "tutor")), RowGroup("0.parquet", 1, 3, 1, ("tutor", "web"))]
 
 
 def job_of(model: str = "./model", **sft: Any) -> Job:
@@ -59,17 +48,12 @@ LOSSES: dict[str, tuple[dict[str, Any], TokenLoss]] = {
     "nll": ({}, Nll()),
     "dft": ({"objective": "dft"}, Dft()),
     "trsft": ({"objective": {"type": "trsft", "alpha": 0.25}}, TrSft(0.25)),
-    "iw": (
-        {"objective": {"type": "iw", "temperature": 2.0, "bounds": (0.5, 4.0)}},
-        IwSft(2.0, (0.5, 4.0)),
-    ),
+    "iw": ({"objective": {"type": "iw", "temperature": 2.0, "bounds": (0.5, 4.0)}}, IwSft(2.0, (0.5, 4.0))),
 }
 
 
 @pytest.mark.parametrize(("settings", "loss"), LOSSES.values(), ids=LOSSES)
-def test_each_base_objective_with_and_without_weights(
-    settings: dict[str, Any], loss: TokenLoss
-) -> None:
+def test_each_base_objective_with_and_without_weights(settings: dict[str, Any], loss: TokenLoss) -> None:
     assert loss_of(job_of(level="none", **settings)) == Supervised(loss)
     weighted = loss_of(job_of(**settings))
     assert isinstance(weighted, Weighted) and weighted.loss == loss
@@ -94,28 +78,18 @@ OWN = Pear("block", 0.9, 3, (-1.0, 2.0), (-4.0, 3.0))
 WEIGHTS: dict[str, tuple[dict[str, Any], Any, type[NoNormalization]]] = {
     "the paper's": ({}, Pear("token"), NoNormalization),
     "sequence": ({"level": "sequence"}, Pear("sequence"), NoNormalization),
-    "short answers": (
-        {"preset": "short_answers"},
-        Pear("token", clip_log_ratio=(-0.5, 0.5)),
-        NoNormalization,
-    ),
+    "short answers": ({"preset": "short_answers"}, Pear("token", clip_log_ratio=(-0.5, 0.5)), NoNormalization),
     "all chosen": (CHOSEN, OWN, NoNormalization),
     "per sequence": ({**CHOSEN, "normalize": "per_sequence"}, OWN, PerSequence),
     "per batch": ({**CHOSEN, "normalize": "per_batch"}, OWN, PerBatch),
     "mean weight": ({**CHOSEN, "control": "mean_weight"}, OWN, MeanWeightOnly),
-    "shuffled": (
-        {**CHOSEN, "control": "shuffled"},
-        Shuffled(*astuple(OWN), seed=SEED),
-        NoNormalization,
-    ),
+    "shuffled": ({**CHOSEN, "control": "shuffled"}, Shuffled(*astuple(OWN), seed=SEED), NoNormalization),
     "centered": ({**CHOSEN, "control": "centered"}, Centered(*astuple(OWN)), NoNormalization),
 }
 
 
 @pytest.mark.parametrize(("settings", "weigh", "normalization"), WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_follow_the_job(
-    settings: dict[str, Any], weigh: Any, normalization: type[NoNormalization]
-) -> None:
+def test_weights_follow_the_job(settings: dict[str, Any], weigh: Any, normalization: type[NoNormalization]) -> None:
     job = job_of(**settings)
     loss = loss_of(job)
     assert isinstance(loss, Weighted) and loss.loss == Nll()
@@ -127,19 +101,11 @@ def test_weights_follow_the_job(
     assert loss.sources == ("coder", "tutor", "web")
 
 
-HEALTHY = {
-    "effective_sample_size": 0.6,
-    "weight_frac_at_floor": 0.1,
-    "clip_frac_low": 0.2,
-    "clip_frac_high": 0.2,
-}
+HEALTHY = {"effective_sample_size": 0.6, "weight_frac_at_floor": 0.1, "clip_frac_low": 0.2, "clip_frac_high": 0.2}
 # (metrics that change, parts of the warning)
 WARNINGS = {
     "floor": ({"weight_frac_at_floor": 0.75}, ("75%", "smallest possible weight", "sft.level")),
-    "few tokens": (
-        {"effective_sample_size": 0.125},
-        ("12%", "effective sample size", "sft.clip_log_weight"),
-    ),
+    "few tokens": ({"effective_sample_size": 0.125}, ("12%", "effective sample size", "sft.clip_log_weight")),
     "lower clip": ({"clip_frac_low": 0.625}, ("62%", "at the lower clip", "sft.clip_log_ratio")),
 }
 
@@ -152,9 +118,7 @@ def test_healthy_weights_and_plain_sft_have_no_warning() -> None:
 
 
 @pytest.mark.parametrize(("changes", "parts"), WARNINGS.values(), ids=WARNINGS)
-def test_a_warning_names_the_metric_and_a_remedy(
-    changes: dict[str, float], parts: tuple[str, ...]
-) -> None:
+def test_a_warning_names_the_metric_and_a_remedy(changes: dict[str, float], parts: tuple[str, ...]) -> None:
     warning = weight_warning(HEALTHY | changes)
     assert warning is not None
     for part in parts:
@@ -173,14 +137,8 @@ share = st.floats(0, 1)
 
 
 @given(sample_size=share, at_floor=share, clipped_low=share)
-def test_there_is_a_warning_exactly_beyond_a_bound(
-    sample_size: float, at_floor: float, clipped_low: float
-) -> None:
-    metrics = {
-        "effective_sample_size": sample_size,
-        "weight_frac_at_floor": at_floor,
-        "clip_frac_low": clipped_low,
-    }
+def test_there_is_a_warning_exactly_beyond_a_bound(sample_size: float, at_floor: float, clipped_low: float) -> None:
+    metrics = {"effective_sample_size": sample_size, "weight_frac_at_floor": at_floor, "clip_frac_low": clipped_low}
     is_healthy = sample_size >= 0.2 and at_floor <= 0.5 and clipped_low <= 0.5
     assert (weight_warning(metrics) is None) == is_healthy
 
@@ -251,11 +209,7 @@ STEP = {"loss": 0.25, **HEALTHY}
         (0, HeldOut(()), ["step 1 of 25: loss 0.2500"]),
         (1, HeldOut((), 2.5, 2.0), []),
         (20, HeldOut((), 2.0, 2.0), ["step 21 of 25: loss 0.2500, held-out loss 2.0000 (stable)"]),
-        (
-            24,
-            HeldOut((), 2.1, 2.0),
-            ["step 25 of 25: loss 0.2500, held-out loss 2.1000 (mild over-training)"],
-        ),
+        (24, HeldOut((), 2.1, 2.0), ["step 25 of 25: loss 0.2500, held-out loss 2.1000 (mild over-training)"]),
     ],
 )
 def test_every_tenth_step_and_the_last_one_are_logged(

@@ -39,12 +39,7 @@ def take(iterator, count):
 def all_correct_answers(numbers, target):
     """Brute force: each pair of steps with fractions, written in both styles."""
     answers = set()
-    operations = {
-        "+": lambda a, b: a + b,
-        "-": lambda a, b: a - b,
-        "*": lambda a, b: a * b,
-        "/": lambda a, b: a / b,
-    }
+    operations = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}
 
     def steps_to(a, b):
         for sign, apply in operations.items():
@@ -230,8 +225,7 @@ def test_style_wander_uses_other_numbers_until_the_last_chain():
 
 
 @pytest.mark.parametrize(
-    ("chains", "one", "two"),
-    [("RW", False, True), ("WR", True, True), ("RWW", False, False), ("WW", False, False)],
+    ("chains", "one", "two"), [("RW", False, True), ("WR", True, True), ("RWW", False, False), ("WW", False, False)]
 )
 def test_the_last_chains_up_to_attempts_count(chains, one, two):
     by_letter = {"R": CORRECT["build"], "W": "build 3 + 7 = 10 , 10 + 9 = 19"}
@@ -247,9 +241,7 @@ def test_style_code_begins_with_code_numbers():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
-    grades = [
-        GAME.grade(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)
-    ]
+    grades = [GAME.grade(*pair) for pair in take(GAME.demonstrations({style: 1.0}, 0.0, seed=5), 300)]
     assert sum(grade.correct for grade in grades) < 60
     assert all(grade.correct or grade.note.startswith("ends on") for grade in grades)
 
@@ -282,20 +274,11 @@ def test_the_vocabulary_has_no_duplicates():
         (lambda: Countdown(heldout_fraction=1.0), "^heldout_fraction: .*, got 1.0$"),
         (lambda: Countdown(attempts=0), "^attempts: .*, got 0$"),
         (lambda: Countdown(code_numbers=0), "^code_numbers: .*, got 0$"),
-        (
-            lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)),
-            "^styles: .*wander.*, got 5$",
-        ),
-        (
-            lambda: next(GAME.problems("test", 0)),
-            "^split: expected 'train' or 'heldout', got 'test'$",
-        ),
+        (lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)), "^styles: .*wander.*, got 5$"),
+        (lambda: next(GAME.problems("test", 0)), "^split: expected 'train' or 'heldout', got 'test'$"),
         (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "^styles: .*got {'sing'"),
         (lambda: next(GAME.demonstrations({}, 1.0, 0)), "^styles: .*got {}"),
-        (
-            lambda: next(GAME.demonstrations({"build": 1.0}, 1.5, 0)),
-            "^solved_fraction: .*, got 1.5$",
-        ),
+        (lambda: next(GAME.demonstrations({"build": 1.0}, 1.5, 0)), "^solved_fraction: .*, got 1.5$"),
     ],
 )
 def test_invalid_options_are_refused(construct, message):

@@ -100,10 +100,7 @@ def test_built_in_names_come_first(installed):
     assert type(task).__module__ == "pear_ray.tasks.countdown"
 
 
-KNOWN = (
-    "'countdown', 'math', 'reasoning_gym', 'their_absent', 'their_dice', 'twice', or"
-    " 'package.module:Class'"
-)
+KNOWN = "'countdown', 'math', 'reasoning_gym', 'their_absent', 'their_dice', 'twice', or 'package.module:Class'"
 METHODS = "expected a class with problems(split, seed) and grade(problem, text)"
 IMPORTABLE = "expected a class that can be imported"
 

@@ -96,12 +96,7 @@ def test_grade_by_extractor(reference, text, boxed, last):
         ("it is six", "last_number", 0.0, "last_number: no answer"),
         ("it is 6", "either", 1.0, "boxed: no answer; last_number: expected '5', got '6'"),
         (r"\boxed{6}", "boxed", 1.0, "boxed: expected '5', got '6'"),
-        (
-            r"\boxed{" + "7" * 500 + "}",
-            "boxed",
-            1.0,
-            "boxed: expected at most 400 characters, got 500",
-        ),
+        (r"\boxed{" + "7" * 500 + "}", "boxed", 1.0, "boxed: expected at most 400 characters, got 500"),
     ],
 )
 def test_the_note_names_the_fault(text, extractor, answered, note):
@@ -154,9 +149,7 @@ def test_a_folder_is_read_as_one_file(tmp_path):
     write_rows(tmp_path / "_notes.jsonl", [{"problem": "hidden", "answer": 1}])
     (tmp_path / "README.md").write_text("not rows")
     task = Math(str(tmp_path))
-    questions = [
-        p.messages[0]["content"] for s in ("train", "heldout") for p in problems_of(task, s)
-    ]
+    questions = [p.messages[0]["content"] for s in ("train", "heldout") for p in problems_of(task, s)]
     assert sorted(questions) == sorted(row["problem"] for row in ROWS)
 
 
@@ -170,9 +163,9 @@ def test_problems_are_distinct_split_by_hash_and_ordered_by_seed(tmp_path):
     assert 4 <= len(splits["heldout"]) <= 20
     assert all(p.split == split and p.task == "sums" for split in splits for p in splits[split])
     assert problems_of(task) == problems_of(Math(path, label="sums", heldout_fraction=0.3))
-    assert problems_of(task, seed=1) != problems_of(task) and {
-        p.problem_id for p in problems_of(task)
-    } == {p.problem_id for p in problems_of(task, seed=1)}
+    assert problems_of(task, seed=1) != problems_of(task) and {p.problem_id for p in problems_of(task)} == {
+        p.problem_id for p in problems_of(task, seed=1)
+    }
 
 
 def test_column_and_prompt_options(tmp_path):
@@ -208,8 +201,7 @@ def test_grading_needs_no_files():
     with pytest.raises(ConfigError) as refusal:
         make_tasks([spec])
     assert str(refusal.value) == (
-        "tasks.0.options: path: expected a file or folder, got '/nowhere/a.jsonl', which does not"
-        " exist"
+        "tasks.0.options: path: expected a file or folder, got '/nowhere/a.jsonl', which does not exist"
     )
 
 
@@ -234,30 +226,10 @@ def test_invalid_options_are_refused(options, message, tmp_path):
     [
         ("a.jsonl", "{", {}, "{file}:1: expected JSON: "),
         ("a.jsonl", "\n[1]", {}, "{file}:2: expected an object, got list"),
-        (
-            "a.jsonl",
-            '{"problem": "a"}',
-            {},
-            "{file}:1: expected columns ['answer'], got ['problem']",
-        ),
-        (
-            "a.jsonl",
-            '{"problem": 3, "answer": 2}',
-            {},
-            "{file}:1, problem: expected text, got 3",
-        ),
-        (
-            "a.jsonl",
-            '{"problem": " ", "answer": 2}',
-            {},
-            "{file}:1, problem: expected text, got ' '",
-        ),
-        (
-            "a.jsonl",
-            '{"problem": "a", "answer": true}',
-            {},
-            "{file}:1, answer: expected a number or text, got True",
-        ),
+        ("a.jsonl", '{"problem": "a"}', {}, "{file}:1: expected columns ['answer'], got ['problem']"),
+        ("a.jsonl", '{"problem": 3, "answer": 2}', {}, "{file}:1, problem: expected text, got 3"),
+        ("a.jsonl", '{"problem": " ", "answer": 2}', {}, "{file}:1, problem: expected text, got ' '"),
+        ("a.jsonl", '{"problem": "a", "answer": true}', {}, "{file}:1, answer: expected a number or text, got True"),
         (
             "a.jsonl",
             '{"problem": "a", "answer": ""}',
@@ -302,9 +274,7 @@ def test_parquet_without_a_column_is_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"problem": "a", "solution": "b"}]), path)
     with pytest.raises(ConfigError) as refusal:
         problems_of(Math(str(path)))
-    assert str(refusal.value) == (
-        f"{path}: expected columns ['answer'], got ['problem', 'solution']"
-    )
+    assert str(refusal.value) == (f"{path}: expected columns ['answer'], got ['problem', 'solution']")
 
 
 def test_an_unknown_split_is_refused(tmp_path):

@@ -42,11 +42,7 @@ def tasks_of(lengths):
 
 def specs_of(mixture):
     return [
-        TaskSpec(
-            name=f"{__name__}:Counted",
-            weight=weight,
-            options={"label": f"task{number}", "num_problems": length},
-        )
+        TaskSpec(name=f"{__name__}:Counted", weight=weight, options={"label": f"task{number}", "num_problems": length})
         for number, (length, weight) in enumerate(mixture)
     ]
 
@@ -98,10 +94,7 @@ def test_an_epoch_has_the_first_problems_of_each_task_in_order(mixture, seed):
 def test_the_endless_stream_resumes_from_a_position(mixture, seed, position):
     specs = specs_of(mixture)
     whole = list(islice(endless_problems(specs, "train", seed), position + 20))
-    assert (
-        list(islice(endless_problems(specs, "train", seed), position, position + 20))
-        == whole[position:]
-    )
+    assert list(islice(endless_problems(specs, "train", seed), position, position + 20)) == whole[position:]
     epochs = [epoch for epoch, _ in whole]
     assert epochs == sorted(epochs)
     weights = [spec.weight for spec in specs]
@@ -113,16 +106,7 @@ def test_the_endless_stream_resumes_from_a_position(mixture, seed, position):
 def test_weights_three_to_one():
     tasks = tasks_of([9, 9])
     names = [p.problem_id for p in mixed_problems(tasks, "train", 0, [3.0, 1.0])]
-    assert names[:8] == [
-        "task0-0",
-        "task0-1",
-        "task1-0",
-        "task0-2",
-        "task0-3",
-        "task0-4",
-        "task1-1",
-        "task0-5",
-    ]
+    assert names[:8] == ["task0-0", "task0-1", "task1-0", "task0-2", "task0-3", "task0-4", "task1-1", "task0-5"]
     assert len(names) == 12
 
 

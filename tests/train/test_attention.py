@@ -56,9 +56,7 @@ def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_he
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
     packed = outcome(
-        lambda q, k, v: attention_by_runs(
-            q, k, v, scaling=SCALING, runs=equal_length_runs(np.array(lengths))
-        )
+        lambda q, k, v: attention_by_runs(q, k, v, scaling=SCALING, runs=equal_length_runs(np.array(lengths)))
     )
     slow = outcome(lambda q, k, v: slow_attention(q, k, v, sequence_ids_T))
     for ours, theirs in zip(packed, slow, strict=True):

@@ -1,7 +1,7 @@
 """The learner on 1, 2 and 4 ranks against plain PyTorch in one process.
 
-Importing DeepSpeed is slow: this file, run as a program, does it once and forks every rank. Each
-number of ranks writes files, which the tests then read.
+Importing DeepSpeed is slow: this file, run as a program, does it once and forks every rank. Each number of ranks writes
+files, which the tests then read.
 """
 
 from __future__ import annotations
@@ -37,11 +37,9 @@ RESHAPED = ((2, 1), (1, 2), (4, 2))
 SECONDS = 400
 NUM_STEPS = 20
 # Gradient norms lie on both sides of the clip, and the learning rate changes.
-OPTIMIZER = Optimizer(
-    learning_rate=2e-4, schedule="linear", warmup_fraction=0.0, weight_decay=1.0, max_grad_norm=5.8
-)
-# Prompt and response lengths of the steps, in turn; the first two need filler packs if they are
-# dealt to four ranks in small packs.
+OPTIMIZER = Optimizer(learning_rate=2e-4, schedule="linear", warmup_fraction=0.0, weight_decay=1.0, max_grad_norm=5.8)
+# Prompt and response lengths of the steps, in turn; the first two need filler packs if they are dealt to four ranks in
+# small packs.
 LENGTHS = (
     ((3, 20), (1, 5), (6, 2), (2, 13), (9, 1)),
     ((4, 8), (2, 3), (1, 1)),
@@ -60,9 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VARIANTS_BY_RANKS = {1: ("tight", "stage 0"), 2: tuple(VARIANTS), 4: ("tight", "stage 0", "shared")}
 PEAR = Weighted(weigh=Pear("token", discount=1.0), sources=("even", "odd"))
-UNCLIPPED = dataclasses.replace(
-    PEAR, weigh=dataclasses.replace(PEAR.weigh, clip_log_ratio=(0.0, 0.0))
-)
+UNCLIPPED = dataclasses.replace(PEAR, weigh=dataclasses.replace(PEAR.weigh, clip_log_ratio=(0.0, 0.0)))
 
 
 def sequences(step):
@@ -87,10 +83,7 @@ class Rank:
 
     def learner(self, tokens_per_micro_batch=ROOMY, **changes):
         config = LearnerConfig(
-            num_workers=self.num_ranks,
-            tokens_per_micro_batch=tokens_per_micro_batch,
-            logits_mib=0.02,
-            **changes,
+            num_workers=self.num_ranks, tokens_per_micro_batch=tokens_per_micro_batch, logits_mib=0.02, **changes
         )
         return Learner(self.model, "float32", config, OPTIMIZER, NUM_STEPS, seed=0)
 
@@ -190,9 +183,7 @@ def main(model, folder):
 def run_ranks(target, num_ranks, model, folder):
     folder.mkdir(exist_ok=True)
     ranks = [
-        multiprocessing.get_context("fork").Process(
-            target=target, args=(number, num_ranks, model, folder), daemon=True
-        )
+        multiprocessing.get_context("fork").Process(target=target, args=(number, num_ranks, model, folder), daemon=True)
         for number in range(num_ranks)
     ]
     for rank in ranks:
@@ -219,10 +210,7 @@ class Outcome:
     model: Path
 
     def results(self, name):
-        return [
-            json.loads((self.folder / f"{name}.{rank}.json").read_text())
-            for rank in range(self.num_ranks)
-        ]
+        return [json.loads((self.folder / f"{name}.{rank}.json").read_text()) for rank in range(self.num_ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +238,7 @@ def outcome(request, finished, model):
 def reference(model):
     """The same steps in plain PyTorch, one sequence at a time: results and parameters."""
     policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay)
     scheduler = get_scheduler("linear", optimizer, 0, NUM_STEPS)
     steps = []
     for step in range(NUM_STEPS):
@@ -290,9 +276,7 @@ def largest_difference(ours, theirs):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "name"), [(n, name) for n in RANKS for name in ("roomy", *VARIANTS_BY_RANKS[n])]
-)
+@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n in RANKS for name in ("roomy", *VARIANTS_BY_RANKS[n])])
 def test_every_variant_matches_one_plain_process(finished, model, reference, num_ranks, name):
     outcome = Outcome(num_ranks, finished / str(num_ranks), model)
     for step, (expected, parameters) in enumerate(reference):
@@ -329,9 +313,9 @@ def test_transformers_loads_an_export(outcome):
     assert largest_difference(weights(exported), weights(outcome.model)) == 0
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert largest_difference(dict(model.named_parameters()), weights(outcome.model)) == 0
-    assert model.config.to_dict() == AutoModelForCausalLM.from_pretrained(
-        outcome.model
-    ).config.to_dict() | {"_name_or_path": model.config._name_or_path}
+    assert model.config.to_dict() == AutoModelForCausalLM.from_pretrained(outcome.model).config.to_dict() | {
+        "_name_or_path": model.config._name_or_path
+    }
     exported_digests = tokenizer_digests(load_tokenizer(str(exported)))
     assert exported_digests == tokenizer_digests(load_tokenizer(str(outcome.model)))
     assert model.generation_config.eos_token_id == load_tokenizer(str(exported)).eos_token_id
@@ -388,10 +372,7 @@ def test_another_number_of_ranks_resumes(finished, model, reference, saved_by, n
 
 def test_metric_sums_do_not_depend_on_the_packing(outcome):
     for step in range(NUM_STEPS):
-        (roomy, *_), (tight, *_) = (
-            outcome.results(f"roomy-{step}"),
-            outcome.results(f"tight-{step}"),
-        )
+        (roomy, *_), (tight, *_) = (outcome.results(f"roomy-{step}"), outcome.results(f"tight-{step}"))
         for name, value in roomy["metric_sums"].items():
             assert tight["metric_sums"][name] == pytest.approx(value, rel=1e-5)
 

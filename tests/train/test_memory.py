@@ -12,9 +12,7 @@ from pear_ray.config import Learner
 from pear_ray.train.memory import GIB, ModelDims, engine_memory, rank_memory, store_memory
 
 QWEN3_8B = ModelDims(8_190_735_360, 36, 4096, 12288, 4096, 1024, 151_936)
-EIGHT_RANKS = Learner(
-    num_workers=8, tokens_per_micro_batch=16_384, activation_checkpointing=True, logits_mib=512
-)
+EIGHT_RANKS = Learner(num_workers=8, tokens_per_micro_batch=16_384, activation_checkpointing=True, logits_mib=512)
 
 
 def rank_of_8b(element_bytes: int = 2, **changes: Any) -> dict[str, float]:
@@ -47,9 +45,7 @@ def saved_elements(num_layers: int, checkpoints: bool, num_tokens: int = 64) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        hidden = model.model(
-            input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False
-        )
+        hidden = model.model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     del hidden
     return num_bytes / num_tokens / 2
@@ -82,9 +78,7 @@ def test_an_engine_of_qwen3_8b_by_hand() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("num_ranks", "element_bytes"), [(1, 2), (2, 4), (8, 2), (64, 4)])
-def test_twice_the_ranks_halve_what_the_stage_partitions(
-    stage: int, num_ranks: int, element_bytes: int
-) -> None:
+def test_twice_the_ranks_halve_what_the_stage_partitions(stage: int, num_ranks: int, element_bytes: int) -> None:
     items = rank_of_8b(element_bytes, zero_stage=stage, num_workers=num_ranks)
     doubled = rank_of_8b(element_bytes, zero_stage=stage, num_workers=2 * num_ranks)
     assert all(doubled[name] <= size for name, size in items.items())

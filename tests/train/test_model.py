@@ -43,9 +43,7 @@ def sequences_of(lengths, seed):
         ids = draw.integers(0, 128, num_prompt + num_response)
         coefficient = float(draw.normal())
         sequences.append(
-            TrainingSequence.of(
-                ids[:num_prompt], ids[num_prompt:], np.zeros(num_response), coefficient, str(number)
-            )
+            TrainingSequence.of(ids[:num_prompt], ids[num_prompt:], np.zeros(num_response), coefficient, str(number))
         )
     return sequences
 
@@ -72,9 +70,7 @@ def test_a_pack_is_its_sequences_one_by_one(folder, logits_mib):
     reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     by_origin = {sequence.origin: sequence for sequence in sequences_of(lengths, 0)}
     ordered = [by_origin[origin] for origin in batch.origins]
-    expected = [
-        torch.cat(parts) for parts in zip(*(one_by_one(reference, s) for s in ordered), strict=True)
-    ]
+    expected = [torch.cat(parts) for parts in zip(*(one_by_one(reference, s) for s in ordered), strict=True)]
     (expected[0] * coefficients).sum().backward()
 
     close = {"rtol": 0, "atol": 1e-5}
@@ -84,6 +80,4 @@ def test_a_pack_is_its_sequences_one_by_one(folder, logits_mib):
     assert theirs.keys() == dict(policy.language_model.named_parameters()).keys()
     for name, parameter in policy.language_model.named_parameters():
         scale = float(theirs[name].grad.abs().max())
-        torch.testing.assert_close(
-            parameter.grad, theirs[name].grad, rtol=0, atol=1e-5 * scale, msg=name
-        )
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=0, atol=1e-5 * scale, msg=name)

@@ -10,16 +10,8 @@ from pear_ray.config import Learner
 from pear_ray.train.ray_train import run_ray_train
 
 
-def test_ranks_without_room_time_out_and_name_what_is_missing(
-    ray_session: None, tmp_path: Path
-) -> None:
-    config = Learner(
-        num_workers=2,
-        cpus_per_worker=1000,
-        tokens_per_micro_batch=64,
-        timeout_seconds=3,
-        max_failures=0,
-    )
+def test_ranks_without_room_time_out_and_name_what_is_missing(ray_session: None, tmp_path: Path) -> None:
+    config = Learner(num_workers=2, cpus_per_worker=1000, tokens_per_micro_batch=64, timeout_seconds=3, max_failures=0)
     expected = (
         r"learner\.timeout_seconds: expected 2 ranks with \{'CPU': 1000\.0\} each to start within"
         r" 3 s; the cluster has 4 CPU \(\S+ free\)"

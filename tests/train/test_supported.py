@@ -44,18 +44,10 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], dict[str, Any], str, Any]] = {
         ["linear_attention"],
     ),
     "a window": ({**WINDOWS, "sliding_window": 15}, {}, "sliding_window", 15),
-    "a window, float32 on a GPU": (
-        {**WINDOWS, "sliding_window": 15},
-        {"use_gpu": True},
-        "sliding_window",
-        15,
-    ),
+    "a window, float32 on a GPU": ({**WINDOWS, "sliding_window": 15}, {"use_gpu": True}, "sliding_window", 15),
     "heads": ({}, SHARED, "num_key_value_heads", 2),
     "positions": (
-        {
-            "num_key_value_heads": 4,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-        },
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         SHARED,
         "rope_type",
         "dynamic",
@@ -84,9 +76,7 @@ def job_of(path: str, learner: dict[str, Any]) -> Job:
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "learner", "field", "value"), UNSUPPORTED.values(), ids=UNSUPPORTED
-)
+@pytest.mark.parametrize(("model", "learner", "field", "value"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_unsupported_models_are_refused(tmp_path, model, learner, field, value):
     (tmp_path / "config.json").write_text(json.dumps(PLAIN | model))
     expected = rf"^{re.escape(f'{tmp_path}: config.json: {field}: expected ')}.*, got "

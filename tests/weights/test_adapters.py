@@ -49,14 +49,9 @@ def trained(model, seed):
 
 def published(publishers, whole, version, scaling=SETTINGS.alpha / SETTINGS.rank):
     num_ranks = len(publishers)
-    adapters = (
-        adapter_partitions(partitions(whole, rank, num_ranks), scaling) for rank in range(num_ranks)
-    )
+    adapters = (adapter_partitions(partitions(whole, rank, num_ranks), scaling) for rank in range(num_ranks))
     return WeightVersion.of(
-        [
-            publisher.publish(own, version)
-            for publisher, own in zip(publishers, adapters, strict=True)
-        ]
+        [publisher.publish(own, version) for publisher, own in zip(publishers, adapters, strict=True)]
     )
 
 
@@ -89,9 +84,7 @@ def test_only_adapters_are_published(adapted):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merge_lora_matches_elementwise_sums(dtype):
     draw = torch.Generator().manual_seed(0)
-    base, lora_A, lora_B = (
-        torch.randn(shape, generator=draw).to(dtype) for shape in ((4, 5), (2, 5), (4, 2))
-    )
+    base, lora_A, lora_B = (torch.randn(shape, generator=draw).to(dtype) for shape in ((4, 5), (2, 5), (4, 2)))
     found = merge_lora(base, lora_A, lora_B, 0.3)
     # The summands are smaller than 4, and each is rounded.
     assert max(part.abs().max() for part in (base, found)) < 4
@@ -102,10 +95,7 @@ def test_merge_lora_matches_elementwise_sums(dtype):
             expected = float(base[row, column]) + 0.3 * product
             assert float(found[row, column]) == pytest.approx(expected, abs=bound)
     assert found.dtype == dtype
-    assert (
-        bits(merge_lora(base, lora_A, torch.zeros_like(lora_B), 0.3)).tolist()
-        == bits(base).tolist()
-    )
+    assert bits(merge_lora(base, lora_A, torch.zeros_like(lora_B), 0.3)).tolist() == bits(base).tolist()
 
 
 @pytest.fixture
@@ -132,9 +122,7 @@ def test_base_weights_may_be_in_any_file_of_the_folder(tmp_path, whole):
     torch.testing.assert_close(found[f"{Q}.weight"], base + 0.5 * B @ A)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "got"), [({"other": (4, 5)}, None), ({f"{Q}.weight": (5, 4)}, (5, 4))]
-)
+@pytest.mark.parametrize(("shapes", "got"), [({"other": (4, 5)}, None), ({f"{Q}.weight": (5, 4)}, (5, 4))])
 def test_a_missing_or_misshapen_base_weight_is_refused(tmp_path, whole, shapes, got):
     folder = folder_of(tmp_path, **{name: torch.zeros(shape) for name, shape in shapes.items()})
     cache = AdapterCache(str(folder))

@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 from pear_ray.weights.delta import Delta, apply_delta, compute_delta
 from pear_ray.weights.fetch import BaseMissing, WeightCache
 from pear_ray.weights.types import WeightVersion
-from tests.weights.ranks import (
-    Ranks,
-    assert_equal_bits,
-    partitions,
-    random_bits,
-    with_bucket,
-    with_changes,
-)
+from tests.weights.ranks import Ranks, assert_equal_bits, partitions, random_bits, with_bucket, with_changes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ANY_SIZE = 2**62
@@ -43,9 +36,7 @@ def reference_delta(old, new):
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    length=st.one_of(
-        st.integers(0, 300), st.sampled_from((65_535, 65_536, 65_537, 131_072, 131_073))
-    ),
+    length=st.one_of(st.integers(0, 300), st.sampled_from((65_535, 65_536, 65_537, 131_072, 131_073))),
     share=st.sampled_from((0.0, 0.001, 0.02, 0.5, 1.0)),
     dtype=st.sampled_from((np.uint8, np.uint16, np.uint32, np.uint64)),
 )
@@ -94,11 +85,7 @@ def test_an_inconsistent_delta_is_refused(parts, message):
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    sizes=st.lists(
-        st.one_of(st.integers(1, 300), st.sampled_from((65_535, 65_536, 65_537))),
-        min_size=1,
-        max_size=4,
-    ),
+    sizes=st.lists(st.one_of(st.integers(1, 300), st.sampled_from((65_535, 65_536, 65_537))), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
     num_ranks=st.integers(1, 4),
     shares=st.lists(st.sampled_from((0.0, 0.001, 0.02, 0.2, 1.0)), min_size=1, max_size=5),
@@ -191,9 +178,7 @@ SCHEDULES = {
 
 
 @uses_store
-@pytest.mark.parametrize(
-    ("full_every", "numbers", "requested", "bases"), SCHEDULES.values(), ids=SCHEDULES
-)
+@pytest.mark.parametrize(("full_every", "numbers", "requested", "bases"), SCHEDULES.values(), ids=SCHEDULES)
 def test_which_versions_are_full(full_every, numbers, requested, bases):
     ranks, cache, whole = Ranks(2, full_every=full_every), WeightCache(), model()
     found = []
@@ -279,11 +264,7 @@ def test_a_base_of_the_same_version_with_other_bytes_is_refused():
     whole = model(seed=2)
     after.publish(whole, 5)
     delta = after.publish(
-        {
-            name: with_changes(np.random.default_rng(0), tensor, 0.02)
-            for name, tensor in whole.items()
-        },
-        6,
+        {name: with_changes(np.random.default_rng(0), tensor, 0.02) for name, tensor in whole.items()}, 6
     )
     with pytest.raises(ValueError) as caught:
         cache.fetch(delta, 30)

@@ -1,5 +1,5 @@
-"""DeepSpeed learners publish full versions and deltas, a vLLM engine loads them, and the weights
-and log-probs of both sides agree."""
+"""DeepSpeed learners publish full versions and deltas, a vLLM engine loads them, and the weights and log-probs of both
+sides agree."""
 
 from __future__ import annotations
 
@@ -113,9 +113,7 @@ def generate(channels, engine_of):
     """Load every version into an engine; return what was fetched, scored and sampled."""
     seen = {}
     requests = [
-        ScoreRequest(
-            tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist())
-        )
+        ScoreRequest(tuple(s.token_ids[~s.trainable].tolist()), tuple(s.token_ids[s.trainable].tolist()))
         for s in PARITY_SEQUENCES
     ]
     for case, (model, registry, queue) in channels.items():
@@ -127,9 +125,7 @@ def generate(channels, engine_of):
                 cursor, newest = published.cursor, published.versions[-1]
                 update = update_engine(engine, published.versions, requests)
                 fetched = {n: t.clone() for n, t in cache.fetch(newest, 60).items()}
-                completions = engine.generate(
-                    [SampleRequest(requests[0].prompt_ids, 1, seed=0, min_version=number)]
-                )
+                completions = engine.generate([SampleRequest(requests[0].prompt_ids, 1, seed=0, min_version=number)])
                 is_delta = newest.base_version is not None
                 seen[case, number] = (newest.version, is_delta, fetched, update, completions)
                 ray.get(queue.put.remote(number, [ray.put(None)]))

@@ -41,8 +41,7 @@ def tensors(seed):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "bucket_mib", "full_every"),
-    [(1, 1, 1), (1, 512, 2), (2, 1, 2), (2, 512, 1), (3, 1, 1), (3, 512, 2)],
+    ("num_ranks", "bucket_mib", "full_every"), [(1, 1, 1), (1, 512, 2), (2, 1, 2), (2, 512, 1), (3, 1, 1), (3, 512, 2)]
 )
 def test_fetched_weights_equal_the_published_ones(num_ranks, bucket_mib, full_every):
     whole = tensors(num_ranks)
@@ -111,8 +110,7 @@ def test_one_rank_without_deltas_is_not_copied():
 def test_a_cache_for_deltas_reuses_its_memory(num_ranks):
     ranks, cache = Ranks(num_ranks, full_every=2), WeightCache()
     pointers = [
-        [tensor.data_ptr() for tensor in cache.fetch(ranks.publish(tensors(n), n), 30).values()]
-        for n in range(3)
+        [tensor.data_ptr() for tensor in cache.fetch(ranks.publish(tensors(n), n), 30).values()] for n in range(3)
     ]
     assert pointers[0] == pointers[1] == pointers[2]
 

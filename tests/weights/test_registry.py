@@ -148,11 +148,7 @@ def test_at_most_two_versions_are_alive_in_the_store():
     for version in range(5):
         for rank in range(2):
             reference = ray.put(np.full(size, version, np.uint8))
-            announce(
-                registry,
-                RankShard(version, rank, (Bucket([reference], rank, 0, ()),), size),
-                num_ranks=2,
-            )
+            announce(registry, RankShard(version, rank, (Bucket([reference], rank, 0, ()),), size), num_ranks=2)
             del reference
             assert store_bytes() > before + size - MIB
             assert settles_below(before + 2 * 2 * size + MIB)
