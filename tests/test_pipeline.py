@@ -13,6 +13,8 @@ import pytest
 from pear_ray.config import Job, read_job
 from tests.tiny_chain import drive
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 CLUSTER = Path(__file__).parents[1] / "cluster"
 
 

@@ -13,6 +13,8 @@ from pear_ray.rl.recording import read_batch
 from tests.rl.parity_corpus import write_corpus
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 STEPS = 10
 DEMONSTRATIONS_PER_STEP = 6
 MAX_LOGPROB_GAP = 1e-4

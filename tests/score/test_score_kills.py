@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 SECONDS = 400.0
 # Kills of the actor alone, before those of its node and of the driver.
 NUM_ACTOR_KILLS = int(os.environ.get("PEAR_RAY_ACTOR_KILLS", "0"))

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from pear_ray.__main__ import run_command
 
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
+
 SECONDS = 300.0
 # Kill a rank and the driver; "all" adds a node and the driver once more.
 ALL = os.environ.get("PEAR_RAY_SFT_KILLS") == "all"
