@@ -78,7 +78,7 @@ def test_pretrain_makes_the_same_models(cluster: Cluster, tiny_run: Path, tmp_pa
 @pytest.mark.timeout(900)
 def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "sample", "sample")
-    lose_the_node(cluster, run, "sample", "EngineActor", "right answers")
+    lose_the_node(cluster, run, "sample", "EngineActor", " correct of ")
     assert "died" in {event["kind"] for event in events(run)}
     for source in ("tutor", "coder"):
         lost, whole = (pq.read_table(r / "sample" / f"{source}.parquet").to_pydict() for r in (run, tiny_run))
@@ -92,7 +92,7 @@ def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_pat
 @pytest.mark.timeout(900)
 def test_evaluate_finds_the_same(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "evaluate", "evaluate")
-    lose_the_node(cluster, run, "evaluate", "EngineActor", "requests for answers")
+    lose_the_node(cluster, run, "evaluate", "EngineActor", " requests")
     assert "died" in {event["kind"] for event in events(run)}
     lost, whole = (json.loads((r / "evaluate/scorecard.json").read_text())["checkpoints"] for r in (run, tiny_run))
     assert lost.keys() == whole.keys()
