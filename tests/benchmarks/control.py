@@ -1,13 +1,12 @@
-"""The control plane of RL alone: problems, engines, verdicts, queue and board, with engines that only pretend. One
-command.
+"""The control plane of RL alone, with simulated engines and learners: scheduler, grading, queue and registry.
 
     python tests/benchmarks/control.py [--engines 256] [--groups-per-second 1000] [--seconds 30]
 
-The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and board. Engines are pretended,
-many in one process: each answers a group after a fixed time, whatever else it works on. Learners are pretended too:
-they take a step whenever one is due, and announce a version without weights. Printed: groups per second, CPU seconds
-per second of the loop's process, of queue and board, and of the verifiers; and how much memory the loop's process
-gained, from the fifth step on.
+The loop is the stage's own (`rl.rollout_loop`) with its engine pool, reward pool, queue and registry. Engines are
+simulated, many per process: each completes a group after a fixed time. Learners are simulated too: they take a batch
+whenever one is due, and announce a version without weights. Prints groups per second; CPU seconds per second of the
+loop's process, of queue and registry, and of the reward workers; and the memory that the loop's process gained since
+the fifth step.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class Host:
         return WeightUpdateResult(versions[-1].version, 0.0, 0.0, 0.0, ())
 
 
-class TrainStep:
+class RemoteMethod:
     """A method of one pretended engine."""
 
     def __init__(self, method: Any, name: str) -> None:
@@ -125,28 +124,28 @@ class TrainStep:
         return self._method.remote(self._name, *arguments)
 
 
-class Pretended:
-    """An engine's actor, as a fleet sees it."""
+class SimulatedEngine:
+    """The engine actor as the pool sees it."""
 
     def __init__(self, host: Any, name: str) -> None:
         for method in ("ready", "submit", "poll", "update_weights"):
-            setattr(self, method, TrainStep(getattr(host, method), name))
+            setattr(self, method, RemoteMethod(getattr(host, method), name))
 
 
-class PretendedServers(VllmEngineFactory):
-    """Pretended engines, dealt over a few processes."""
+class SimulatedEngineFactory(VllmEngineFactory):
+    """SimulatedEngine engines, dealt over a few processes."""
 
     def __init__(self, num_hosts: int, latency_seconds: float) -> None:
         host = Host.options(max_concurrency=10_000)  # type: ignore[attr-defined]
         self._hosts = [host.remote(latency_seconds) for _ in range(num_hosts)]
         self._num_started = 0
 
-    def start(self, path: str) -> Pretended:
+    def start(self, path: str) -> SimulatedEngine:
         self._num_started += 1
         host = self._hosts[self._num_started % len(self._hosts)]
-        return Pretended(host, str(self._num_started))
+        return SimulatedEngine(host, str(self._num_started))
 
-    def stop(self, actor: Pretended) -> None:
+    def stop(self, actor: SimulatedEngine) -> None:
         """They end with their hosts."""
 
 
@@ -175,11 +174,11 @@ def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
 
 @ray.remote(num_cpus=0)
 class Learners:
-    """Pretended learners: a step whenever one is due."""
+    """Simulated learners: a step whenever one is due."""
 
-    def __init__(self, versions_actor: Any, queue: Any) -> None:
-        self._board, self._queue, self._num_groups = versions_actor, queue, 0
-        ray.get(versions_actor.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
+    def __init__(self, registry: Any, queue: Any) -> None:
+        self._registry, self._queue, self._num_groups = registry, queue, 0
+        ray.get(registry.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
         threading.Thread(target=self._learn, daemon=True).start()
 
     def num_groups(self) -> int:
@@ -194,7 +193,7 @@ class Learners:
             time.sleep(max(0.0, due - time.monotonic()))
             step += 1
             share = RankShard(step, 0, (), 0)
-            ray.get(self._board.announce.remote(share, 1, batch.next_problem, "only"))
+            ray.get(self._registry.announce.remote(share, 1, batch.next_problem, "only"))
             ray.get(self._queue.drop_before.remote(step - 1))
             self._num_groups += len(batch.groups)
 
@@ -203,15 +202,15 @@ class Learners:
 def running(job: Job, num_hosts: int, latency_seconds: float) -> Iterator[tuple[Any, Any, threading.Thread]]:
     """Board, queue and the thread of the loop, with engines that stand."""
     Path(job.run.dir).mkdir()
-    versions_actor, queue, ended = PolicyVersions.remote(), BatchQueue.remote(), threading.Event()  # type: ignore[attr-defined]
-    servers = PretendedServers(num_hosts, latency_seconds)
+    registry, queue, ended = PolicyVersions.remote(), BatchQueue.remote(), threading.Event()  # type: ignore[attr-defined]
+    servers = SimulatedEngineFactory(num_hosts, latency_seconds)
     with EnginePool(servers, "", job.generator, print) as pool, RewardPool(job.tasks, job.rewards) as reward_pool:
         pool.wait_ready()
         stage = RolloutStage(job, RunDir(job), "rl", job.model.path)
-        workers, link = Workers(pool, None, reward_pool), Link(versions_actor, queue, ended)
+        workers, link = Workers(pool, None, reward_pool), Link(registry, queue, ended)
         loop = threading.Thread(target=rollout_loop, args=(stage, workers, link), daemon=True)
         loop.start()
-        yield versions_actor, queue, loop
+        yield registry, queue, loop
         ended.set()
         loop.join(30)
 
@@ -242,8 +241,8 @@ def main() -> None:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), arguments.engines, arguments.groups_per_second)
-        with running(job, HOSTS, LATENCY_SECONDS) as (versions_actor, queue, loop):
-            learners = Learners.remote(versions_actor, queue)  # type: ignore[attr-defined]
+        with running(job, HOSTS, LATENCY_SECONDS) as (registry, queue, loop):
+            learners = Learners.remote(registry, queue)  # type: ignore[attr-defined]
             while ray.get(learners.num_groups.remote()) < WARM_UP_STEPS * job.rl.prompts_per_step:
                 time.sleep(1)
             measure(loop, learners, arguments.seconds)

@@ -1,11 +1,10 @@
-"""What it is worth that engines work ahead of learners, where both cost the same and neither takes the other's cores.
-One command.
+"""Speed-up of sampling one step ahead, if engines and learners cost the same and share no cores.
 
     python tests/benchmarks/overlap.py [--seconds 2] [--steps 12]
 
-The loop is the stage's own (`rl.rollout_loop`) with its own fleet, verifiers, queue and board; engines answer a step's
-problems after `--seconds` and learners learn from them in as many, both by sleeping. Printed for `rl.max_staleness` 0
-and 1: seconds per step, medians, and the share of them in which learners wait.
+The loop is the stage's own (`rl.rollout_loop`) with its engine pool, reward pool, queue and registry; engines complete a
+step's prompts in `--seconds` and learners train on them in the same time, both by sleeping. Prints for
+`rl.max_staleness` 0 and 1 the median seconds per step, and the fraction in which learners wait.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ WARM_UP = 3
 
 
 @ray.remote(num_cpus=0)
-def learn(versions_actor: Any, queue: Any, num_steps: int, seconds: float) -> list[tuple[float, float]]:
+def learn(registry: Any, queue: Any, num_steps: int, seconds: float) -> list[tuple[float, float]]:
     """Learners that take so long for a step: of each, the seconds of waiting and of all of it."""
-    ray.get(versions_actor.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
+    ray.get(registry.announce.remote(RankShard(0, 0, (), 0), 1, 0, "only"))
     found = []
     for step in range(num_steps):
         began = time.perf_counter()
@@ -41,7 +40,7 @@ def learn(versions_actor: Any, queue: Any, num_steps: int, seconds: float) -> li
         taken = time.perf_counter()
         time.sleep(seconds)
         share = RankShard(step + 1, 0, (), 0)
-        ray.get(versions_actor.announce.remote(share, 1, batch.next_problem, "only"))
+        ray.get(registry.announce.remote(share, 1, batch.next_problem, "only"))
         found.append((taken - began, time.perf_counter() - began))
     return found[WARM_UP:]
 
@@ -51,8 +50,8 @@ def measured(staleness: int, words: argparse.Namespace) -> list[tuple[float, flo
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder), ENGINES, GROUPS_PER_SECOND)
         job = job.model_copy(update={"rl": job.rl.model_copy(update={"max_staleness": staleness})})
-        with running(job, 1, words.seconds) as (versions_actor, queue, _):
-            steps = ray.get(learn.remote(versions_actor, queue, words.steps, words.seconds), timeout=600)
+        with running(job, 1, words.seconds) as (registry, queue, _):
+            steps = ray.get(learn.remote(registry, queue, words.steps, words.seconds), timeout=600)
     return steps
 
 

@@ -40,7 +40,7 @@ WARM_UP = 4
 THREADS = 2
 
 
-class ModelDims(NamedTuple):
+class Setup(NamedTuple):
     """What jobs of stage `rl` differ in."""
 
     num_ranks: int
@@ -50,7 +50,7 @@ class ModelDims(NamedTuple):
 
 
 # Learners that take turns with their engine have both cores, those that work beside it have one.
-SHAPES = {"one": ModelDims(1, 0, 2, 0), "zero": ModelDims(2, 3, 1, 0), "ahead": ModelDims(1, 0, 1, 1)}
+SHAPES = {"one": Setup(1, 0, 2, 0), "zero": Setup(2, 3, 1, 0), "ahead": Setup(1, 0, 1, 1)}
 ALONE = ("trl", "bare")
 CONTENDERS = (*ALONE, *SHAPES)
 

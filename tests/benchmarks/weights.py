@@ -4,7 +4,7 @@
 
 Two publishers (Ray actors) each hold half of every parameter of a Qwen3; two engines serve it. Between versions
 `--changed` of the elements change, at random. A round is what the loop does between an optimizer step and the first
-token under the new weights: publish, announce at the board, hear of it, fetch, load. Printed are medians over rounds,
+token under the new weights: publish, announce, poll, fetch, load. Prints medians over rounds,
 of the slower process where two work at the same time:
 
     total       from the optimizer step to both engines serving the new version
@@ -75,9 +75,9 @@ def write_model(folder: Path, num_parameters: int, vocabulary: int) -> None:
 class Rank:
     """A publisher and its partitions."""
 
-    def __init__(self, rank: int, model: str, dtype: str, versions_actor: Any) -> None:
+    def __init__(self, rank: int, model: str, dtype: str, registry: Any) -> None:
         torch.set_num_threads(1)
-        self._rank, self._board = rank, versions_actor
+        self._rank, self._registry = rank, registry
         self._rng = np.random.default_rng(rank)
         self._partitions = []
         for name, tensor in load_file(Path(model) / "model.safetensors").items():
@@ -105,7 +105,7 @@ class Rank:
         seconds = time.perf_counter() - started
         if full != (share.base_version is None):
             raise RuntimeError(f"version {version}: read {share}, expected whole: {full}")
-        ray.get(self._board.announce.remote(share, NUM_RANKS, 0, "only"))
+        ray.get(self._registry.announce.remote(share, NUM_RANKS, 0, "only"))
         return share.num_bytes, seconds
 
 
@@ -172,7 +172,7 @@ class StorePeak:
 
 
 def one_round(
-    ranks: list[Any], versions_actor: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
+    ranks: list[Any], registry: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
 ) -> dict[str, float]:
     """A version from the optimizer step to both engines."""
     started = time.perf_counter()
@@ -210,23 +210,23 @@ def beside_copies(found: dict[str, float], copies: list[Any]) -> dict[str, float
     }
 
 
-def mark_of(versions_actor: Any) -> str:
+def mark_of(registry: Any) -> str:
     """What the next announcement is waited behind. No version is held on to."""
-    announced = ray.get(versions_actor.newest.remote(None, 0.1))
+    announced = ray.get(registry.newest.remote(None, 0.1))
     return "" if announced is None else str(announced.cursor)
 
 
 def measured(
-    kind: str, ranks: list[Any], versions_actor: Any, pool: EnginePool, copies: list[Any], words: Any
+    kind: str, ranks: list[Any], registry: Any, pool: EnginePool, copies: list[Any], words: Any
 ) -> list[dict[str, float]]:
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
     ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
-    watch, found = VersionWatcher(versions_actor, mark_of(versions_actor)), []
+    watch, found = VersionWatcher(registry, mark_of(registry)), []
     for number in range(words.rounds + 2):
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
-            times = one_round(ranks, versions_actor, pool, watch, first + number, full)
+            times = one_round(ranks, registry, pool, watch, first + number, full)
         found.append(beside_copies(times, copies) | {"store_bytes": store.num_bytes})
         changes = [rank.change.remote(words.changed) for rank in ranks]
         ray.get(changes, timeout=DEADLINE_SECONDS)
@@ -239,8 +239,8 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
     count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
     num_bytes = count * getattr(torch, dtype).itemsize
     settings = Generator(num_engines=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32)
-    versions_actor = PolicyVersions.remote()  # type: ignore[attr-defined]
-    ranks = [Rank.remote(rank, model, dtype, versions_actor) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
+    registry = PolicyVersions.remote()  # type: ignore[attr-defined]
+    ranks = [Rank.remote(rank, model, dtype, registry) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
     with (
         copiers(num_bytes) as copies,
         EnginePool(VllmEngineFactory(dtype, settings, seed=0), model, settings, print) as pool,
@@ -249,11 +249,11 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
         print(f"{dtype}: {count / 1e6:.1f} million parameters, {words.changed:.1%} changed a round")
         print(f"  {'':<23}" + "".join(f"{name:>10}" for name in COLUMNS))
         for kind in KINDS:
-            rounds = measured(kind, ranks, versions_actor, pool, copies, words)
+            rounds = measured(kind, ranks, registry, pool, copies, words)
             of = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             of["store"] = of["store_bytes"] / num_bytes
             print(f"  {kind:<23}" + "".join(f"{of[name]:>10.3f}" for name in COLUMNS), flush=True)
-    for actor in (*ranks, versions_actor):
+    for actor in (*ranks, registry):
         ray.kill(actor)
 
 
