@@ -133,8 +133,7 @@ class Generator:
             self._llm.llm_engine.logger_manager = statistics
         self._tokenizer = self._llm.get_tokenizer()
         wants_standby = on_cpu and executor == "uni" and follows_learner
-        info = {"init_info": {"with_standby": wants_standby}}
-        self._llm.collective_rpc("init_weight_transfer_engine", kwargs=info)
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"with_standby": wants_standby}})
         self._has_standby = wants_standby and all(self._llm.collective_rpc(has_standby))
         self._prepared: Mapping[str, Tensor] = {}
         # vLLM's V2 model runner returns the scores of a request as one array.

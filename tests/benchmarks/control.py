@@ -133,7 +133,7 @@ class SimulatedEngine:
 
 
 class SimulatedEngineFactory(VllmEngineFactory):
-    """SimulatedEngine engines, dealt over a few processes."""
+    """Simulated engines, spread over a few processes."""
 
     def __init__(self, num_hosts: int, latency_seconds: float) -> None:
         host = Host.options(max_concurrency=10_000)  # type: ignore[attr-defined]

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/overlap.py [--seconds 2] [--steps 12]
 
-The loop is the stage's own (`rl.rollout_loop`) with its engine pool, reward pool, queue and registry; engines complete a
-step's prompts in `--seconds` and learners train on them in the same time, both by sleeping. Prints for
+The loop is the stage's own (`rl.rollout_loop`) with its engine pool, reward pool, queue and registry; engines complete
+a step's prompts in `--seconds` and learners train on them in the same time, both by sleeping. Prints for
 `rl.max_staleness` 0 and 1 the median seconds per step, and the fraction in which learners wait.
 """
 
