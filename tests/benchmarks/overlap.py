@@ -36,7 +36,7 @@ def learn(registry: Any, queue: Any, num_steps: int, seconds: float) -> list[tup
     found = []
     for step in range(num_steps):
         began = time.perf_counter()
-        batch = take_batch(queue, step, DEADLINE_SECONDS).pop_batch
+        batch = take_batch(queue, step, DEADLINE_SECONDS).batch
         taken = time.perf_counter()
         time.sleep(seconds)
         share = RankShard(step + 1, 0, (), 0)
