@@ -39,6 +39,26 @@ def by_type(default: str) -> BeforeValidator:
     return BeforeValidator(complete)
 
 
+def overridden(section: Section, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section's values with some changed. A member of a union keeps its type, and the keys set in it, unless
+    the change names another type: {"loss": {"clip_ratio": ...}} on a job with GSPO stays GSPO."""
+    values = section.model_dump()
+    for key, change in changes.items():
+        old = getattr(section, key, None)
+        own_type = tag(type(old)) if isinstance(old, Section) else None
+        table = {"type": change} if own_type and isinstance(change, str) else change
+        if (
+            isinstance(old, Section)
+            and isinstance(table, dict)
+            and table.get("type", own_type) == own_type
+            and own_type
+        ):
+            # Only keys that were set: others may be derived from those that change.
+            table = old.model_dump(exclude_unset=True) | {"type": own_type} | table
+        values[key] = table
+    return values
+
+
 def describe(error: ValidationError, root: type[Section], prefix: str = "") -> list[str]:
     """Return one line "field: expected Y, got X" for each mistake in a value of class `root`."""
     lines = []

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pear_ray.config.base import Fraction, Section, by_type, describe
+from pear_ray.config.base import Fraction, Section, by_type, describe, overridden
 from pear_ray.config.engines import Learner, Lora
 from pear_ray.config.rl import Rl
 from pear_ray.config.sft import Optimizer, Sft
@@ -109,8 +109,9 @@ class Cooperate(Section):
 
     def sft_of(self, sft: Sft) -> Sft:
         """Return the settings for traces in a job with this [sft]."""
-        objective = {"objective": "trsft"} if self.method.type == "trapo" else {}
-        return Sft(**{**sft.model_dump(), **objective, **self.sft})
+        if self.method.type == "trapo":
+            sft = Sft(**overridden(sft, {"objective": "trsft"}))
+        return Sft(**overridden(sft, self.sft))
 
     @model_validator(mode="after")
     def _check_keys(self) -> Cooperate:

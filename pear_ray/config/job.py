@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pear_ray.config.arms import Arm, Study, last_stage_with
-from pear_ray.config.base import Section, describe
+from pear_ray.config.base import Section, describe, overridden
 from pear_ray.config.cooperate import Cooperate
 from pear_ray.config.corpus import Corpus
 from pear_ray.config.engines import Generator, Learner, Placement, Rewards, Weights
@@ -315,11 +315,11 @@ class Job(Section):
         document["behavior"] = {}
         document["corpus"] |= {"sample": None, "path": None}
         document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
-        document["sft"] |= arm.sft or {}
-        document["rl"] |= arm.rl
+        document["sft"] = overridden(self.sft, arm.sft or {})
+        document["rl"] = overridden(self.rl, arm.rl)
         shared = self.cooperate or Cooperate()
         document["cooperate"] = None
         if arm.cooperate is not None:
-            document["cooperate"] = shared.model_dump() | arm.cooperate
+            document["cooperate"] = overridden(shared, arm.cooperate)
         document["arms"], document["study"] = (), {}
         return Job(**document)

@@ -90,8 +90,10 @@ def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str
     pass_rates = [pass_rate for _, pass_rate in evaluated]
     if not patience or not pass_rates:
         return None
-    best = max(pass_rates)
-    num_since = len(pass_rates) - 1 - pass_rates.index(best)
+    best, num_since = -math.inf, 0
+    for pass_rate in pass_rates:
+        # NaN is no improvement.
+        best, num_since = (pass_rate, 0) if pass_rate > best else (best, num_since + 1)
     if num_since < patience:
         return None
     return f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best is {best}"
