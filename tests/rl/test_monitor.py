@@ -120,3 +120,10 @@ def test_a_group_of_fewer_than_two_is_refused(group_size):
     message = f"group_size: expected at least 2, got {group_size}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         threshold_pass_rate(group_size)
+
+
+def test_a_pass_rate_of_nan_is_no_improvement():
+    rows = [{"step": step, "pass_at_1": rate} for step, rate in enumerate((math.nan, 0.2, math.nan, 0.1))]
+    assert stop_reason(rows, 3, None) is None
+    assert stop_reason(rows, 2, None) is not None
+    assert stop_reason(rows[:1], 1, None) is not None
