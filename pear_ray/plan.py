@@ -73,9 +73,8 @@ def plan(job: Job) -> str:
     for role in roles:
         if gpu_gib is not None and role.device_bytes > gpu_gib * GIB:
             raise ConfigError(
-                f"placement.gpu_gib: expected at least {role.device_bytes / GIB:.1f} for"
-                f" {role.name} of stage {role.stage} ({role.breakdown}), got {gpu_gib:g}; use"
-                f" larger GPUs or {role.remedy}"
+                f"placement.gpu_gib: expected at least {role.device_bytes / GIB:.1f} for {role.name} of stage"
+                f" {role.stage} ({role.breakdown}), got {gpu_gib:g}; use larger GPUs or {role.remedy}"
             )
     lines = [
         f"{field}: {dims.num_parameters / 1e9:.2f} billion parameters, {dims.num_layers} layers of width {dims.hidden}"

@@ -71,9 +71,8 @@ def sample_source(job: Job, source: str, pool: EnginePool, reward_pool: RewardPo
     while len(rows) < num_examples:
         if num_attempts > settings.max_attempts_per_example * num_examples:
             raise ConfigError(
-                f"corpus.sample.num_examples.{source}: expected {num_examples} correct completions"
-                f" from {path}, got {len(rows)} for {num_attempts} problems: use a better model or"
-                " fewer examples"
+                f"corpus.sample.num_examples.{source}: expected {num_examples} correct completions from {path}, got"
+                f" {len(rows)} for {num_attempts} problems: use a better model or fewer examples"
             )
         drawn = list(islice(problems, 4 * job.generator.max_num_seqs * job.generator.num_engines))
         prompts = encode_prompts(tokenizer, [problem.messages for _, problem in drawn])

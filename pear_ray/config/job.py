@@ -220,9 +220,8 @@ class Job(Section):
         max_model_len, max_new_tokens = self.generator.max_model_len, self.generator.max_new_tokens
         if self.learner.tokens_per_pack < max_model_len:
             raise ValueError(
-                "learner.tokens_per_micro_batch: expected room for a sequence of"
-                f" generator.max_model_len {max_model_len} on sequence_parallel"
-                f" {self.learner.sequence_parallel} ranks, got"
+                "learner.tokens_per_micro_batch: expected room for a sequence of generator.max_model_len"
+                f" {max_model_len} on sequence_parallel {self.learner.sequence_parallel} ranks, got"
                 f" {self.learner.tokens_per_micro_batch}"
             )
         if self.rl.overlong_buffer_tokens > max_new_tokens:
@@ -233,9 +232,8 @@ class Job(Section):
         num_groups = self.learner.num_workers // self.learner.sequence_parallel
         if self.rl.prompts_per_step * self.rl.group_size < num_groups:
             raise ValueError(
-                f"rl.prompts_per_step: expected a completion for each of {num_groups} ranks of"
-                f" learner.num_workers, got {self.rl.prompts_per_step} prompts with"
-                f" {self.rl.group_size} each"
+                f"rl.prompts_per_step: expected a completion for each of {num_groups} ranks of learner.num_workers, got"
+                f" {self.rl.prompts_per_step} prompts with {self.rl.group_size} each"
             )
         if self.cooperate is not None:
             self.cooperate.check_job(self.sft, self.rl, self.learner)

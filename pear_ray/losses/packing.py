@@ -46,8 +46,7 @@ def pack(
         longest = sequences[int(lengths.argmax())]
         raise ValueError(
             f"sequence of {longest.origin!r}: expected at most {tokens_per_micro_batch} tokens"
-            " (learner.tokens_per_micro_batch of all ranks that share it), got"
-            f" {lengths.max()}"
+            f" (learner.tokens_per_micro_batch of all ranks that share it), got {lengths.max()}"
         )
     counts = global_counts(sequences if counted is None else counted)
     if not counts["num_trainable_tokens_global"]:

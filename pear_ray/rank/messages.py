@@ -19,17 +19,15 @@ def advice(document: dict[str, Any]) -> str:
     if values == {0.0} or values == {1.0}:
         solved, wanted = ("no", "easier") if values == {0.0} else ("every", "harder")
         return (
-            f"These {num_problems} problems do not separate the candidates: each solves {solved}"
-            f" problem in {document['sampler']['samples_per_problem']} samples. Evaluate on"
-            f" {wanted} ones."
+            f"These {num_problems} problems do not separate the candidates: each solves {solved} problem in"
+            f" {document['sampler']['samples_per_problem']} samples. Evaluate on {wanted} ones."
         )
     score = f"pass@{k} {format_interval(best['pass_at_k'])}"
     tied = [name for name, lead in document["leads"].items() if lead["low"] <= 0]
     if tied:
         text = (
-            f"{best['label']} has the highest {score}, but on {num_problems} problems it is not"
-            f" significantly ahead of {' and '.join(tied)}: start RL from the cheapest of them, or"
-            " evaluate on more problems."
+            f"{best['label']} has the highest {score}, but on {num_problems} problems it is not significantly ahead of"
+            f" {' and '.join(tied)}: start RL from the cheapest of them, or evaluate on more problems."
         )
     else:
         text = f"Start RL from {best['label']}, which has the highest {score}"

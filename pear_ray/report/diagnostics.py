@@ -110,10 +110,9 @@ def scores(data: RunData) -> Section | None:
     ]
     return Section(
         "Behavior log-probs",
-        "Each response token has its log-probability under the policy that wrote it: scored by"
-        " that behavior model, recorded in the corpus and confirmed on a sample, or scored by a"
-        " reference model if the author is unknown. Gaps in nats."
-        f" Rejected: {facts['rejected']} of {facts['rows']} rows.",
+        "Each response token has its log-probability under the policy that wrote it: scored by that behavior model,"
+        " recorded in the corpus and confirmed on a sample, or scored by a reference model if the author is unknown."
+        f" Gaps in nats. Rejected: {facts['rejected']} of {facts['rows']} rows.",
         (
             Table(sources),
             Table(calibration, "Trainer minus engine on a sample. Bias: mean, spread: standard deviation"),
@@ -165,9 +164,8 @@ def seconds(data: RunData) -> Section | None:
         return None
     return Section(
         "Time",
-        "In an RL step learners wait for rollouts, train and publish weights; engines pause to"
-        " load them, sample, and idle. Learners wait while engines sample, unless rollouts run"
-        " ahead.",
+        "In an RL step learners wait for rollouts, train and publish weights; engines pause to load them, sample, and"
+        " idle. Learners wait while engines sample, unless rollouts run ahead.",
         (Table(stages, "Stages"), Table(steps, "Means over RL steps")),
     )
 

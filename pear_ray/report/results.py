@@ -68,9 +68,8 @@ def caution(data: RunData) -> str:
     """Return which uncertainty the intervals leave out."""
     if data.study:
         return (
-            f"Student's 95 % intervals over {len(data.study['seeds'])} seeds, not corrected for"
-            " the number of comparisons. All seeds share one base model, one corpus and one set of"
-            " problems."
+            f"Student's 95 % intervals over {len(data.study['seeds'])} seeds, not corrected for the number of"
+            " comparisons. All seeds share one base model, one corpus and one set of problems."
         )
     return (
         f"One seed ({data.job.run.seed}) proves nothing: two nearly equal checkpoints end about"
@@ -202,11 +201,10 @@ def learning(data: RunData) -> Section | None:
         figures.append(draw(f"{stage}: {title}", unit, lines))
     return Section(
         "Learning curves",
-        "Thick: mean over neighboring steps. Several seeds: their mean, with a band from lowest to"
-        " highest. RL is stage rl or cooperate; pass rate is that of the training problems. The"
-        " loss of a weighted arm is not comparable with that of a plain one; the negative"
-        " log-likelihood (nll) is. In the table, means over the first and the last tenth of the"
-        " steps.",
+        "Thick: mean over neighboring steps. Several seeds: their mean, with a band from lowest to highest. RL is stage"
+        " rl or cooperate; pass rate is that of the training problems. The loss of a weighted arm is not comparable"
+        " with that of a plain one; the negative log-likelihood (nll) is. In the table, means over the first and the"
+        " last tenth of the steps.",
         (training(data),),
         figures,
     )

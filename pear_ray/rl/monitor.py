@@ -73,10 +73,9 @@ def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -
         return None
     threshold = threshold_pass_rate(group_size)
     return (
-        f"step {newest['step']}: {frac:.0%} of the groups have equal rewards, more than"
-        f" {max_frac:.0%}; the pass rate is {newest['pass_rate']:.3f}, and below {threshold:.3f} or"
-        f" above {1 - threshold:.3f} most groups of {group_size} have: use other problems or larger"
-        " groups"
+        f"step {newest['step']}: {frac:.0%} of the groups have equal rewards, more than {max_frac:.0%}; the pass rate"
+        f" is {newest['pass_rate']:.3f}, and below {threshold:.3f} or above {1 - threshold:.3f} most groups of"
+        f" {group_size} have: use other problems or larger groups"
     )
 
 

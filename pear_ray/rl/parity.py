@@ -78,9 +78,8 @@ class ParityCheck:
             # Also raises for NaN.
             if not gap <= limit:
                 raise RuntimeError(
-                    f"step {step}: expected log-probs of engine and learner under version"
-                    f" {update.version} to differ by at most weights.max_logprob_gap = {limit},"
-                    f" got {gap:.2e} nats"
+                    f"step {step}: expected log-probs of engine and learner under version {update.version} to differ by"
+                    f" at most weights.max_logprob_gap = {limit}, got {gap:.2e} nats"
                 )
         return largest
 

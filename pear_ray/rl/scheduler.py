@@ -211,10 +211,9 @@ class RolloutScheduler:
 
     def _too_many_dropped(self) -> RuntimeError:
         return RuntimeError(
-            f"step {self._step}: dropped {self._max_dropped} problems, because all completions"
-            " earned the same reward (rl.dynamic_sampling) or the prompt leaves no room in"
-            f" generator.max_model_len = {self._max_model_len}; expected problems that fit and are"
-            " sometimes solved"
+            f"step {self._step}: dropped {self._max_dropped} problems, because all completions earned the same reward"
+            f" (rl.dynamic_sampling) or the prompt leaves no room in generator.max_model_len = {self._max_model_len};"
+            " expected problems that fit and are sometimes solved"
         )
 
 

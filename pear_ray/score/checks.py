@@ -56,9 +56,8 @@ def check_rejected(job: Job, path: str, num_rejected: int, num_rows: int, reject
     if num_rejected > limit * num_rows:
         first = next(rejected)
         raise ConfigError(
-            f"{path}: row {first['example_id']!r}: {first['reason']}\n"
-            f"corpus.max_rejected_fraction: expected at most {limit} of the rows rejected, got"
-            f" {num_rejected} of {num_rows}"
+            f"{path}: row {first['example_id']!r}: {first['reason']}\ncorpus.max_rejected_fraction: expected at most"
+            f" {limit} of the rows rejected, got {num_rejected} of {num_rows}"
         )
 
 
@@ -82,9 +81,8 @@ def check_trainer_gaps(job: Job, gaps: Mapping[str, TrainerGap | None]) -> None:
     for source, gap in gaps.items():
         if gap is not None and not gap.mean_gap <= limit:
             raise ConfigError(
-                f"behavior.{source}: expected engine and trainer log-probs of"
-                f" {job.model_path(source)} within corpus.max_logprob_gap = {limit} nats per token,"
-                f" got a gap of {gap.mean_gap:.3g} on {gap.rows} rows"
+                f"behavior.{source}: expected engine and trainer log-probs of {job.model_path(source)} within"
+                f" corpus.max_logprob_gap = {limit} nats per token, got a gap of {gap.mean_gap:.3g} on {gap.rows} rows"
             )
 
 

@@ -109,9 +109,8 @@ class TokenizeRows:
         scorer = source if source in config.sources else config.fallback_scorer
         if source is None or scorer is None:
             raise ValueError(
-                f"{config.columns.source}: expected an entry of [behavior],"
-                f" {sorted(config.sources)}, got {source!r} (corpus.source is the default,"
-                " corpus.fallback_scorer scores sources without a model)"
+                f"{config.columns.source}: expected an entry of [behavior], {sorted(config.sources)}, got {source!r}"
+                " (corpus.source is the default, corpus.fallback_scorer scores sources without a model)"
             )
         first_answer = [message["role"] for message in messages].index("assistant")
         content = int(digest(messages[:first_answer]), 16)

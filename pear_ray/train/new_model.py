@@ -20,10 +20,9 @@ from pear_ray.train.hf_folder import write_hf_folder
 from pear_ray.train.model import load_policy, policy_inputs
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}"
-    "{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ ' ' + eos_token"
+    " }}{% endif %}{% if not loop.last %}{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ' }}{%"
+    " endif %}"
 )
 
 

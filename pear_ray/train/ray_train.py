@@ -90,9 +90,8 @@ def startup_timeout_message(config: LearnerConfig, resources: dict[str, float], 
     present = ", ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources)
     where = f" on nodes with labels {labels}" if labels else ""
     return (
-        f"learner.timeout_seconds: expected {config.min_workers} ranks with"
-        f" {resources} each{where} to start within {config.timeout_seconds:.0f} s;"
-        f" the cluster has {present}"
+        f"learner.timeout_seconds: expected {config.min_workers} ranks with {resources} each{where} to start within"
+        f" {config.timeout_seconds:.0f} s; the cluster has {present}"
     )
 
 

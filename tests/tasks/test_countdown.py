@@ -165,12 +165,10 @@ def test_the_seed_changes_the_order_and_not_the_split():
 
 def test_problems_and_demonstrations_are_the_same_in_each_process():
     script = (
-        "import itertools\n"
-        "from pear_ray.tasks.countdown import Countdown\n"
-        "g = Countdown()\n"
-        "styles = dict.fromkeys(('build', 'undo', 'try', 'code'), 1)\n"
-        "print([p.problem_id for p in itertools.islice(g.problems('heldout', 3), 40)])\n"
-        "print([a for _, a in itertools.islice(g.demonstrations(styles, 0.5, 3), 40)])\n"
+        "import itertools\nfrom pear_ray.tasks.countdown import Countdown\ng = Countdown()\nstyles ="
+        " dict.fromkeys(('build', 'undo', 'try', 'code'), 1)\nprint([p.problem_id for p in"
+        " itertools.islice(g.problems('heldout', 3), 40)])\nprint([a for _, a in"
+        " itertools.islice(g.demonstrations(styles, 0.5, 3), 40)])\n"
     )
     outputs = [
         subprocess.run(
