@@ -7,3 +7,9 @@ class ConfigError(ValueError):
     The message names the file and the field, then what was expected and what was found. The command line prints it
     without a traceback and exits with code 2.
     """
+
+
+def require(holds: object, field: str, expected: str, got: object) -> None:
+    """Raise ConfigError unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{field}: expected {expected}, got {got}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -15,6 +15,14 @@ class Section(BaseModel):
 
     # JSON has no infinity, and config.json must read back as the same job.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _run_check(self) -> Self:
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """Raise ConfigError if keys do not fit together; for sections to override."""
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -45,17 +53,12 @@ def overridden(section: Section, changes: Mapping[str, Any]) -> dict[str, Any]:
     values = section.model_dump()
     for key, change in changes.items():
         old = getattr(section, key, None)
-        own_type = tag(type(old)) if isinstance(old, Section) else None
-        table = {"type": change} if own_type and isinstance(change, str) else change
-        if (
-            isinstance(old, Section)
-            and isinstance(table, dict)
-            and table.get("type", own_type) == own_type
-            and own_type
-        ):
-            # Only keys that were set: others may be derived from those that change.
-            table = old.model_dump(exclude_unset=True) | {"type": own_type} | table
-        values[key] = table
+        if isinstance(old, Section) and (own_type := tag(type(old))):
+            change = {"type": change} if isinstance(change, str) else change
+            if isinstance(change, dict) and change.get("type", own_type) == own_type:
+                # Only keys that were set: others may be derived from those that change.
+                change = old.model_dump(exclude_unset=True) | {"type": own_type} | change
+        values[key] = change
     return values
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pear_ray.config.base import Section
+from pear_ray.errors import require
 
 
 class Generator(Section):
@@ -47,20 +48,14 @@ class Generator(Section):
         """GPUs of the engine actor: with tensor parallelism vLLM's own Ray workers hold them."""
         return self.num_gpus if self.tensor_parallel_size == 1 else 0.0
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Generator:
-        if self.max_new_tokens >= self.max_model_len:
-            raise ValueError(
-                f"max_new_tokens: expected less than max_model_len {self.max_model_len}, got {self.max_new_tokens}"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens: expected at least max_num_seqs {self.max_num_seqs}, since"
-                f" each request has a token in each batch, got {self.max_num_batched_tokens}"
-            )
-        if self.min_engines > self.num_engines:
-            raise ValueError(f"min_engines: expected at most num_engines {self.num_engines}, got {self.min_engines}")
-        return self
+    def _check(self) -> None:
+        longest, limit = self.max_new_tokens, self.max_model_len
+        require(longest < limit, "max_new_tokens", f"less than max_model_len {limit}", longest)
+        batched, num_seqs = self.max_num_batched_tokens, self.max_num_seqs
+        expected = f"at least max_num_seqs {num_seqs}, since each request has a token in each batch"
+        require(batched >= num_seqs, "max_num_batched_tokens", expected, batched)
+        fewest, most = self.min_engines, self.num_engines
+        require(fewest <= most, "min_engines", f"at most num_engines {most}", fewest)
 
 
 class Lora(Section):
@@ -117,26 +112,15 @@ class Learner(Section):
         """Packed tokens of the ranks that share a pack."""
         return self.tokens_per_micro_batch * self.sequence_parallel
 
-    @model_validator(mode="after")
-    def _check_ranks(self) -> Learner:
-        if self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers: expected at most num_workers {self.num_workers}, got {self.min_workers}")
-        for key in ("num_workers", "min_workers"):
-            if getattr(self, key) % self.sequence_parallel:
-                raise ValueError(
-                    f"{key}: expected a multiple of sequence_parallel {self.sequence_parallel}, got"
-                    f" {getattr(self, key)}"
-                )
-        if self.sequence_parallel > 1 and self.min_workers != self.num_workers:
-            raise ValueError(
-                f"min_workers: expected num_workers {self.num_workers} with sequence_parallel, got {self.min_workers}"
-            )
+    def _check(self) -> None:
+        fewest, most, shared = self.min_workers, self.num_workers, self.sequence_parallel
+        require(fewest <= most, "min_workers", f"at most num_workers {most}", fewest)
+        for key, number in (("num_workers", most), ("min_workers", fewest)):
+            require(number % shared == 0, key, f"a multiple of sequence_parallel {shared}", number)
+        require(shared == 1 or fewest == most, "min_workers", f"num_workers {most} with sequence_parallel", fewest)
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < lowest:
-            raise ValueError(
-                f"zero_stage: expected at least {lowest} with offload {self.offload!r}, got {self.zero_stage}"
-            )
-        return self
+        expected = f"at least {lowest} with offload {self.offload!r}"
+        require(self.zero_stage >= lowest, "zero_stage", expected, self.zero_stage)
 
 
 class Weights(Section):

@@ -6,18 +6,22 @@ directory of the command.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from pear_ray.config.arms import Arm, Study, last_stage_with
 from pear_ray.config.base import Section, describe, overridden
-from pear_ray.config.cooperate import Cooperate
-from pear_ray.config.corpus import Corpus
 from pear_ray.config.engines import Generator, Learner, Placement, Rewards, Weights
-from pear_ray.config.rl import Rl
-from pear_ray.config.sft import Sft
+from pear_ray.config.rl import Cooperate, Rl
+from pear_ray.config.sft import Corpus, Sft
+from pear_ray.errors import ConfigError, require
+
+# The last training stage of an arm: its checkpoints are "after RL".
+LAST_STAGES = ("rl", "cooperate")
+# Stages that leave a checkpoint to evaluate.
+TRAINING_STAGES = ("sft", *LAST_STAGES)
 
 
 class Run(Section):
@@ -72,12 +76,9 @@ class ModelSource(Section):
     pretrain: Pretrain | None = None
     """Train the model from scratch instead."""
 
-    @model_validator(mode="after")
-    def _check_origin(self) -> ModelSource:
-        if (self.path is None) == (self.pretrain is None):
-            got = "neither" if self.path is None else "both"
-            raise ValueError(f"path: expected either path or pretrain, got {got}")
-        return self
+    def _check(self) -> None:
+        got = "neither" if self.path is None else "both"
+        require((self.path is None) != (self.pretrain is None), "path", "either path or pretrain", got)
 
 
 class Model(ModelSource):
@@ -101,12 +102,9 @@ class Evaluation(Section):
     checkpoints: dict[str, str] = Field({})
     """Further models to evaluate beside those of the run: name and Hugging Face folder."""
 
-    @model_validator(mode="after")
-    def _check_ks(self) -> Evaluation:
+    def _check(self) -> None:
         for k in self.ks:
-            if k > self.samples_per_problem:
-                raise ValueError(f"ks: expected at most samples_per_problem {self.samples_per_problem}, got {k}")
-        return self
+            require(k <= self.samples_per_problem, "ks", f"at most samples_per_problem {self.samples_per_problem}", k)
 
 
 class Ranking(Section):
@@ -122,12 +120,9 @@ class Ranking(Section):
     """A name for data and loss of a checkpoint's SFT, for checkpoints that no arm of a run made. Held-out losses are
     compared within one name."""
 
-    @model_validator(mode="after")
-    def _check_rates(self) -> Ranking:
+    def _check(self) -> None:
         for name, value in self.after_rl.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"after_rl.{name}: expected a pass@1 from 0 to 1, got {value}")
-        return self
+            require(0 <= value <= 1, f"after_rl.{name}", "a pass@1 from 0 to 1", value)
 
 
 class Tracking(Section):
@@ -151,6 +146,47 @@ class TaskSpec(Section):
     held-out problems from each."""
     options: dict[str, Any] = Field({})
     """Options of the family; `label` distinguishes two tasks of one family."""
+
+
+class Arm(Section):
+    """One way through `sft` and `rl`, or `sft` and `cooperate`; arms share everything else."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Folder and label of the arm."""
+    sft: dict[str, Any] | Literal[False] = Field({})
+    """Keys of [sft] that differ in this arm; false: RL starts from the base model."""
+    rl: dict[str, Any] = Field({})
+    """Keys of [rl] that differ in this arm."""
+    cooperate: dict[str, Any] | None = None
+    """Keys of [cooperate] that differ in this arm; if set, even to {}, the arm runs `cooperate` instead of `rl`."""
+
+    @property
+    def last_stage(self) -> str:
+        """The arm's last training stage."""
+        return "rl" if self.cooperate is None else "cooperate"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The arm's training stages, in order."""
+        return (self.last_stage,) if self.sft is False else ("sft", self.last_stage)
+
+
+class Study(Section):
+    """Stage `study`: every arm with several seeds."""
+
+    seeds: tuple[int, ...] = ()
+    """Each arm runs once with each of these seeds. Seeds and arms may be added later in the same run folder."""
+    arms: tuple[str, ...] = ()
+    """Arms that take part; empty: all."""
+    max_parallel: int = Field(1, gt=0)
+    """Runs at the same time, if the cluster has room for them."""
+    baseline: str | None = None
+    """Arm to which the others are compared; by default the first."""
+    hypothesis: str = ""
+    """Expected result, in words; stored before anything runs and shown in the report."""
+
+    def _check(self) -> None:
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", "each one once", list(self.seeds))
 
 
 class Job(Section):
@@ -193,76 +229,67 @@ class Job(Section):
     study: Study = Study()
     """Stage `study`."""
 
-    @model_validator(mode="after")
-    def _check_sources(self) -> Job:
+    def _check(self) -> None:
+        self._check_sources()
+        self._check_sizes()
+        if self.cooperate is not None:
+            self.cooperate.check_job(self.sft, self.rl, self.learner)
+        self._check_arms()
+
+    def _check_sources(self) -> None:
         sampled = self.corpus.sample.num_examples if self.corpus.sample else ()
         sources = {f"sample.num_examples.{source}": source for source in sampled}
         # The job of an arm has no behavior models: its corpus is scored already.
         if self.behavior:
             sources |= {key: getattr(self.corpus, key) for key in ("source", "fallback_scorer")}
+        expected = f"one of [behavior] {sorted(self.behavior)}"
         for key, source in sources.items():
-            if source is not None and source not in self.behavior:
-                raise ValueError(f"corpus.{key}: expected one of [behavior] {sorted(self.behavior)}, got {source!r}")
+            require(source is None or source in self.behavior, f"corpus.{key}", expected, repr(source))
         models = {"base": self.model, **self.behavior}
+        expected = "a model with `pretrain` and without start_from"
         for name, model in models.items():
             start = model.pretrain.start_from if model.pretrain else None
             parent = models[start].pretrain if start in models else None
-            if start is not None and (parent is None or parent.start_from is not None):
-                table = "model" if model is self.model else f"behavior.{name}"
-                raise ValueError(
-                    f"{table}.pretrain.start_from: expected a model with `pretrain` and without"
-                    f" start_from, got {start!r}"
-                )
-        return self
+            fits = start is None or (parent is not None and parent.start_from is None)
+            table = "model" if model is self.model else f"behavior.{name}"
+            require(fits, f"{table}.pretrain.start_from", expected, repr(start))
 
-    @model_validator(mode="after")
-    def _check_sizes(self) -> Job:
-        max_model_len, max_new_tokens = self.generator.max_model_len, self.generator.max_new_tokens
-        if self.learner.tokens_per_pack < max_model_len:
-            raise ValueError(
-                "learner.tokens_per_micro_batch: expected room for a sequence of generator.max_model_len"
-                f" {max_model_len} on sequence_parallel {self.learner.sequence_parallel} ranks, got"
-                f" {self.learner.tokens_per_micro_batch}"
-            )
-        if self.rl.overlong_buffer_tokens > max_new_tokens:
-            raise ValueError(
-                f"rl.overlong_buffer_tokens: expected at most generator.max_new_tokens"
-                f" {max_new_tokens}, got {self.rl.overlong_buffer_tokens}"
-            )
-        num_groups = self.learner.num_workers // self.learner.sequence_parallel
-        if self.rl.prompts_per_step * self.rl.group_size < num_groups:
-            raise ValueError(
-                f"rl.prompts_per_step: expected a completion for each of {num_groups} ranks of learner.num_workers, got"
-                f" {self.rl.prompts_per_step} prompts with {self.rl.group_size} each"
-            )
-        if self.cooperate is not None:
-            self.cooperate.check_job(self.sft, self.rl, self.learner)
-        return self
+    def _check_sizes(self) -> None:
+        rl, learner, generator = self.rl, self.learner, self.generator
+        expected = (
+            f"room for a sequence of generator.max_model_len {generator.max_model_len} on"
+            f" sequence_parallel {learner.sequence_parallel} ranks"
+        )
+        fits = learner.tokens_per_pack >= generator.max_model_len
+        require(fits, "learner.tokens_per_micro_batch", expected, learner.tokens_per_micro_batch)
+        longest, buffer = generator.max_new_tokens, rl.overlong_buffer_tokens
+        require(buffer <= longest, "rl.overlong_buffer_tokens", f"at most generator.max_new_tokens {longest}", buffer)
+        num_groups = learner.num_workers // learner.sequence_parallel
+        expected = f"a completion for each of {num_groups} ranks of learner.num_workers"
+        got = f"{rl.prompts_per_step} prompts with {rl.group_size} each"
+        require(rl.prompts_per_step * rl.group_size >= num_groups, "rl.prompts_per_step", expected, got)
 
-    @model_validator(mode="after")
-    def _check_arms(self) -> Job:
+    def _check_arms(self) -> None:
         names = [arm.name for arm in self.arms]
-        if len(set(names)) != len(names):
-            raise ValueError(f"arms: expected each name once, got {names}")
-        if unknown := sorted(set(self.study.arms) - set(names)):
-            raise ValueError(f"study.arms: expected names among {names}, got {unknown}")
+        require(len(set(names)) == len(names), "arms", "each name once", names)
+        unknown = sorted(set(self.study.arms) - set(names))
+        require(not unknown, "study.arms", f"names among {names}", unknown)
         compared = [arm.name for arm in self.study_arms]
-        if self.study.baseline not in (None, *compared):
-            raise ValueError(f"study.baseline: expected one of {compared}, got {self.study.baseline!r}")
+        baseline = self.study.baseline
+        require(baseline in (None, *compared), "study.baseline", f"one of {compared}", repr(baseline))
         trained = {"sft": self.sft}
         for arm in self.arms:
             try:
                 job = self.of_arm(arm)
             except ValidationError as error:
-                lines = describe(error, Job, f"arms.{arm.name}")
-                raise ValueError("\n".join(lines)) from error
+                raise ConfigError("\n".join(describe(error, Job, f"arms.{arm.name}"))) from error
             if arm.sft:
                 trained[f"arms.{arm.name}.sft"] = job.sft
         # A corpus that was scored before may hold top log-probs: the stage checks.
-        distilled = [key for key, sft in trained.items() if sft.objective.type == "kl"]
-        if distilled and self.corpus.scored_path is None and not self.corpus.top_logprobs:
-            raise ValueError(f'corpus.top_logprobs: expected at least 1 for {distilled[0]}.objective "kl", got 0')
-        return self
+        if self.corpus.scored_path is None and not self.corpus.top_logprobs:
+            for key, sft in trained.items():
+                expected = f'at least 1 for {key}.objective "kl"'
+                require(sft.objective.type != "kl", "corpus.top_logprobs", expected, 0)
 
     @property
     def study_arms(self) -> tuple[Arm, ...]:
@@ -271,8 +298,8 @@ class Job(Section):
 
     def last_stage_of(self, home: str) -> str:
         """Return the last training stage in one of the `homes`."""
-        of_arms = {arm.name: arm.last_stage for arm in self.arms}
-        return of_arms.get(home.partition("@")[0], last_stage_with(self.cooperate))
+        arms = {arm.name: arm.last_stage for arm in self.arms}
+        return arms.get(home.partition("@")[0], "rl" if self.cooperate is None else "cooperate")
 
     @property
     def folder(self) -> Path:
@@ -306,18 +333,32 @@ class Job(Section):
         """Return the job of an arm, or of an arm with a seed of a study: in a run directory below this one, on this
         job's scored corpus."""
         document = self.model_dump()
-        name = arm.name if seed is None else f"{arm.name}@{seed}"
-        document["run"]["dir"] = str(self.homes(self.folder)[name])
-        document["run"]["seed"] = self.run.seed if seed is None else seed
-        document["model"] = {"path": self.model_path(), "dtype": self.model.dtype}
-        document["behavior"] = {}
-        document["corpus"] |= {"sample": None, "path": None}
-        document["corpus"]["scored_path"] = str(self.scored_folder.absolute())
-        document["sft"] = overridden(self.sft, arm.sft or {})
-        document["rl"] = overridden(self.rl, arm.rl)
-        shared = self.cooperate or Cooperate()
-        document["cooperate"] = None
-        if arm.cooperate is not None:
-            document["cooperate"] = overridden(shared, arm.cooperate)
-        document["arms"], document["study"] = (), {}
+        home = self.homes(self.folder)[arm.name if seed is None else f"{arm.name}@{seed}"]
+        document["run"] |= {"dir": str(home), "seed": self.run.seed if seed is None else seed}
+        document["corpus"] |= {"sample": None, "path": None, "scored_path": str(self.scored_folder.absolute())}
+        cooperate = self.cooperate or Cooperate()
+        document |= {
+            "model": {"path": self.model_path(), "dtype": self.model.dtype},
+            "behavior": {},
+            "sft": overridden(self.sft, arm.sft or {}),
+            "rl": overridden(self.rl, arm.rl),
+            "cooperate": None if arm.cooperate is None else overridden(cooperate, arm.cooperate),
+            "arms": (),
+            "study": {},
+        }
         return Job(**document)
+
+
+def is_after_rl(label: str) -> bool:
+    """Return whether a checkpoint is that of a last training stage."""
+    return label.rpartition("/")[-1] in LAST_STAGES
+
+
+def start_of(label: str, evaluated: Collection[str]) -> str | None:
+    """Return the label of the checkpoint that the training of `label` started from: "base" for SFT; for a last stage
+    its arm's SFT if that was evaluated, else "base". None if `label` names no trained checkpoint."""
+    prefix, slash, stage = label.rpartition("/")
+    own = f"{prefix}{slash}sft"
+    if is_after_rl(label) and own in evaluated:
+        return own
+    return "base" if stage in TRAINING_STAGES else None

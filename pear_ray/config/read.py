@@ -14,21 +14,19 @@ from pydantic import ValidationError
 
 from pear_ray.config.base import describe, keys_at
 from pear_ray.config.job import Job
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 
 COMMAND_LINE = "command line"
 
 # The last word of a key that names a secret. A checkpoint or an arm may be called "token".
 SECRET_KEYS = re.compile(
-    r"(^|[._-])(secret|password|passwd|credentials?|(api|access|secret|private)[_-]?key)$"
-    r"|[_-]token$|\boptions\.token$",
+    r"(^|[._-])(secret|password|passwd|credentials?|(api|access|secret|private)[_-]?key)$|[_-]token$|\boptions\.token$",
     re.I,
 )
 # URLs with a password or a signature, and the prefixes of secrets of Hugging Face, AWS, GitHub and others.
 SECRET_VALUES = re.compile(
     r"://[^/\s]*:[^/\s]*@"
-    r"|[?&](x-(amz|goog)-(signature|credential|security-token)|sig|signature|(access_)?token"
-    r"|api_?key)="
+    r"|[?&](x-(amz|goog)-(signature|credential|security-token)|sig|signature|(access_)?token|api_?key)="
     r"|\b(hf_|sk-|gh[pousr]_)\w{20,}|\bAKIA[0-9A-Z]{16}\b",
     re.I,
 )
@@ -40,11 +38,11 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         ConfigError: the file cannot be read, a key or value is invalid, or one looks like a secret.
     """
+    form = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = path.read_text()
-        document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        document = json.loads(text) if form == "JSON" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        form = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(f"{path}: expected {form}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a job file: {error}") from error
@@ -63,39 +61,31 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         lines = []
         for line in describe(error, Job):
             field = line.partition(":")[0] + "."
-            keys = (f"{key}." for key in changed)
-            is_override = any(key.startswith(field) or field.startswith(key) for key in keys)
+            is_override = any(f"{key}.".startswith(field) or field.startswith(f"{key}.") for key in changed)
             lines.append(f"{COMMAND_LINE if is_override else path}: {line}")
         raise ConfigError("\n".join(lines)) from error
 
 
 def parse_overrides(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return dotted key and values of each `--key value ...` or `--key=value`.
-
-    Raises:
-        ConfigError: a word belongs to no key, or a value looks like a secret.
-    """
+    """Return dotted key and values of each `--key value ...` or `--key=value`; raise ConfigError if a word belongs to
+    no key, or a value looks like a secret."""
     items: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):
             key, is_equation, value = word[2:].partition("=")
             items.append((key, [value] if is_equation else []))
-        elif items:
-            items[-1][1].append(word)
         else:
-            raise ConfigError(f"{COMMAND_LINE}: expected --section.key value, got {word!r}")
+            require(items, COMMAND_LINE, "--section.key value", repr(word))
+            items[-1][1].append(word)
     refuse_secrets(COMMAND_LINE, {key: " ".join(values) for key, values in items})
     return items
 
 
 def parse_override(key: str, words: Sequence[str]) -> tuple[list[str], Any]:
-    """Return the parts of a dotted key as a job spells them, and its value.
+    """Return the parts of a dotted key as a job spells them, and its value; raise ConfigError if it needs one.
 
     Hyphens in names of keys count as underscores. Without words a boolean is set, or cleared by `--section.no-key` or
     `--no-section.key`. Several words are a list.
-
-    Raises:
-        ConfigError: the key needs a value.
     """
     *parents, last = key.removeprefix("no-").split(".")
     names: list[str] = []
@@ -106,8 +96,7 @@ def parse_override(key: str, words: Sequence[str]) -> tuple[list[str], Any]:
     annotation = field.annotation if field else None
     if not words and annotation is bool:
         return names, not (key.startswith("no-") or last.startswith("no-"))
-    if not words:
-        raise ConfigError(f"{COMMAND_LINE}: {'.'.join(names)}: expected a value, got none")
+    require(words, f"{COMMAND_LINE}: {'.'.join(names)}", "a value", "none")
     is_text = annotation is str or annotation == (str | None)
     values = [word if is_text else parse_toml(word) for word in words]
     is_list = len(values) > 1 or (get_origin(annotation) is tuple and type(values[0]) is not list)
@@ -124,23 +113,16 @@ def parse_toml(word: str) -> Any:
 
 
 def merge(old: Any, new: Any) -> Any:
-    """Return `old` with the tables of `new` merged into its own, and all else replaced.
-
-    Items of a list are changed by number, as in {"0": ...}.
-
-    Raises:
-        ConfigError: the list has no such item.
-    """
+    """Return `old` with the tables of `new` merged into its own, and all else replaced; items of a list are changed by
+    number, as in {"0": ...}."""
     if not isinstance(new, dict):
         return new
     if isinstance(old, list):
         items = {str(number): item for number, item in enumerate(old)}
-        if unknown := sorted(new.keys() - items.keys()):
-            raise ConfigError(f"{COMMAND_LINE}: expected the index of one of {len(old)} items, got {unknown[0]!r}")
+        for number in sorted(new):
+            require(number in items, COMMAND_LINE, f"the index of one of {len(old)} items", repr(number))
         return list(merge(items, new).values())
-    if isinstance(old, str):
-        old = {"type": old}
-    old = old or {}
+    old = {"type": old} if isinstance(old, str) else old or {}
     return old | {key: merge(old.get(key), value) for key, value in new.items()}
 
 
@@ -150,8 +132,8 @@ def refuse_secrets(source: str, document: Any) -> None:
     for field, value in strings_in(document):
         if value and (SECRET_KEYS.search(field) or SECRET_VALUES.search(value)):
             raise ConfigError(
-                f"{source}: {field}: expected no secret in a job, which is stored and shown, got a"
-                " value that looks like one: set it in the environment of the nodes"
+                f"{source}: {field}: expected no secret in a job, which is stored and shown, got a value that looks"
+                " like one: set it in the environment of the nodes"
             )
 
 
@@ -160,6 +142,5 @@ def strings_in(document: Any, field: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(document, str):
         yield field, document
     elif isinstance(document, dict | list):
-        items = document.items() if isinstance(document, dict) else enumerate(document)
-        for key, value in items:
+        for key, value in document.items() if isinstance(document, dict) else enumerate(document):
             yield from strings_in(value, f"{field}.{key}" if field else str(key))

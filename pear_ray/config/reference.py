@@ -5,7 +5,6 @@ python -m pear_ray.config.reference > jobs/KEYS.md
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -32,19 +31,14 @@ TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Any: "
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
-def main() -> None:
-    """Print the reference as Markdown."""
-    print(reference())
-
-
 def reference() -> str:
     """Return the reference as Markdown."""
     contents, sections = [], []
     for heading, body in tables(Job, "", {}):
-        is_top = "." not in heading.replace(".NAME", "")
-        if is_top:
+        level = "###" if "." in heading.replace(".NAME", "") else "##"
+        if level == "##":
             contents.append(f"- [`{heading}`](#{anchor(heading)})")
-        sections.append(f"{'##' if is_top else '###'} `{heading}`\n\n{body.strip()}")
+        sections.append(f"{level} `{heading}`\n\n{body.strip()}")
     return "\n\n".join([HEADER.strip(), "\n".join(contents), *sections])
 
 
@@ -59,7 +53,7 @@ def tables(section: type[Section], prefix: str, seen: dict[type[Section], str]) 
             title = heading if tag(inner) is None else f"{heading} type = {json.dumps(tag(inner))}"
             if inner not in seen:
                 seen[inner] = title
-                yield title, f"{docstring(inner)}\n{rows(inner)}"
+                yield title, f"{' '.join((inner.__doc__ or '').split())}\n{rows(inner)}"
                 yield from tables(inner, key, seen)
             elif tag(inner) is None:
                 yield title, f"As [`{seen[inner]}`](#{anchor(seen[inner])})."
@@ -115,11 +109,6 @@ def default_text(field: FieldInfo) -> str:
     return "*unset*" if default is None else f"`{json.dumps(default)}`"
 
 
-def docstring(section: type[Section]) -> str:
-    """Return a section's docstring on one line."""
-    return " ".join(inspect.cleandoc(section.__doc__ or "").split())
-
-
 def anchor(heading: str) -> str:
     """Return GitHub's anchor of a heading."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
@@ -130,19 +119,19 @@ def help_text(section: Section, prefix: str = "") -> str:
     lines = []
     for name, field in type(section).model_fields.items():
         key, value = f"{prefix}{name}", getattr(section, name)
-        items: Any = value.items() if isinstance(value, dict) else ()
-        if isinstance(value, tuple):
-            items = enumerate(value)
-        inner = {f"{key}.{part}.": item for part, item in items if isinstance(item, Section)}
-        if isinstance(value, Section):
-            inner = {f"{key}.": value}
-        lines += [help_text(item, path) for path, item in inner.items()]
+        items = {f"{key}.": value}
+        if isinstance(value, dict):
+            items = {f"{key}.{part}.": item for part, item in value.items()}
+        elif isinstance(value, tuple):
+            items = {f"{key}.{number}.": item for number, item in enumerate(value)}
+        inner = [help_text(item, path) for path, item in items.items() if isinstance(item, Section)]
         if not inner:
-            text = field.description or docstring(type(section))
+            text = field.description or type(section).__doc__ or ""
             shown = "(unset)" if value is None else json.dumps(value)
-            lines.append(f"--{key} {shown}\n    {' '.join(text.split())}")
+            inner = [f"--{key} {shown}\n    {' '.join(text.split())}"]
+        lines += inner
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(reference())
