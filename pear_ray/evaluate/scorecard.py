@@ -23,8 +23,7 @@ def heldout_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for file in sorted(folder.glob("*.parquet")):
         columns = {"prompt_ids", "response_ids", "trainable"} & set(pq.read_schema(file).names)
-        is_heldout = [("split", "==", "heldout")]
-        rows += pq.read_table(file, columns=sorted(columns), filters=is_heldout).to_pylist()
+        rows += pq.read_table(file, columns=sorted(columns), filters=[("split", "==", "heldout")]).to_pylist()
     return rows
 
 
@@ -33,19 +32,16 @@ def heldout_nll(pool: EnginePool, rows: list[dict[str, Any]]) -> float | None:
     if not rows:
         return None
     logprobs = pool.generate([ScoreRequest(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in rows])
-    trainable = [row.get("trainable") or ... for row in rows]
-    chosen = [values[mask] for values, mask in zip(logprobs, trainable, strict=True)]
+    chosen = [values[row.get("trainable") or ...] for values, row in zip(logprobs, rows, strict=True)]
     return float(-np.concatenate(chosen).mean())
 
 
 def kl_from_start(
     pool: EnginePool, prompts: Sequence[tuple[int, ...]], attempts: pa.Table, seed: int
 ) -> dict[str, float]:
-    """Return KL(start || end) over whole answers in nats, with its 95 % interval over problems.
-
-    `attempts` are those of the checkpoint from which training started, sampled at temperature 1; `prompts` are their
-    token ids, one per problem. The pool serves the checkpoint that training ended with. The mean of log p_start - log
-    p_end over the first answers is unbiased.
+    """Return KL(start || end) over whole answers in nats, with its 95 % interval over problems: the mean of log p_start
+    - log p_end over the first answers is unbiased. `attempts` are those of the checkpoint from which training started,
+    sampled at temperature 1, `prompts` their token ids, one per problem; the pool serves the checkpoint it ended with.
     """
     first = attempts.filter(pc.equal(attempts.column("sample"), 0)).to_pylist()
     requests = [ScoreRequest(prompt, tuple(row["response_ids"])) for prompt, row in zip(prompts, first, strict=True)]
@@ -60,9 +56,7 @@ def checkpoint_card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
     counts = num_correct(job, attempts)
     curve = [mean_with_interval(pass_at_k_by_problem(num_samples, counts, k), seed) for k in range(1, num_samples + 1)]
     num_tokens = attempts.column("num_tokens").to_numpy()
-    mean_logprobs = attempts.column("mean_logprob").to_numpy()
-    logprob = float((mean_logprobs * num_tokens).sum() / num_tokens.sum())
-    is_truncated = attempts.column("finish_reason").to_numpy() == "length"
+    logprob = float((attempts.column("mean_logprob").to_numpy() * num_tokens).sum() / num_tokens.sum())
     parts = [dict(row) for row in attempts.column("parts").to_pylist()]
     names = sorted({name for row in parts for name in row})
     return {
@@ -70,10 +64,9 @@ def checkpoint_card(job: Job, path: str, attempts: pa.Table) -> dict[str, Any]:
         "pass_at_k": {str(k): curve[k - 1] for k in job.evaluation.ks},
         "pass_at_k_curve": curve,
         "completions_mean_length": float(num_tokens.mean()),
-        "completions_clipped_ratio": float(np.mean(is_truncated)),
+        "completions_clipped_ratio": float(np.mean(attempts.column("finish_reason").to_numpy() == "length")),
         "mean_logprob": logprob,
-        # At temperature 1, the negative log-prob of a sampled token is an unbiased estimate of the entropy at its
-        # position.
+        # At temperature 1, -log-prob of a sampled token is an unbiased estimate of the entropy at its position.
         "entropy": -logprob if job.evaluation.temperature == 1.0 else None,
         "parts": {name: float(np.mean([row.get(name, 0.0) for row in parts])) for name in names},
     }
@@ -86,10 +79,8 @@ def scorecard(job: Job, num_problems: int, cards: dict[str, Any], attempts: dict
     differences = []
     for b, a in comparable_pairs(list(cards)):
         for k in job.evaluation.ks:
-            lead = pass_at_k_by_problem(num_samples, counts[a], k)
-            lead -= pass_at_k_by_problem(num_samples, counts[b], k)
-            paired = mean_with_interval(lead, job.run.seed)
-            differences.append({"a": a, "b": b, "k": k, **paired})
+            lead = pass_at_k_by_problem(num_samples, counts[a], k) - pass_at_k_by_problem(num_samples, counts[b], k)
+            differences.append({"a": a, "b": b, "k": k, **mean_with_interval(lead, job.run.seed)})
     return {
         "num_problems": num_problems,
         "samples_per_problem": num_samples,
@@ -108,10 +99,8 @@ def num_correct(job: Job, attempts: pa.Table) -> np.ndarray:
 
 
 def comparable_pairs(labels: list[str]) -> list[tuple[str, str]]:
-    """Return pairs (b, a) to compare as "a minus b".
-
-    An arm after RL and before it; and two arms with the same seed, both after SFT or both after RL.
-    """
+    """Return pairs (b, a) to compare as "a minus b": an arm after RL and before it; and two arms with the same seed,
+    both after SFT or both after RL."""
     pairs = []
     for b, a in combinations(labels, 2):
         (arm_b, stage_b), (arm_a, stage_a) = (label.rpartition("/")[::2] for label in (b, a))

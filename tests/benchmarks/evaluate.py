@@ -52,7 +52,7 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
 def asked(model: str, num_problems: int, num_samples: int) -> tuple[Any, Any, list[Any]]:
     """Job, problems and requests."""
     from pear_ray.data.tokenizer import encode_problems
-    from pear_ray.evaluate.attempts import attempt_requests
+    from pear_ray.evaluate import attempt_requests
     from pear_ray.tasks import heldout_problems
 
     job = job_of(model, num_problems, num_samples)
@@ -104,7 +104,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     import ray
 
     from pear_ray.engines.engine_pool import EnginePool
-    from pear_ray.evaluate.attempts import AttemptStore, sample_attempts
+    from pear_ray.evaluate import AttemptStore, sample_attempts
     from pear_ray.rewards.pool import RewardPool
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -16,8 +16,7 @@ from pear_ray.config import Job, start_of
 from pear_ray.data.tokenizer import encode_problems
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.errors import ConfigError
-from pear_ray.evaluate import find_checkpoints
-from pear_ray.evaluate.attempts import AttemptStore, attempt_requests, sample_attempts
+from pear_ray.evaluate import AttemptStore, attempt_requests, find_checkpoints, sample_attempts
 from pear_ray.evaluate.scorecard import checkpoint_card, comparable_pairs, kl_from_start, scorecard
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.rewards.pool import RewardPool
@@ -97,8 +96,8 @@ class InterruptedStore(AttemptStore):
 
     num_added = 0
 
-    def add(self, attempts: Any) -> None:
-        super().add(attempts)
+    def add(self, *attempts: Any) -> None:
+        super().add(*attempts)
         self.write()
         self.num_added += 1
         if self.num_added == 5:
