@@ -32,7 +32,7 @@ from pear_ray.rl.train_step import RankConfig
 from pear_ray.weights.adapters import with_scaling
 
 if TYPE_CHECKING:
-    from pear_ray.train.bridge_learner import WeightsAndLoraLearner
+    from pear_ray.train.cooperate_learners import WeightsAndLoraLearner
     from pear_ray.train.learner import Learner
 
 # Default learning rate of the adapters, relative to the weights'.
@@ -65,7 +65,7 @@ class BridgeStep(WeightsAndLoraStep):
         shadow: Any = self._learners["shadow"]
         refresh_steps = bridge_method(self._job).refresh_steps
         if refresh_steps and step and step % refresh_steps == 0:
-            shadow.copy_weights(policy)
+            shadow.copy_from(policy, "weights")
         completions = training_sequences(self._job, rollouts.batch.groups)
         sequences, rl_weight = self._mix(step, completions, rollouts)
         micro_batches = policy.micro_batches(sequences)
@@ -79,7 +79,7 @@ class BridgeStep(WeightsAndLoraStep):
         policy.add_lora_gradients(shadow.take_lora_gradients(), -rl_weight)
         shadow_result = shadow.update(shadow_sums, shadow_batches[0].num_trainable_tokens_global)
         result = policy.update(sums, micro_batches[0].num_trainable_tokens_global)
-        shadow.copy_lora(policy)
+        shadow.copy_from(policy, "lora")
         metrics = mixed_metrics(result, micro_batches[0]) | {
             "rl_weight": rl_weight,
             "shadow_loss": shadow_result.loss,
@@ -106,7 +106,7 @@ def bridge_method(job: Job) -> BridgeMethod:
 
 def build_learner(config: RankConfig, lora_learning_rate: float, **learner_updates: str) -> WeightsAndLoraLearner:
     """Return a learner of weights and adapters, with these changes to [learner]."""
-    from pear_ray.train.bridge_learner import WeightsAndLoraLearner
+    from pear_ray.train.cooperate_learners import WeightsAndLoraLearner
 
     job = config.job
     return WeightsAndLoraLearner(

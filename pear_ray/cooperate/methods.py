@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pear_ray.config import BridgeMethod, Cooperate, Job, SumMethod
-from pear_ray.data.loader import batches
-from pear_ray.data.scored_dataset import RowFilter, RowGroup
+from pear_ray.data.scored_dataset import RowFilter, RowGroup, batches
 from pear_ray.data.scored_dataset import training_sequences as sequences_of_rows
 from pear_ray.losses import mixed
 from pear_ray.records import RolloutGroup, TrainingBatch, TrainingSequence
@@ -18,7 +17,7 @@ from pear_ray.rl.build import build_rl_loss, training_sequences
 from pear_ray.rl.rollouts import RolloutBatch
 from pear_ray.rl.scheduler import RolloutScheduler, StepBatch
 from pear_ray.rl.train_step import RankConfig, TrainStep, step_metrics
-from pear_ray.sft.build import build_sft_loss
+from pear_ray.sft.loss import build_sft_loss
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner, StepResult

@@ -33,7 +33,7 @@ class AlternateStep(CooperateStep):
     """
 
     def _build_learners(self, config: RankConfig) -> Mapping[str, Learner]:
-        from pear_ray.train.freeze import FreezingLearner
+        from pear_ray.train.cooperate_learners import FreezingLearner
 
         job, num_steps = config.job, 2 * config.job.rl.steps
         learner = FreezingLearner(config.start_model, job.model.dtype, job.learner, job.rl, num_steps, job.run.seed)

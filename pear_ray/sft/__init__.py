@@ -24,14 +24,19 @@ import ray
 
 from pear_ray.config import Job
 from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take_batch
-from pear_ray.data.loader import batches
-from pear_ray.data.scored_dataset import RowFilter, RowGroup, check_enough_rows, scan_dataset, training_sequences
+from pear_ray.data.scored_dataset import (
+    RowFilter,
+    RowGroup,
+    batches,
+    check_enough_rows,
+    scan_dataset,
+    training_sequences,
+)
 from pear_ray.metrics import Tracker
-from pear_ray.ray_cluster import connect, this_node_only
 from pear_ray.records import TrainingBatch
-from pear_ray.run import RunDir
-from pear_ray.sft.build import build_sft_loss
-from pear_ray.sft.metrics import HeldOut, log_step, step_metrics
+from pear_ray.run import RunDir, connect, this_node_only
+from pear_ray.sft.loss import HeldOut, build_sft_loss, log_step, step_metrics
+from pear_ray.train.hf_folder import check_supported
 from pear_ray.train.ray_train import (
     PreemptionWatcher,
     best_checkpoint,
@@ -41,7 +46,6 @@ from pear_ray.train.ray_train import (
     save_checkpoint,
     setup_worker,
 )
-from pear_ray.train.supported import check_supported
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner

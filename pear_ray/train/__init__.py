@@ -1,3 +1,5 @@
 """One rank of a DeepSpeed learner, and the Ray Train run that starts the ranks."""
 
-import pear_ray.environment  # noqa: F401  (before the libraries that read it)
+from pear_ray.process import prepare_libraries
+
+prepare_libraries()

@@ -1,4 +1,4 @@
-"""One rank of a DeepSpeed learner. It knows tokens, coefficients and sums, not algorithms: the objective turns a
+"""One rank of a DeepSpeed ZeRO learner. It knows tokens, coefficients and sums, not algorithms: the objective turns a
 micro-batch into a loss.
 
     sequences of a step --micro_batches--> this rank's packs --backward--> gradients, sums
@@ -7,6 +7,7 @@ micro-batch into a loss.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad, safe_update_full_grad_vectorized
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -25,12 +27,10 @@ from pear_ray.config import Optimizer
 from pear_ray.losses.inputs import LossInputs, Objective
 from pear_ray.losses.packing import pack
 from pear_ray.records import TrainingBatch, TrainingSequence
-from pear_ray.seeds import seed_of
-from pear_ray.train import zero
+from pear_ray.statistics import seed_of
+from pear_ray.train.attention import SequenceGroup
 from pear_ray.train.hf_folder import write_hf_folder
-from pear_ray.train.lora import add_adapters, merged_parameters
-from pear_ray.train.model import PackedPolicy, load_policy, policy_inputs
-from pear_ray.train.ulysses import SequenceGroup
+from pear_ray.train.model import PackedPolicy, add_adapters, load_policy, merged_parameters, policy_inputs
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,29 @@ class Learner:
         self._dtype = dtype
         self._config = config
         self._seed = seed
-        deepspeed_config = zero.deepspeed_config(dtype, config, optimizer)
+        zero_config = deepspeed_config(dtype, config, optimizer)
         # While this object lives, transformers partitions each parameter as it loads it.
-        self._partition_on_load = HfDeepSpeedConfig(deepspeed_config)
+        self._partition_on_load = HfDeepSpeedConfig(zero_config)
         policy = load_policy(path, dtype, config.logits_mib)
         parameters = self._trained_parameters(policy, optimizer)
         if config.activation_checkpointing:
             policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
+        num_warmup_steps = round(optimizer.warmup_fraction * num_steps)
         self._engine, *_ = deepspeed.initialize(
             model=policy,
             model_parameters=parameters,
-            config=deepspeed_config,
-            lr_scheduler=lambda adam: get_scheduler(
-                optimizer.schedule,
-                adam,
-                num_warmup_steps=round(optimizer.warmup_fraction * num_steps),
-                num_training_steps=num_steps,
-            ),
+            config=zero_config,
+            lr_scheduler=lambda adam: get_scheduler(optimizer.schedule, adam, num_warmup_steps, num_steps),
         )
         self._device = self._engine.device
         size = config.sequence_parallel
         self._group = SequenceGroup.create(size, config.timeout_seconds) if size > 1 else None
-        self._crossover_tokens = crossover_tokens(policy.language_model)
+        # The sequence length at which attention costs as much as the matrix products in a forward and backward pass:
+        # 6 * weights FLOP per token = 6 * layers * width * length.
+        model = policy.language_model.config.get_text_config()
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in policy.language_model.parameters())
+        self._crossover_tokens = num_weights / (model.num_hidden_layers * model.hidden_size)
 
     def _trained_parameters(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
         """Insert adapters, if any; return the optimizer's parameters or parameter groups."""
@@ -92,15 +92,11 @@ class Learner:
     def micro_batches(
         self, sequences: Sequence[TrainingSequence], counted: Sequence[TrainingSequence] | None = None
     ) -> list[TrainingBatch]:
-        """Return this rank's micro-batches of one step. Every rank passes the same `sequences`; `counted` as in `pack`.
-
-        Raises:
-            ValueError: no sequence, or one longer than a micro-batch.
-        """
+        """Return this rank's micro-batches of one step. Every rank passes the same `sequences`; `counted`, and the
+        ValueErrors, as in `pack`."""
         size = self._config.sequence_parallel
-        tokens_per_pack = self._config.tokens_per_pack
         num_groups = dist.get_world_size() // size
-        packs = pack(sequences, num_groups, tokens_per_pack, self._crossover_tokens, counted)
+        packs = pack(sequences, num_groups, self._config.tokens_per_pack, self._crossover_tokens, counted)
         return packs[dist.get_rank() // size]
 
     def step(self, batches: Sequence[TrainingBatch], objective: Objective) -> StepResult:
@@ -131,19 +127,17 @@ class Learner:
         returned, over `num_tokens` trainable tokens."""
         learning_rate = self._engine.get_lr()[0]
         if factor != 1.0:
-            zero.scale_gradients(self._engine, factor)
-        # Taken before the step, which clips these gradients in place.
-        grad_norm = zero.unpartitioned_grad_norm(self._engine.module, self._config, self._dtype)
+            scale_gradients(self._engine, factor)
+        own_norm = None
+        # DeepSpeed computes the norm itself if it partitions or keeps master weights.
+        if self._config.zero_stage == 0 and self._dtype == "float32":
+            # Taken before the step, which clips these gradients in place.
+            own_norm = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         self._engine.step()
-        if grad_norm is None:
-            grad_norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            loss=float(sums["loss"]) * factor / num_tokens,
-            grad_norm=float(grad_norm),
-            learning_rate=learning_rate,
-            num_tokens=num_tokens,
-            metric_sums={name: value for name, value in sums.items() if name != "loss"},
-        )
+        grad_norm = self._engine.get_global_grad_norm() if own_norm is None else own_norm
+        loss = float(sums["loss"]) * factor / num_tokens
+        metric_sums = {name: value for name, value in sums.items() if name != "loss"}
+        return StepResult(loss, float(grad_norm), learning_rate, num_tokens, metric_sums)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TrainingBatch], objective: Objective) -> dict[str, np.ndarray]:
@@ -165,17 +159,25 @@ class Learner:
         return logprobs
 
     def partitions(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Yield name (as in the Hugging Face folder), full shape and this rank's flat partition of every parameter
-        (`zero.partitions`)."""
-        return zero.partitions(self._engine.module.language_model)
+        """Yield name (as in the Hugging Face folder), full shape and this rank's flat partition of every parameter,
+        without communication. Partitions have equal size on all ranks: joined in rank order and cut to the full size
+        they are the parameter."""
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        for name, parameter in self._engine.module.language_model.named_parameters():
+            if hasattr(parameter, "ds_tensor"):
+                yield name, tuple(parameter.ds_shape), parameter.ds_tensor.detach()
+                continue
+            flat = parameter.detach().reshape(-1)
+            size = -(-flat.numel() // num_ranks)
+            own = flat[rank * size : (rank + 1) * size]
+            yield name, tuple(parameter.shape), nn.functional.pad(own, (0, size - own.numel()))
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint: weights, optimizer and schedule."""
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Load a checkpoint written by the same number of ranks, or one in DeepSpeed's universal format
-        by any number."""
+        """Load a checkpoint of the same number of ranks, or one in DeepSpeed's universal format of any number."""
         # DeepSpeed reads this flag at load time, not only from its initial configuration.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag="state")
@@ -185,7 +187,7 @@ class Learner:
         model = self._engine.module.language_model
         state: dict[str, Tensor] = {}
         for name, parameters, merge in self._export_parameters(model):
-            with zero.gathered(parameters):
+            with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
                 if dist.get_rank() == 0:
                     state[name] = merge().detach().cpu().clone()
         if dist.get_rank() == 0:
@@ -196,14 +198,11 @@ class Learner:
         return merged_parameters(model)
 
     def _forward(self, batch: TrainingBatch, top_k: int) -> LossInputs:
-        # Padding added for a sequence group is not trainable, so `select` never reaches it.
-        padded = batch if self._group is None else self._group.pad(batch)
-        logprobs, entropies, top_masses = self._predict(policy_inputs(padded, self._device), top_k)
+        inputs = policy_inputs(batch, self._device, self._config.sequence_parallel)
+        logprobs, entropies, top_masses = self._predict(inputs, top_k)
 
         def select(values_T: np.ndarray | None) -> Any:
-            if values_T is None:
-                return None
-            return torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
+            return None if values_T is None else torch.from_numpy(values_T[batch.trainable_T]).to(self._device)
 
         return LossInputs(
             logprobs=logprobs[:, 0],
@@ -243,15 +242,53 @@ class Learner:
         return {name: part.reshape(totals[name].shape).numpy() for name, part in zip(names, parts, strict=True)}
 
 
-def crossover_tokens(model: PreTrainedModel) -> float:
-    """Return the sequence length at which attention costs as much as the matrix products in a forward and backward
-    pass: 6 * weights FLOP per token = 6 * layers * width * length."""
-    config = model.config.get_text_config()
-    num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    return num_weights / (config.num_hidden_layers * config.hidden_size)
+def deepspeed_config(dtype: str, config: LearnerConfig, optimizer: Optimizer) -> dict[str, Any]:
+    """Return DeepSpeed's configuration."""
+    # The default threshold leaves parameters below 100,000 elements whole on every rank.
+    zero_optimization: dict[str, Any] = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
+    if config.offload != "none":
+        zero_optimization["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero_optimization["offload_param"] = {"device": "cpu"}
+    adam = {"lr": optimizer.learning_rate, "betas": list(optimizer.betas), "eps": optimizer.eps}
+    adam |= {"weight_decay": optimizer.weight_decay, "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": zero_optimization,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
 
 
 def accumulate(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
     """Add one micro-batch's sums to `totals`, in float64."""
     for name, value in sums.items():
         totals[name] = totals.get(name, 0) + value.double()
+
+
+def scale_gradients(engine: Any, factor: float) -> None:
+    """Multiply the accumulated gradients by `factor`, the same on every rank."""
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    if not hasattr(trained[0], "ds_id"):
+        safe_update_full_grad_vectorized(trained, lambda grad, _: grad * factor)
+        # DeepSpeed 0.19 with offloading clips stages 1 and 2 by norms recorded in backward.
+        norms = getattr(engine.optimizer, "norm_for_param_grads", {})
+        for parameter_id in norms:
+            norms[parameter_id] *= factor
+        return
+    for parameter in trained:
+        safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)
+
+
+def write_universal_checkpoint(folder: Path, universal: Path) -> None:
+    """Convert a checkpoint to DeepSpeed's universal format, which any number of ranks can load."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    folders = {"input_folder": str(folder / "state"), "output_folder": str(universal / "state")}
+    num_workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    main(Namespace(**folders, **num_workers, keep_temp_folder=False, strict=True, inject_missing_state=True))

@@ -51,10 +51,6 @@ class ModelDims:
         """Elements that a layer saves per token for the backward pass."""
         return 8 * self.hidden + 4 * self.intermediate + 5 * self.queries + 5 * self.keys
 
-    def cache_per_token(self, element_bytes: int) -> int:
-        """Return the bytes of key-value cache per token."""
-        return 2 * self.num_layers * self.keys * element_bytes
-
     def lora_parameters(self, lora: Lora) -> int:
         """Return an upper bound of the adapters' parameters: two thin matrices beside each adapted layer, all as wide
         as the widest."""
@@ -63,30 +59,24 @@ class ModelDims:
 
 
 def read_model_dims(field: str, path: str) -> ModelDims:
-    """Read the dimensions of a folder (config.json is enough) or hub name; load no weights.
-
-    Raises:
-        ConfigError: no configuration can be read; names the job's `field`.
-    """
+    """Read the dimensions of a folder (config.json is enough) or hub name; load no weights. Raise ConfigError, naming
+    the job's `field`, if no configuration can be read."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first_line, *_ = str(error).splitlines()
-        raise ConfigError(
-            f"{field}: expected a folder with config.json or a reachable hub name, got {path!r}: {first_line}"
-        ) from error
+        expected = "expected a folder with config.json or a reachable hub name"
+        raise ConfigError(f"{field}: {expected}, got {path!r}: {str(error).splitlines()[0]}") from error
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    num_key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return ModelDims(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         queries=text.num_attention_heads * head_width,
-        keys=num_key_heads * head_width,
+        keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
         vocabulary=text.vocab_size,
     )
 
@@ -96,14 +86,11 @@ def rank_memory(dims: ModelDims, element_bytes: int, learner: LearnerConfig, num
     stage, num_ranks = learner.zero_stage, learner.num_workers
     weight_ranks, gradient_ranks, state_ranks = (num_ranks if stage >= s else 1 for s in (3, 2, 1))
     state_bytes = 12 if element_bytes == 2 or stage > 0 else 8  # 4 of them a master copy
-    weights = dims.num_parameters * element_bytes / weight_ranks
-    optimizer = state_bytes * num_trained / state_ranks
-    update = 4.0 * min(num_trained / state_ranks, SUB_GROUP)
     items = {
-        "weights": 0.0 if learner.offload == "parameters" else weights,
+        "weights": 0.0 if learner.offload == "parameters" else dims.num_parameters * element_bytes / weight_ranks,
         "gradients": num_trained * element_bytes / gradient_ranks,
-        "optimizer": optimizer if learner.offload == "none" else 0.0,
-        "step": update if learner.offload == "none" else 0.0,
+        "optimizer": state_bytes * num_trained / state_ranks if learner.offload == "none" else 0.0,
+        "step": 4.0 * min(num_trained / state_ranks, SUB_GROUP) if learner.offload == "none" else 0.0,
     }
     if stage == 3:
         items["gathered"] = (min(dims.num_parameters, MAX_LIVE) + PREFETCH) * element_bytes
@@ -125,10 +112,11 @@ def engine_memory(
 ) -> dict[str, float]:
     """Return the bytes of each item on an engine's device, for one sequence of `context` tokens and logits of
     `tokens_with_logits` tokens at once, in float32 and again as log-probs."""
+    cache_per_token = 2 * dims.num_layers * dims.keys * element_bytes
     return {
         "weights": dims.num_parameters * element_bytes / tensor_parallel_size,
         "logits": 2.0 * 4 * tokens_with_logits * dims.vocabulary / tensor_parallel_size,
-        "one sequence": context * dims.cache_per_token(element_bytes) / tensor_parallel_size,
+        "one sequence": context * cache_per_token / tensor_parallel_size,
         "overhead": ENGINE_OVERHEAD,
     }
 

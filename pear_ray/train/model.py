@@ -1,8 +1,9 @@
-"""A Hugging Face causal LM that maps packed sequences to the log-probs of chosen tokens."""
+"""A Hugging Face causal LM that maps packed sequences to the log-probs of chosen tokens, with adapters if asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pear_ray.config import Lora
 from pear_ray.errors import ConfigError
 from pear_ray.losses.logprobs import predicted_logprobs
 from pear_ray.losses.packing import pack
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.train import attention
-from pear_ray.train.supported import check_architecture
+from pear_ray.train.hf_folder import check_architecture
+
+# The name that peft gives to the adapters of a model.
+ADAPTER = "default"
+# (prompt_ids, response_ids)
+TokenizedRow = tuple[Sequence[int], Sequence[int]]
 
 
 class LogprobHead(nn.Module):
@@ -27,14 +34,12 @@ class LogprobHead(nn.Module):
         self.weight = head.weight
         self.logits_mib = logits_mib
 
-    def forward(
-        self, hidden_T: Tensor, token_ids: Tensor, predicted: Tensor, top_k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the fields of `logprobs.predicted_logprobs`."""
-        result = predicted_logprobs(
-            hidden_T, self.weight, token_ids, predicted, logits_mib=self.logits_mib, top_k=top_k
+    def forward(self, hidden_T: Tensor, token_ids: Tensor, predicted: Tensor, top_k: int) -> tuple[Tensor, ...]:
+        """Return the fields of `logprobs.TokenLogprobs`."""
+        logits_mib = self.logits_mib
+        return tuple(
+            predicted_logprobs(hidden_T, self.weight, token_ids, predicted, logits_mib=logits_mib, top_k=top_k)
         )
-        return result.logprobs, result.entropies, result.top_masses
 
 
 class PackedPolicy(nn.Module):
@@ -43,8 +48,7 @@ class PackedPolicy(nn.Module):
     def __init__(self, language_model: PreTrainedModel, logits_mib: float) -> None:
         super().__init__()
         self.language_model = language_model
-        head = language_model.get_output_embeddings()
-        language_model.set_output_embeddings(LogprobHead(head, logits_mib))
+        language_model.set_output_embeddings(LogprobHead(language_model.get_output_embeddings(), logits_mib))
 
     def forward(
         self,
@@ -54,45 +58,44 @@ class PackedPolicy(nn.Module):
         predicted: Tensor,
         top_k: int = 0,
         **layout: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return, for the m candidate `token_ids` at each of the n positions `predicted`, in float32: log-probs [n, m]
         (with gradient), entropies [n] and the total probability of the `top_k` likeliest tokens [n]. `layout` goes to
         the attention (`attention.pack_layout`)."""
         hidden = self.language_model.base_model(
             input_ids=packed_ids_T[None], position_ids=position_ids_T[None], use_cache=False, **layout
         ).last_hidden_state[0]
-        head = self.language_model.get_output_embeddings()
-        return head(hidden, token_ids, predicted, top_k)
+        return self.language_model.get_output_embeddings()(hidden, token_ids, predicted, top_k)
 
 
-def policy_inputs(batch: TrainingBatch, device: torch.device) -> dict[str, Any]:
+def policy_inputs(batch: TrainingBatch, device: torch.device, group_size: int = 1) -> dict[str, Any]:
     """Return `PackedPolicy.forward`'s arguments for the trainable tokens of a micro-batch. The first candidate is the
-    token itself; the teacher's likeliest tokens follow, if any."""
+    token itself; the teacher's likeliest tokens follow, if any. An untrained sequence is appended so that the number of
+    tokens divides by `group_size`, the ranks that share the pack."""
     predicted = np.flatnonzero(batch.trainable_T)
     token_ids = batch.token_ids_T[predicted, None]
     if batch.teacher_ids_T is not None:
         token_ids = np.concatenate([token_ids, batch.teacher_ids_T[predicted]], axis=1)
+    num_padding = -len(batch.token_ids_T) % group_size
+    sequence_ids_T = np.pad(batch.sequence_ids_T, (0, num_padding), constant_values=len(batch.origins))
     inputs = {
-        "packed_ids_T": batch.token_ids_T,
-        "position_ids_T": batch.position_ids_T,
+        "packed_ids_T": np.pad(batch.token_ids_T, (0, num_padding)),
+        "position_ids_T": np.append(batch.position_ids_T, np.arange(num_padding)),
         "token_ids": token_ids,
         "predicted": predicted,
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-    return tensors | attention.pack_layout(batch.sequence_ids_T, device)
+    return tensors | attention.pack_layout(sequence_ids_T, device)
 
 
 def load_policy(path: str, dtype: str, logits_mib: float = 512.0, device_map: str | None = None) -> PackedPolicy:
-    """Load a Hugging Face folder or hub name, from safetensors only.
-
-    Raises:
-        ConfigError: the logits are not a plain product with the output head, or some layer is not
-            attention.
-    """
+    """Load a Hugging Face folder or hub name, from safetensors only. Raise ConfigError if the logits are not a plain
+    product with the output head, or if some layer is not attention."""
+    is_varlen = torch.cuda.is_available() and dtype == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        attn_implementation=attention.kernel_name(dtype),
+        attn_implementation=attention.VARLEN if is_varlen else attention.BY_RUNS,
         use_safetensors=True,
         trust_remote_code=False,
         device_map=device_map,
@@ -105,26 +108,46 @@ def load_policy(path: str, dtype: str, logits_mib: float = 512.0, device_map: st
     return PackedPolicy(model, logits_mib)
 
 
+def add_adapters(model: PreTrainedModel, config: Lora) -> None:
+    """Insert adapters into the model's linear layers and freeze all other parameters."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    peft_config = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+    )
+    inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER)
+
+
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
+    """Yield, for every parameter of the model without adapters: its name in the Hugging Face folder, the parameters to
+    gather, and a function that merges the gathered ones."""
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    for name, parameter in model.named_parameters():
+        plain_name = name.replace(".base_layer.", ".")
+        if name in adapted:
+            layer = adapted[name]
+            parts = [parameter, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+            yield plain_name, parts, lambda layer=layer: layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+        elif ".lora_" not in name:
+            yield plain_name, [parameter], partial(Tensor.detach, parameter)
+
+
 def trainer_logprobs(
-    path: str, dtype: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_pack: int, num_threads: int
+    path: str, dtype: str, rows: Sequence[TokenizedRow], tokens_per_pack: int, num_threads: int
 ) -> list[np.ndarray]:
     """Load a model and return `policy_logprobs` of `rows`, as the learner computes them at step 0: same code, precision
     and packing. The model is spread over all visible GPUs, if any."""
     torch.set_num_threads(num_threads)
     on_gpu = torch.cuda.is_available()
     policy = load_policy(path, dtype, device_map="auto" if on_gpu else None).eval()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    return policy_logprobs(policy, rows, tokens_per_pack, device)
+    return policy_logprobs(policy, rows, tokens_per_pack, torch.device("cuda" if on_gpu else "cpu"))
 
 
 @torch.no_grad()
 def policy_logprobs(
-    policy: PackedPolicy,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    tokens_per_pack: int,
-    device: torch.device,
+    policy: PackedPolicy, rows: Sequence[TokenizedRow], tokens_per_pack: int, device: torch.device
 ) -> list[np.ndarray]:
-    """Return the log-probs of the response tokens of each (prompt_ids, response_ids), float32."""
+    """Return the log-probs of the response tokens of each row, float32."""
     sequences = [
         TrainingSequence.of(prompt, response, np.zeros(len(response)), 1.0, str(number))
         for number, (prompt, response) in enumerate(rows)
@@ -135,5 +158,5 @@ def policy_logprobs(
         logprobs = policy(**policy_inputs(batch, device))[0][:, 0].cpu().numpy()
         lengths = np.bincount(batch.sequence_ids_T[batch.trainable_T])
         pieces = np.split(logprobs, np.cumsum(lengths)[:-1])
-        by_row |= {int(row): piece for row, piece in zip(batch.origins, pieces, strict=True)}
+        by_row |= dict(zip(map(int, batch.origins), pieces, strict=True))
     return [by_row[row] for row in range(len(rows))]

@@ -28,13 +28,11 @@ CHAT_TEMPLATE = (
 
 def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str]) -> None:
     """Write a Qwen3 with random weights and a word-level tokenizer over `vocabulary`."""
-    specials = ["<pad>", "<eos>", "<unk>"]
-    ids = {token: number for number, token in enumerate([*specials, *vocabulary])}
+    specials = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    ids = {token: number for number, token in enumerate([*specials.values(), *vocabulary])}
     word_level = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     word_level.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level, **specials)
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(settings.seed)
     model = Qwen3ForCausalLM(
@@ -62,11 +60,8 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
 
 def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: int) -> float:
     """Train a Qwen3 in float32 on `task`'s demonstrations and write it to `folder`. Start from random weights, or from
-    the sibling folder `settings.start_from`.
-
-    Returns:
-        Mean loss of the last tenth of the steps, in nats per answer token.
-    """
+    the sibling folder `settings.start_from`. Return the mean loss of the last tenth of the steps, in nats per answer
+    token."""
     torch.set_num_threads(num_threads)
     if settings.start_from is None:
         source = folder.with_name(folder.name + ".untrained")
@@ -80,10 +75,8 @@ def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_thr
     demonstrations = task.demonstrations(settings.styles, settings.solved_fraction, settings.seed)
     losses = []
     for _ in range(settings.steps):
-        sequences = [
-            demonstration_sequence(tokenizer, problem, answer)
-            for problem, answer in islice(demonstrations, settings.examples_per_step)
-        ]
+        drawn = islice(demonstrations, settings.examples_per_step)
+        sequences = [demonstration_sequence(tokenizer, problem, answer) for problem, answer in drawn]
         lengths = [len(sequence.token_ids) for sequence in sequences]
         (batches,) = pack(sequences, 1, sum(lengths) // 2 + max(lengths))
         optimizer.zero_grad()
@@ -104,7 +97,6 @@ def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_thr
 
 def demonstration_sequence(tokenizer: PreTrainedTokenizerBase, problem: Problem, answer: str) -> TrainingSequence:
     """Return a demonstration as a training sequence; the answer's tokens are trainable."""
-    messages = [*problem.messages, {"role": "assistant", "content": answer}]
-    ids = encode_conversation(tokenizer, messages)
+    ids = encode_conversation(tokenizer, [*problem.messages, {"role": "assistant", "content": answer}])
     logprobs = np.zeros(len(ids.response_ids))
     return TrainingSequence.of(ids.prompt_ids, ids.response_ids, logprobs, 1.0, problem.problem_id, ids.trainable)

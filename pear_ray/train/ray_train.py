@@ -21,7 +21,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from pear_ray.config import Job
 from pear_ray.config import Learner as LearnerConfig
-from pear_ray.logs import LOG_CONTEXT, configure_logging
+from pear_ray.process import LOG_CONTEXT, configure_logging
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner
@@ -43,13 +43,11 @@ def run_ray_train(
     folder: Path,
     keep_best: bool = False,
 ) -> dict[str, Any]:
-    """Run `train_loop(inputs)` on every rank, on nodes with these `labels`; return rank 0's result.
+    """Run `train_loop(inputs)` on every rank, on nodes with these `labels`; return rank 0's result. Raise TimeoutError
+    if the cluster had no room for the ranks within about `config.timeout_seconds`.
 
     A run cut off by the death of a rank or of the driver resumes from its latest checkpoint below `folder`. With
     `keep_best` the checkpoint with the lowest held-out loss stays beside the latest.
-
-    Raises:
-        TimeoutError: the cluster had no room for the ranks within about `config.timeout_seconds`.
     """
     attempt_seconds = min(START_SECONDS, config.timeout_seconds)
     # Over the whole run: a node that dies under a starting rank costs an attempt too.
@@ -57,7 +55,7 @@ def run_ray_train(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(attempt_seconds)
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
     most, fewest = config.num_workers, config.min_workers
-    best = {"checkpoint_score_attribute": BEST_METRIC, "checkpoint_score_order": "min"}
+    best = {"checkpoint_score_attribute": BEST_METRIC, "checkpoint_score_order": "min"} if keep_best else {}
     trainer = TorchTrainer(
         partial(train_loop, inputs),
         scaling_config=ray.train.ScalingConfig(
@@ -70,10 +68,8 @@ def run_ray_train(
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=num_attempts - 1
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2, **(best if keep_best else {})),
+            failure_config=ray.train.FailureConfig(config.max_failures, controller_failure_limit=num_attempts - 1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2, **best),
         ),
     )
     try:
@@ -81,18 +77,13 @@ def run_ray_train(
     except ray.train.ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(startup_timeout_message(config, resources, labels)) from error
-
-
-def startup_timeout_message(config: LearnerConfig, resources: dict[str, float], labels: dict[str, str]) -> str:
-    """Return the error message for ranks that found no room: resources needed and present."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    present = ", ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources)
-    where = f" on nodes with labels {labels}" if labels else ""
-    return (
-        f"learner.timeout_seconds: expected {config.min_workers} ranks with {resources} each{where} to start within"
-        f" {config.timeout_seconds:.0f} s; the cluster has {present}"
-    )
+        total, free = ray.cluster_resources(), ray.available_resources()
+        present = ", ".join(f"{total.get(name, 0.0):g} {name} ({free.get(name, 0.0):g} free)" for name in resources)
+        where = f" on nodes with labels {labels}" if labels else ""
+        raise TimeoutError(
+            f"learner.timeout_seconds: expected {fewest} ranks with {resources} each{where} to start within"
+            f" {config.timeout_seconds:.0f} s; the cluster has {present}"
+        ) from error
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -105,8 +96,7 @@ def rank_and_world_size() -> tuple[int, int]:
 class CheckpointRef:
     """A saved checkpoint: a folder that holds every rank's part, and its metadata. Example:
 
-    CheckpointRef(Path("runs/a/sft/a-sft/checkpoint_3"),
-                  {"next_step": 150, "num_ranks": 8, "heldout_loss": 0.71})
+    CheckpointRef(Path("runs/a/sft/a-sft/checkpoint_3"), {"next_step": 150, "num_ranks": 8, "heldout_loss": 0.71})
     """
 
     folder: Path
@@ -120,27 +110,24 @@ class CheckpointRef:
     def restore(self, learners: Mapping[str, Learner], scratch: Path) -> None:
         """Load each learner by its name in the checkpoint; collective. A checkpoint of another number of ranks is
         converted to the universal format below `scratch`, a shared folder."""
-        for name, learner in learners.items():
-            self._restore(name, learner, scratch)
+        from pear_ray.train.learner import write_universal_checkpoint
 
-    def _restore(self, name: str, learner: Learner, scratch: Path) -> None:
         rank, num_ranks = rank_and_world_size()
-        # ZeRO stage 0 partitions nothing: every rank has written everything.
-        is_whole = not any((self.folder / name / "state").glob("*optim_states.pt"))
-        if self.metadata["num_ranks"] == num_ranks or is_whole:
-            learner.load(self.folder / name)
-            return
         universal = scratch / f"universal-{self.metadata['next_step']}"
-        if rank == 0:
-            from pear_ray.train.zero import write_universal_checkpoint
-
-            shutil.rmtree(universal, ignore_errors=True)
-            write_universal_checkpoint(self.folder / name, universal)
-        torch.distributed.barrier()
-        learner.load(universal, universal=True)
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.rmtree(universal)
+        for name, learner in learners.items():
+            # ZeRO stage 0 partitions nothing: every rank has written everything.
+            is_whole = not any((self.folder / name / "state").glob("*optim_states.pt"))
+            if self.metadata["num_ranks"] == num_ranks or is_whole:
+                learner.load(self.folder / name)
+                continue
+            if rank == 0:
+                shutil.rmtree(universal, ignore_errors=True)
+                write_universal_checkpoint(self.folder / name, universal)
+            torch.distributed.barrier()
+            learner.load(universal, universal=True)
+            torch.distributed.barrier()
+            if rank == 0:
+                shutil.rmtree(universal)
 
 
 def latest_checkpoint() -> CheckpointRef | None:
@@ -153,14 +140,11 @@ def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
     """Return the checkpoint with the lowest held-out loss, if any was measured; collective."""
     best_path: list[str | None] = [None]
     if rank_and_world_size()[0] == 0:
-        reports = committed_checkpoints(timeout_seconds)
-        measured = [report for report in reports if BEST_METRIC in report.metrics]
+        measured = [report for report in committed_checkpoints(timeout_seconds) if BEST_METRIC in report.metrics]
         if measured:
-            best = min(measured, key=lambda report: report.metrics[BEST_METRIC])
-            best_path = [best.checkpoint.path]
+            best_path = [min(measured, key=lambda report: report.metrics[BEST_METRIC]).checkpoint.path]
     torch.distributed.broadcast_object_list(best_path)
-    (path,) = best_path
-    return None if path is None else CheckpointRef.open(path)
+    return None if best_path[0] is None else CheckpointRef.open(best_path[0])
 
 
 def committed_checkpoints(timeout_seconds: float) -> list[Any]:
@@ -169,25 +153,17 @@ def committed_checkpoints(timeout_seconds: float) -> list[Any]:
 
 
 def save_checkpoint(learners: Mapping[str, Learner], next_step: int, timeout_seconds: float, **metrics: float) -> int:
-    """Save every learner below its name; collective. The upload overlaps the next steps.
-
-    Returns:
-        The earliest step from which the run can resume if cut off now: that of the previous
-        checkpoint, which is committed by now.
-    """
+    """Save every learner below its name; collective. The upload overlaps the next steps. Return the earliest step from
+    which the run can resume if cut off now: that of the previous checkpoint, which is committed by now."""
     # Wait for it: a report is lost if a rank dies before Ray Train's controller has seen it.
     committed = committed_checkpoints(timeout_seconds)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     for name, learner in learners.items():
         learner.save(folder / name)
-    _, num_ranks = rank_and_world_size()
-    metadata = {"next_step": next_step, "num_ranks": num_ranks, **metrics}
+    metadata = {"next_step": next_step, "num_ranks": rank_and_world_size()[1], **metrics}
     (folder / "progress.json").write_text(json.dumps(metadata))
-    ray.train.report(
-        metadata,
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-    )
+    checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+    ray.train.report(metadata, checkpoint, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
     return max((report.metrics["next_step"] for report in committed), default=0)
 
 
@@ -211,8 +187,7 @@ class PreemptionWatcher:
 
 
 def setup_worker(job: Job, stage: str) -> None:
-    """Configure a rank's process: logging, and one compute thread per CPU, since ranks that share cores wait on each
-    other."""
+    """Configure a rank's process: logging, and a thread per CPU, since ranks that share cores wait on each other."""
     configure_logging(job.tracking.logs)
     LOG_CONTEXT.set(str(job.folder.absolute()), stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -192,7 +192,7 @@ class Rank:
                 learner.export(self.folder / f"{name}, {label}", self.model)
 
     def run_extremes(self) -> None:
-        from pear_ray.sft.build import build_sft_loss
+        from pear_ray.sft.loss import build_sft_loss
         from pear_ray.train.learner import Learner
 
         config = self.config({}, PEAR)

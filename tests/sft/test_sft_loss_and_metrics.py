@@ -18,8 +18,7 @@ from pear_ray.data.scored_dataset import RowGroup
 from pear_ray.losses.inputs import LossInputs
 from pear_ray.losses.pear import Centered, MeanWeightOnly, NoNormalization, Pear, PerBatch, PerSequence, Shuffled
 from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, Supervised, TokenLoss, TrSft, Weighted
-from pear_ray.sft.build import build_sft_loss
-from pear_ray.sft.metrics import HeldOut, log_step, weight_warning
+from pear_ray.sft.loss import HeldOut, build_sft_loss, log_step, weight_warning
 from pear_ray.statistics import overtraining, weight_summary
 
 SEED = 7
@@ -184,7 +183,6 @@ def test_regimes_of_overtraining_begin_beyond_their_bounds(lowest: float) -> Non
     losses = [lowest, mild, math.nextafter(mild, 9), severe, math.nextafter(severe, 9), 9 * lowest]
     regimes = ["stable"] * 2 + ["mild over-training"] * 2 + ["severe over-training"] * 2
     assert [overtraining(loss, lowest) for loss in losses] == regimes
-    assert [HeldOut((), loss, lowest).regime for loss in losses] == regimes
 
 
 def test_an_unmeasured_held_out_loss_has_no_metrics() -> None:

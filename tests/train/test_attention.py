@@ -10,13 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pear_ray.train.attention import attention_by_runs, equal_length_runs
+from pear_ray.train.attention import attention_by_runs, pack_layout
 
 SCALING = 0.3
 
 
 def pack_of(lengths):
     return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def runs_of(lengths):
+    return pack_layout(pack_of(lengths), torch.device("cpu"))["runs"]
 
 
 def slow_attention(query, key, value, sequence_ids_T):
@@ -36,7 +40,7 @@ def states(num_heads, num_tokens, seed):
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12))
 def test_runs_are_neighbors_of_one_length(lengths):
-    runs = equal_length_runs(np.array(lengths))
+    runs = runs_of(lengths)
     assert [length for number, length in runs for _ in range(number)] == lengths
     assert all(one[1] != other[1] for one, other in pairwise(runs))
 
@@ -55,9 +59,7 @@ def test_attention_by_runs_is_attention_within_each_sequence(lengths, num_key_he
         (attended * direction).sum().backward()
         return [attended.detach(), *(leaf.grad for leaf in leaves)]
 
-    packed = outcome(
-        lambda q, k, v: attention_by_runs(q, k, v, scaling=SCALING, runs=equal_length_runs(np.array(lengths)))
-    )
+    packed = outcome(lambda q, k, v: attention_by_runs(q, k, v, scaling=SCALING, runs=runs_of(lengths)))
     slow = outcome(lambda q, k, v: slow_attention(q, k, v, sequence_ids_T))
     for ours, theirs in zip(packed, slow, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -28,8 +28,7 @@ from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.losses.pear import Pear
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.records import TrainingSequence
-from pear_ray.train.learner import Learner
-from pear_ray.train.zero import write_universal_checkpoint
+from pear_ray.train.learner import Learner, write_universal_checkpoint
 
 RANKS = (1, 2, 4)
 # (ranks that save a checkpoint, ranks that resume from it)

@@ -1,13 +1,14 @@
-"""A learner that trains weights and low-rank adapters side by side, for BRIDGE."""
+"""Learners of stage `cooperate`: MIFO's undoes part of an update, BRIDGE's trains weights and adapters side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_grad,
@@ -23,6 +24,35 @@ from pear_ray.train.learner import Learner
 from pear_ray.train.model import PackedPolicy
 
 LORA_SUFFIXES = (".lora_A", ".lora_B")
+
+
+class FreezingLearner(Learner):
+    """A learner under ZeRO-3, which alone partitions each parameter by itself."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy this rank's partition of every trained parameter, float32."""
+        return {name: safe_get_local_fp32_param(p).clone() for name, p in self._trainable()}
+
+    def most_changed(self, before: dict[str, Tensor], frac: float) -> dict[str, Tensor]:
+        """Return a mask of this rank's partitions, bool: the `frac` of each parameter's elements that changed most
+        since the snapshot `before`. Ties for the last place are all included, unchanged elements never."""
+        masks = {}
+        for name, parameter in self._trainable():
+            change = (safe_get_local_fp32_param(parameter) - before[name]).abs()
+            num_frozen = int(frac * parameter.ds_numel)
+            changes = [torch.empty_like(change) for _ in range(dist.get_world_size())]
+            dist.all_gather(changes, change)
+            largest = torch.cat(changes).topk(max(1, num_frozen)).values
+            masks[name] = (change >= largest[-1]) & (change > 0) & (num_frozen > 0)
+        return masks
+
+    def reset(self, snapshot: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """Set the masked elements back to their values in the snapshot."""
+        for name, parameter in self._trainable():
+            set_partition(parameter, torch.where(masks[name], snapshot[name], safe_get_local_fp32_param(parameter)))
+
+    def _trainable(self) -> Iterator[tuple[str, Any]]:
+        return ((name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad)
 
 
 class MergedProduct(torch.autograd.Function):
@@ -79,39 +109,42 @@ class WeightsAndLoraLearner(Learner):
         """As `Learner`, with a learning rate for the adapters; 0 freezes them."""
         self._lora = lora
         self._lora_learning_rate = lora_learning_rate
+        self._parameters: dict[str, dict[str, Any]] = {}
         super().__init__(*learner)
-        named = dict(self._engine.module.named_parameters())
-        self._adapters = {n: p for n, p in named.items() if n.endswith(LORA_SUFFIXES)}
-        self._weights = {n: p for n, p in named.items() if n not in self._adapters}
 
     def take_lora_gradients(self) -> dict[str, Tensor]:
         """Return this rank's partitions of the adapters' gradients and set them to 0."""
         taken = {}
-        for name, parameter in self._adapters.items():
+        for name, parameter in self._parameters["lora"].items():
             taken[name] = safe_get_local_grad(parameter).clone()
             safe_set_local_grad(parameter, taken[name] * 0)
         return taken
 
     def add_lora_gradients(self, gradients: dict[str, Tensor], factor: float) -> None:
         """Add `factor` times the gradients that another learner returned."""
-        for name, parameter in self._adapters.items():
-            own = safe_get_local_grad(parameter)
-            safe_set_local_grad(parameter, own + factor * gradients[name])
+        for name, parameter in self._parameters["lora"].items():
+            safe_set_local_grad(parameter, safe_get_local_grad(parameter) + factor * gradients[name])
 
-    def copy_weights(self, other: WeightsAndLoraLearner) -> None:
-        """Copy the other learner's weights, without its adapters."""
-        copy_values(other._weights, self._weights)
-
-    def copy_lora(self, other: WeightsAndLoraLearner) -> None:
-        """Copy the other learner's adapters."""
-        copy_values(other._adapters, self._adapters)
+    def copy_from(self, other: WeightsAndLoraLearner, kind: Literal["lora", "weights"]) -> None:
+        """Copy the other learner's adapters or weights: this rank's partitions of them."""
+        for name, parameter in self._parameters[kind].items():
+            set_partition(parameter, safe_get_local_fp32_param(other._parameters[kind][name]))
 
     def _trained_parameters(self, policy: PackedPolicy, optimizer: Optimizer) -> list[Any]:
-        add_lora(policy.language_model, self._lora)
-        named = list(policy.named_parameters())
-        adapters = [parameter for name, parameter in named if name.endswith(LORA_SUFFIXES)]
-        weights = [parameter for name, parameter in named if not name.endswith(LORA_SUFFIXES)]
-        return [{"params": weights}, {"params": adapters, "lr": self._lora_learning_rate}]
+        model, targets = policy.language_model, self._lora.targets
+        layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        adapted = [name for name in layers if name.rpartition(".")[2] in targets]
+        if not adapted:
+            raise ConfigError(
+                f"cooperate.lora.targets: expected names of linear layers of the model, got {list(targets)}"
+            )
+        for name in adapted:
+            model.set_submodule(name, LinearWithLora(model.get_submodule(name), self._lora))
+        named = dict(policy.named_parameters())
+        adapters = {name: parameter for name, parameter in named.items() if name.endswith(LORA_SUFFIXES)}
+        weights = {name: parameter for name, parameter in named.items() if name not in adapters}
+        self._parameters = {"lora": adapters, "weights": weights}
+        return [{"params": [*weights.values()]}, {"params": [*adapters.values()], "lr": self._lora_learning_rate}]
 
     def _export_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, LinearWithLora)}
@@ -123,29 +156,7 @@ class WeightsAndLoraLearner(Learner):
                 yield name, [parameter], partial(Tensor.detach, parameter)
 
 
-def add_lora(model: PreTrainedModel, config: Lora) -> None:
-    """Replace the linear layers that `config.targets` names by `LinearWithLora`.
-
-    Raises:
-        ConfigError: the model has no such layer.
-    """
-    targets = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in config.targets
-    ]
-    if not targets:
-        raise ConfigError(
-            f"cooperate.lora.targets: expected names of linear layers of the model, got {list(config.targets)}"
-        )
-    for name, layer in targets:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LinearWithLora(layer, config))
-
-
-def copy_values(source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Copy this rank's partitions from the parameters of one learner to those of another."""
-    for name, parameter in target.items():
-        value = safe_get_local_fp32_param(source[name])
-        safe_set_local_fp32_param(parameter, value)
-        parameter.ds_tensor.data.copy_(value)
+def set_partition(parameter: Any, value: Tensor) -> None:
+    """Set this rank's partition in the optimizer and in the model."""
+    safe_set_local_fp32_param(parameter, value)
+    parameter.ds_tensor.data.copy_(value)

@@ -10,7 +10,7 @@ import pytest
 
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
-from pear_ray.train.supported import check_supported
+from pear_ray.train.hf_folder import check_supported
 
 PLAIN = {
     "model_type": "qwen3",
