@@ -1,3 +1,5 @@
 """Corpus files, tokenization, the scored dataset and the batch loader."""
 
-import pear_ray.environment  # noqa: F401  (before the libraries that read it)
+from pear_ray.process import prepare_libraries
+
+prepare_libraries()

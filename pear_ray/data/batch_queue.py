@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,9 @@ class QueueClosed(RuntimeError):
 
 @dataclass(frozen=True)
 class QueueState:
-    """A snapshot of the queue.
-
-    `name` is unique to one life of the actor: after a restart it differs and the queue is empty. Steps before
-    `first_needed` will not be requested again; `newest_taken` is the latest requested step; `is_awaited` is True while
-    a learner waits for a batch.
-    """
+    """A snapshot of the queue. `name` is unique to one life of the actor: after a restart it differs and the queue is
+    empty. Steps before `first_needed` will not be requested again; `newest_taken` is the latest requested step;
+    `is_awaited` is True while a learner waits for a batch."""
 
     name: str
     first_needed: int
@@ -35,13 +33,11 @@ class QueueState:
 
 @ray.remote(num_cpus=0)
 class BatchQueue:
-    """Training batches by step: rollouts, or rows of a corpus.
+    """Training batches by step: rollouts, or rows of a corpus. A batch stays until a checkpoint makes it obsolete, so
+    that restarted learners get the same one again. With `max_ahead`, `put` blocks while it is that many steps ahead of
+    the learners."""
 
-    A batch stays until a checkpoint makes it obsolete, so that restarted learners get the same one again. With
-    `max_ahead`, `put` blocks while it is that many steps ahead of the learners.
-    """
-
-    def __init__(self, max_ahead: int | None = None) -> None:
+    def __init__(self, max_ahead: float = math.inf) -> None:
         self._name = uuid.uuid4().hex
         self._batches: dict[int, Any] = {}
         self._first_needed = 0
@@ -59,27 +55,19 @@ class BatchQueue:
             return self._newest_taken
 
     async def put(self, step: int, reference: list[Any], timeout_seconds: float = GRACE_SECONDS) -> None:
-        """Add a step's batch, as a reference in a list of one (Ray would resolve a bare one).
-
-        Raise TimeoutError if the learners stay too far behind, QueueClosed if none is left.
-        """
-
-        def is_near() -> bool:
-            return self._max_ahead is None or step <= (self._newest_taken or 0) + self._max_ahead
-
+        """Add a step's batch, as a reference in a list of one (Ray would resolve a bare one). Raise TimeoutError if the
+        learners stay too far behind, QueueClosed if none is left."""
         async with self._changed:
-            await self._wait(is_near, timeout_seconds, f"learners near step {step}")
+            awaited = f"learners near step {step}"
+            await self._wait(lambda: step <= (self._newest_taken or 0) + self._max_ahead, timeout_seconds, awaited)
             self._batches[step] = reference
             self._changed.notify_all()
 
     async def take(self, step: int, timeout_seconds: float) -> Any:
-        """Return the reference to a step's batch, in a list of one.
-
-        Raise TimeoutError if it does not arrive in time, QueueClosed if it never will.
-        """
+        """Return the reference to a step's batch, in a list of one. Raise TimeoutError if it does not arrive in time,
+        QueueClosed if it never will."""
         async with self._changed:
-            newest = self._newest_taken
-            self._newest_taken = step if newest is None else max(newest, step)
+            self._newest_taken = max(step, self._newest_taken or 0)
             self._changed.notify_all()
             self._num_waiting += 1
             try:
@@ -90,14 +78,12 @@ class BatchQueue:
 
     async def state(self) -> QueueState:
         """Return a snapshot."""
-        is_awaited = self._num_waiting > 0
-        return QueueState(self._name, self._first_needed, self._newest_taken, is_awaited)
+        return QueueState(self._name, self._first_needed, self._newest_taken, is_awaited=self._num_waiting > 0)
 
     async def drop_before(self, step: int) -> None:
         """Drop batches that no learner will request again."""
         self._first_needed = max(step, self._first_needed)
-        for old in [known for known in self._batches if known < step]:
-            del self._batches[old]
+        self._batches = {known: batch for known, batch in self._batches.items() if known >= step}
 
     async def close(self, reason: str) -> None:
         """Wake all waiters; those without a result raise QueueClosed."""
@@ -108,9 +94,8 @@ class BatchQueue:
     async def _wait(self, is_ready: Callable[[], bool], timeout_seconds: float, awaited: str) -> None:
         """Wait for a condition; one that already holds wins over a closed queue."""
         try:
-            await asyncio.wait_for(
-                self._changed.wait_for(lambda: is_ready() or self._close_reason is not None), timeout_seconds
-            )
+            ended = self._changed.wait_for(lambda: is_ready() or self._close_reason is not None)
+            await asyncio.wait_for(ended, timeout_seconds)
         except TimeoutError:
             raise TimeoutError(f"waited {timeout_seconds:.0f} s for {awaited}") from None
         if not is_ready():

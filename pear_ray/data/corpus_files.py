@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.fs
@@ -18,7 +19,7 @@ from ray.data.datasource import FileBasedDatasource
 
 from pear_ray.config import Columns
 from pear_ray.data.tokenizer import fingerprint
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 
 JSON_SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 # A path component that starts with a dot or an underscore; Ray Data skips them too.
@@ -37,31 +38,20 @@ class CorpusFiles:
 
 
 class JsonLines(FileBasedDatasource):
-    """Undecoded lines of text with their position, `FILE:LINE`.
-
-    Ray Data 2.x's readers of JSON and text load whole files; the former stops at a bad line.
-    """
+    """Undecoded lines of text with their position, `FILE:LINE`. Ray Data 2.x's readers of JSON and text load whole
+    files; the former stops at a bad line."""
 
     def _read_stream(self, f: pa.NativeFile, path: str) -> Iterator[pa.Table]:
-        texts: list[bytes] = []
-        places: list[str] = []
         name = path.rpartition("/")[2]
-        for number, line in enumerate(read_lines(f, path), start=1):
-            if line.strip():
-                texts.append(line)
-                places.append(f"{name}:{number}")
-            if len(texts) == ROWS_PER_BLOCK:
-                yield pa.table({"text": texts, "place": places})
-                texts, places = [], []
-        if texts:
-            yield pa.table({"text": texts, "place": places})
+        numbered = enumerate(read_lines(f, path), start=1)
+        rows = ({"text": line, "place": f"{name}:{number}"} for number, line in numbered if line.strip())
+        while block := list(islice(rows, ROWS_PER_BLOCK)):
+            yield pa.Table.from_pylist(block)
 
 
 def read_lines(stream: pa.NativeFile, path: str, chunk_bytes: int = 2**20) -> Iterator[bytes]:
-    """Yield the lines of a stream, read in chunks.
-
-    Raise OSError, naming `path`, if it is truncated or not compressed as its name claims.
-    """
+    """Yield the lines of a stream, read in chunks. Raise OSError, naming `path`, if it is truncated or not compressed
+    as its name claims."""
     rest = b""
     try:
         while chunk := stream.read(chunk_bytes):
@@ -74,10 +64,8 @@ def read_lines(stream: pa.NativeFile, path: str, chunk_bytes: int = 2**20) -> It
 
 
 def find_corpus_files(path: str) -> CorpusFiles:
-    """Return the corpus files of a path, a folder or a pattern, in the order of their names.
-
-    Raise ConfigError if the path cannot be reached or does not match files of exactly one kind.
-    """
+    """Return the corpus files of a path, a folder or a pattern, in the order of their names. Raise ConfigError if the
+    path cannot be reached or does not match files of exactly one kind."""
     try:
         filesystem, name = resolve_filesystem(path)
         if filesystem.isfile(name):
@@ -89,31 +77,19 @@ def find_corpus_files(path: str) -> CorpusFiles:
     except (OSError, ValueError) as error:
         raise ConfigError(f"corpus.path: {path} cannot be reached: {error}") from error
     files = [file for file in sorted(infos) if infos[file]["type"] == "file"]
-    parquet, lines = split_by_kind(files, root=re.split(r"[*\[]", name)[0])
+    root = re.split(r"[*\[]", name)[0]
+    visible = [file for file in files if not HIDDEN.search(file.removeprefix(root))]
+    parquet = [file for file in visible if file.endswith(".parquet")]
+    # Beside Parquet, a .json file is metadata.
+    lines = [file for file in visible if file.endswith(JSON_SUFFIXES) and not (parquet and file.endswith(".json"))]
     if parquet and lines:
         raise ConfigError(
             f"corpus.path: expected files of one kind (a pattern can select them), got {parquet[0]} and {lines[0]}"
         )
-    if not parquet and not lines:
-        raise ConfigError(
-            f"corpus.path: expected .parquet or one of {', '.join(JSON_SUFFIXES)}, got {path} without such a file"
-        )
     paths = parquet or lines
+    require(paths, "corpus.path", f".parquet or one of {', '.join(JSON_SUFFIXES)}", f"{path} without such a file")
     facts = [(file, infos[file].get("size"), str(infos[file].get("mtime"))) for file in paths]
     return CorpusFiles(filesystem, tuple(paths), bool(parquet), fingerprint(json.dumps(facts)))
-
-
-def split_by_kind(files: list[str], root: str) -> tuple[list[str], list[str]]:
-    """Return the Parquet files and the JSON lines among `files`, without those hidden below `root`.
-
-    Beside Parquet, a .json file is metadata.
-    """
-    visible = [file for file in files if not HIDDEN.search(file.removeprefix(root))]
-    parquet = [file for file in visible if file.endswith(".parquet")]
-    lines = [file for file in visible if file.endswith(JSON_SUFFIXES)]
-    if parquet:
-        lines = [file for file in lines if not file.endswith(".json")]
-    return parquet, lines
 
 
 def resolve_filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -129,23 +105,17 @@ def resolve_filesystem(path: str) -> tuple[AbstractFileSystem, str]:
 
 
 def read_corpus(files: CorpusFiles, columns: Columns) -> ray.data.Dataset:
-    """Read rows: Parquet with the columns that the job names, JSON lines as `text` and `place`.
-
-    Raise ConfigError if a file cannot be read or no column holds conversations.
-    """
+    """Read rows: Parquet with the columns that the job names, JSON lines as `text` and `place`. Raise ConfigError if a
+    file cannot be read or no column holds conversations."""
     paths = list(files.paths)
     if not files.are_parquet:
         # Reading waits for storage: a fraction of a CPU leaves the rest to tokenization.
-        source = JsonLines(paths, filesystem=files.filesystem)
-        return ray.data.read_datasource(source, num_cpus=0.5)
+        return ray.data.read_datasource(JsonLines(paths, filesystem=files.filesystem), num_cpus=0.5)
     present = parquet_columns(files.filesystem, paths[0])
     needed = [columns.messages] if columns.prompt is None else [columns.prompt, columns.response]
     missing = [name for name in needed if name not in present]
-    if missing:
-        raise ConfigError(
-            f"corpus.path: {paths[0]}: expected columns {missing} (or other names in"
-            f" [corpus.columns]), got {sorted(present)}"
-        )
+    expected = f"columns {missing} (or other names in [corpus.columns])"
+    require(not missing, f"corpus.path: {paths[0]}", expected, sorted(present))
     used = {name for name in columns.model_dump().values() if name in present}
     # Each reader of Parquet footers is a process; Ray Data would start eight for a single file.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", str(min(8, len(paths))))

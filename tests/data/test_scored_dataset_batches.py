@@ -12,8 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pear_ray.data.loader import BLOCKS_PER_WINDOW, Slice, Window, batches, read_window, windows
-from pear_ray.data.scored_dataset import RowGroup, scan_dataset, training_sequences
+from pear_ray.data.scored_dataset import (
+    BLOCKS_PER_WINDOW,
+    RowGroup,
+    Slice,
+    Window,
+    batches,
+    read_window,
+    scan_dataset,
+    training_sequences,
+    windows,
+)
 from tests.data.scored_rows import WANTED, row, stored, table_of
 
 ROWS_PER_GROUP = 4
