@@ -27,7 +27,7 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: pear_ray.environment must set variables before torch is imported.
+    # On first use: pear_ray.process.prepare_libraries must set variables before torch is imported.
     if name not in MODULES:
         raise AttributeError(f"module 'pear_ray' has no attribute {name!r}")
     return getattr(import_module(MODULES[name]), name)

@@ -14,7 +14,7 @@ from pear_ray import __version__
 from pear_ray.config import read_job
 from pear_ray.config.reference import help_text
 from pear_ray.errors import ConfigError
-from pear_ray.logs import configure_logging
+from pear_ray.process import configure_logging
 
 STAGES = {
     "pretrain": "train the job's small models from scratch",

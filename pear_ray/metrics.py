@@ -17,7 +17,6 @@ from pear_ray.config import Tracking
 from pear_ray.run import atomic_write
 
 TAGS = ("run", "stage")
-EVENTS = "Events in events.jsonl: worker deaths, restarts, resumes, engines added or removed"
 
 _TRAINING = {
     "loss": "Loss minimized by the optimizer step, as the objective defines it",
@@ -198,16 +197,6 @@ def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]
     whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
     rows = map(json.loads, whole.splitlines())
     return [row for row in rows if stage in (None, row["stage"])]
-
-
-def count_event(run: str, stage: str, kind: str) -> None:
-    """Count an event and record its time. Alerts use the time: a counter that first appears has no increase."""
-    tags = {"run": run, "stage": stage, "kind": kind}
-    prometheus.Counter("pear_ray_events", EVENTS, tuple(tags)).inc(tags=tags)
-    latest = prometheus.Gauge(
-        "pear_ray_event_time_seconds", "Time of the latest event of this kind, Unix time", tuple(tags)
-    )
-    latest.set(time.time(), tags)
 
 
 def finite(value: Any) -> Any:

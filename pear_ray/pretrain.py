@@ -11,8 +11,7 @@ import ray
 
 from pear_ray.config import Job, Pretrain, TaskSpec
 from pear_ray.errors import ConfigError
-from pear_ray.ray_cluster import connect
-from pear_ray.run import RunDir
+from pear_ray.run import RunDir, connect
 from pear_ray.tasks import Demonstrator, make_tasks
 
 log = logging.getLogger(__name__)

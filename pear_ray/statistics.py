@@ -1,7 +1,8 @@
-"""pass@k, confidence intervals, and summaries of importance weights."""
+"""Seeds, pass@k, confidence intervals, and summaries of importance weights."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -10,6 +11,12 @@ import numpy as np
 NUM_BINS = 120
 NUM_POSITIONS = 10
 FRACTIONS = ("clip_frac_low", "clip_frac_high", "weight_frac_at_floor", "weight_frac_at_ceiling")
+
+
+def seed_of(*parts: object) -> int:
+    """Return a seed in [0, 2^31) that depends on all parts and on nothing else, in any process."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -26,10 +26,9 @@ import ray
 from pear_ray import pipeline
 from pear_ray.config import Arm, Job, start_of
 from pear_ray.errors import ConfigError
-from pear_ray.logs import configure_logging
+from pear_ray.process import configure_logging
 from pear_ray.rank import predictors
-from pear_ray.ray_cluster import connect
-from pear_ray.run import RunDir, open_run, write_json
+from pear_ray.run import RunDir, connect, open_run, write_json
 from pear_ray.statistics import mean_over_seeds
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from pear_ray.run import (
     KEYS_SAFE_TO_CHANGE,
     LAYOUT,
     RunDir,
+    atomic_folder,
     atomic_write,
     check_layout,
     check_same_job,
@@ -38,11 +39,11 @@ HOLD = """
 import logging, sys, time
 from pathlib import Path
 from pear_ray.config import read_job
-from pear_ray.run import open_run
+from pear_ray.run import atomic_folder, open_run
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 with open_run(read_job(Path(sys.argv[1]))) as run:
     if sys.argv[2] == "write":
-        with run.new_folder("scored") as folder:
+        with atomic_folder(run.folder / "scored") as folder:
             (folder / "half").write_text("half")
             print("held", flush=True)
             time.sleep(600)
@@ -95,7 +96,7 @@ class Stage:
 
     def __call__(self, job, run):
         self.times += 1
-        with run.new_folder(self.output) as folder:
+        with atomic_folder(run.folder / self.output) as folder:
             (folder / "model.safetensors").write_text(str(self.times))
         return {"times": self.times}
 
@@ -167,7 +168,7 @@ def test_a_stage_without_its_output_is_repeated_with_an_event():
 
 def test_a_failed_stage_is_resumed_with_an_event():
     def breaks(job, run):
-        with run.new_folder("sft/export") as folder:
+        with atomic_folder(run.folder / "sft/export") as folder:
             (folder / "half").write_text("half")
             raise RuntimeError("the network is gone")
 
@@ -216,7 +217,7 @@ def test_after_refused_input_a_corrected_job_may_use_the_folder():
 def test_facts_of_a_finished_stage():
     run_stage("sft", Stage())
     with open_run(job()) as run:
-        assert run.facts("sft") == {"times": 1}
+        assert run.manifest["stages"]["sft"]["facts"] == {"times": 1}
         assert not run.is_done("rl")
 
 
@@ -230,11 +231,11 @@ def test_the_manifest_records_layout_versions_and_command():
 
 def test_a_new_folder_appears_when_it_is_complete():
     with open_run(job()) as run:
-        with run.new_folder("a/b") as folder:
+        with atomic_folder(run.folder / "a/b") as folder:
             (folder / "file").write_text("1")
             assert not Path("run/a/b").exists()
         assert Path("run/a/b/file").read_text() == "1"
-        with run.new_folder("a/b") as folder:
+        with atomic_folder(run.folder / "a/b") as folder:
             (folder / "other").write_text("2")
             assert Path("run/a/b/file").exists()
         assert {p.name for p in Path("run/a").iterdir()} == {"b"}
@@ -243,9 +244,9 @@ def test_a_new_folder_appears_when_it_is_complete():
 
 def test_a_failed_folder_leaves_the_earlier_one():
     with open_run(job()) as run:
-        with run.new_folder("scored") as folder:
+        with atomic_folder(run.folder / "scored") as folder:
             (folder / "file").write_text("1")
-        with pytest.raises(RuntimeError), run.new_folder("scored") as folder:
+        with pytest.raises(RuntimeError), atomic_folder(run.folder / "scored") as folder:
             (folder / "file").write_text("2")
             raise RuntimeError
     assert Path("run/scored/file").read_text() == "1"
@@ -257,7 +258,7 @@ def test_a_killed_process_leaves_no_half_written_folder(start):
     process.kill()
     process.wait()
     assert not Path("run/scored").exists()
-    with open_run(job()) as run, run.new_folder("scored") as folder:
+    with open_run(job()) as run, atomic_folder(run.folder / "scored") as folder:
         assert list(folder.iterdir()) == []
     assert [p.name for p in Path("run").iterdir() if "scored" in p.name] == ["scored"]
 

@@ -1,3 +1,5 @@
 """vLLM engines: sampling, scoring, and weight updates while requests run."""
 
-import pear_ray.environment  # noqa: F401  (sets variables that vLLM reads on import)
+from pear_ray.process import prepare_libraries
+
+prepare_libraries()

@@ -1,4 +1,4 @@
-"""Log lines as text and as JSON."""
+"""Settings of a process: log lines as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pear_ray.logs import LOG_CONTEXT, configure_logging
+from pear_ray.process import LOG_CONTEXT, configure_logging
 
 
 @pytest.fixture
