@@ -45,7 +45,7 @@ ENGINES = "Only train and engines import deepspeed, transformers or vllm"
 
 BREACHES = {
     "a stage imports its neighbor": ("sft/heldout.py", "import pear_ray.rl.scheduler", LAYERS),
-    "rl imports cooperate": ("rl/scheduler.py", "import pear_ray.cooperate.prefix", LAYERS),
+    "rl imports cooperate": ("rl/scheduler.py", "import pear_ray.cooperate.schedulers", LAYERS),
     "weights import rl": ("weights/publish.py", "import pear_ray.rl.scheduler", LAYERS),
     "data imports weights": ("data/scored_dataset.py", "import pear_ray.weights.publish", LAYERS),
     "losses import weights": ("losses/packing.py", "import pear_ray.weights.publish", LAYERS),

@@ -24,59 +24,47 @@ and a scheduler, which chooses the demonstrations of a step:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from pear_ray.config import AlternateMethod, BridgeMethod, Job, SumMethod, TrapoMethod
-from pear_ray.cooperate.bridge import BridgeStep, WeightsAndLoraStep
-from pear_ray.cooperate.demonstrations import DemonstrationIndex
-from pear_ray.cooperate.methods import CooperateStep, MixedDataScheduler, SumStep, cooperate_settings, demonstration_job
-from pear_ray.cooperate.mifo import AlternateStep, FailedPromptScheduler
-from pear_ray.cooperate.prefix import PrefixScheduler, TrapoStep
-from pear_ray.data.scored_dataset import RowFilter, RowGroup, check_enough_rows, scan_dataset
+from pear_ray.cooperate import steps
+from pear_ray.cooperate.schedulers import DemonstrationIndex, FailedPromptScheduler, MixedDataScheduler, PrefixScheduler
+from pear_ray.data.scored_dataset import RowFilter, check_enough_rows, scan_dataset
 from pear_ray.rl import run_rl
 from pear_ray.rl.rollouts import RolloutStage
-from pear_ray.rl.scheduler import RolloutScheduler
 from pear_ray.run import RunDir
 from pear_ray.weights.adapters import MergedCache
 
-TRAIN_STEPS: dict[str, type[CooperateStep]] = {
-    "sum": SumStep,
-    "alternate": AlternateStep,
-    "bridge": BridgeStep,
-    "trapo": TrapoStep,
-}
-
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
-    """Run the stage; return the facts for the manifest.
-
-    Raises:
-        ConfigError: the corpus cannot be used, or has fewer rows than a step needs.
-    """
-    sft_job, method = demonstration_job(job), cooperate_settings(job).method
-    groups = scan_dataset(sft_job.scored_folder, RowFilter.from_job(sft_job))
+    """Run the stage; return the facts for the manifest. Raise ConfigError if the corpus cannot be used, or has fewer
+    rows than a step needs."""
+    settings, sft_job = steps.cooperate_settings(job), steps.demonstration_job(job)
+    row_filter = RowFilter.from_job(sft_job)
+    groups = scan_dataset(sft_job.scored_folder, row_filter)
     check_enough_rows(sft_job, groups)
-    stage = RolloutStage.of(job, run, "cooperate", scheduler_factory(job, groups))
-    if isinstance(method, BridgeMethod):
+    stage = RolloutStage.of(job, run, "cooperate")
+    if settings.method.type == "trapo":
+        stage = replace(stage, make_scheduler=partial(PrefixScheduler, DemonstrationIndex(groups, row_filter)))
+    elif settings.traces == "failed":
+        stage = replace(stage, make_scheduler=partial(FailedPromptScheduler, DemonstrationIndex(groups, row_filter)))
+    else:
+        stage = replace(stage, make_scheduler=partial(MixedDataScheduler, sft_job, groups))
+    if settings.method.type == "bridge":
         stage = replace(stage, make_weight_cache=MergedCache)
-    return run_rl(stage, partial(train_step_class(method), groups))
+    return run_rl(stage, partial(train_step_class(settings.method), groups))
 
 
-def train_step_class(method: SumMethod | AlternateMethod | BridgeMethod | TrapoMethod) -> type[CooperateStep]:
+def train_step_class(method: SumMethod | AlternateMethod | BridgeMethod | TrapoMethod) -> type[steps.CooperateStep]:
     """Return the train step of a method."""
     if isinstance(method, BridgeMethod) and not method.meta_objective:
-        return WeightsAndLoraStep
-    return TRAIN_STEPS[method.type]
-
-
-def scheduler_factory(job: Job, groups: list[RowGroup]) -> Callable[[Job, str, int, int], RolloutScheduler]:
-    """Return the stage's `make_scheduler`."""
-    settings, sft_job = cooperate_settings(job), demonstration_job(job)
-    if settings.method.type != "trapo" and settings.traces == "all":
-        return partial(MixedDataScheduler, sft_job, groups)
-    index = DemonstrationIndex(groups, RowFilter.from_job(sft_job))
-    scheduler = PrefixScheduler if settings.method.type == "trapo" else FailedPromptScheduler
-    return partial(scheduler, index)
+        return steps.WeightsAndLoraStep
+    train_steps: dict[str, type[steps.CooperateStep]] = {
+        "sum": steps.SumStep,
+        "alternate": steps.AlternateStep,
+        "bridge": steps.BridgeStep,
+        "trapo": steps.TrapoStep,
+    }
+    return train_steps[method.type]

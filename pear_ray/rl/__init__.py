@@ -18,25 +18,22 @@ in flight go on under new weights.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from pear_ray.config import Job
-from pear_ray.ray_cluster import connect
+from pear_ray.data.tokenizer import load_tokenizer
 from pear_ray.rl.evaluation import Evaluation
-from pear_ray.rl.monitor import RunMonitor, StepTimer, newest_evaluation
-from pear_ray.rl.parity import ParityCheck
-from pear_ray.rl.publisher import WeightPublisher
-from pear_ray.rl.recording import Recorder, replay
+from pear_ray.rl.monitor import RunMonitor
+from pear_ray.rl.recording import replay, write_batch, write_sample
 from pear_ray.rl.rollouts import BatchSender, EngineWeights, Link, RolloutStage, Workers, rare_gc
-from pear_ray.rl.train_step import PolicyGradientStep, RankConfig, TrainStep
-from pear_ray.run import RunDir
+from pear_ray.rl.train_step import ParityCheck, PolicyGradientStep, RankConfig, TrainStep, WeightPublisher
+from pear_ray.run import RunDir, connect
+from pear_ray.train.hf_folder import check_supported
 from pear_ray.train.ray_train import PreemptionWatcher, run_ray_train, setup_worker
-from pear_ray.train.supported import check_supported
-
-MakeTrainStep = Callable[[RankConfig], TrainStep]
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
@@ -44,9 +41,8 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return run_rl(RolloutStage.of(job, run, "rl"), PolicyGradientStep)
 
 
-def run_rl(stage: RolloutStage, make_train_step: MakeTrainStep) -> dict[str, Any]:
-    """Start both sides and wait for the learners. Stage `cooperate` runs the same loop with another scheduler and
-    another TrainStep."""
+def run_rl(stage: RolloutStage, make_train_step: Callable[[RankConfig], TrainStep]) -> dict[str, Any]:
+    """Start both sides and wait for the learners. Stage `cooperate` has another scheduler and another TrainStep."""
     job, run_dir = stage.job, stage.run.folder
     check_supported(job, stage.start_model)
     connect()
@@ -54,8 +50,7 @@ def run_rl(stage: RolloutStage, make_train_step: MakeTrainStep) -> dict[str, Any
     with ThreadPoolExecutor(1) as executor, Link.start() as link:
         rollouts = executor.submit(generate, stage, link)
         config = RankConfig(job, run_dir, stage.name, stage.start_model, link.registry, link.queue)
-        train = partial(train_policy, make_train_step)
-        storage = stage.folder / f"{run_dir.name}-{stage.name}"
+        train, storage = partial(train_policy, make_train_step), stage.folder / f"{run_dir.name}-{stage.name}"
         facts = run_ray_train(train, config, job.learner, job.placement.learners, storage)
     if not facts:
         rollouts.result()  # raises the error that ended them
@@ -80,7 +75,7 @@ def rollout_loop(stage: RolloutStage, workers: Workers, link: Link) -> None:
     first_step = first.versions[-1].version
     scheduler = stage.make_scheduler(job, start_model, first_step, first.next_problem)
     evaluation = Evaluation(job, start_model)
-    recorder = Recorder(job, stage.folder, start_model)
+    tokenizer = load_tokenizer(start_model)
     weights, sender = EngineWeights(stage, pool, link, first), BatchSender(link.queue)
     while not link.finished.is_set():
         # Grades first: which prompts are due may depend on them.
@@ -88,7 +83,9 @@ def rollout_loop(stage: RolloutStage, workers: Workers, link: Link) -> None:
             (evaluation if evaluation.has(key) else scheduler).add_rewards(key, grades)
         while (batch := scheduler.pop_batch()) is not None:
             rollouts = weights.measure(batch, evaluation.pop_finished())
-            recorder.write(batch)
+            write_sample(stage.folder / "samples", batch, tokenizer.decode(batch.groups[0].prompt_ids))
+            if job.rl.record:
+                write_batch(stage.folder / "rollouts", batch)
             sender.send(rollouts)
         pool.submit(weights.update(evaluation))
         if not evaluation.is_running:
@@ -109,33 +106,36 @@ def rollout_loop(stage: RolloutStage, workers: Workers, link: Link) -> None:
         workers.wait(weights.pending_call)
 
 
-def train_policy(make_train_step: MakeTrainStep, config: RankConfig) -> dict[str, Any]:
-    """Run a rank: take the batch of each step, train on it, publish the new weights. Return {} if
-    the rollouts failed."""
+def train_policy(make_train_step: Callable[[RankConfig], TrainStep], config: RankConfig) -> dict[str, Any]:
+    """Run a rank: take each step's batch, train on it, publish the new weights. Return {} if the rollouts failed."""
     job = config.job
     setup_worker(job, config.stage)
     train_step = make_train_step(config)
     learner = train_step.learner
     first_step, next_problem = train_step.resume()
     monitor = RunMonitor(config, first_step)
-    publisher = WeightPublisher(config, train_step.partitions)
+    publisher = WeightPublisher(config, train_step)
     parity, preemption = ParityCheck(job, learner), PreemptionWatcher()
     publisher.publish(first_step, next_problem)
     step, stop_reason = first_step - 1, None
     for step in range(first_step, job.rl.steps):
-        timer = StepTimer()
+        begin = time.perf_counter()
         rollouts = publisher.take(step)
         if rollouts is None:
             return {}
-        timer.lap("wait_seconds")
-        gap = parity.check(step, rollouts.parity_sequences, rollouts.weight_updates)
+        taken = time.perf_counter()
+        gap = parity.check(step, rollouts)
         metrics, micro_batches = train_step.train(step, rollouts)
-        timer.lap("train_seconds")
+        trained = time.perf_counter()
         next_problem = rollouts.batch.next_problem
         num_bytes = publisher.publish(step + 1, next_problem)
-        timer.lap("publish_seconds")
-        row: dict[str, Any] = rollouts.metrics | metrics | timer.seconds
-        row |= newest_evaluation(rollouts.evaluations)
+        end = time.perf_counter()
+        row: dict[str, Any] = rollouts.metrics | metrics
+        row |= {"wait_seconds": taken - begin, "step_seconds": end - begin}
+        row |= {"train_seconds": trained - taken, "publish_seconds": end - trained}
+        if rollouts.evaluations:
+            newest = max(rollouts.evaluations)
+            row |= {"eval_version": newest, **rollouts.evaluations[newest]}
         row |= {"logprob_parity_max": gap, "published_mib_per_rank": num_bytes / 2**20}
         stop_reason = monitor.record(step, row, micro_batches)
         monitor.keep_best(learner, step + 1, rollouts.evaluations)

@@ -10,13 +10,9 @@ from pear_ray.config import Job
 from pear_ray.data.tokenizer import encode_problems
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion, Grade, Problem
-from pear_ray.seeds import seed_of
-from pear_ray.statistics import bootstrap_interval
+from pear_ray.statistics import bootstrap_interval, seed_of
 from pear_ray.tasks import heldout_problems
-from pear_ray.weights.types import WeightVersion
-
-# ("evaluation", weight version, number of the problem)
-EvaluationKey = tuple[str, int, int]
+from pear_ray.weights.publish import WeightVersion
 
 
 class Evaluation:
@@ -34,11 +30,11 @@ class Evaluation:
         self._problems = heldout_problems(job.tasks, num_problems, job.run.seed) if self._every else []
         self._prompts = encode_problems(path, self._problems, job.generator.max_model_len)
         self._started: set[int] = set()
-        self._completions: dict[Hashable, tuple[Completion, ...]] = {}
-        # By key, until the completions are graded.
-        self._open: dict[Hashable, Problem] = {}
-        self._pass_rates: list[float] = []
         self._version = -1
+        # By ("evaluation", weight version, number of the problem), until the completions are graded.
+        self._open: dict[Hashable, Problem] = {}
+        self._completions: dict[Hashable, tuple[Completion, ...]] = {}
+        self._pass_rates: list[float] = []
         self._finished: dict[int, dict[str, float]] = {}
 
     @property
@@ -59,30 +55,22 @@ class Evaluation:
 
     def up_to(self, versions: Sequence[WeightVersion]) -> tuple[WeightVersion, ...]:
         """Return `versions` up to the first that is due for evaluation."""
-        for number, version in enumerate(versions):
-            if self._is_due(version.version):
-                return tuple(versions[: number + 1])
-        return tuple(versions)
+        due = (number for number, version in enumerate(versions) if self._is_due(version.version))
+        return tuple(versions[: next(due, len(versions)) + 1])
 
-    def next_requests(self, version: int) -> list[tuple[EvaluationKey, SampleRequest]]:
+    def next_requests(self, version: int) -> list[tuple[Hashable, SampleRequest]]:
         """Start the evaluation of `version` if it is due; return its requests."""
         if not self._is_due(version):
             return []
         self._started.add(version)
         self._version = version
         self._pass_rates = []
-        requests: list[tuple[EvaluationKey, SampleRequest]] = []
-        for number, problem in enumerate(self._problems):
-            key = ("evaluation", version, number)
-            self._open[key] = problem
-            request = SampleRequest(
-                self._prompts[number],
-                self._settings.samples_per_problem,
-                seed_of(self._seed, "evaluate", problem.problem_id),
-                self._settings.temperature,
-                version,
-            )
-            requests.append((key, request))
+        self._open = {("evaluation", version, number): problem for number, problem in enumerate(self._problems)}
+        num_samples, temperature = self._settings.samples_per_problem, self._settings.temperature
+        requests: list[tuple[Hashable, SampleRequest]] = []
+        for (key, problem), prompt in zip(self._open.items(), self._prompts, strict=True):
+            seed = seed_of(self._seed, "evaluate", problem.problem_id)
+            requests.append((key, SampleRequest(prompt, num_samples, seed, temperature, version)))
         return requests
 
     def add_completions(self, key: Hashable, completions: tuple[Completion, ...]) -> list[tuple[Problem, str]]:
@@ -90,8 +78,7 @@ class Evaluation:
         if key not in self._open:
             return []
         self._completions[key] = completions
-        problem = self._open[key]
-        return [(problem, completion.text) for completion in completions]
+        return [(self._open[key], completion.text) for completion in completions]
 
     def add_rewards(self, key: Hashable, grades: Sequence[Grade]) -> None:
         """Add the grades of completions."""
@@ -99,9 +86,19 @@ class Evaluation:
             return
         del self._open[key]
         self._pass_rates.append(float(np.mean([grade.correct for grade in grades])))
-        if not self._open:
-            self._finished[self._version] = self._metrics()
-            self._completions = {}
+        if self._open:
+            return
+        pass_rates = np.array(self._pass_rates)
+        low, high = bootstrap_interval(pass_rates, self._seed)
+        completions = [c for group in self._completions.values() for c in group]
+        self._completions = {}
+        self._finished[self._version] = {
+            "pass_at_1": float(pass_rates.mean()),
+            "pass_at_1_low": low,
+            "pass_at_1_high": high,
+            "eval_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])),
+            "eval_clipped_ratio": float(np.mean([c.finish_reason == "length" for c in completions])),
+        }
 
     def pop_finished(self) -> dict[int, dict[str, float]]:
         """Return the metrics of the evaluations finished since the last call, by version."""
@@ -110,16 +107,3 @@ class Evaluation:
 
     def _is_due(self, version: int) -> bool:
         return self._every > 0 and version % self._every == 0 and version not in self._started
-
-    def _metrics(self) -> dict[str, float]:
-        pass_rates = np.array(self._pass_rates)
-        low, high = bootstrap_interval(pass_rates, self._seed)
-        completions = [c for group in self._completions.values() for c in group]
-        is_truncated = [completion.finish_reason == "length" for completion in completions]
-        return {
-            "pass_at_1": float(pass_rates.mean()),
-            "pass_at_1_low": low,
-            "pass_at_1_high": high,
-            "eval_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])),
-            "eval_clipped_ratio": float(np.mean(is_truncated)),
-        }

@@ -10,18 +10,15 @@ import logging
 import math
 import resource
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pear_ray.config import Job
 from pear_ray.metrics import Tracker, read_metrics
 from pear_ray.records import TrainingBatch
-from pear_ray.rl.publisher import broadcast_from_first_rank
-from pear_ray.rl.train_step import RankConfig
+from pear_ray.rl.train_step import RankConfig, broadcast_from_first_rank
 from pear_ray.train.ray_train import rank_and_world_size
 
 if TYPE_CHECKING:
@@ -32,25 +29,20 @@ log = logging.getLogger(__name__)
 # Steps before an alert is logged again.
 STEPS_BETWEEN_ALERTS = 20
 
-Row = Mapping[str, Any]
-Alert = Callable[[Sequence[Row]], str | None]
+Rows = Sequence[Mapping[str, Any]]
+Alert = Callable[[Rows], str | None]
 
 
-def low_entropy(rows: Sequence[Row], floor_nats: float = 0.18) -> str | None:
+def low_entropy(rows: Rows, floor_nats: float = 0.18) -> str | None:
     """Alert if the mean next-token entropy at temperature 1 is below `floor_nats` (arXiv 2606.18487 measured .18 on one
     model: a policy this certain hardly explores)."""
-    newest = rows[-1]
-    if not newest.get("entropy", math.inf) < floor_nats:
+    step, entropy = rows[-1]["step"], rows[-1].get("entropy", math.inf)
+    if not entropy < floor_nats:
         return None
-    return (
-        f"step {newest['step']}: entropy is {newest['entropy']:.3f} nats per token, below"
-        f" {floor_nats}: the policy hardly explores"
-    )
+    return f"step {step}: entropy is {entropy:.3f} nats per token, below {floor_nats}: the policy hardly explores"
 
 
-def falling_entropy(
-    rows: Sequence[Row], first_step: int = 10, last_step: int = 150, max_fall: float = 0.5
-) -> str | None:
+def falling_entropy(rows: Rows, first_step: int = 10, last_step: int = 150, max_fall: float = 0.5) -> str | None:
     """Alert if, up to `last_step`, entropy is more than `max_fall` (a share) below that of the first row from
     `first_step` on (arXiv 2606.18487: better stop such a run)."""
     watched = [r for r in rows if first_step <= r["step"] <= last_step and "entropy" in r]
@@ -60,15 +52,14 @@ def falling_entropy(
     if not newest["entropy"] < (1 - max_fall) * first["entropy"]:
         return None
     return (
-        f"step {newest['step']}: entropy fell to {newest['entropy']:.3f} nats per token from"
-        f" {first['entropy']:.3f} at step {first['step']}, by more than {max_fall:.0%}"
+        f"step {newest['step']}: entropy fell to {newest['entropy']:.3f} nats per token from {first['entropy']:.3f} at"
+        f" step {first['step']}, by more than {max_fall:.0%}"
     )
 
 
-def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -> str | None:
+def little_signal(rows: Rows, group_size: int, max_frac: float = 0.5) -> str | None:
     """Alert if more than `max_frac` of a step's groups have equal rewards, and thus no gradient."""
-    newest = rows[-1]
-    frac = newest.get("frac_reward_zero_std", 0)
+    newest, frac = rows[-1], rows[-1].get("frac_reward_zero_std", 0)
     if not frac > max_frac:
         return None
     threshold = threshold_pass_rate(group_size)
@@ -79,55 +70,27 @@ def little_signal(rows: Sequence[Row], group_size: int, max_frac: float = 0.5) -
     )
 
 
-def stop_reason(rows: Sequence[Row], patience: int, target: float | None) -> str | None:
-    """Return why a run should stop: an evaluated pass@1 is at least `target`, or none of the last `patience`
-    evaluations (0: off) is better than the best before them."""
-    evaluated = [(row["step"], row["pass_at_1"]) for row in rows if "pass_at_1" in row]
-    for step, pass_rate in evaluated:
-        if target is not None and pass_rate >= target:
-            return f"step {step}: pass_at_1 reached {target}: it is {pass_rate}"
-    pass_rates = [pass_rate for _, pass_rate in evaluated]
-    if not patience or not pass_rates:
-        return None
-    best, num_since = -math.inf, 0
-    for pass_rate in pass_rates:
-        # NaN is no improvement.
-        best, num_since = (pass_rate, 0) if pass_rate > best else (best, num_since + 1)
-    if num_since < patience:
-        return None
-    return f"step {evaluated[-1][0]}: pass_at_1 has not improved in {num_since} evaluations: its best is {best}"
-
-
 def threshold_pass_rate(group_size: int) -> float:
     """Return p*(g), the lower root of (1 - p)^g + p^g = 1/2: below it most groups of g completions are all right or all
-    wrong (arXiv 2606.18487). .5 for g = 2, .083 for g = 8.
+    wrong (arXiv 2606.18487). .5 for g = 2, .083 for g = 8."""
+    from scipy.optimize import brentq
 
-    Raises:
-        ValueError: a group of fewer than two.
-    """
-    if group_size < 2:
-        raise ValueError(f"group_size: expected at least 2, got {group_size}")
-    low, high = 0.0, 0.5
-    # The left side falls from 1 to 2^(1 - g) between them; 60 halvings exhaust a float.
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_below = (1 - middle) ** group_size + middle**group_size > 0.5
-        low, high = (middle, high) if is_below else (low, middle)
-    return high
+    return brentq(lambda p: (1 - p) ** group_size + p**group_size - 0.5, 0.0, 0.5, xtol=1e-15)
 
 
-class StepTimer:
-    """Wall-clock seconds of a step and of its phases, by metric name."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """End a phase."""
-        now = time.perf_counter()
-        self.seconds |= {name: now - self._last, "step_seconds": now - self._start}
-        self._last = now
+def stop_reason(rows: Rows, patience: int, target: float | None) -> str | None:
+    """Return why a run should stop: an evaluated pass@1 is at least `target`, or none of the last `patience`
+    evaluations (0: off) is better than the best before them."""
+    step, best, num_since = -1, -math.inf, 0
+    for row in (row for row in rows if "pass_at_1" in row):
+        step, pass_rate = row["step"], row["pass_at_1"]
+        if target is not None and pass_rate >= target:
+            return f"step {step}: pass_at_1 reached {target}: it is {pass_rate}"
+        # NaN is no improvement.
+        best, num_since = (pass_rate, 0) if pass_rate > best else (best, num_since + 1)
+    if not patience or num_since < patience:
+        return None
+    return f"step {step}: pass_at_1 has not improved in {num_since} evaluations: its best is {best}"
 
 
 class RunMonitor:
@@ -144,30 +107,27 @@ class RunMonitor:
         self._tracker: Tracker | None = None
         rows: list[dict[str, Any]] = []
         if self._is_first_rank:
-            tracker = Tracker(config.run_dir, config.stage, config.job.tracking)
-            self._tracker = tracker.rewind(first_step)
+            self._tracker = Tracker(config.run_dir, config.stage, config.job.tracking).rewind(first_step)
             rows = read_metrics(config.run_dir, config.stage)
         # One rank reads for all, so that all come to the same decisions.
         self._rows: list[dict[str, Any]] = broadcast_from_first_rank(rows)
 
     def record(self, step: int, row: dict[str, Any], micro_batches: Sequence[TrainingBatch]) -> str | None:
-        """Write a step's row and log alerts; return why the run should stop, if it should. Every rank
-        returns the same."""
+        """Write a step's row and log alerts; return why the run should stop, if it should. Every rank returns the
+        same."""
         if self._tracker:
             self._tracker.log(step, **row)
-            if step == self._first_step:
-                self._info(step, describe_step(self._config.job, micro_batches))
+        if step == self._first_step:
+            self._log_shapes(step, micro_batches)
         self._rows.append({"step": step, **row})
         for alert in self._alerts:
             last_step = self._last_alert.get(alert, -STEPS_BETWEEN_ALERTS)
             if step >= last_step + STEPS_BETWEEN_ALERTS and (message := alert(self._rows)):
                 self._last_alert[alert] = step
-                if self._is_first_rank:
-                    log.warning("%s: %s", self._config.stage, message, extra={"step": step})
-        rl = self._rl
-        reason = stop_reason(self._rows, rl.early_stopping_patience, rl.target_pass_rate)
-        if reason and self._is_first_rank:
-            self._info(step, f"stops early: {reason}")
+                self._log(logging.WARNING, step, message)
+        reason = stop_reason(self._rows, self._rl.early_stopping_patience, self._rl.target_pass_rate)
+        if reason:
+            self._log(logging.INFO, step, f"stops early: {reason}")
         return reason
 
     def keep_best(self, learner: Learner, version: int, evaluations: Mapping[int, Mapping[str, float]]) -> None:
@@ -195,26 +155,15 @@ class RunMonitor:
         if self._tracker:
             self._tracker.close()
 
-    def _info(self, step: int, message: str) -> None:
-        log.info("%s: %s", self._config.stage, message, extra={"step": step})
-
-
-def newest_evaluation(evaluations: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Return the metrics of the newest version that was evaluated since the last step, if any."""
-    if not evaluations:
-        return {}
-    newest = max(evaluations)
-    return {"eval_version": newest, **evaluations[newest]}
-
-
-def describe_step(job: Job, micro_batches: Sequence[TrainingBatch]) -> str:
-    """Return a line with the shapes of a rank's step and its peak memory."""
-    sizes = [len(batch.token_ids_T) for batch in micro_batches]
-    if torch.cuda.is_available():
-        peak_bytes = torch.cuda.max_memory_allocated()
-    else:
+    def _log_shapes(self, step: int, micro_batches: Sequence[TrainingBatch]) -> None:
+        sizes = [len(batch.token_ids_T) for batch in micro_batches]
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (
-        f"a rank's step: {len(sizes)} micro-batches of {min(sizes)} to {max(sizes)} tokens (at most"
-        f" {job.learner.tokens_per_pack}), peak memory {peak_bytes / 2**30:.2f} GiB"
-    )
+        if torch.cuda.is_available():
+            peak_bytes = torch.cuda.max_memory_allocated()
+        text = f"a rank's step: {len(sizes)} micro-batches of {min(sizes)} to {max(sizes)} tokens (at most"
+        text += f" {self._config.job.learner.tokens_per_pack}), peak memory {peak_bytes / 2**30:.2f} GiB"
+        self._log(logging.INFO, step, text)
+
+    def _log(self, level: int, step: int, message: str) -> None:
+        if self._is_first_rank:
+            log.log(level, "%s: %s", self._config.stage, message, extra={"step": step})

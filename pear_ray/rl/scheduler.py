@@ -20,9 +20,9 @@ import torch
 from pear_ray.config import Job
 from pear_ray.data.tokenizer import encode_prompts, load_tokenizer
 from pear_ray.engines.generator import SampleRequest
-from pear_ray.losses.advantages import group_advantages
+from pear_ray.losses.policy import group_advantages
 from pear_ray.records import Completion, Grade, Problem, RolloutGroup, TrainingSequence
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 
 # Problems that one step may drop, per prompt it needs, before the run fails.
@@ -69,9 +69,9 @@ class RolloutScheduler:
         self._seed = job.run.seed
         self._max_new_tokens = job.generator.max_new_tokens
         self._max_model_len = job.generator.max_model_len
+        self._max_dropped = MAX_DROPPED_PER_PROMPT * job.rl.prompts_per_step + 1
         self._tokenizer = load_tokenizer(path)
-        stream = endless_problems(job.tasks, "train", seed_of(job.run.seed, "rl"))
-        self._stream = islice(stream, first_problem, None)
+        self._stream = islice(endless_problems(job.tasks, "train", seed_of(job.run.seed, "rl")), first_problem, None)
         self._step = first_step
         # By position in the stream, in its order.
         self._pending: dict[Hashable, PendingGroup] = {}
@@ -86,20 +86,13 @@ class RolloutScheduler:
         On-policy runs repeat to the bit, so the requests that an engine batches together must not depend on which
         completion came first: dropped groups are replaced only after all groups are graded.
         """
-        return self._due_prompts(version)
-
-    def take_prefilled(self) -> list[tuple[Hashable, list[tuple[Problem, str]]]]:
-        """Return completions that need grades but no engine, by key, each once."""
-        return []
-
-    def _due_prompts(self, version: int) -> list[tuple[int, SampleRequest]]:
         rl = self._settings
         if rl.max_staleness == 0 and self._num_ungraded:
             return []
         last_step = min(version + rl.max_staleness, rl.steps - 1)
         num_needed = (last_step + 1 - self._step) * rl.prompts_per_step
         slots = range(len(self._pending) - self._num_dropped, num_needed)
-        due: list[tuple[int, SampleRequest]] = []
+        due: list[tuple[Hashable, SampleRequest]] = []
         num_too_long = 0
         while len(due) < len(slots):
             free_slots = slots[len(due) :]
@@ -109,6 +102,30 @@ class RolloutScheduler:
                 raise self._too_many_dropped()
             due += requests
         return due
+
+    def _draw(self, slots: Sequence[int]) -> list[tuple[Hashable, SampleRequest]]:
+        """Draw one problem per slot; those whose prompts fit fill the first slots. A slot is the rank of a group among
+        those that the coming steps train on."""
+        rl = self._settings
+        drawn = [next(self._stream) for _ in slots]
+        prompts = encode_prompts(self._tokenizer, [problem.messages for _, problem in drawn])
+        requests: list[tuple[Hashable, SampleRequest]] = []
+        for (epoch, problem), prompt in zip(drawn, prompts, strict=True):
+            step = self._step + slots[len(requests)] // rl.prompts_per_step
+            seed = seed_of(self._seed, "rl", problem.problem_id, epoch)
+            request = SampleRequest(prompt, rl.group_size, seed, rl.temperature, max(0, step - rl.max_staleness))
+            fits = len(prompt) < self._max_model_len
+            self._pending[self._next_problem] = PendingGroup(problem, request, is_dropped=not fits)
+            if fits:
+                requests.append((self._next_problem, request))
+            self._next_problem += 1
+        self._num_ungraded += len(requests)
+        self._num_dropped += len(drawn) - len(requests)
+        return requests
+
+    def take_prefilled(self) -> list[tuple[Hashable, list[tuple[Problem, str]]]]:
+        """Return completions that need grades but no engine, by key, each once."""
+        return []
 
     def prompt_ids(self, key: Hashable) -> tuple[int, ...]:
         """Return the prompt of the request with this key."""
@@ -128,33 +145,23 @@ class RolloutScheduler:
 
     def _finish_group(self, pending: PendingGroup) -> None:
         """Compute the advantages of a problem whose completions are all graded."""
-        rl = self._settings
+        rl, completions = self._settings, pending.completions
         rewards = [grade.reward for grade in pending.grades]
         if rl.overlong_buffer_tokens:
             limits = self._max_new_tokens, rl.overlong_buffer_tokens
-            rewards = [
-                reward + soft_overlong_penalty(completion.num_tokens, *limits)
-                for reward, completion in zip(rewards, pending.completions, strict=True)
-            ]
+            penalties = [soft_overlong_penalty(completion.num_tokens, *limits) for completion in completions]
+            rewards = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True)]
         kind = "nft" if rl.loss.type == "nft" else rl.advantage
-        advantages = group_advantages(torch.tensor(rewards), kind).tolist()
-        pending.group = RolloutGroup(
-            pending.problem.problem_id,
-            pending.request.prompt_ids,
-            pending.completions,
-            pending.grades,
-            tuple(advantages),
-        )
+        advantages = tuple(group_advantages(torch.tensor(rewards), kind).tolist())
+        problem_id, prompt_ids = pending.problem.problem_id, pending.request.prompt_ids
+        pending.group = RolloutGroup(problem_id, prompt_ids, completions, pending.grades, advantages)
         pending.is_dropped = rl.dynamic_sampling and not any(advantages)
         self._num_ungraded -= 1
         self._num_dropped += pending.is_dropped
 
     def pop_batch(self) -> StepBatch | None:
-        """Return the batch of the next step; None while a group of it is missing.
-
-        Raises:
-            RuntimeError: the step dropped too many problems.
-        """
+        """Return the batch of the next step; None while a group of it is missing. Raise RuntimeError if the step
+        dropped too many problems."""
         groups: list[RolloutGroup] = []
         dropped: list[str] = []
         for pending in self._pending.values():
@@ -180,35 +187,6 @@ class RolloutScheduler:
         self._step += 1
         return batch
 
-    def _draw(self, slots: Sequence[int]) -> list[tuple[int, SampleRequest]]:
-        """Draw one problem per slot; those whose prompts fit fill the first slots. A slot is the rank of a group among
-        those that the coming steps train on."""
-        rl = self._settings
-        drawn = [next(self._stream) for _ in slots]
-        prompts = encode_prompts(self._tokenizer, [problem.messages for _, problem in drawn])
-        requests: list[tuple[int, SampleRequest]] = []
-        for (epoch, problem), prompt in zip(drawn, prompts, strict=True):
-            step = self._step + slots[len(requests)] // rl.prompts_per_step
-            request = SampleRequest(
-                prompt,
-                rl.group_size,
-                seed_of(self._seed, "rl", problem.problem_id, epoch),
-                rl.temperature,
-                max(0, step - rl.max_staleness),
-            )
-            fits = len(prompt) < self._max_model_len
-            self._pending[self._next_problem] = PendingGroup(problem, request, is_dropped=not fits)
-            if fits:
-                requests.append((self._next_problem, request))
-            self._next_problem += 1
-        self._num_ungraded += len(requests)
-        self._num_dropped += len(drawn) - len(requests)
-        return requests
-
-    @property
-    def _max_dropped(self) -> int:
-        return MAX_DROPPED_PER_PROMPT * self._settings.prompts_per_step + 1
-
     def _too_many_dropped(self) -> RuntimeError:
         return RuntimeError(
             f"step {self._step}: dropped {self._max_dropped} problems, because all completions earned the same reward"
@@ -218,15 +196,8 @@ class RolloutScheduler:
 
 
 def soft_overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int) -> float:
-    """Return DAPO's soft overlong punishment of a completion (arXiv 2503.14476, eq. 13).
-
-    It is 0 up to max_tokens - buffer_tokens, falls linearly to -1 at max_tokens and stays there.
-
-    Raises:
-        ValueError: not 0 < buffer_tokens <= max_tokens.
-    """
-    if not 0 < buffer_tokens <= max_tokens:
-        raise ValueError(f"buffer_tokens: expected 1 to max_tokens = {max_tokens}, got {buffer_tokens}")
+    """Return DAPO's soft overlong punishment of a completion (arXiv 2503.14476, eq. 13): 0 up to max_tokens -
+    buffer_tokens, then falling linearly to -1 at max_tokens, where it stays."""
     return max(-1.0, min(0.0, (max_tokens - buffer_tokens - num_tokens) / buffer_tokens))
 
 
@@ -241,8 +212,6 @@ def batch_metrics(batch: StepBatch) -> dict[str, float]:
             tokens_by_staleness[batch.step - version] += num_tokens
     # All completions of a step may be demonstrations as a whole, with no token of the policy.
     num_tokens = max(1, sum(tokens_by_staleness.values()))
-    token_steps = sum(staleness * count for staleness, count in tokens_by_staleness.items())
-    is_truncated = [completion.finish_reason == "length" for completion in completions]
     metrics = {
         "reward_mean": float(np.mean([grade.reward for grade in grades])),
         "pass_rate": float(np.mean([grade.correct for grade in grades])),
@@ -251,9 +220,9 @@ def batch_metrics(batch: StepBatch) -> dict[str, float]:
         "next_problem": batch.next_problem,
         "problems_dropped": len(batch.dropped),
         "completions_mean_length": float(np.mean([c.num_tokens for c in completions])),
-        "completions_clipped_ratio": float(np.mean(is_truncated)),
+        "completions_clipped_ratio": float(np.mean([c.finish_reason == "length" for c in completions])),
         "staleness_max": max(tokens_by_staleness, default=0),
-        "staleness_mean": token_steps / num_tokens,
+        "staleness_mean": sum(staleness * n for staleness, n in tokens_by_staleness.items()) / num_tokens,
     }
-    has_prefix = [bool(completion.prefix_ids) for completion in completions]
+    has_prefix = [bool(c.prefix_ids) for c in completions]
     return metrics | ({"prefix_frac": float(np.mean(has_prefix))} if any(has_prefix) else {})

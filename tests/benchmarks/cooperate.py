@@ -79,7 +79,7 @@ def job_of(folder: Path, home: Path, name: str, words: argparse.Namespace) -> Pa
         [rewards]
         processes = 1
         [[tasks]]
-        name = "tests.rl.parity:Parity"
+        name = "tests.rl.parity_task:Parity"
         """
     )
     return path

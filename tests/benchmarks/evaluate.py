@@ -36,7 +36,7 @@ def job_of(model: str, num_problems: int, num_samples: int) -> Any:
         {
             "run": {"dir": "unused"},
             "model": {"path": model, "dtype": "float32"},
-            "tasks": [{"name": "tests.rl.parity:Parity"}],
+            "tasks": [{"name": "tests.rl.parity_task:Parity"}],
             "generator": {
                 "num_cpus": 1, "threads": 1, "max_new_tokens": MAX_NEW_TOKENS,
                 "max_model_len": 64, "max_num_seqs": MAX_CONCURRENT,

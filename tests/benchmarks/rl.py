@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS, GROUP, MAX_NEW_TOKENS = 32, 8, 32
-TASK = "tests.rl.parity:Parity"
+TASK = "tests.rl.parity_task:Parity"
 WARM_UP = 4
 THREADS = 2
 
@@ -71,7 +71,7 @@ def trl(model: str, num_steps: int) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from tests.rl.parity import Parity
+    from tests.rl.parity_task import Parity
 
     torch.set_num_threads(THREADS)
     task = Parity()
@@ -129,8 +129,8 @@ def bare(model: str, num_steps: int) -> None:
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    from pear_ray.environment import keep_freed_memory
-    from tests.rl.parity import Parity
+    from pear_ray.process import keep_freed_memory
+    from tests.rl.parity_task import Parity
 
     keep_freed_memory()
     engine = LLM(

@@ -41,7 +41,6 @@ from safetensors.torch import load_file
 from pear_ray.config import Generator, Pretrain
 from pear_ray.engines.engine_factory import VllmEngineFactory
 from pear_ray.engines.engine_pool import EnginePool
-from pear_ray.rl.rollouts import VersionWatcher
 from pear_ray.train.new_model import write_new_model
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.registry import PolicyVersions
@@ -171,17 +170,12 @@ class StorePeak:
         self._thread.join()
 
 
-def one_round(
-    ranks: list[Any], registry: Any, pool: EnginePool, watch: VersionWatcher, version: int, full: bool
-) -> dict[str, float]:
+def one_round(ranks: list[Any], registry: Any, pool: EnginePool, version: int, full: bool) -> dict[str, float]:
     """A version from the optimizer step to both engines."""
+    announcement = registry.newest.remote(mark_of(registry), DEADLINE_SECONDS)
     started = time.perf_counter()
     publishing = [rank.publish.remote(version, full) for rank in ranks]
-    news = None
-    while news is None:
-        ray.wait([watch.pending_call], timeout=DEADLINE_SECONDS)
-        news = watch.poll()
-    pool.update_weights(news.versions, (), DEADLINE_SECONDS)
+    pool.update_weights(ray.get(announcement).versions, (), DEADLINE_SECONDS)
     while len(pool.weight_updates) < NUM_ENGINES:
         ray.wait(pool.pending_calls, timeout=DEADLINE_SECONDS, fetch_local=False)
         pool.pop_finished()
@@ -222,11 +216,11 @@ def measured(
     """Rounds of one kind, after two that warm up."""
     first = 1 + 1000 * list(KINDS).index(kind)
     ray.get([rank.start.remote(KINDS[kind]) for rank in ranks], timeout=DEADLINE_SECONDS)
-    watch, found = VersionWatcher(registry, mark_of(registry)), []
+    found = []
     for number in range(words.rounds + 2):
         full = number == 0 or kind != "changes"
         with StorePeak() as store:
-            times = one_round(ranks, registry, pool, watch, first + number, full)
+            times = one_round(ranks, registry, pool, first + number, full)
         found.append(beside_copies(times, copies) | {"store_bytes": store.num_bytes})
         changes = [rank.change.remote(words.changed) for rank in ranks]
         ray.get(changes, timeout=DEADLINE_SECONDS)

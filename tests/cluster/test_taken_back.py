@@ -63,7 +63,7 @@ def write_job(folder: Path, model: Path) -> Path:
         timeout_seconds = 300
         {PLACED}
         [[tasks]]
-        name = "tests.rl.parity:Parity"
+        name = "tests.rl.parity_task:Parity"
         """
     )
     return path

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from pear_ray.cooperate.demonstrations import DemonstrationIndex
+from pear_ray.cooperate.schedulers import DemonstrationIndex
 from pear_ray.data.scored_dataset import RowFilter, scan_dataset
 from pear_ray.data.tokenizer import encode_prompt, load_tokenizer
 from tests.cooperate.scheduler_driver import make_job, problem_stream

@@ -6,7 +6,7 @@ import random
 
 from pear_ray.config import Job
 from pear_ray.records import Completion, Grade
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 
 PROMPTS, STEPS, GROUP, NEW_TOKENS, MODEL_LEN = 3, 4, 4, 8, 14

@@ -56,7 +56,7 @@ max_logprob_gap = {max_gap}
 [rewards]
 processes = 1
 [[tasks]]
-name = "tests.rl.parity:Parity"
+name = "tests.rl.parity_task:Parity"
 """
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pear_ray.config import Job
-from pear_ray.losses.advantages import group_advantages
+from pear_ray.losses.policy import group_advantages
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
 from pear_ray.rl.rollouts import RolloutBatch
 from pear_ray.rl.scheduler import StepBatch

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.demonstrations import Demonstration, DemonstrationIndex
+from pear_ray.cooperate.schedulers import Demonstration, DemonstrationIndex
 from pear_ray.data.scored_dataset import OPTIONAL_COLUMNS, scan_dataset
 from tests.data.scored_rows import GOOD, WANTED, row, stored, table_of
 

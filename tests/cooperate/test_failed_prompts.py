@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.mifo import FailedPromptScheduler
+from pear_ray.cooperate.schedulers import FailedPromptScheduler
 from pear_ray.data.tokenizer import encode_prompt, load_tokenizer
 from pear_ray.records import TrainingSequence
 from pear_ray.rl.scheduler import RolloutScheduler
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 from tests.cooperate.scheduler_driver import (
     GROUP,
     MODEL_LEN,

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.cooperate.demonstrations import Demonstration
-from pear_ray.cooperate.prefix import PrefixScheduler, prefix_length
+from pear_ray.cooperate.schedulers import Demonstration, PrefixScheduler, prefix_length
 from pear_ray.data.tokenizer import encode_prompt, load_tokenizer
-from pear_ray.losses.advantages import group_advantages
+from pear_ray.losses.policy import group_advantages
 from pear_ray.records import Completion
 from pear_ray.rl.scheduler import RolloutScheduler, batch_metrics, soft_overlong_penalty
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 from tests.cooperate.scheduler_driver import (
     GROUP,
     MODEL_LEN,

@@ -31,7 +31,7 @@ def job_of(model: str = "some/model", **generator: Any) -> Job:
         {
             "run": {"dir": "unused", "seed": 3},
             "model": {"path": model},
-            "tasks": [{"name": "tests.rl.parity:Parity"}],
+            "tasks": [{"name": "tests.rl.parity_task:Parity"}],
             "generator": {"max_new_tokens": 24, "max_model_len": 48, **generator},
             "evaluation": {
                 "num_problems": PROBLEMS, "samples_per_problem": SAMPLES, "ks": [1, 4],

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pear_ray.data.tokenizer import encode_prompt, load_tokenizer, tokenizer_digests
 from pear_ray.records import SCORED_SCHEMA
-from tests.rl.parity import Parity
+from tests.rl.parity_task import Parity
 
 
 def write_corpus(folder: Path, model: Path, max_rows: int | None = None) -> None:

@@ -55,7 +55,7 @@ num_problems = 6
 samples_per_problem = 4
 ks = [1]
 [[tasks]]
-name = "tests.rl.parity:Parity"
+name = "tests.rl.parity_task:Parity"
 """
 
 

@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 from pear_ray.config import TaskSpec
 from pear_ray.rl.recording import read_batch
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 from tests.rl.parity_corpus import write_corpus
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
 SECONDS = 400.0
 STEPS, STALENESS, PROBLEMS, GROUP = 60, 1, 4, 4
-TASK = {"name": "tests.rl.parity:Parity"}
+TASK = {"name": "tests.rl.parity_task:Parity"}
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 # Kills of each kind of actor, besides a node and the driver. Engines and learners start slowly.
 IS_ALL = os.environ.get("PEAR_RAY_RL_KILLS") == "all"

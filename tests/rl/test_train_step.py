@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pear_ray.config import Job
 from pear_ray.losses.packing import pack
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
-from pear_ray.rl.build import training_sequences
+from pear_ray.rl.train_step import training_sequences
 
 FIELDS = ("token_ids", "trainable", "sampled_logprobs", "coefficients", "reference_logprobs")
 

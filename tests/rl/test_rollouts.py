@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pear_ray.records import Completion, Grade, RolloutGroup
-from pear_ray.rl.parity import parity_sequences, score_request
+from pear_ray.rl.rollouts import parity_sequences, score_request
 
 
 @pytest.mark.parametrize(
