@@ -19,8 +19,7 @@ from pear_ray.config import Job
 from pear_ray.engines.engine_actor import WeightUpdateResult
 from pear_ray.engines.engine_factory import EngineHandle, InFlight, MakeCache, VllmEngineFactory
 from pear_ray.engines.generator import Request, ScoreRequest, same_architecture
-from pear_ray.ray_cluster import draining_nodes
-from pear_ray.weights.types import WeightVersion
+from pear_ray.weights.publish import WeightVersion
 
 # Longest time an engine holds a poll open without results, in seconds.
 POLL_SECONDS = 10.0
@@ -290,7 +289,8 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         if time.monotonic() < self._drain_checked_at + DRAIN_CHECK_SECONDS:
             return []
         self._drain_checked_at = time.monotonic()
-        node_ids = draining_nodes()
+        # Nodes that are preempted, or drained by an autoscaler; Ray Train uses the same source.
+        node_ids = set(ray._private.state.state.get_draining_nodes())
         return [engine for engine in self._engines.values() if engine.node_id in node_ids]
 
     def _overdue(self) -> list[EngineHandle]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pear_ray.config import Generator as Settings
 from pear_ray.data.tokenizer import decode_completion
 from pear_ray.engines.vllm_metrics import EngineStatistics
-from pear_ray.environment import keep_freed_memory
+from pear_ray.process import keep_freed_memory
 from pear_ray.records import Completion
 from pear_ray.train.hf_folder import open_tensors
 

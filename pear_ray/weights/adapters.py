@@ -1,10 +1,9 @@
-"""Weight versions with low-rank adapters, merged on the engine's side: W + scaling B A (arXiv
-2106.09685, section 4.1)."""
+"""Versions with low-rank adapters, merged on the engine's side: W + scaling B A (arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from pear_ray.errors import ConfigError
 from pear_ray.train.hf_folder import open_tensors
-from pear_ray.train.lora import ADAPTER
+from pear_ray.train.model import ADAPTER
 from pear_ray.weights.fetch import WeightCache
-from pear_ray.weights.publish import Partition
-from pear_ray.weights.types import WeightVersion
+from pear_ray.weights.publish import Partition, WeightVersion
 
 SCALING = "lora_scaling"
-# peft's names, and those of adapters beside trained weights (`train.bridge_learner`).
+# peft's names, and those of adapters beside trained weights (`train.cooperate_learners`).
 HALF = re.compile(rf"(.+)\.lora_([AB])(?:\.{ADAPTER}\.weight)?")
 
 
@@ -37,55 +35,31 @@ class MergedCache(WeightCache):
     """A `WeightCache` for versions of full weights and adapters beside them."""
 
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
-        """Return the parameters by their names in the Hugging Face folder, adapters merged.
-
-        Raises as `WeightCache.fetch`; ValueError also if half of an adapter is missing.
-        """
+        """As `WeightCache.fetch`, adapters merged; ValueError also if half of one, or the scaling, is missing."""
         weights = super().fetch(version, timeout_seconds)
-        scaling, adapters = pop_adapters(weights, version)
-        for layer, (lora_A, lora_B) in adapters.items():
-            name = f"{layer}.weight"
-            weights[name] = merge_lora(weights[name], lora_A, lora_B, scaling)
-        return weights
+        return weights | merge_adapters(weights, version, lambda name, shape: weights[name])
 
 
-class AdapterCache:
-    """A cache for versions of adapters alone; the base weights come from `path`.
-
-    `path` is the folder or hub name of the start model. Raises ConfigError if it has no safetensors files.
-    """
+class AdapterCache(WeightCache):
+    """A cache for versions of adapters alone; ConfigError if `path` (folder or hub name) has no base weights."""
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self._folder = local_folder(path)
-        self._cache = WeightCache()
         self._files = open_tensors(self._folder)
         if not self._files:
             raise ConfigError(f"{path}: expected *.safetensors files of the start model, got none")
 
-    @property
-    def version(self) -> int | None:
-        """Return the cached version, as `WeightCache.version`."""
-        return self._cache.version
-
     def fetch(self, version: WeightVersion, timeout_seconds: float) -> dict[str, Tensor]:
         """Return all parameters by their names in the folder, in the adapters' dtype.
 
-        Weights without adapters are included: vLLM fuses them with adapted ones and loads all parts of a fused weight
-        or none. Raises as `WeightCache.fetch`.
-
-        Raises:
-            ConfigError: the folder lacks an adapted weight, or has it in another shape.
-            ValueError: half of an adapter, or the scaling, is missing.
+        Weights without adapters too: vLLM fuses them with adapted ones and loads all parts of a fused weight or none.
+        Raises as `MergedCache.fetch`; ConfigError if the folder lacks an adapted weight or has it in another shape.
         """
-        scaling, adapters = pop_adapters(self._cache.fetch(version, timeout_seconds), version)
-        merged = {}
-        for layer, (lora_A, lora_B) in sorted(adapters.items()):
-            name = f"{layer}.weight"
-            base = self._base_weight(name, (len(lora_B), lora_A.shape[1]))
-            merged[name] = merge_lora(base, lora_A, lora_B, scaling)
+        merged = merge_adapters(super().fetch(version, timeout_seconds), version, self._base_weight)
         dtype = next(iter(merged.values())).dtype
-        others = self._files.keys() - merged.keys()
-        return merged | {name: self._files[name].get_tensor(name).to(dtype) for name in others}
+        others = {name: file for name, file in self._files.items() if name not in merged}
+        return merged | {name: file.get_tensor(name).to(dtype) for name, file in others.items()}
 
     def _base_weight(self, name: str, shape: tuple[int, int]) -> Tensor:
         weight = self._files[name].get_tensor(name) if name in self._files else None
@@ -95,8 +69,10 @@ class AdapterCache:
         return weight
 
 
-def pop_adapters(weights: dict[str, Tensor], version: WeightVersion) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """Remove the adapters from `weights`; return their scaling and each layer's (A, B)."""
+def merge_adapters(
+    weights: dict[str, Tensor], version: WeightVersion, base_weight: Callable[[str, tuple[int, int]], Tensor]
+) -> dict[str, Tensor]:
+    """Remove the adapters from `weights`; return the adapted weights, merged. `base_weight(name, shape)` returns W."""
     label = f"weights version {version.version}"
     if SCALING not in weights:
         raise ValueError(f"{label}: expected {SCALING} beside adapters, got none")
@@ -105,10 +81,13 @@ def pop_adapters(weights: dict[str, Tensor], version: WeightVersion) -> tuple[fl
     for name in list(weights):
         if match := HALF.fullmatch(name):
             layers.setdefault(match[1], {})[match[2]] = weights.pop(name)
-    for layer, halves in layers.items():
+    merged = {}
+    for layer, halves in sorted(layers.items()):
         if len(halves) < 2:
             raise ValueError(f"{label}: {layer}: expected lora_A and lora_B, got {set(halves)}")
-    return scaling, {layer: (halves["A"], halves["B"]) for layer, halves in layers.items()}
+        name, lora_A, lora_B = f"{layer}.weight", halves["A"], halves["B"]
+        merged[name] = merge_lora(base_weight(name, (len(lora_B), lora_A.shape[1])), lora_A, lora_B, scaling)
+    return merged
 
 
 def local_folder(path: str) -> Path:
@@ -121,10 +100,9 @@ def local_folder(path: str) -> Path:
 
 
 def merge_lora(base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return W + scaling B A in the adapter's dtype.
+    """Return W + scaling B A in the adapter's dtype: `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
 
     The product of half-precision adapters is computed in float32 and rounded before the sum, as peft merges on CPUs.
-    `base` [out, in], `lora_A` [rank, in], `lora_B` [out, rank].
     """
     wide = torch.promote_types(lora_A.dtype, torch.float32)
     product = lora_B.to(wide) @ lora_A.to(wide) * scaling

@@ -1,8 +1,10 @@
-"""Learner side: put a rank's parameter partitions into the object store, without a gather."""
+"""Learner side: put a rank's parameter partitions into the object store, without a gather, in full or as deltas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -10,13 +12,128 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pear_ray.weights.delta import Delta, apply_delta, compute_delta
-from pear_ray.weights.types import Bucket, ParamMeta, RankShard
-
 # A rank's part of one parameter: name, full shape, flat tensor.
 Partition = tuple[str, tuple[int, ...], Tensor]
-# The same, with the elements as unsigned integers of their size.
-_BitPartition = tuple[ParamMeta, np.ndarray]
+# Offsets in a block of a delta fit into 16 bits.
+BLOCK_ELEMENTS = 65_536
+
+
+@dataclass(frozen=True)
+class ParamMeta:
+    """One parameter of a bucket. The flat partition of each rank has `num_bytes`.
+
+    ParamMeta("model.norm.weight", "float32", shape=(128,), num_bytes=256)
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One object of the store: a list with the rank's partition of each of `params`.
+
+    A partition is a flat array of unsigned integers or, with a `base_version`, a `Delta` from the rank's partition in
+    that version. `checksum` is the XXH3 (64 bits) of the whole partitions in this version, so a delta applied to a
+    wrong base is detected. `may_be_base`: deltas from these partitions may follow. `reference` is a list of one, so
+    that Ray does not fetch the bytes with this record.
+    """
+
+    reference: list[Any]
+    rank: int
+    checksum: int
+    params: tuple[ParamMeta, ...]
+    base_version: int | None = None
+    may_be_base: bool = False
+
+
+class _Buckets:
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def base_version(self) -> int | None:
+        """Return the version that the deltas start from; None if all buckets are full."""
+        return next((bucket.base_version for bucket in self.buckets if bucket.base_version is not None), None)
+
+
+@dataclass(frozen=True)
+class RankShard(_Buckets):
+    """One rank's part of a version; its objects hold `num_bytes` of weights."""
+
+    version: int
+    rank: int
+    buckets: tuple[Bucket, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class WeightVersion(_Buckets):
+    """All buckets of all ranks. Version v is the policy after v optimizer steps."""
+
+    version: int
+    num_ranks: int
+    buckets: tuple[Bucket, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[RankShard]) -> WeightVersion:
+        """Join the shards of all ranks, in the order of ranks."""
+        return cls(shards[0].version, len(shards), tuple(bucket for shard in shards for bucket in shard.buckets))
+
+
+class Delta(NamedTuple):
+    """The changed elements of a flat array, in order. Each takes two bytes and its own size."""
+
+    counts: np.ndarray  # of changed elements in each block of 65,536, uint32 [blocks]
+    offsets: np.ndarray  # their positions in the block, uint16 [changed]
+    values: np.ndarray  # their new values, of the array's dtype [changed]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the three arrays, like `ndarray.nbytes`."""
+        return self.counts.nbytes + self.offsets.nbytes + self.values.nbytes
+
+
+def compute_delta(old: np.ndarray, new: np.ndarray, max_bytes: int) -> Delta | None:
+    """Return the delta from `old` to `new`, lossless; None if it is larger than `max_bytes`.
+
+    Both are flat and of the same length and unsigned dtype, so that -0.0 differs from 0.0 and a NaN equals itself.
+    """
+    counts = np.zeros(-(-len(new) // BLOCK_ELEMENTS), np.uint32)
+    offsets, values = [np.empty(0, np.uint16)], [np.empty(0, new.dtype)]
+    bytes_left = max_bytes - counts.nbytes
+    # Blocks of both arrays fit into the CPU cache; one pass over all is slower and takes memory.
+    for number, start in enumerate(range(0, len(new), BLOCK_ELEMENTS)):
+        block = new[start : start + BLOCK_ELEMENTS]
+        changed = np.flatnonzero(old[start : start + BLOCK_ELEMENTS] != block)
+        counts[number] = len(changed)
+        offsets.append(changed.astype(np.uint16))
+        values.append(block[changed])
+        bytes_left -= offsets[-1].nbytes + values[-1].nbytes
+        if bytes_left < 0:
+            return None
+    return Delta(counts, np.concatenate(offsets), np.concatenate(values))
+
+
+def apply_delta(delta: Delta, flat: np.ndarray) -> None:
+    """Update `flat` in place; raise ValueError if the delta is inconsistent or does not fit."""
+    num_changed = int(delta.counts.sum(dtype=np.int64))
+    if num_changed != len(delta.offsets):
+        raise ValueError(f"delta: expected {num_changed} offsets, got {len(delta.offsets)}")
+    blocks = np.arange(len(delta.counts)) * BLOCK_ELEMENTS
+    indices = np.repeat(blocks, delta.counts) + delta.offsets
+    if indices.max(initial=-1) >= len(flat):
+        raise ValueError(f"delta: expected indices below {len(flat)}, got {indices.max()}")
+    flat[indices] = delta.values
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> int:
+    """Return the XXH3 (64 bits) of the concatenated bytes of flat arrays."""
+    digest = xxhash.xxh3_64()
+    for array in arrays:
+        digest.update(array.data)
+    return digest.intdigest()
 
 
 class Publisher:
@@ -24,9 +141,8 @@ class Publisher:
 
     A version is full if it is the first, was requested, crosses a multiple of `full_every`, or is not newer than the
     last one. In other versions each bucket is a delta from the version before, unless the delta is larger than half the
-    bucket. Ranks need no coordination: full and delta buckets may stand in one version.
-
-    If `full_every` > 1, a copy of the last published partitions stays in host memory.
+    bucket. Ranks need no coordination: full and delta buckets may stand in one version. If `full_every` > 1, a copy of
+    the last published partitions stays in host memory.
     """
 
     def __init__(self, rank: int, bucket_mib: int, full_every: int) -> None:
@@ -39,8 +155,7 @@ class Publisher:
     def publish(self, partitions: Iterable[Partition], version: int, full: bool = False) -> RankShard:
         """Put `partitions` into the store: the same ones, in the same order, in every version.
 
-        Buckets have up to `bucket_mib`, or one larger partition. Their objects live as long as this process and their
-        references. Each full bucket is copied once.
+        Buckets have up to `bucket_mib`, or one larger partition, and live as long as this process and their references.
         """
         # None until this version is complete: after a failure the next version is full.
         base, self._last_version = self._last_version, None
@@ -48,67 +163,49 @@ class Publisher:
         if base is not None and (full or version <= base or version // every > base // every):
             base = None
         buckets, num_bytes = [], 0
-        for bucket in self._buckets(partitions):
-            deltas = None if base is None else self._deltas(bucket)
-            items = [bits for _, bits in bucket] if deltas is None else deltas
-            # A list: Ray copies the buffers of pickled numpy arrays straight into the store.
-            reference = ray.put(items)
+        for params, arrays in self._buckets(partitions):
+            deltas = None if base is None else self._deltas(params, arrays)
+            items = arrays if deltas is None else deltas
             num_bytes += sum(item.nbytes for item in items)
-            buckets.append(
-                Bucket(
-                    [reference],
-                    self._rank,
-                    checksum(bits for _, bits in bucket),
-                    tuple(meta for meta, _ in bucket),
-                    base_version=None if deltas is None else base,
-                    may_be_base=self._full_every > 1,
-                )
-            )
-            if self._full_every > 1:
-                self._remember(bucket, deltas)
+            base_version = None if deltas is None else base
+            # A list: Ray copies the buffers of pickled numpy arrays straight into the store.
+            reference = [ray.put(items)]
+            buckets.append(Bucket(reference, self._rank, checksum(arrays), tuple(params), base_version, every > 1))
+            if every > 1:
+                self._remember(params, arrays, deltas)
         self._last_version = version
         return RankShard(version, self._rank, tuple(buckets), num_bytes)
 
-    def _buckets(self, partitions: Iterable[Partition]) -> Iterator[list[_BitPartition]]:
-        bucket: list[_BitPartition] = []
+    def _buckets(self, partitions: Iterable[Partition]) -> Iterator[tuple[list[ParamMeta], list[np.ndarray]]]:
+        # Arrays of unsigned integers: numpy has no bfloat16.
+        params: list[ParamMeta] = []
+        arrays: list[np.ndarray] = []
         num_bytes = 0
         for name, shape, tensor in partitions:
-            # numpy has no bfloat16: view the bits as unsigned integers.
             flat = tensor.cpu().contiguous().view(torch.uint8).numpy()
-            if bucket and num_bytes + flat.nbytes > self._bucket_bytes:
-                yield bucket
-                bucket, num_bytes = [], 0
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            meta = ParamMeta(name, dtype, shape, flat.nbytes)
-            bucket.append((meta, flat.view(f"u{tensor.element_size()}")))
+            if params and num_bytes + flat.nbytes > self._bucket_bytes:
+                yield params, arrays
+                params, arrays, num_bytes = [], [], 0
             num_bytes += flat.nbytes
-        if bucket:
-            yield bucket
+            params.append(ParamMeta(name, str(tensor.dtype).removeprefix("torch."), shape, flat.nbytes))
+            arrays.append(flat.view(f"u{tensor.element_size()}"))
+        if params:
+            yield params, arrays
 
-    def _deltas(self, bucket: list[_BitPartition]) -> list[Delta] | None:
-        bytes_left = sum(bits.nbytes for _, bits in bucket) // 2
+    def _deltas(self, params: list[ParamMeta], arrays: list[np.ndarray]) -> list[Delta] | None:
+        bytes_left = sum(array.nbytes for array in arrays) // 2
         deltas = []
-        for meta, bits in bucket:
-            delta = compute_delta(self._published[meta.name], bits, bytes_left)
+        for meta, array in zip(params, arrays, strict=True):
+            delta = compute_delta(self._published[meta.name], array, bytes_left)
             if delta is None:
                 return None
             bytes_left -= delta.nbytes
             deltas.append(delta)
         return deltas
 
-    def _remember(self, bucket: list[_BitPartition], deltas: list[Delta] | None) -> None:
-        for number, (meta, bits) in enumerate(bucket):
+    def _remember(self, params: list[ParamMeta], arrays: list[np.ndarray], deltas: list[Delta] | None) -> None:
+        for number, (meta, array) in enumerate(zip(params, arrays, strict=True)):
             if deltas is not None:
                 apply_delta(deltas[number], self._published[meta.name])
-            elif meta.name in self._published:
-                np.copyto(self._published[meta.name], bits)
             else:
-                self._published[meta.name] = bits.copy()
-
-
-def checksum(arrays: Iterable[np.ndarray]) -> int:
-    """Return the XXH3 (64 bits) of the concatenated bytes of flat arrays."""
-    digest = xxhash.xxh3_64()
-    for array in arrays:
-        digest.update(array.data)
-    return digest.intdigest()
+                np.copyto(self._published.setdefault(meta.name, np.empty_like(array)), array)

@@ -10,17 +10,14 @@ from typing import Literal
 import ray
 
 from pear_ray.data.batch_queue import QueueClosed
-from pear_ray.weights.types import RankShard, WeightVersion
-
-UpdateRequest = Literal["none", "announce", "full"]
+from pear_ray.weights.publish import RankShard, WeightVersion
 
 
 @dataclass(frozen=True)
 class PublishedVersions:
     """The newest version, after its base version if it has deltas.
 
-    `next_problem` is the position in the problem stream after that version's step; `cursor` changes with each
-    announcement.
+    `next_problem`: position in the problem stream after that version's step. `cursor` changes with each announcement.
     """
 
     versions: tuple[WeightVersion, ...]
@@ -30,50 +27,37 @@ class PublishedVersions:
 
 @ray.remote(num_cpus=0)
 class PolicyVersions:
-    """Registry of the newest weight version, empty after a restart.
-
-    While waiting, learners poll `requested_update` and announce their latest version again.
-    """
+    """Registry of the newest version. Learners poll `requested_update`, and announce theirs again after a restart."""
 
     def __init__(self) -> None:
         self._published: PublishedVersions | None = None
-        # Shards of a version that is not complete, and its (version, number of ranks, attempt).
-        self._shards: dict[int, RankShard] = {}
-        self._shards_of: tuple[int, int, str] | None = None
+        # Shards by rank of a version that is not complete, under its (version, number of ranks, attempt).
+        self._shards: dict[tuple[int, int, str], dict[int, RankShard]] = {}
         self._needs_full = False
         self._closed: str | None = None
         self._changed = asyncio.Condition()
 
     async def announce(self, shard: RankShard, num_ranks: int, next_problem: int, attempt: str) -> None:
-        """Add one rank's shard. A version counts once all ranks of one attempt announced it.
-
-        `attempt` names one start of the learners.
-        """
+        """Add one rank's shard; a version counts once all ranks of an `attempt` (start of learners) announced it."""
         async with self._changed:
-            if self._shards_of != (shard.version, num_ranks, attempt):
-                self._shards = {}
-            self._shards_of = (shard.version, num_ranks, attempt)
-            self._shards[shard.rank] = shard
-            if len(self._shards) < num_ranks:
+            key = shard.version, num_ranks, attempt
+            shards = self._shards.get(key, {}) | {shard.rank: shard}
+            self._shards = {key: shards}
+            if len(shards) < num_ranks:
                 return
-            newest = WeightVersion.of([self._shards[rank] for rank in range(num_ranks)])
             self._shards = {}
-            known = () if self._published is None else self._published.versions
+            newest = WeightVersion.of([shards[rank] for rank in range(num_ranks)])
+            known = self._published.versions if self._published else ()
             base = [version for version in known if version.version == newest.base_version]
             self._published = PublishedVersions((*base, newest), next_problem, uuid.uuid4().hex)
             self._needs_full &= newest.base_version is not None
             self._changed.notify_all()
 
     async def newest(self, cursor: str | None, wait_seconds: float) -> PublishedVersions | None:
-        """Wait for a cursor other than `cursor`; return None after `wait_seconds`.
-
-        Raises:
-            QueueClosed: the learners have ended.
-        """
+        """Wait for a cursor other than `cursor`; None after `wait_seconds`. QueueClosed if the learners have ended."""
 
         def ready() -> bool:
-            is_new = self._published is not None and self._published.cursor != cursor
-            return is_new or self._closed is not None
+            return self._closed is not None or (self._published is not None and self._published.cursor != cursor)
 
         async with self._changed:
             try:
@@ -88,11 +72,11 @@ class PolicyVersions:
         """Request a full version from the learners, for an engine that cannot apply deltas."""
         self._needs_full = True
 
-    async def requested_update(self, version: int) -> UpdateRequest:
+    async def requested_update(self, version: int) -> Literal["none", "announce", "full"]:
         """Return the update that learners at `version` must publish or announce again."""
-        newest = -1 if self._published is None else self._published.versions[-1].version
         if self._needs_full:
             return "full"
+        newest = self._published.versions[-1].version if self._published else -1
         return "none" if newest == version else "announce"
 
     async def close(self, reason: str) -> None:

@@ -1,8 +1,5 @@
-"""vLLM's weight-transfer engine `ray_object_store`: loads named tensors into a running engine.
-
-Tensors are in the layout of a Hugging Face folder. They are loaded into the live model, or into a standby model that
-replaces it, while the live one still generates.
-"""
+"""vLLM's weight-transfer engine `ray_object_store`: loads tensors in the layout of a Hugging Face folder into the live
+model, or into a standby model that replaces it, while the live one still generates."""
 
 from __future__ import annotations
 
@@ -17,11 +14,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
-)
+from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -30,7 +23,7 @@ from pear_ray.engines.generator import WEIGHT_TRANSFER
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Whether to build a standby model. There is no communicator to set up."""
+    """Whether to build a standby model."""
 
     with_standby: bool = False
 
@@ -51,13 +44,18 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     standby: Any = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Build the standby model, before the live one is in use."""
-        if init_info.with_standby and supports_standby(self.model):
+        """Build the standby model, before the live one is in use.
+
+        Only if all attention layers hold no weights and are looked up by name: the live model's attention, with its KV
+        cache, then serves the standby model as well.
+        """
+        layers = [layer for layer in self.model.modules() if is_deferred_attention_layer(layer)]
+        if init_info.with_standby and all(type(layer) is Attention and not layer.use_direct_call for layer in layers):
             self.standby, self._named_layers = build_standby(self.model, self.vllm_config)
 
     def start_weight_update(self) -> None:
         """Restore the checkpoint layout of the target model's parameters."""
-        initialize_layerwise_reload(self.model)
+        reload.initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load parameters without the base class's device synchronization, which CPUs refuse."""
@@ -69,8 +67,12 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Repack the target model's parameters for its kernels."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_tied_head(self.model, self.device.type)
+        reload.finalize_layerwise_reload(self.model, self.model_config)
+        # On CPUs the output head multiplies by a packed copy of its weight. With tied embeddings vLLM's reload updates
+        # only the embedding, and log-probs are silently wrong.
+        head = getattr(self.model, "lm_head", None)
+        if self.device.type == "cpu" and head is not None:
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
     def load_standby(self, tensors: Mapping[str, Tensor]) -> None:
         """Load `tensors` into the standby model; another thread may run the live one."""
@@ -97,18 +99,8 @@ class RayObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Do nothing: there is no communicator to close."""
 
 
-def supports_standby(model: nn.Module) -> bool:
-    """Return whether all attention layers hold no weights and are looked up by name.
-
-    The live model's attention, with its KV cache, then serves the standby model as well.
-    """
-    layers = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
-    return all(type(layer) is Attention and not layer.use_direct_call for layer in layers)
-
-
 def build_standby(model: nn.Module, config: VllmConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Return a copy of the architecture of `model`, with uninitialized weights, and its layers that vLLM looks up by
-    name, except attention."""
+    """Return a copy of `model` without its weights, and its layers, except attention, that vLLM looks up by name."""
     compilation = config.compilation_config
     # vLLM refuses a second layer of the same name.
     live_layers, compilation.static_forward_context = compilation.static_forward_context, {}
@@ -116,38 +108,21 @@ def build_standby(model: nn.Module, config: VllmConfig) -> tuple[nn.Module, dict
         device = next(model.parameters()).device
         with set_default_torch_dtype(config.model_config.dtype), device:
             standby = initialize_model(config)
-            copy_shared_modules(standby, set(model.modules()))
-            record_metadata_for_reloading(standby)
+            # vLLM caches rotary embeddings by process: copy modules shared with the live model.
+            live_modules, copies = set(model.modules()), dict[int, Any]()
+            children = [(parent, *child) for parent in standby.modules() for child in parent.named_children()]
+            for parent, name, child in children:
+                if child in live_modules:
+                    setattr(parent, name, copy.deepcopy(child, copies))
+            reload.record_metadata_for_reloading(standby)
             process_weights_after_loading(standby, config.model_config, device)
         layers = compilation.static_forward_context
     finally:
         compilation.static_forward_context = live_layers
-    named = {n: layer for n, layer in layers.items() if not is_deferred_attention_layer(layer)}
-    return standby.eval(), named
-
-
-def copy_shared_modules(standby: nn.Module, live_modules: set[nn.Module]) -> None:
-    """Replace modules shared with the live model: vLLM caches rotary embeddings by process."""
-    copies: dict[int, Any] = {}
-    for parent in list(standby.modules()):
-        for name, child in parent.named_children():
-            if child in live_modules:
-                setattr(parent, name, copy.deepcopy(child, copies))
-
-
-def repack_tied_head(model: nn.Module, device: str) -> None:
-    """Repack the output head on CPUs, where it multiplies by a packed copy of its weight.
-
-    With tied embeddings vLLM's reload updates only the embedding, and log-probs are silently wrong.
-    """
-    head = getattr(model, "lm_head", None)
-    if device == "cpu" and head is not None:
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    return standby.eval(), {n: layer for n, layer in layers.items() if not is_deferred_attention_layer(layer)}
 
 
 def register() -> None:
     """Register the engine; called by vLLM (`vllm.general_plugins`) in each of its processes."""
     if WEIGHT_TRANSFER not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            WEIGHT_TRANSFER, "pear_ray.weights.vllm_plugin", "RayObjectStoreEngine"
-        )
+        WeightTransferEngineFactory.register_engine(WEIGHT_TRANSFER, RayObjectStoreEngine)

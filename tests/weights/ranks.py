@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from pear_ray.weights.publish import Publisher
-from pear_ray.weights.types import WeightVersion
+from pear_ray.weights.publish import Publisher, WeightVersion
 
 
 class Ranks:
