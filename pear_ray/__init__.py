@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pear_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pear_ray.losses.advantages import group_advantages
     from pear_ray.losses.pear import pear_weights
+    from pear_ray.losses.policy import group_advantages
     from pear_ray.statistics import pass_at_k
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "__version__", "group_advantages", "pass_at_k", "pear_weights"]
 
 MODULES = {
-    "group_advantages": "pear_ray.losses.advantages",
+    "group_advantages": "pear_ray.losses.policy",
     "pass_at_k": "pear_ray.statistics",
     "pear_weights": "pear_ray.losses.pear",
 }

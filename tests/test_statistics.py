@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses import LossInputs
 from pear_ray.losses.pear import Pear
 from pear_ray.losses.sft import Weighted
 from pear_ray.statistics import (

@@ -16,15 +16,11 @@ from torch.autograd.function import once_differentiable
 
 
 class TokenLogprobs(NamedTuple):
-    """Outputs of the model at n positions.
+    """Outputs of the model at n positions, in float32."""
 
-    `logprobs` float32 [n, m], of the m requested tokens, with gradient. float32 [n], detached: `entropies` in nats, and
-    `top_masses`, the total probability of the k likeliest tokens (zeros if k is 0).
-    """
-
-    logprobs: Tensor
-    entropies: Tensor
-    top_masses: Tensor
+    logprobs: Tensor  # [n, m], of the m requested tokens, with gradient
+    entropies: Tensor  # [n], in nats, detached
+    top_masses: Tensor  # [n], total probability of the k likeliest tokens, detached; zeros if k is 0
 
 
 def predicted_logprobs(
@@ -32,21 +28,18 @@ def predicted_logprobs(
 ) -> TokenLogprobs:
     """Return log-probabilities of the requested tokens at the requested positions.
 
-    The hidden state at t - 1 predicts position t.
-
     Args:
-        hidden_T: float [tokens, width], the decoder's output.
+        hidden_T: float [tokens, width], the decoder's output; the one at t - 1 predicts position t.
         weight: float [vocabulary, width], the output head.
         token_ids: int64 [n, m], the requested tokens of each position.
         predicted: int64 [n], the positions; none is the first of its sequence.
-        logits_mib: memory for logits and their softmax. If all positions fit, the softmax is kept
-            for the backward pass; otherwise both passes compute logits chunk by chunk.
+        logits_mib: memory for logits and their softmax. If all positions fit, the softmax is kept for the backward
+            pass; otherwise both passes compute logits chunk by chunk.
         top_k: number of tokens in `top_masses`.
     """
     bytes_per_token = 2 * 4 * weight.shape[0]
     tokens_per_chunk = max(1, int(logits_mib * 2**20) // bytes_per_token)
-    hidden = hidden_T[predicted - 1]
-    return TokenLogprobs(*_Logprobs.apply(hidden, weight, token_ids, tokens_per_chunk, top_k))
+    return TokenLogprobs(*_Logprobs.apply(hidden_T[predicted - 1], weight, token_ids, tokens_per_chunk, top_k))
 
 
 class _Logprobs(torch.autograd.Function):
@@ -57,13 +50,12 @@ class _Logprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, tokens_per_chunk: int, top_k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_positions = len(hidden)
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
-        normalizers, entropies = hidden.new_empty((2, num_positions), dtype=torch.float32)
-        top_masses = hidden.new_zeros(num_positions, dtype=torch.float32)
+        normalizers, entropies = hidden.new_empty((2, len(hidden)), dtype=torch.float32)
+        top_masses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         logits_buffer = _chunk_buffer(hidden, weight, tokens_per_chunk)
         probs_buffer = _chunk_buffer(hidden, weight, tokens_per_chunk)
-        for chunk in chunks(num_positions, tokens_per_chunk):
+        for chunk in chunks(len(hidden), tokens_per_chunk):
             log_softmax = _logits(hidden[chunk], weight, logits_buffer)
             probs = probs_buffer[: len(log_softmax)]
             largest = log_softmax.amax(-1)
@@ -75,7 +67,7 @@ class _Logprobs(torch.autograd.Function):
             entropies[chunk] = -log_softmax.mul_(probs).sum(-1)
             if top_k:
                 top_masses[chunk] = probs.topk(top_k, sorted=False).values.sum(-1)
-        keeps_probs = num_positions <= tokens_per_chunk and any(ctx.needs_input_grad)
+        keeps_probs = len(hidden) <= tokens_per_chunk and any(ctx.needs_input_grad)
         ctx.probs = probs_buffer if keeps_probs else None
         # Not save_for_backward: DeepSpeed fills and empties `weight.data` around each pass, and a saved tensor would be
         # the empty one.
@@ -93,30 +85,23 @@ class _Logprobs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in float32, whatever the dtype of the weights.
-        shape = weight.shape if needs_weight else (0,)
-        grad_weight = weight.new_zeros(shape, dtype=torch.float32)
+        grad_weight = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=torch.float32)
         kept_probs, ctx.probs = ctx.probs, None
         if kept_probs is None:
             buffer = _chunk_buffer(hidden, weight, ctx.tokens_per_chunk)
         for chunk in chunks(len(hidden), ctx.tokens_per_chunk):
-            if kept_probs is None:
-                logits = _logits(hidden[chunk], weight, buffer)
-                probs = logits.sub_(normalizers[chunk, None]).exp_()
-            else:
-                probs = kept_probs
+            probs = kept_probs
+            if probs is None:
+                probs = _logits(hidden[chunk], weight, buffer).sub_(normalizers[chunk, None]).exp_()
             grad = grad_logprobs[chunk]
-            grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[chunk], grad)
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[chunk], grad).to(weight.dtype)
             grad_hidden[chunk] = grad_logits @ weight
-            if needs_weight:
-                _add_product(grad_weight, grad_logits.T, hidden[chunk])
-        return (
-            grad_hidden if needs_hidden else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            None,
-            None,
-            None,
-        )
+            if needs_weight and weight.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
+            elif needs_weight:
+                grad_weight += grad_logits.T @ hidden[chunk]
+        weight_gradient = grad_weight.to(weight.dtype) if needs_weight else None
+        return grad_hidden if needs_hidden else None, weight_gradient, None, None, None
 
 
 def chunks(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
@@ -126,10 +111,8 @@ def chunks(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
 
 
 def _chunk_buffer(hidden: Tensor, weight: Tensor, num_positions: int) -> Tensor:
-    """Return memory for one chunk, reused by all: on CPUs, allocating it for each chunk costs as much as the
-    computation."""
-    shape = min(num_positions, len(hidden)), len(weight)
-    return hidden.new_empty(shape, dtype=torch.float32)
+    """Return memory for one chunk, reused by all: on CPUs, allocating it for each costs as much as the computation."""
+    return hidden.new_empty((min(num_positions, len(hidden)), len(weight)), dtype=torch.float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -141,10 +124,3 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
     return torch.mm(hidden.float(), weight.float().T, out=logits)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

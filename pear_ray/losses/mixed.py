@@ -1,8 +1,5 @@
-"""Objectives of `cooperate`: one loss for a step on rollouts and demonstrations.
-
-One objective each for rollouts and for demonstrations sees its own tokens only, as a step of its own; the classes here
-combine the two sums.
-"""
+"""Objectives of `cooperate`: one loss for a step on rollouts and demonstrations. One objective for each of the two sees
+its own tokens only, as a step of its own; the classes here combine the two sums."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs, LossOutputs, Objective
+from pear_ray.losses import LossInputs, LossOutputs, Objective
 from pear_ray.losses.policy import PolicyGradient
 from pear_ray.losses.sft import Supervised, TokenLoss
 
@@ -23,11 +20,8 @@ DEMONSTRATION_PREFIX = "sft_"
 class JointTokenMean(Objective):
     """(sum over rollout tokens + sum over demonstration tokens) / their number: TRAPO's one loss for completions that
     continue an expert's prefix (arXiv 2512.17636). Weighting both kinds of tokens alike is this project's reading.
-    Without demonstrations it is the rollouts' objective.
-
-    Metric sums are those of both objectives, the demonstrations' with `DEMONSTRATION_PREFIX`, and the losses `rl_loss`
-    and `sft_loss`.
-    """
+    Without demonstrations it is the rollouts' objective. Metric sums are those of both objectives, the demonstrations'
+    with `DEMONSTRATION_PREFIX`, and the losses `rl_loss` and `sft_loss`."""
 
     rollouts: PolicyGradient
     demonstrations: Supervised
@@ -39,10 +33,8 @@ class JointTokenMean(Objective):
     def __call__(self, tokens: LossInputs) -> LossOutputs:
         rl = self.rollouts(tokens.rollouts_only())
         sft = self.demonstrations(tokens.demonstrations_only())
-        sums = {DEMONSTRATION_PREFIX + name: value for name, value in sft.metric_sums.items()}
-        sums |= rl.metric_sums
-        sums["rl_loss"] = rl.loss.detach()
-        sums[DEMONSTRATION_PREFIX + "loss"] = sft.loss.detach()
+        sums = {DEMONSTRATION_PREFIX + name: value for name, value in sft.metric_sums.items()} | rl.metric_sums
+        sums |= {"rl_loss": rl.loss.detach(), DEMONSTRATION_PREFIX + "loss": sft.loss.detach()}
         return LossOutputs(self.combine(rl.loss, sft.loss, tokens), sums)
 
     def combine(self, rl_loss: Tensor, sft_loss: Tensor, tokens: LossInputs) -> Tensor:
@@ -59,11 +51,8 @@ class LambdaMix(JointTokenMean):
 
     def combine(self, rl_loss: Tensor, sft_loss: Tensor, tokens: LossInputs) -> Tensor:
         # Exactly 1 for the only kind, if a step has just one.
-        num_tokens = tokens.num_tokens_global
-        num_rl_tokens = max(1, tokens.num_rollout_tokens_global)
-        num_sft_tokens = max(1, tokens.num_demonstration_tokens_global)
-        rl_scale = num_tokens * self.rl_weight / num_rl_tokens
-        sft_scale = num_tokens * (1 - self.rl_weight) / num_sft_tokens
+        rl_scale = tokens.num_tokens_global * self.rl_weight / max(1, tokens.num_rollout_tokens_global)
+        sft_scale = tokens.num_tokens_global * (1 - self.rl_weight) / max(1, tokens.num_demonstration_tokens_global)
         return rl_scale * rl_loss + sft_scale * sft_loss
 
 
@@ -81,23 +70,17 @@ class HighEntropyOnly(TokenLoss):
         return self.loss.top_k
 
     def __call__(self, tokens: LossInputs) -> Tensor:
-        return self.loss(tokens) * self.mask(tokens)
-
-    def mask(self, tokens: LossInputs) -> Tensor:
-        """Return the tokens that are learned, bool [n]; ties go to the earlier token."""
-        ids = tokens.sequence_ids
+        ids, lengths = tokens.sequence_ids, tokens.lengths()
+        # Both sorts are stable: ties go to the earlier token.
         by_entropy = torch.argsort(tokens.entropies, descending=True, stable=True)
         order = by_entropy[torch.argsort(ids[by_entropy], stable=True)]
-        lengths = tokens.lengths()
         before = lengths.cumsum(0) - lengths
         entropy_rank = torch.arange(ids.numel(), device=ids.device) - before[ids[order]]
         is_chosen = torch.zeros_like(ids, dtype=torch.bool)
         is_chosen[order] = entropy_rank < (lengths[ids[order]] * self.share).ceil()
-        return is_chosen
+        return self.loss(tokens) * is_chosen
 
 
 def rl_weight_at(step: int, num_steps: int, first: float, last: float) -> float:
     """Return the weight of the rollouts at a step, linear from the first step's to the last's."""
-    if num_steps < 2:
-        return first
-    return first + (last - first) * step / (num_steps - 1)
+    return first if num_steps < 2 else first + (last - first) * step / (num_steps - 1)

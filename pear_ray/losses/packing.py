@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 from binpacking import to_constant_bin_number
@@ -19,7 +20,7 @@ def pack(
     crossover_tokens: float = math.inf,
     counted: Sequence[TrainingSequence] | None = None,
 ) -> list[list[TrainingBatch]]:
-    """Return the micro-batches of every rank for ONE optimizer step.
+    """Return [num_ranks][micro-batches] for ONE optimizer step; the same on every rank, given the same sequences.
 
     All ranks get the same number: under ZeRO-3 a rank that runs one more forward pass than the others hangs. If there
     are too few sequences, a micro-batch repeats the shortest one without trainable tokens.
@@ -28,13 +29,10 @@ def pack(
         sequences: the sequences of the step, in any order.
         num_ranks: data-parallel ranks.
         tokens_per_micro_batch: maximum tokens of a micro-batch.
-        crossover_tokens: sequence length at which attention, quadratic in the length, costs as
-            much as everything else; bins are balanced by cost, not by length.
-        counted: the sequences that the global counts cover, if some are left out of `sequences`
-            because their loss is known to be 0.
-
-    Returns:
-        [num_ranks][micro-batches]; the same on every rank, given the same sequences.
+        crossover_tokens: sequence length at which attention, quadratic in the length, costs as much as everything else;
+            bins are balanced by cost, not by length.
+        counted: the sequences that the global counts cover, if some are left out of `sequences` because their loss is
+            known to be 0.
 
     Raises:
         ValueError: no sequence, no trainable token in any, or one longer than a micro-batch.
@@ -43,9 +41,8 @@ def pack(
         raise ValueError("sequences: expected at least one, got none")
     lengths = np.array([len(sequence.token_ids) for sequence in sequences])
     if lengths.max() > tokens_per_micro_batch:
-        longest = sequences[int(lengths.argmax())]
         raise ValueError(
-            f"sequence of {longest.origin!r}: expected at most {tokens_per_micro_batch} tokens"
+            f"sequence of {sequences[int(lengths.argmax())].origin!r}: expected at most {tokens_per_micro_batch} tokens"
             f" (learner.tokens_per_micro_batch of all ranks that share it), got {lengths.max()}"
         )
     counts = global_counts(sequences if counted is None else counted)
@@ -103,29 +100,17 @@ def global_counts(sequences: Sequence[TrainingSequence]) -> dict[str, int]:
 def concatenate(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]) -> TrainingBatch:
     """Return one micro-batch of these sequences in a global batch with these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(sequence, name) for sequence in sequences])
-
-    def joined_if_any(name: str, dtype: type = np.float32) -> np.ndarray | None:
-        """Fill in zeros for sequences without the field; None if all lack it."""
+    packed: dict[str, Any] = {
+        "position_ids_T": np.concatenate([np.arange(length) for length in lengths]),
+        "sequence_ids_T": np.repeat(np.arange(len(lengths)), lengths),
+        "origins": tuple(sequence.origin for sequence in sequences),
+    }
+    for name in [field.name for field in fields(TrainingSequence) if field.name != "origin"]:
         arrays = [getattr(sequence, name) for sequence in sequences]
-        if all(array is None for array in arrays):
-            return None
-        pairs = zip(arrays, lengths, strict=True)
-        return np.concatenate([np.zeros(n, dtype) if a is None else a for a, n in pairs])
-
-    return TrainingBatch(
-        token_ids_T=joined("token_ids"),
-        position_ids_T=np.concatenate([np.arange(length) for length in lengths]),
-        sequence_ids_T=np.repeat(np.arange(len(lengths)), lengths),
-        trainable_T=joined("trainable"),
-        sampled_logprobs_T=joined("sampled_logprobs"),
-        coefficients_T=joined("coefficients"),
-        origins=tuple(sequence.origin for sequence in sequences),
-        teacher_ids_T=joined_if_any("teacher_ids"),
-        teacher_logprobs_T=joined_if_any("teacher_logprobs"),
-        reference_logprobs_T=joined_if_any("reference_logprobs"),
-        from_demonstration_T=joined_if_any("from_demonstration", bool),
-        **counts,
-    )
+        present = [array for array in arrays if array is not None]
+        if present:
+            # Zeros for sequences without the field.
+            pairs = zip(arrays, lengths, strict=True)
+            zeroed = [np.zeros(length, present[0].dtype) if a is None else a for a, length in pairs]
+            packed[f"{name}_T"] = np.concatenate(zeroed)
+    return TrainingBatch(**packed, **counts)

@@ -16,12 +16,14 @@ first clip keeps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses import LossInputs, sequence_bounds
+
+LEVELS = ["block", "sequence", "token"]
 
 
 def pear_weights(
@@ -35,27 +37,25 @@ def pear_weights(
     clip_log_ratio: tuple[float, float] = (-0.08, 0.3),
     clip_log_weight: tuple[float, float] = (-10.0, 5.0),
 ) -> Tensor:
-    """Return the importance weight of every response token, detached and without a host sync.
+    """Return the importance weight of every response token, detached and without a host sync, in the shape and dtype of
+    `target_logprobs`.
 
     Args:
         target_logprobs: float [tokens], nats, under the model in training.
         behavior_logprobs: float [tokens], nats, under the policy that wrote the tokens.
-        sequence_ids: int [tokens]; the tokens of one response are contiguous and share an id that
-            differs from the next response's.
+        sequence_ids: int [tokens]; the tokens of one response are contiguous and share an id that differs from the next
+            response's.
         level: "token", "block" or "sequence".
         discount: per token of suffix, in (0, 1]; ignored at level "sequence".
         block_size: tokens per block, counted from the start of each response.
         clip_log_ratio: bounds of delta_t, before any sum.
         clip_log_weight: bounds of the log-weight.
 
-    Returns:
-        Tensor of the shape and dtype of `target_logprobs`.
-
     Raises:
         ValueError: unknown level, shapes that differ, or a setting out of range.
     """
-    if level not in LOG_WEIGHTS:
-        raise ValueError(f"level: expected one of {sorted(LOG_WEIGHTS)}, got {level!r}")
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {LEVELS}, got {level!r}")
     shapes = [tuple(t.shape) for t in (target_logprobs, behavior_logprobs, sequence_ids)]
     if len(set(shapes)) > 1 or target_logprobs.ndim != 1:
         raise ValueError(f"expected three 1-D tensors of one shape, got shapes {shapes}")
@@ -63,60 +63,16 @@ def pear_weights(
         raise ValueError(f"discount: expected a number in (0, 1], got {discount}")
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
-    if target_logprobs.numel() == 0:
-        return torch.empty_like(target_logprobs)
     delta = (target_logprobs.detach().double() - behavior_logprobs.detach().double()).clamp(*clip_log_ratio)
-    segments = SequenceSegments.of(delta, sequence_ids)
-    log_weights = LOG_WEIGHTS[level](segments, math.log(discount), block_size)
+    prefix = delta.cumsum(0)
+    index, first, last = sequence_bounds(sequence_ids)
+    if level == "sequence":
+        log_weights = prefix[last] - prefix[first] + delta[first]
+    else:
+        size = 1 if level == "token" else block_size
+        block_end = torch.minimum(first + ((index - first) // size + 1) * size - 1, last)
+        log_weights = (last - block_end).double() * math.log(discount) + (prefix[last] - prefix[block_end])
     return log_weights.clamp(*clip_log_weight).exp().to(target_logprobs.dtype)
-
-
-@dataclass(frozen=True)
-class SequenceSegments:
-    """Prefix sums of delta over a pack, with the bounds of each token's response.
-
-    All fields are [tokens]: `prefix` float64 inclusive sums over the whole pack, `delta` float64; int64 positions in
-    the pack: `index` of the token, `first` and `last` of its response.
-    """
-
-    prefix: Tensor
-    delta: Tensor
-    first: Tensor
-    last: Tensor
-    index: Tensor
-
-    @classmethod
-    def of(cls, delta: Tensor, sequence_ids: Tensor) -> SequenceSegments:
-        num_tokens = delta.numel()
-        index = torch.arange(num_tokens, device=delta.device)
-        edge = sequence_ids[1:] != sequence_ids[:-1]
-        end = torch.ones(1, dtype=torch.bool, device=delta.device)
-        first = torch.where(torch.cat([end, edge]), index, 0).cummax(0).values
-        last = torch.where(torch.cat([edge, end]), index, num_tokens).flip(0).cummin(0).values.flip(0)
-        return cls(delta.cumsum(0), delta, first, last, index)
-
-    def sum_after(self, position: Tensor) -> Tensor:
-        """Return the sum of delta over the tokens of the same response after `position`."""
-        return self.prefix[self.last] - self.prefix[position]
-
-
-def _token(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
-    remaining = (segments.last - segments.index).double()
-    return remaining * log_discount + segments.sum_after(segments.index)
-
-
-def _block(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
-    block = (segments.index - segments.first) // block_size
-    block_end = torch.minimum(segments.first + (block + 1) * block_size - 1, segments.last)
-    remaining = (segments.last - block_end).double()
-    return remaining * log_discount + segments.sum_after(block_end)
-
-
-def _sequence(segments: SequenceSegments, log_discount: float, block_size: int) -> Tensor:
-    return segments.sum_after(segments.first) + segments.delta[segments.first]
-
-
-LOG_WEIGHTS = {"token": _token, "block": _block, "sequence": _sequence}
 
 
 @dataclass(frozen=True)
@@ -129,21 +85,14 @@ class Pear:
     clip_log_ratio: tuple[float, float] = (-0.08, 0.3)
     clip_log_weight: tuple[float, float] = (-10.0, 5.0)
 
-    def log_ratios(self, tokens: LossInputs) -> Tensor:
-        """Return log(pi_theta / pi_beta) of every token before any clip, float32 [n], detached."""
-        return tokens.logprobs.detach() - tokens.sampled_logprobs
+    def prepared(self, tokens: LossInputs) -> LossInputs:
+        """Return the tokens with the log-ratios that are weighed."""
+        return tokens
 
     def __call__(self, tokens: LossInputs) -> Tensor:
-        return pear_weights(
-            tokens.logprobs,
-            tokens.sampled_logprobs,
-            tokens.sequence_ids,
-            level=self.level,
-            discount=self.discount,
-            block_size=self.block_size,
-            clip_log_ratio=self.clip_log_ratio,
-            clip_log_weight=self.clip_log_weight,
-        )
+        tokens = self.prepared(tokens)
+        settings = {field.name: getattr(self, field.name) for field in fields(Pear)}
+        return pear_weights(tokens.logprobs, tokens.sampled_logprobs, tokens.sequence_ids, **settings)
 
 
 @dataclass(frozen=True)
@@ -151,11 +100,9 @@ class Centered(Pear):
     """Control: PEAR after the mean log-ratio of each sequence is subtracted, so that only the differences within a
     sequence are left, not how implausible it is as a whole."""
 
-    def log_ratios(self, tokens: LossInputs) -> Tensor:
-        return super().log_ratios(center_log_ratios(tokens))
-
-    def __call__(self, tokens: LossInputs) -> Tensor:
-        return super().__call__(center_log_ratios(tokens))
+    def prepared(self, tokens: LossInputs) -> LossInputs:
+        means = tokens.means_by_sequence(tokens.log_ratios())[tokens.sequence_ids]
+        return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
 
 
 @dataclass(frozen=True)
@@ -167,31 +114,19 @@ class Shuffled(Pear):
 
     def __call__(self, tokens: LossInputs) -> Tensor:
         weights = super().__call__(tokens)
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(weights.numel(), generator=generator)
+        order = torch.randperm(weights.numel(), generator=torch.Generator().manual_seed(self.seed))
         return weights[order.to(weights.device)]
 
 
-def center_log_ratios(tokens: LossInputs) -> LossInputs:
-    """Return the tokens with behavior log-probs shifted so that each sequence's log-ratios have mean 0."""
-    log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
-    means = tokens.means_by_sequence(log_ratios)[tokens.sequence_ids]
-    return replace(tokens, sampled_logprobs=tokens.sampled_logprobs + means)
-
-
 class NoNormalization:
-    """Weights as in the paper's formula; the base of the other normalizations.
-
-    `apply` changes weights within a micro-batch; `grad_scale` scales the gradient of the whole step, when the mean
-    weight of all its tokens is known.
-    """
+    """Weights as in the paper's formula; the base of the other normalizations."""
 
     def apply(self, weights: Tensor, tokens: LossInputs) -> Tensor:
-        """Return the weights that the loss is multiplied by, [n]."""
+        """Return the weights of a micro-batch that the loss is multiplied by, [n]."""
         return weights
 
     def grad_scale(self, mean_weight: float) -> float:
-        """Return the factor of the step's gradient, given the mean weight of its tokens."""
+        """Return the factor of the whole step's gradient, given the mean weight of its tokens."""
         return 1.0
 
 

@@ -1,8 +1,5 @@
-"""SFT objectives: a loss per token, before any weight, and its weighted sum over a micro-batch.
-
-Each token loss maps the trainable tokens of a micro-batch to one loss per token, float32 [n], in nats or in units of
-them. p is the probability that the model in training gives the data's token.
-"""
+"""SFT objectives: a loss per token, float32 [n], in nats or in units of them, and its weighted sum over a micro-batch.
+p is the probability that the model in training gives the data's token."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pear_ray.losses.inputs import LossInputs, LossOutputs, Objective
+from pear_ray.losses import LossInputs, LossOutputs, Objective
 from pear_ray.losses.pear import NoNormalization, Pear
 from pear_ray.statistics import NUM_BINS, NUM_POSITIONS
 
@@ -74,26 +71,22 @@ class SedSft(TokenLoss):
 @dataclass(frozen=True)
 class IwSft(TokenLoss):
     """-w log p with one detached weight per sequence, w = clip(exp(temperature * mean_t[log pi_theta - log pi_ref]),
-    bounds) (iw-SFT, arXiv 2507.12856, with the bounds of its authors' trainer).
-
-    The authors' reference is the frozen initial model. Here it is the model that scored the corpus: the behavior
-    policy, or the initial model if the job scores with it.
-    """
+    bounds) (iw-SFT, arXiv 2507.12856, with the bounds of its authors' trainer). The authors' reference is the frozen
+    initial model. Here it is the model that scored the corpus: the behavior policy, or the initial model if the job
+    scores with it."""
 
     temperature: float = 1.0
     bounds: tuple[float, float] = (0.0, 16.0)
 
     def __call__(self, tokens: LossInputs) -> Tensor:
-        log_ratios = tokens.logprobs.detach() - tokens.sampled_logprobs
-        means = tokens.means_by_sequence(log_ratios)
-        weights = (self.temperature * means).exp().clamp(*self.bounds)
+        weights = (self.temperature * tokens.means_by_sequence(tokens.log_ratios())).exp().clamp(*self.bounds)
         return -weights[tokens.sequence_ids] * tokens.logprobs
 
 
 @dataclass(frozen=True)
 class Kl(TokenLoss):
-    """KL(pi_beta || pi_theta) over the behavior policy's stored likeliest tokens and one bucket
-    for all others: with k stored tokens S and remainders r = 1 - sum_S pi,
+    """KL(pi_beta || pi_theta) over the behavior policy's stored likeliest tokens and one bucket for all others: with k
+    stored tokens S and remainders r = 1 - sum_S pi,
 
         sum_S pi_beta (log pi_beta - log pi_theta) + r_beta (log r_beta - log r_theta)
 
@@ -107,12 +100,11 @@ class Kl(TokenLoss):
     def __call__(self, tokens: LossInputs) -> Tensor:
         teacher, model = tokens.teacher_logprobs, tokens.logprobs_of_teacher
         assert teacher is not None and model is not None
-        # 0 times minus infinity would be NaN.
-        teacher = teacher.clamp(min=-1e4)
+        teacher = teacher.clamp(min=-1e4)  # 0 times minus infinity would be NaN.
         loss = (teacher.exp() * (teacher - model)).sum(-1)
         if teacher.shape[-1] >= self.vocab_size:
             return loss
-        teacher_rest, model_rest = log_remainder(teacher), log_remainder(model)
+        teacher_rest, model_rest = log_complement(teacher.logsumexp(-1)), log_complement(model.logsumexp(-1))
         return loss + teacher_rest.exp() * (teacher_rest - model_rest)
 
 
@@ -127,27 +119,17 @@ class Unlikelihood(TokenLoss):
         return -log_complement(tokens.logprobs).clamp(min=-self.cap)
 
 
-# Above this, float32 holds no gradient of 1 - e^x; such a token counts as certain.
-MAX_LOGPROB = -1e-6
-
-
 def log_complement(logprobs: Tensor) -> Tensor:
     """Return log(1 - e^x) for x <= 0, without cancellation."""
-    x = logprobs.clamp(max=MAX_LOGPROB)
+    # Beyond, float32 holds no gradient of 1 - e^x; such a token counts as certain.
+    x = logprobs.clamp(max=-1e-6)
     return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
-
-
-def log_remainder(logprobs: Tensor) -> Tensor:
-    """Return log(1 - sum of the probabilities in the last dimension)."""
-    return log_complement(logprobs.logsumexp(-1))
 
 
 @dataclass(frozen=True)
 class Supervised(Objective):
-    """Plain SFT with any base loss: each token's loss times the size of its coefficient.
-
-    Tokens with a negative coefficient belong to wrong responses: `Unlikelihood` replaces the loss.
-    """
+    """Plain SFT with any base loss: each token's loss times the size of its coefficient. Tokens with a negative
+    coefficient belong to wrong responses: `Unlikelihood` replaces the loss."""
 
     loss: TokenLoss = field(default_factory=Nll)
 
@@ -160,8 +142,7 @@ class Supervised(Objective):
 
     def token_losses(self, tokens: LossInputs) -> Tensor:
         """Return the loss of each token before weights and coefficients, [n]."""
-        is_wrong = tokens.coefficients < 0
-        return torch.where(is_wrong, Unlikelihood()(tokens), self.loss(tokens))
+        return torch.where(tokens.coefficients < 0, Unlikelihood()(tokens), self.loss(tokens))
 
 
 @dataclass(frozen=True)
@@ -183,9 +164,8 @@ class Weighted(Supervised):
 
     def weight_sums(self, weights: Tensor, tokens: LossInputs) -> dict[str, Tensor]:
         """Return additive statistics of the weights, for `statistics.weight_summary`."""
-        log_ratios = self.weigh.log_ratios(tokens).double()
-        low, high = self.weigh.clip_log_ratio
-        floor, ceiling = self.weigh.clip_log_weight
+        log_ratios = self.weigh.prepared(tokens).log_ratios().double()
+        (low, high), (floor, ceiling) = self.weigh.clip_log_ratio, self.weigh.clip_log_weight
         weights = weights.double()
         log_weights = weights.log()
         scaled = (log_weights - floor) / (ceiling - floor) * NUM_BINS
@@ -204,11 +184,9 @@ class Weighted(Supervised):
             "weight_by_position": histogram(position_bins, NUM_POSITIONS, weights),
             "tokens_by_position": histogram(position_bins, NUM_POSITIONS),
         }
-        numbers = {source: number for number, source in enumerate(self.sources)}
-        by_sequence = torch.tensor([numbers.get(o, -1) for o in tokens.origins])
-        source_numbers = by_sequence.to(weights.device)[tokens.sequence_ids]
-        for source, number in numbers.items():
-            starts = is_first & (source_numbers == number)
+        of_source = torch.tensor([[o == source for o in tokens.origins] for source in self.sources], dtype=torch.bool)
+        for source, mask in zip(self.sources, of_source.to(weights.device), strict=True):
+            starts = is_first & mask[tokens.sequence_ids]
             sums[f"first_weight/{source}"] = (weights * starts).sum()
             sums[f"sequences/{source}"] = starts.sum()
         return sums

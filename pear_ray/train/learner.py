@@ -24,7 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from pear_ray.config import Learner as LearnerConfig
 from pear_ray.config import Optimizer
-from pear_ray.losses.inputs import LossInputs, Objective
+from pear_ray.losses import LossInputs, Objective
 from pear_ray.losses.packing import pack
 from pear_ray.records import TrainingBatch, TrainingSequence
 from pear_ray.statistics import seed_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses import LossInputs
 
 VOCABULARY, STORED = 12, 5
 ORIGINS = ("tutor", "coder", "elsewhere")

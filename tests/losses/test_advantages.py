@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.losses.advantages import group_advantages
+from pear_ray.losses.policy import group_advantages
 
 KINDS = ("grpo", "dr_grpo", "rloo")
 groups = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses import LossInputs
 from pear_ray.losses.packing import pack
 from pear_ray.losses.policy import (
     Cispo,

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.losses.advantages import group_advantages
-from pear_ray.losses.inputs import LossInputs
-from pear_ray.losses.policy import Cispo, Gspo, Nft, PolicyGradient, PpoClip, RatioInLoss, TokenMean
+from pear_ray.losses import LossInputs
+from pear_ray.losses.policy import Cispo, Gspo, Nft, PolicyGradient, PpoClip, RatioInLoss, TokenMean, group_advantages
 
 PPO = PolicyGradient(PpoClip(0.2, 0.28), RatioInLoss(), TokenMean())
 

@@ -51,7 +51,7 @@ def part(tokens, members):
     index = torch.cat([(tokens.sequence_ids == member).nonzero()[:, 0] for member in members])
     values = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
     chosen = {name: v[index] for name, v in values.items() if isinstance(v, torch.Tensor)}
-    lengths = torch.bincount(tokens.sequence_ids, minlength=tokens.num_sequences)[members]
+    lengths = torch.bincount(tokens.sequence_ids, minlength=len(tokens.origins))[members]
     chosen["sequence_ids"] = torch.repeat_interleave(torch.arange(len(members)), lengths)
     return replace(tokens, **chosen, origins=tuple(tokens.origins[member] for member in members))
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, TrSft, Unlikelihood, log_complement, log_remainder
+from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, TrSft, Unlikelihood, log_complement
 
 # Functions of a log-prob x and of detached values: the same log-prob, the mass of the likeliest tokens and the mean
 # log-ratio of the sequence.
@@ -268,7 +268,7 @@ def test_log_complement_is_finite_everywhere(value):
     assert x.grad.isfinite() and x.grad <= 0
 
 
-def test_log_remainder():
+def test_log_complement_of_several():
     probs = torch.tensor([[0.5, 0.25], [0.1, 1e-9], [0.999, 0.0009]], dtype=torch.float64)
     left = 1 - probs.sum(-1)
-    torch.testing.assert_close(log_remainder(probs.log()), left.log(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(log_complement(probs.log().logsumexp(-1)), left.log(), rtol=1e-9, atol=0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pear_ray.config import Job
 from pear_ray.data.scored_dataset import RowGroup
-from pear_ray.losses.inputs import LossInputs
+from pear_ray.losses import LossInputs
 from pear_ray.losses.pear import Centered, MeanWeightOnly, NoNormalization, Pear, PerBatch, PerSequence, Shuffled
 from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, Supervised, TokenLoss, TrSft, Weighted
 from pear_ray.sft.loss import HeldOut, build_sft_loss, log_step, weight_warning
