@@ -18,37 +18,20 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from pear_ray.config import Job
+from pear_ray.data import scored_dataset
 from pear_ray.data.batch_queue import GRACE_SECONDS, BatchQueue, take_batch
-from pear_ray.data.scored_dataset import (
-    RowFilter,
-    RowGroup,
-    batches,
-    check_enough_rows,
-    scan_dataset,
-    training_sequences,
-)
+from pear_ray.data.scored_dataset import RowFilter, RowGroup
 from pear_ray.metrics import Tracker
 from pear_ray.records import TrainingBatch
 from pear_ray.run import RunDir, connect, this_node_only
 from pear_ray.sft.loss import HeldOut, build_sft_loss, log_step, step_metrics
+from pear_ray.train import ray_train
 from pear_ray.train.hf_folder import check_supported
-from pear_ray.train.ray_train import (
-    PreemptionWatcher,
-    best_checkpoint,
-    latest_checkpoint,
-    rank_and_world_size,
-    run_ray_train,
-    save_checkpoint,
-    setup_worker,
-)
-
-if TYPE_CHECKING:
-    from pear_ray.train.learner import Learner
 
 STEPS_READ_AHEAD = 4
 # Learners may wait for nodes that a cloud has yet to add; `run` closes the queue when they end.
@@ -57,42 +40,33 @@ LEARNER_TIMEOUT_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True)
 class SftInputs:
-    """Everything the driver passes to the ranks. Example: SftInputs(job, Path("runs/a"),
-    [RowGroup("runs/a/scored/0.parquet", 0, 960, 40, ("teacher",))], queue)"""
+    """Everything the driver passes to the ranks; `queue` is a handle of the `BatchQueue` actor. Example: SftInputs(job,
+    Path("runs/a"), [RowGroup("runs/a/scored/0.parquet", 0, 960, 40, ("teacher",))], 15, queue)"""
 
     job: Job
     run_dir: Path
     groups: list[RowGroup]
+    num_steps: int
     queue: Any
-    """Handle of the `BatchQueue` actor."""
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps over all epochs; the last one may have fewer rows."""
-        num_rows = self.job.sft.epochs * sum(group.num_train for group in self.groups)
-        return -(-num_rows // self.job.sft.examples_per_step)
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Scan the corpus, then train while rows are read ahead."""
-    groups = scan_dataset(job.scored_folder, RowFilter.from_job(job))
-    num_heldout = sum(group.num_heldout for group in groups)
-    check_enough_rows(job, groups)
+    groups = scored_dataset.scan_dataset(job.scored_folder, RowFilter.from_job(job))
+    num_examples, num_heldout = sum(g.num_train for g in groups), sum(g.num_heldout for g in groups)
+    scored_dataset.check_enough_rows(job, groups)
     check_supported(job, job.model_path())
     connect()
-    queue = BatchQueue.options(  # type: ignore[attr-defined]
-        scheduling_strategy=this_node_only()
-    ).remote(STEPS_READ_AHEAD)
+    queue = BatchQueue.options(scheduling_strategy=this_node_only()).remote(STEPS_READ_AHEAD)  # type: ignore[attr-defined]
+    # The last step may have fewer rows.
+    num_steps = -(-job.sft.epochs * num_examples // job.sft.examples_per_step)
+    inputs = SftInputs(job, run.folder, groups, num_steps, queue)
+    storage = run.folder / "sft" / f"{run.folder.name}-sft"
     with ThreadPoolExecutor(1) as executor:
         feeding = executor.submit(feed_rows, job, groups, queue)
         try:
-            result = run_ray_train(
-                train_loop,
-                SftInputs(job, run.folder, groups, queue),
-                job.learner,
-                job.placement.learners,
-                run.folder / "sft" / f"{run.folder.name}-sft",
-                keep_best=num_heldout > 0,
+            result = ray_train.run_ray_train(
+                train_loop, inputs, job.learner, job.placement.learners, storage, keep_best=num_heldout > 0
             )
         except Exception as error:
             if feeding.done() and (cause := feeding.exception()) is not None:
@@ -100,7 +74,6 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
             raise
         finally:
             ray.get(queue.close.remote("the learners have ended"), timeout=GRACE_SECONDS)
-    num_examples = sum(group.num_train for group in groups)
     return result | {"examples": num_examples, "heldout_examples": num_heldout}
 
 
@@ -108,7 +81,7 @@ def feed_rows(job: Job, groups: list[RowGroup], queue: Any) -> None:
     """Put each step's rows into the queue, from the first step that learners request."""
     try:
         first_step = ray.get(queue.first_requested.remote(LEARNER_TIMEOUT_SECONDS))
-        tables = batches(
+        tables = scored_dataset.batches(
             groups,
             RowFilter.from_job(job),
             num_epochs=job.sft.epochs,
@@ -130,26 +103,24 @@ def train_loop(inputs: SftInputs) -> dict[str, Any]:
     from pear_ray.train.learner import Learner
 
     job, folder, num_steps = inputs.job, inputs.run_dir / "sft", inputs.num_steps
-    setup_worker(job, "sft")
+    ray_train.setup_worker(job, "sft")
     settings, timeout_seconds = job.sft, job.learner.timeout_seconds
     learner = Learner(job.model_path(), job.model.dtype, job.learner, settings, num_steps, job.run.seed)
     loss = build_sft_loss(job, inputs.groups, learner)
     heldout = HeldOut.create(job, inputs.groups, learner)
-    first_step = 0
-    checkpoint = latest_checkpoint()
-    if checkpoint is not None:
-        checkpoint.restore({"policy": learner}, folder)
+    learners, first_step = {"policy": learner}, 0
+    if checkpoint := ray_train.latest_checkpoint():
+        checkpoint.restore(learners, folder)
         first_step = checkpoint.metadata["next_step"]
         heldout = heldout.resume(checkpoint.metadata)
-    rank, _ = rank_and_world_size()
+    rank, _ = ray_train.rank_and_world_size()
     tracker = Tracker(inputs.run_dir, "sft", job.tracking).rewind(first_step) if rank == 0 else None
-    preemptions = PreemptionWatcher()
+    preemptions = ray_train.PreemptionWatcher()
 
     def load(step: int) -> list[TrainingBatch]:
         rows = take_batch(inputs.queue, step, timeout_seconds)
-        with_teacher = settings.objective.type == "kl"
-        sequences = training_sequences(rows, settings.negative_coefficient, with_teacher)
-        return learner.micro_batches(sequences)
+        is_kl = settings.objective.type == "kl"
+        return learner.micro_batches(scored_dataset.training_sequences(rows, settings.negative_coefficient, is_kl))
 
     with ThreadPoolExecutor(1) as executor:
         next_batches = executor.submit(load, first_step)
@@ -167,19 +138,14 @@ def train_loop(inputs: SftInputs) -> dict[str, Any]:
                 tracker.log(step, **metrics, **heldout.metrics)
                 log_step(step, num_steps, metrics, heldout)
             if preemptions.any_new() or is_save_due:
-                resume_step = save_checkpoint({"policy": learner}, step + 1, timeout_seconds, **heldout.metrics)
+                resume_step = ray_train.save_checkpoint(learners, step + 1, timeout_seconds, **heldout.metrics)
                 ray.get(inputs.queue.drop_before.remote(resume_step), timeout=timeout_seconds)
     learner.export(folder / "export", job.model_path())
-    export_best(learner, folder, job, heldout)
+    best = ray_train.best_checkpoint(timeout_seconds)
+    # Not `<`: any measured checkpoint is better than a last loss of NaN.
+    if best is not None and not best.metadata["heldout_loss"] >= heldout.loss:
+        best.restore(learners, folder)
+        learner.export(folder / "best", job.model_path())
     if tracker:
         tracker.close()
     return {"steps": num_steps} | heldout.metrics
-
-
-def export_best(learner: Learner, folder: Path, job: Job, heldout: HeldOut) -> None:
-    """Export `best` if a checkpoint has a lower held-out loss than the last weights."""
-    best = best_checkpoint(job.learner.timeout_seconds)
-    # Not `<`: any measured checkpoint is better than a last loss of NaN.
-    if best is not None and not best.metadata["heldout_loss"] >= heldout.loss:
-        best.restore({"policy": learner}, folder)
-        learner.export(folder / "best", job.model_path())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# SED-SFT chooses its bound on 100 sequences (arXiv 2602.07464).
+# SED-SFT (arXiv 2602.07464) chooses its bound on 100 sequences.
 SED_NUM_ROWS = 100
 STEPS_PER_LOG_LINE = 10
 # Below the first, few tokens carry the step; above the second, one clip sets most weights.
@@ -33,15 +33,13 @@ NORMALIZATIONS = {"none": NoNormalization, "per_sequence": PerSequence, "per_bat
 
 
 def build_sft_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Supervised:
-    """Return the base objective, PEAR-weighted unless sft.level is "none". Collective: SED-SFT measures the untrained
-    model."""
+    """Return the base objective, PEAR-weighted unless sft.level is "none". Collective: SED-SFT measures the model."""
     settings = job.sft
     loss = token_loss(job, groups, learner)
     if settings.level == "none":
         return Supervised(loss)
     pear = (settings.level, settings.discount, settings.block_size, settings.ratio_bounds, settings.clip_log_weight)
-    shuffled = partial(Shuffled, seed=job.run.seed)
-    controls: dict[str, Callable[..., Pear]] = {"shuffled": shuffled, "centered": Centered}
+    controls: dict[str, Callable[..., Pear]] = {"shuffled": partial(Shuffled, seed=job.run.seed), "centered": Centered}
     only_mean = settings.control == "mean_weight"
     return Weighted(
         loss,
@@ -53,23 +51,20 @@ def build_sft_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> Su
 
 def token_loss(job: Job, groups: Sequence[RowGroup], learner: Learner) -> TokenLoss:
     """Return the base objective."""
-    objective = job.sft.objective
-    match objective:
+    match job.sft.objective:
         case KlObjective():
             return Kl(num_embeddings(job.model_path()))
-        case TrSftObjective():
-            return TrSft(objective.alpha)
-        case IwObjective():
-            return IwSft(objective.temperature, objective.bounds)
-        case SedObjective():
-            bound = decided_mass(job, objective, groups, learner)
-            return SedSft(objective.strength, objective.top_k, bound)
-    return Dft() if objective.type == "dft" else Nll()
+        case TrSftObjective(alpha=alpha):
+            return TrSft(alpha)
+        case IwObjective(temperature=temperature, bounds=bounds):
+            return IwSft(temperature, bounds)
+        case SedObjective() as sed:
+            return SedSft(sed.strength, sed.top_k, decided_mass(job, sed, groups, learner))
+    return Dft() if job.sft.objective.type == "dft" else Nll()
 
 
 def decided_mass(job: Job, objective: SedObjective, groups: Sequence[RowGroup], learner: Learner) -> float:
-    """Return SED-SFT's bound: the top-k probability exceeded at `decided_frac` of the positions, under the model before
-    training (arXiv 2602.07464)."""
+    """Return SED-SFT's bound: the top-k probability that the untrained model exceeds at `decided_frac` of positions."""
     table = first_rows(groups, RowFilter.from_job(job), "train", SED_NUM_ROWS)
     assert table is not None
     batches = learner.micro_batches(training_sequences(table, 1.0))

@@ -109,7 +109,6 @@ class WeightsAndLoraLearner(Learner):
         """As `Learner`, with a learning rate for the adapters; 0 freezes them."""
         self._lora = lora
         self._lora_learning_rate = lora_learning_rate
-        self._parameters: dict[str, dict[str, Any]] = {}
         super().__init__(*learner)
 
     def take_lora_gradients(self) -> dict[str, Tensor]:

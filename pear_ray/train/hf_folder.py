@@ -37,12 +37,11 @@ def check_supported(job: Job, path: str) -> None:
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     check_architecture(path, config)
-    longest = job.generator.max_model_len
     window = getattr(config, "sliding_window", None)
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     has_kernel = job.learner.use_gpu and job.model.dtype == "bfloat16"
-    if has_window and window is not None and window < longest and not has_kernel:
-        expected = f"at least generator.max_model_len, {longest}, or bfloat16 on GPUs"
+    if has_window and window is not None and window < job.generator.max_model_len and not has_kernel:
+        expected = f"at least generator.max_model_len, {job.generator.max_model_len}, or bfloat16 on GPUs"
         raise unsupported(path, "sliding_window", expected, window)
     num_ranks = job.learner.sequence_parallel
     if num_ranks == 1:

@@ -112,11 +112,10 @@ def engine_memory(
 ) -> dict[str, float]:
     """Return the bytes of each item on an engine's device, for one sequence of `context` tokens and logits of
     `tokens_with_logits` tokens at once, in float32 and again as log-probs."""
-    cache_per_token = 2 * dims.num_layers * dims.keys * element_bytes
     return {
         "weights": dims.num_parameters * element_bytes / tensor_parallel_size,
         "logits": 2.0 * 4 * tokens_with_logits * dims.vocabulary / tensor_parallel_size,
-        "one sequence": context * cache_per_token / tensor_parallel_size,
+        "one sequence": context * 2 * dims.num_layers * dims.keys * element_bytes / tensor_parallel_size,
         "overhead": ENGINE_OVERHEAD,
     }
 

@@ -112,22 +112,24 @@ def add_adapters(model: PreTrainedModel, config: Lora) -> None:
     """Insert adapters into the model's linear layers and freeze all other parameters."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    peft_config = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
-    )
-    inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER)
+    targets = list(config.targets)
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
+    inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
 
 
 def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, list[Tensor], Callable[[], Tensor]]]:
     """Yield, for every parameter of the model without adapters: its name in the Hugging Face folder, the parameters to
     gather, and a function that merges the gathered ones."""
+
+    def merged_weight(layer: Any) -> Tensor:
+        return layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+
     adapted = {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         plain_name = name.replace(".base_layer.", ".")
-        if name in adapted:
-            layer = adapted[name]
+        if (layer := adapted.get(name)) is not None:
             parts = [parameter, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-            yield plain_name, parts, lambda layer=layer: layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+            yield plain_name, parts, partial(merged_weight, layer)
         elif ".lora_" not in name:
             yield plain_name, [parameter], partial(Tensor.detach, parameter)
 
@@ -153,8 +155,7 @@ def policy_logprobs(
         for number, (prompt, response) in enumerate(rows)
     ]
     by_row: dict[int, np.ndarray] = {}
-    (batches,) = pack(sequences, 1, tokens_per_pack)
-    for batch in batches:
+    for batch in pack(sequences, 1, tokens_per_pack)[0]:
         logprobs = policy(**policy_inputs(batch, device))[0][:, 0].cpu().numpy()
         lengths = np.bincount(batch.sequence_ids_T[batch.trainable_T])
         pieces = np.split(logprobs, np.cumsum(lengths)[:-1])

@@ -59,9 +59,8 @@ def write_new_model(folder: Path, settings: Pretrain, vocabulary: Sequence[str])
 
 
 def pretrain_model(folder: Path, settings: Pretrain, task: Demonstrator, num_threads: int) -> float:
-    """Train a Qwen3 in float32 on `task`'s demonstrations and write it to `folder`. Start from random weights, or from
-    the sibling folder `settings.start_from`. Return the mean loss of the last tenth of the steps, in nats per answer
-    token."""
+    """Train a Qwen3 in float32 on `task`'s demonstrations, from random weights or the sibling folder
+    `settings.start_from`. Write it to `folder`; return the mean loss of the last tenth of the steps, nats per token."""
     torch.set_num_threads(num_threads)
     if settings.start_from is None:
         source = folder.with_name(folder.name + ".untrained")

@@ -176,8 +176,7 @@ class PreemptionWatcher:
         self._is_enabled = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
 
     def any_new(self) -> bool:
-        """Return whether another node was announced, which calls for a checkpoint. Ranks poll after every step and get
-        the same answer."""
+        """Return whether another node was announced since the last poll, the same on every rank: save a checkpoint."""
         notice = ray.train.get_preemption_info() if self._is_enabled else None
         new = set(notice.preempted_node_ids) - self._seen if notice else set()
         self._seen |= new
