@@ -37,7 +37,7 @@ def predicted_logprobs(
             pass; otherwise both passes compute logits chunk by chunk.
         top_k: number of tokens in `top_masses`.
     """
-    bytes_per_token = 2 * 4 * weight.shape[0]
+    bytes_per_token = 2 * 4 * len(weight)
     tokens_per_chunk = max(1, int(logits_mib * 2**20) // bytes_per_token)
     return TokenLogprobs(*_Logprobs.apply(hidden_T[predicted - 1], weight, token_ids, tokens_per_chunk, top_k))
 
@@ -80,8 +80,7 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, ids, normalizers = ctx.saved_tensors
-        weight, grad_logprobs = ctx.weight, grads[0]
+        (hidden, ids, normalizers), weight = ctx.saved_tensors, ctx.weight
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in float32, whatever the dtype of the weights.
@@ -93,7 +92,7 @@ class _Logprobs(torch.autograd.Function):
             probs = kept_probs
             if probs is None:
                 probs = _logits(hidden[chunk], weight, buffer).sub_(normalizers[chunk, None]).exp_()
-            grad = grad_logprobs[chunk]
+            grad = grads[0][chunk]
             grad_logits = probs.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids[chunk], grad).to(weight.dtype)
             grad_hidden[chunk] = grad_logits @ weight
             if needs_weight and weight.dtype == torch.float32:

@@ -12,8 +12,8 @@ from pear_ray.losses import LossInputs, LossOutputs, Objective
 from pear_ray.losses.policy import PolicyGradient
 from pear_ray.losses.sft import Supervised, TokenLoss
 
+# Of the metric sums of demonstrations; those of rollouts have none.
 DEMONSTRATION_PREFIX = "sft_"
-"""Prefix of the metric sums of demonstrations; those of rollouts have none."""
 
 
 @dataclass(frozen=True)

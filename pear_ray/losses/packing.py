@@ -23,16 +23,10 @@ def pack(
     """Return [num_ranks][micro-batches] for ONE optimizer step; the same on every rank, given the same sequences.
 
     All ranks get the same number: under ZeRO-3 a rank that runs one more forward pass than the others hangs. If there
-    are too few sequences, a micro-batch repeats the shortest one without trainable tokens.
-
-    Args:
-        sequences: the sequences of the step, in any order.
-        num_ranks: data-parallel ranks.
-        tokens_per_micro_batch: maximum tokens of a micro-batch.
-        crossover_tokens: sequence length at which attention, quadratic in the length, costs as much as everything else;
-            bins are balanced by cost, not by length.
-        counted: the sequences that the global counts cover, if some are left out of `sequences` because their loss is
-            known to be 0.
+    are too few sequences, a micro-batch repeats the shortest one without trainable tokens. Bins are balanced by cost,
+    not by length: at `crossover_tokens`, attention, quadratic in the length, costs as much as everything else.
+    `counted` are the sequences that the global counts cover, if some are left out of `sequences` because their loss is
+    known to be 0.
 
     Raises:
         ValueError: no sequence, no trainable token in any, or one longer than a micro-batch.
@@ -87,8 +81,7 @@ def without_trainable_tokens(sequence: TrainingSequence) -> TrainingSequence:
 def global_counts(sequences: Sequence[TrainingSequence]) -> dict[str, int]:
     """Return the counts of a whole step, fields of each of its micro-batches."""
     trainable = np.array([int(sequence.trainable.sum()) for sequence in sequences])
-    masks = (sequence.from_demonstration for sequence in sequences)
-    demonstrated = np.array([0 if mask is None else int(mask.sum()) for mask in masks])
+    demonstrated = np.array([0 if s.from_demonstration is None else int(s.from_demonstration.sum()) for s in sequences])
     return {
         "num_trainable_tokens_global": int(trainable.sum()),
         "num_sequences_global": int((trainable > demonstrated).sum()),

@@ -91,9 +91,7 @@ class Kl(TokenLoss):
         sum_S pi_beta (log pi_beta - log pi_theta) + r_beta (log r_beta - log r_theta)
 
     (PEAR's other base loss, arXiv 2602.01058 section 3.2; the direction is this project's choice). The bucket makes it
-    a lower bound of the full divergence. If the whole vocabulary is stored, there is no bucket and it is the full
-    divergence.
-    """
+    a lower bound of the full divergence, which it is if the whole vocabulary is stored: then there is no bucket."""
 
     vocab_size: int
 
@@ -196,11 +194,8 @@ def nll_sums(tokens: LossInputs) -> dict[str, Tensor]:
     """Return the metric sums of every SFT objective: `nll` over tokens with a positive coefficient, whatever is
     minimized, their number `tokens_to_learn`, and `entropy` over all tokens."""
     to_learn = tokens.coefficients > 0
-    return {
-        "nll": -(tokens.logprobs.detach() * to_learn).sum(),
-        "tokens_to_learn": to_learn.sum(),
-        "entropy": tokens.entropies.sum(),
-    }
+    nll = -(tokens.logprobs.detach() * to_learn).sum()
+    return {"nll": nll, "tokens_to_learn": to_learn.sum(), "entropy": tokens.entropies.sum()}
 
 
 @dataclass(frozen=True)
