@@ -21,10 +21,9 @@ import jinja2
 
 from pear_ray.config import TRAINING_STAGES, Job
 from pear_ray.report import diagnostics, results
-from pear_ray.report.format import Section, clock
+from pear_ray.report.elements import Section, clock
 from pear_ray.report.load import RunData, load_run
-from pear_ray.report.ranking import ranking
-from pear_ray.run import RunDir
+from pear_ray.run import RunDir, atomic_folder
 
 WIDTH = 100
 # In the order of the page. A section that has nothing to show is listed as missing.
@@ -32,7 +31,7 @@ SECTIONS: dict[Callable[[RunData], Section | None], str] = {
     results.study: "",
     results.arms: "pass@k of the checkpoints (no evaluate/scorecard.json)",
     results.differences: "paired differences between arms (none in evaluate/scorecard.json)",
-    ranking: "ranking (no rank/ranking.json)",
+    results.ranking: "ranking (no rank/ranking.json)",
     results.learning: "learning curves (no rows of sft, rl or cooperate in metrics.jsonl)",
     diagnostics.weights: "importance weights (no arm has weighted SFT steps)",
     results.answers: "answers (no evaluate/scorecard.json)",
@@ -49,7 +48,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     sections = {section: section(data) for section in SECTIONS}
     shown = [section for section in sections.values() if section]
     missing = [SECTIONS[key] for key, section in sections.items() if not section and SECTIONS[key]]
-    with run.new_folder("report") as folder:
+    with atomic_folder(run.folder / "report") as folder:
         (folder / "index.html").write_text(page(data, shown, missing))
         (folder / "report.md").write_text(markdown(data, missing))
         (folder / "report.csv").write_text(spreadsheet(data))
@@ -61,16 +60,13 @@ def page(data: RunData, sections: list[Section], missing: list[str]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
-    return template.render(
-        name=data.folders[0].name,
+    return environment.from_string(Path(__file__).with_name("page.html.j2").read_text()).render(
+        run=data.folders[0],
+        job=data.job,
         conclusion=results.conclusion(data),
         caution=results.caution(data),
         missing=missing,
         sections=sections,
-        command=data.folders[0].manifest.get("command", ""),
-        versions=data.folders[0].manifest.get("versions", {}),
-        job=data.job.model_dump_json(indent=2),
         written=clock(time.time()),
     )
 
@@ -107,8 +103,7 @@ def spreadsheet(data: RunData) -> str:
         if divergence:
             row["kl_from_start"] = divergence["value"]
         rows.append(row | parts)
-    header = dict.fromkeys(["checkpoint", "arm", "stage", "steps", "seconds"])
-    header |= dict.fromkeys(key for row in rows for key in row)
+    header = dict.fromkeys(["checkpoint", "arm", "stage", "steps", "seconds", *(key for row in rows for key in row)])
     file = io.StringIO()
     writer = csv.DictWriter(file, list(header), lineterminator="\n")
     writer.writeheader()

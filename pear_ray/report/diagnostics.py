@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from pear_ray.report.figures import Line, by_step, downsample, draw
-from pear_ray.report.format import Section, Table, clock, ends
-from pear_ray.report.load import ArmData, Rows, RunData, column, mean, means
+from pear_ray.report.elements import Line, Section, Table, by_step, clock, downsample, draw, ends
+from pear_ray.report.load import ArmData, RunData, column, mean, means
+from pear_ray.statistics import FRACTIONS
 
 # Nats between engine and trainer that float32 rounding explains.
 PARITY_TOLERANCE = 1e-4
 MAX_EVENTS = 200
-WEIGHT_METRICS = (
-    "weight_mean",
-    "effective_sample_size",
-    "clip_frac_low",
-    "clip_frac_high",
-    "weight_frac_at_floor",
-    "weight_frac_at_ceiling",
-)
 PARITY_METRICS = ("logprob_diff_mean", "ratio_mean", "clip_frac", "effective_sample_size")
-STEP_SECONDS = (
-    "step_seconds",
-    "wait_seconds",
-    "train_seconds",
-    "publish_seconds",
-    "pause_seconds",
-    "engine_idle_seconds",
-)
+SECONDS = ("step_seconds", "wait_seconds", "train_seconds", "publish_seconds", "pause_seconds", "engine_idle_seconds")
 SCORES = ("rows", "from_behavior", "from_recorded", "from_reference", "response_tokens")
 CALIBRATION = ("rows", "bias", "spread", "mean_gap", "max_gap")
 
@@ -46,21 +30,23 @@ def weights(data: RunData) -> Section | None:
         for arm in arms
         for source, values in first_weights(arm).items()
     ]
+    averages = [
+        {"arm": arm.name} | means(arm.weighted, ("weight_mean", "effective_sample_size", *FRACTIONS)) for arm in arms
+    ]
     sizes = {arm.name: by_step(arm.weighted, "effective_sample_size") for arm in arms}
     return Section(
         "Importance weights",
-        "The weight of the first token gathers the log-ratios of the whole answer: its mean by"
-        " source shows which sources the policy learns from (1: plain SFT). Effective sample size:"
-        " (Σw)² / (Σw²) over the tokens of a step, as a share of them.",
+        "The weight of the first token gathers the log-ratios of the whole answer: its mean by source shows which"
+        " sources the policy learns from (1: plain SFT). Effective sample size: (Σw)² / (Σw²) over the tokens of a"
+        " step, as a share of them.",
         (
             Table(first, "Weight of the first token: all steps, first and last tenth"),
-            Table(
-                [{"arm": arm.name} | means(arm.weighted, WEIGHT_METRICS) for arm in arms],
-                "Means over all steps; frac: share of tokens",
-            ),
+            Table(averages, "Means over all steps; frac: share of tokens"),
         ),
-        [draw("SFT: effective sample size", "share of tokens", sizes)]
-        + [figure for arm in arms for figure in weight_figures(arm)],
+        [
+            draw("SFT: effective sample size", "share of tokens", sizes),
+            *(figure for arm in arms for figure in weight_figures(arm)),
+        ],
     )
 
 
@@ -74,25 +60,18 @@ def weight_figures(arm: ArmData) -> Iterator[Markup]:
     """Draw the weights of one arm: by source, their spread, along the answer."""
     rows, steps = arm.weighted, column(arm.weighted, "step")
     sources = {name: downsample(steps, values) for name, values in first_weights(arm).items()}
-    title = f"{arm.name}: first-token weight by source"
-    yield draw(title, "weight", sources, log=True, level=(1.0, "plain SFT"))
+    yield draw(f"{arm.name}: first-token weight by source", "weight", sources, log=True, level=(1.0, "plain SFT"))
     quantiles = [row["weight_quantiles"] for row in rows]
     low, mid, high = (downsample(steps, column(quantiles, q)) for q in ("p05", "p50", "p95"))
     spread = {"median, 5 % to 95 %": Line(mid.x, mid.y, low.y, high.y)}
     yield draw(f"{arm.name}: weights", "weight", spread, log=True)
-    tenth = max(1, len(rows) // 10)
-    parts = {f"first {tenth} steps": rows[:tenth], f"last {tenth} steps": rows[-tenth:]}
-    positions = {name: along_answer(part) for name, part in parts.items()}
+    tenth, along_answer = max(1, len(rows) // 10), {}
+    for name, part in ((f"first {tenth} steps", rows[:tenth]), (f"last {tenth} steps", rows[-tenth:])):
+        table = np.array([row["weight_by_position"] for row in part], np.float64)
+        x = (np.arange(table.shape[1]) + 0.5) / table.shape[1]
+        along_answer[name] = Line(x, np.array([mean(values) for values in table.T]))
     title, x_label = f"{arm.name}: weight along the answer", "position in the answer, 0 to 1"
-    yield draw(title, "mean weight", positions, x_label=x_label)
-
-
-def along_answer(rows: Rows) -> Line:
-    """Return the mean weight over these steps at each relative position in the answer."""
-    table = np.array([row["weight_by_position"] for row in rows], np.float64)
-    num_positions = table.shape[1]
-    x = (np.arange(num_positions) + 0.5) / num_positions
-    return Line(x, np.array([mean(values) for values in table.T]))
+    yield draw(title, "mean weight", along_answer, x_label=x_label)
 
 
 def scores(data: RunData) -> Section | None:
@@ -127,27 +106,20 @@ def parity(data: RunData) -> Section | None:
         return None
     rows = []
     for arm in arms:
-        gaps, staleness = (column(arm.last, k) for k in ("logprob_parity_max", "staleness_max"))
-        above = np.count_nonzero(gaps > PARITY_TOLERANCE)
-        row = {"arm": arm.name, "largest gap": largest(gaps)}
-        row["steps above 1e-4"] = f"{above} of {len(gaps)}"
-        row |= means(arm.last, PARITY_METRICS) | {"staleness_max": largest(staleness)}
-        rows.append(row)
+        gaps, staleness = (column(arm.last, key) for key in ("logprob_parity_max", "staleness_max"))
+        row = {"arm": arm.name, "largest gap": float(np.fmax.reduce(gaps, initial=np.nan))}
+        row["steps above 1e-4"] = f"{np.count_nonzero(gaps > PARITY_TOLERANCE)} of {len(gaps)}"
+        row |= means(arm.last, PARITY_METRICS)
+        rows.append(row | {"staleness_max": float(np.fmax.reduce(staleness, initial=np.nan))})
     lines = {arm.name: by_step(arm.last, "logprob_parity_max", np.max) for arm in arms}
-    level = (PARITY_TOLERANCE, "1e-4")
     return Section(
         "Do engines and trainer agree?",
-        "At every step both compute the log-probs of a fixed set of answers with the same weights."
-        " The gap is the largest difference over the tokens, in nats; up to 1e-4 is float32"
-        " rounding. Other columns: means over the tokens of the rollouts; staleness in steps.",
+        "At every step both compute the log-probs of a fixed set of answers with the same weights. The gap is the"
+        " largest difference over the tokens, in nats; up to 1e-4 is float32 rounding. Other columns: means over the"
+        " tokens of the rollouts; staleness in steps.",
         (Table(rows),),
-        [draw("RL: log-prob parity", "largest gap, nats", lines, log=True, level=level)],
+        [draw("RL: log-prob parity", "largest gap, nats", lines, log=True, level=(PARITY_TOLERANCE, "1e-4"))],
     )
-
-
-def largest(values: np.ndarray) -> float:
-    """Return the largest finite value, NaN if there is none."""
-    return float(np.fmax.reduce(values, initial=np.nan))
 
 
 def seconds(data: RunData) -> Section | None:
@@ -159,7 +131,7 @@ def seconds(data: RunData) -> Section | None:
         # The stage that writes this report has not finished.
         if stage not in ("report", "pipeline")
     ]
-    steps = [{"arm": arm.name} | means(arm.last, STEP_SECONDS) for arm in data.arms if arm.last]
+    steps = [{"arm": arm.name} | means(arm.last, SECONDS) for arm in data.arms if arm.last]
     if not stages and not steps:
         return None
     return Section(
@@ -172,14 +144,14 @@ def seconds(data: RunData) -> Section | None:
 
 def events(data: RunData) -> Section | None:
     """Failures, restarts and resumes, oldest first."""
-    found = [(arm.name, event) for arm in data.folders for event in arm.events]
+    found = [
+        {"time": event.get("time", 0.0), "run or arm": arm.name}
+        | {key: event.get(key) for key in ("stage", "kind", "text")}
+        for arm in data.folders
+        for event in arm.events
+    ]
     if not found:
         return None
-    found.sort(key=lambda entry: entry[1].get("time", 0.0))
-    rows: list[dict[str, Any]] = [
-        {"time": clock(event.get("time", 0.0)), "run or arm": name}
-        | {key: event.get(key) for key in ("stage", "kind", "text")}
-        for name, event in found[-MAX_EVENTS:]
-    ]
-    text = f"Failures, restarts and resumes: the last {len(rows)} of {len(found)}."
-    return Section("Events", text, (Table(rows),))
+    last = sorted(found, key=lambda row: row["time"])[-MAX_EVENTS:]
+    text = f"Failures, restarts and resumes: the last {len(last)} of {len(found)}."
+    return Section("Events", text, (Table([row | {"time": clock(row["time"])} for row in last]),))

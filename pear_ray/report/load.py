@@ -13,34 +13,31 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pear_ray.config import TRAINING_STAGES, Cooperate, Job, start_of
+from pear_ray.config import TRAINING_STAGES, Job, start_of
 from pear_ray.errors import ConfigError
 from pear_ray.metrics import read_metrics
-from pear_ray.run import flatten
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ArmData:
-    """One directory with a manifest: the run's own, or that of an arm.
+    """One directory with a manifest: the run's own, or that of an arm. `prefix` begins the labels of its checkpoints.
 
-    `prefix` begins the labels of its checkpoints; `rows` are the lines of metrics.jsonl by stage.
-
-        ArmData("pear", prefix="pear/", last_stage="rl", manifest={"stages": {...}},
-                rows={"sft": [{"step": 0, "nll": 2.1, ...}, ...]}, events=[])
+    ArmData("pear", prefix="pear/", last_stage="rl", manifest={"stages": {...}},
+            rows=[{"stage": "sft", "step": 0, "nll": 2.1, ...}, ...], events=[])
     """
 
     name: str
     prefix: str
     last_stage: str
     manifest: dict[str, Any]
-    rows: dict[str, Rows]
+    rows: Rows
     events: Rows
 
     def of(self, stage: str) -> Rows:
         """Return the metrics of a stage, step by step."""
-        return self.rows.get(stage, [])
+        return [row for row in self.rows if row["stage"] == stage]
 
     @property
     def last(self) -> Rows:
@@ -60,10 +57,8 @@ class ArmData:
 
 @dataclass(frozen=True)
 class RunData:
-    """All directories, the run's own first, and the documents of the stages after training.
-
-    `answers` holds the first answer of each checkpoint to each problem.
-    """
+    """All directories, the run's own first, the documents of the stages after training, and in `answers` the first
+    answer of each checkpoint to each problem."""
 
     job: Job
     folders: list[ArmData]
@@ -97,11 +92,11 @@ class RunData:
         """Return pass@k of a checkpoint with its interval."""
         return self.cards.get(label, {}).get("pass_at_k", {}).get(str(k))
 
-    def difference(self, a: str, b: str, k: int) -> dict[str, float] | None:
+    def difference(self, a: str, b: str, k: int) -> dict[str, Any] | None:
         """Return pass@k of checkpoint `a` minus that of `b`, paired over problems."""
         for row in self.scorecard.get("differences", []):
             if (row["a"], row["b"], row["k"]) == (a, b, k):
-                return {key: row[key] for key in ("value", "low", "high")}
+                return row
             if (row["a"], row["b"], row["k"]) == (b, a, k):
                 return {"value": -row["value"], "low": -row["high"], "high": -row["low"]}
         return None
@@ -124,26 +119,28 @@ def means(rows: Rows, keys: Iterable[str]) -> dict[str, float]:
 
 
 def load_run(job: Job, folder: Path) -> RunData:
-    """Read everything in a run directory that a report can show.
-
-    Raises:
-        ConfigError: there is nothing to show, or a file cannot be parsed.
-    """
-    attempts, folders = folder / "evaluate" / "attempts.parquet", []
+    """Read all that a report can show. Raise ConfigError if there is nothing, or a file cannot be parsed."""
+    folders = []
     for name, home in job.homes(folder).items():
-        rows: dict[str, Rows] = {}
-        for row in read_metrics(home):
-            rows.setdefault(row["stage"], []).append(row)
+        path, events = home / "events.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            # A killed process may have cut off a line.
+            with suppress(ValueError):
+                events.append(json.loads(line))
         folders.append(
             ArmData(
                 name=name or folder.name,
                 prefix=f"{name}/" if name else "",
                 last_stage=job.last_stage_of(name),
                 manifest=read_json(home / "manifest.json"),
-                rows=rows,
-                events=read_events(home / "events.jsonl"),
+                rows=read_metrics(home),
+                events=events,
             )
         )
+    answers, attempts = [], folder / "evaluate" / "attempts.parquet"
+    if attempts.exists():
+        columns = ["checkpoint", "problem_id", "text", "correct"]
+        answers = pq.read_table(attempts, columns=columns, filters=[("sample", "==", 0)]).to_pylist()
     data = RunData(
         job=job,
         folders=folders,
@@ -151,31 +148,14 @@ def load_run(job: Job, folder: Path) -> RunData:
         ranking=read_json(folder / "rank" / "ranking.json"),
         moves=read_json(folder / "rank" / "moves.json"),
         study=read_json(folder / "study" / "study.json"),
-        answers=pq.read_table(
-            attempts, columns=["checkpoint", "problem_id", "text", "correct"], filters=[("sample", "==", 0)]
-        ).to_pylist()
-        if attempts.exists()
-        else [],
+        answers=answers,
     )
     if not (data.arms or data.cards or folders[0].of("score")):
         raise ConfigError(
-            f"{folder}: expected rows of score, sft, rl or cooperate in metrics.jsonl, there or in"
-            " the folder of an arm, or evaluate/scorecard.json, got nothing to report"
+            f"{folder}: expected rows of score, sft, rl or cooperate in metrics.jsonl, there or in the folder of an"
+            " arm, or evaluate/scorecard.json, got nothing to report"
         )
     return data
-
-
-def settings(job: Job) -> str:
-    """Return "pear: sft.level = token; ...": the keys that each arm changes."""
-    texts = []
-    for arm in job.arms:
-        changes: dict[str, Any] = {stage: getattr(arm, stage) for stage in arm.stages}
-        if arm.cooperate is not None:
-            method = (job.cooperate or Cooperate()).method.type
-            changes["cooperate"] = {"method": method, **arm.cooperate}
-        keys = [f"{key} = {value}" for key, value in flatten(changes) if value != {}]
-        texts.append(f"{arm.name}: {', '.join(['no SFT'] * (arm.sft is False) + keys) or 'none'}")
-    return "; ".join(texts)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,12 +164,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ConfigError(f"{path}: expected JSON, got {error}") from error
-
-
-def read_events(path: Path) -> Rows:
-    """Read events.jsonl. A line cut off by a killed process is skipped."""
-    rows: Rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows

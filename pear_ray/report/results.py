@@ -1,16 +1,18 @@
-"""Results: pass@k of the arms, their differences, a study over seeds, learning curves, answers."""
+"""Results: pass@k of the arms, a study over seeds, differences, the ranking for RL, learning curves, answers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from pear_ray.config import is_after_rl
-from pear_ray.report.figures import Line, by_step, draw
-from pear_ray.report.format import Section, Table, crosses_zero, ends, interval, number
-from pear_ray.report.load import Rows, RunData, column, settings
+from pear_ray.config import Cooperate, Job, is_after_rl
+from pear_ray.report.elements import Line, Section, Table, by_step, crosses_zero, draw, ends, interval, number
+from pear_ray.report.load import Rows, RunData, column
+from pear_ray.run import flatten
 
 WHEN = ("before RL", "after RL")
 # pass@1 between two nearly equal checkpoints after RL, measured over seeds in small studies.
@@ -20,6 +22,21 @@ NOISE_FLOOR = 0.04
 MAX_CHECKPOINTS = 8
 NUM_PROBLEMS = 3
 MAX_CHARACTERS = 600
+MOVE = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
+CANDIDATE = (
+    "rank",
+    "label",
+    "pass_at_1",
+    "pass_at_k",
+    "probability_of_first",
+    "heldout_loss",
+    "regime",
+    "group_signal",
+    "share_without_signal",
+    "entropy",
+    "after_rl",
+    "predicted_after_rl",
+)
 # Stage, metric, title, unit.
 CURVES = (
     ("SFT", "nll", "negative log-likelihood", "nats per token"),
@@ -38,12 +55,9 @@ CURVES = (
 def conclusion(data: RunData) -> str:
     """Return the main result in one or two sentences."""
     if data.study:
-        primary = [
-            f"{row['arm']} - {row['baseline']} {interval(row, signed=True)} ({crosses_zero(row)})"
-            for row in data.study["primary"]
-        ]
-        metric, seeds = data.study["primary"][0]["metric"], data.study["seeds"]
-        return f"After RL, {metric} over {len(seeds)} seeds: {'; '.join(primary)}."
+        primary = data.study["primary"]
+        leads = [f"{r['arm']} - {r['baseline']} {interval(r, signed=True)} ({crosses_zero(r)})" for r in primary]
+        return f"After RL, {primary[0]['metric']} over {len(data.study['seeds'])} seeds: {'; '.join(leads)}."
     if not data.cards:
         return "No checkpoint has been evaluated: there is no result yet."
     k = data.ks[0]
@@ -51,15 +65,14 @@ def conclusion(data: RunData) -> str:
     ranked = sorted(((s["value"], arm) for s, arm in scores if s), key=lambda pair: -pair[0])
     if not ranked:
         return f"No checkpoint has been evaluated after RL: pass@{k} is known before it only."
-    texts = [f"{arm.name} {number(value)}" for value, arm in ranked]
-    text = f"pass@{k} after RL: {', '.join(texts)}."
+    text = f"pass@{k} after RL: {', '.join(f'{arm.name} {number(value)}' for value, arm in ranked)}."
     first, second = ranked[0][1], ranked[1 % len(ranked)][1]
     if paired := data.difference(first.after_rl, second.after_rl, k):
         side = "below" if abs(paired["value"]) < NOISE_FLOOR else "not below"
         text += (
             f" {first.name} - {second.name}: {interval(paired, signed=True)}, paired over"
-            f" {data.scorecard['num_problems']} problems. The 95 % interval {crosses_zero(paired)};"
-            f" the difference is {side} the noise floor of {number(NOISE_FLOOR)}."
+            f" {data.scorecard['num_problems']} problems. The 95 % interval {crosses_zero(paired)}; the difference is"
+            f" {side} the noise floor of {number(NOISE_FLOOR)}."
         )
     return text
 
@@ -72,9 +85,9 @@ def caution(data: RunData) -> str:
             " comparisons. All seeds share one base model, one corpus and one set of problems."
         )
     return (
-        f"One seed ({data.job.run.seed}) proves nothing: two nearly equal checkpoints end about"
-        f" {number(SEED_NOISE)} apart after RL, so a difference below {number(NOISE_FLOOR)} means"
-        " nothing. Intervals cover the choice of problems, not the randomness of training."
+        f"One seed ({data.job.run.seed}) proves nothing: two nearly equal checkpoints end about {number(SEED_NOISE)}"
+        f" apart after RL, so a difference below {number(NOISE_FLOOR)} means nothing. Intervals cover the choice of"
+        " problems, not the randomness of training."
     )
 
 
@@ -89,8 +102,7 @@ def study(data: RunData) -> Section | None:
     if found["spearman"] is not None:
         text += f" Order of the arms before and after RL: Spearman {found['spearman']:.2f}."
     for pair in found["reversals"]:
-        better, worse = pair["better_before"], pair["better_after"]
-        text += f" {better} is ahead of {worse} before RL and behind it after."
+        text += f" {pair['better_before']} is ahead of {pair['better_after']} before RL and behind it after."
     arms = [
         {"arm": name}
         | {f"{metric} {when}": arm[when][metric] for metric in arm[WHEN[0]] for when in WHEN}
@@ -118,36 +130,37 @@ def arms(data: RunData) -> Section | None:
     card = data.scorecard
     if not card:
         return None
+    trained = {label for arm in data.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
+    pairs = [(label, label, "") for label in data.cards if label not in trained]
+    pairs += [(arm.name, data.before_rl(arm), arm.after_rl) for arm in data.arms]
     rows: list[dict[str, Any]] = []
     for k in data.ks:
-        for name, before, after in checkpoint_pairs(data):
-            scores = {when: data.score(c, k) for when, c in zip(WHEN, (before, after), strict=True)}
-            row = {"arm": name, "metric": f"pass@{k}", **scores}
-            rows.append(row | {"change": change(data, before, after, k)})
+        for name, before, after in pairs:
+            first, last = data.score(before, k), data.score(after, k)
+            change = number(last["value"] - first["value"], signed=True) if first and last else None
+            if paired := data.difference(after, before, k):
+                change = interval(paired, signed=True)
+            rows.append({"arm": name, "metric": f"pass@{k}", "before RL": first, "after RL": last, "change": change})
     return Section(
         "Results by arm",
-        f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers"
-        f" each, temperature {card['temperature']}, seed {card['seed']}, with 95 % intervals over"
-        f" problems. Before RL means after SFT. Settings by arm: {settings(data.job) or '-'}.",
+        f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers each, temperature"
+        f" {card['temperature']}, seed {card['seed']}, with 95 % intervals over problems. Before RL means after SFT."
+        f" Settings by arm: {settings(data.job) or '-'}.",
         (Table(rows),),
         [before_and_after(data, k) for k in data.ks],
     )
 
 
-def checkpoint_pairs(data: RunData) -> list[tuple[str, str, str]]:
-    """Return name, and labels of the checkpoints before and after RL, of every row of results."""
-    trained = {label for arm in data.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
-    return [(label, label, "") for label in data.cards if label not in trained] + [
-        (arm.name, data.before_rl(arm), arm.after_rl) for arm in data.arms
-    ]
-
-
-def change(data: RunData, before: str, after: str, k: int) -> str | None:
-    """Return the change of pass@k through RL, with its interval if it was evaluated."""
-    if paired := data.difference(after, before, k):
-        return interval(paired, signed=True)
-    first, last = data.score(before, k), data.score(after, k)
-    return number(last["value"] - first["value"], signed=True) if first and last else None
+def settings(job: Job) -> str:
+    """Return "pear: sft.level = token; ...": the keys that each arm changes."""
+    texts = []
+    for arm in job.arms:
+        changes: dict[str, Any] = {stage: getattr(arm, stage) for stage in arm.stages}
+        if arm.cooperate is not None:
+            changes["cooperate"] = {"method": (job.cooperate or Cooperate()).method.type, **arm.cooperate}
+        keys = [f"{key} = {value}" for key, value in flatten(changes) if value != {}]
+        texts.append(f"{arm.name}: {', '.join(['no SFT'] * (arm.sft is False) + keys) or 'none'}")
+    return "; ".join(texts)
 
 
 def before_and_after(data: RunData, k: int) -> Markup:
@@ -164,8 +177,7 @@ def before_and_after(data: RunData, k: int) -> Markup:
         lines[name] = Line(x, *(column(pair, key) for key in ("value", "low", "high")))
     base = data.score("base", k)
     level = (base["value"], "base") if base else None
-    title = f"pass@{k} before and after RL"
-    return draw(title, f"pass@{k}", lines, x_label="", level=level, ticks=WHEN)
+    return draw(f"pass@{k} before and after RL", f"pass@{k}", lines, x_label="", level=level, ticks=WHEN)
 
 
 def differences(data: RunData) -> Section | None:
@@ -177,13 +189,62 @@ def differences(data: RunData) -> Section | None:
             columns = {"pair": f"{row['a']} - {row['b']}", "metric": f"pass@{row['k']}"}
             columns |= {"difference": interval(row, signed=True), "interval": crosses_zero(row)}
             floor = "below" if abs(row["value"]) < NOISE_FLOOR else "not below"
-            columns[f"noise floor {number(NOISE_FLOOR)}"] = floor if after_rl else "-"
-            rows.append(columns)
+            rows.append(columns | {f"noise floor {number(NOISE_FLOOR)}": floor if after_rl else "-"})
     text = (
-        "Both arms of a pair answered the same problems with the same seeds; 95 % intervals over"
-        " problems. The noise floor applies to pass@1 after RL from one seed."
+        "Both arms of a pair answered the same problems with the same seeds; 95 % intervals over problems. The noise"
+        " floor applies to pass@1 after RL from one seed."
     )
     return Section("Differences between arms", text, (Table(rows),)) if rows else None
+
+
+def ranking(data: RunData) -> Section | None:
+    """The ranking of the checkpoints that RL could start from, how far training moved them, and pass@k for every k."""
+    document = data.ranking
+    if not document:
+        return None
+    record = document["track_record"]
+    candidates = [{key: row.get(key) for key in CANDIDATE} for row in document["candidates"]]
+    moves: list[dict[str, Any]] = []
+    for arm in data.folders:
+        if move := data.moves.get(arm.name):
+            sft, rl = (data.cards.get(arm.prefix + s, {}).get("kl_from_start") for s in ("sft", arm.last_stage))
+            row = {"arm": arm.name} | {key: move[key] for key in MOVE}
+            moves.append(row | {"KL(base || SFT)": sft, "KL(SFT || RL)": rl})
+    tables = (
+        Table(candidates, f"Candidates; rank -: dropped. k = {document['k']}, groups of {document['group_size']}"),
+        Table(
+            [{"predictor": name, **scores} for name, scores in record["predictors"].items()],
+            f"Predictors on the {record['num_known']} candidates with a known result after RL",
+        ),
+        Table([{"caution": text} for text in document["cautions"]]),
+        Table(
+            moves,
+            "Distance of training: of the parameters |after - before| / |before|, of the policy KL over answers to"
+            " held-out problems in nats per answer",
+        ),
+    )
+    title = "Which checkpoint should RL start from?"
+    return Section(title, document["advice"], tables, pass_at_k_curves(data))
+
+
+def pass_at_k_curves(data: RunData) -> Iterator[Markup]:
+    """Draw pass@k for k = 1, 2, 4, ... before and after RL; of several seeds mean and range."""
+    curves: dict[str, list[list[dict[str, float]]]] = {}
+    for label, card in data.cards.items():
+        curve = card.get("pass_at_k_curve", [])
+        points = [curve[2**power - 1] for power in range(len(curve).bit_length())]
+        # "token/rl" for "token@3/rl", the label of one seed of an arm.
+        curves.setdefault(re.sub(r"@\d+", "", label), []).append(points)
+    for after in (False, True):
+        lines: dict[str, Line] = {}
+        for label, seeds in curves.items():
+            if is_after_rl(label) == after:
+                ends = ("low", "high") if len(seeds) == 1 else ("value", "value")
+                value, low, high = (np.array([column(points, key) for points in seeds]) for key in ("value", *ends))
+                x = np.arange(value.shape[1]) + 0.05 * len(lines)
+                lines[label] = Line(x, value.mean(0), low.min(0), high.max(0))
+        ticks = [str(2**power) for power in range(max((len(v.y) for v in lines.values()), default=0))]
+        yield draw(f"pass@k {'after' if after else 'before'} RL", "pass@k", lines, x_label="k", ticks=ticks)
 
 
 def learning(data: RunData) -> Section | None:
@@ -251,9 +312,9 @@ def answers(data: RunData) -> Section | None:
     ]
     return Section(
         "Answers",
-        "Means over all sampled answers: tokens, share cut off at the length limit, log-prob per"
-        " token under the checkpoint (nats), then the properties recorded by the reward function."
-        " Held-out nll: of the held-out corpus rows, nats per token.",
+        "Means over all sampled answers: tokens, share cut off at the length limit, log-prob per token under the"
+        " checkpoint (nats), then the properties recorded by the reward function. Held-out nll: of the held-out corpus"
+        " rows, nats per token.",
         (Table(rows), Table(side_by_side(data), "Problems on which the grades differ most")),
     )
 
@@ -263,14 +324,11 @@ def side_by_side(data: RunData) -> list[dict[str, Any]]:
     by_problem: dict[str, dict[str, dict[str, Any]]] = {}
     for answer in data.answers:
         by_problem.setdefault(answer["problem_id"], {})[answer["checkpoint"]] = answer
-
-    def spread(problem: str) -> tuple[float, str]:
-        return -float(np.std([row["correct"] for row in by_problem[problem].values()])), problem
-
+    spread = {name: float(np.std([row["correct"] for row in rows.values()])) for name, rows in by_problem.items()}
     rows = []
-    for problem in sorted(by_problem, key=spread)[:NUM_PROBLEMS]:
+    for problem in sorted(by_problem, key=lambda problem: (-spread[problem], problem))[:NUM_PROBLEMS]:
         for label in list(data.cards)[:MAX_CHECKPOINTS]:
-            if answer := by_problem[problem].get(label, {}):
+            if answer := by_problem[problem].get(label):
                 grade = "correct" if answer["correct"] else "wrong"
                 row = {"problem": problem, "checkpoint": label, "grade": grade}
                 rows.append(row | {"first answer": answer["text"][:MAX_CHARACTERS]})

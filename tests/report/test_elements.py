@@ -2,8 +2,7 @@ import math
 
 import numpy as np
 
-from pear_ray.report.figures import Line, downsample, draw, running_mean
-from pear_ray.report.format import Table, as_text, interval, number
+from pear_ray.report.elements import Line, Table, as_text, downsample, draw, interval, number, running_mean
 
 
 def test_downsampling_keeps_the_largest_value() -> None:

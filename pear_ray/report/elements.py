@@ -1,21 +1,22 @@
-"""Figures as inline SVG in the colors of the page: readable by day, by night and in print."""
+"""Sections, tables and figures of the page. Figures are inline SVG in its colors, for day, night and print."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from pear_ray.report.format import number
-from pear_ray.report.load import Rows, column
+from pear_ray.report.load import Rows, column, mean
 
 MAX_POINTS = 300
 MIN_POINTS_TO_SMOOTH = 20
@@ -41,6 +42,84 @@ STYLE = {
     **{f"{part}.color": INK for part in ("text", "grid", "xtick", "ytick")},
     **{f"axes.{part}color": INK for part in ("label", "edge")},
 }
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that map titles to values; all have the same columns. Without rows it is not shown."""
+
+    rows: Sequence[Mapping[str, Any]]
+    caption: str = ""
+
+    @property
+    def lines(self) -> list[list[str]]:
+        """The titles, then the text of each row."""
+        titles = [t.replace("pass_at_", "pass@").replace("_", " ") for t in self.rows[0]]
+        return [titles, *([as_text(value) for value in row.values()] for row in self.rows)]
+
+    def markdown(self) -> str:
+        """Return the table with aligned columns, readable as plain text."""
+        # A line break or a bar would end the cell.
+        lines = [[" ".join(t.split()).replace("|", "\\|") for t in line] for line in self.lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Text, tables and figures under one heading."""
+
+    title: str
+    text: str
+    tables: Sequence[Table]
+    figures: Iterable[Markup] = ()
+
+
+def as_text(value: Any) -> str:
+    """Return a cell: a number, an interval, "mean ± sd", or text; "-" if unknown."""
+    match value:
+        case float():
+            return number(value)
+        case {"low": _}:
+            return interval(value)
+        case {"sd": sd}:
+            return f"{number(value.get('mean', value.get('value')))} ± {number(sd)}"
+        case None | "":
+            return "-"
+    return str(value)
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Return "0.391" or "+0.022"; "2.1e-05" if three decimals would show only zeros."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:{'+' * signed}{'.1e' if 0 < abs(value) < 5e-4 else '.3f'}}"
+
+
+def interval(score: Mapping[str, float], signed: bool = False) -> str:
+    """Return "0.391 [0.352, 0.430]". A value that is tiny beside its interval is shown as 0.000."""
+    value, low, high = (score[key] for key in ("value", "low", "high"))
+    if abs(value) < 5e-4 <= high - low:
+        value *= 0.0
+    return f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
+
+
+def crosses_zero(score: Mapping[str, float]) -> str:
+    """Return whether the interval "includes 0" or "excludes 0"."""
+    return "includes 0" if score["low"] <= 0 <= score["high"] else "excludes 0"
+
+
+def ends(values: np.ndarray) -> str:
+    """Return "2.028 to 0.682": means over the first and the last tenth, at least one step each."""
+    tenth = max(1, len(values) // 10)
+    first, last = mean(values[:tenth]), mean(values[-tenth:])
+    return "-" if math.isnan(last) else f"{number(first)} to {number(last)}"
+
+
+def clock(seconds: float) -> str:
+    """Return "2026-11-05 14:03:11 UTC"."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 @dataclass(frozen=True)
@@ -111,8 +190,7 @@ def draw(
         if ticks:
             axes.set_xticks(range(len(ticks)), ticks)
             axes.set_xlim(-0.3, len(ticks) - 0.7)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(unit)
+        axes.set(xlabel=x_label, ylabel=unit)
         if len(lines) > MAX_LINES_WITH_INNER_LEGEND:
             figure.legend(loc="outside lower center", ncols=2 if max(map(len, lines)) < 24 else 1)
         elif len(lines) > 1 or level:
@@ -120,9 +198,12 @@ def draw(
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    axis = f"{unit} by {x_label}" if x_label else unit
-    svg = inline(file.getvalue(), f"{title}, {axis}: {describe(lines, level)}.")
-    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)
+    # matplotlib names groups "axes_1" in every figure; an id may occur once on a page.
+    svg = re.sub(r'<g id="[^"]*"', "<g", file.getvalue()).partition("<svg")[2]
+    svg = svg.replace(INK, "currentColor").replace(PALETTE[0].lower(), "var(--blue)")
+    label = f"{title}, {f'{unit} by {x_label}' if x_label else unit}: {describe(lines, level)}."
+    element = '<figure><figcaption>{}</figcaption><svg role="img" aria-label="{}"{}</figure>'
+    return Markup(element).format(title, label, Markup(svg))
 
 
 def plot(axes: Any, line: Line, style: dict[str, Any], *, error_bars: bool, smooth: bool) -> None:
@@ -154,12 +235,3 @@ def describe(lines: Mapping[str, Line], level: tuple[float, str] | None) -> str:
         reach = f"from {number(y[0])} to {number(y[-1])}" if len(y) > 1 else f"at {number(y[0])}"
         texts.append(f"{name} {reach}")
     return "; ".join(texts)
-
-
-def inline(document: str, description: str) -> Markup:
-    """Return an SVG file as an element that takes its colors and its size from the page."""
-    svg = document[document.index("<svg") :].replace(INK, "currentColor")
-    svg = svg.replace(PALETTE[0].lower(), "var(--blue)")
-    # matplotlib names groups "axes_1" in every figure; an id may occur once on a page.
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))
