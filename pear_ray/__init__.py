@@ -1,9 +1,6 @@
 """PEAR-SFT and RL on Ray: from an offline corpus of reasoning traces to a better policy.
 
-The functions below need torch and numpy alone:
-
-    import pear_ray
-    weights = pear_ray.pear_weights(target_logprobs, behavior_logprobs, ids, level="token")
+The functions below need torch and numpy alone: `pear_weights(target_logprobs, behavior_logprobs, ids, level="token")`.
 """
 
 from importlib import import_module
@@ -27,7 +24,7 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: pear_ray.process.prepare_libraries must set variables before torch is imported.
     if name not in MODULES:
         raise AttributeError(f"module 'pear_ray' has no attribute {name!r}")
+    # On first use: pear_ray.process.prepare_libraries must set variables before torch is imported.
     return getattr(import_module(MODULES[name]), name)

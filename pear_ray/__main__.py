@@ -1,7 +1,4 @@
-"""The command line: `pear-ray STAGE JOB.toml [--section.key value ...] [--dry-run | --plan]`.
-
-Exit codes: 0 done; 2 bad input, with a message that names file and field; 130 interrupted; 1 anything else.
-"""
+"""The command line, `pear-ray`; its arguments and exit codes are in USAGE."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pathlib import Path
 from pear_ray import __version__
 from pear_ray.config import read_job
 from pear_ray.config.reference import help_text
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 from pear_ray.process import configure_logging
 
 STAGES = {
@@ -46,9 +43,7 @@ stages:
 
 A finished stage is skipped. Exit codes: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
 
-HELP = ("-h", "--help")
-DRY_RUN = "--dry-run"
-PLAN = "--plan"
+HELP = {"-h", "--help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,33 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command line without its program name; return the exit code.
-
-    Raises:
-        ConfigError: the stage, the job file or an override is invalid.
-    """
+    """Run a command line without its program name and return the exit code; raise ConfigError if the stage, the job
+    file or an override is invalid."""
     if arguments and arguments[0] == "--version":
         print(f"pear-ray {__version__}")
         return 0
-    if not arguments or arguments[0] in HELP or arguments[1:2] in ([HELP[0]], [HELP[1]]):
+    if not arguments or HELP & set(arguments[:2]):
         print(USAGE)
         return 0
     stage, *rest = arguments
-    if stage not in STAGES:
-        raise ConfigError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    require(stage in STAGES, "stage", f"one of {', '.join(STAGES)}", repr(stage))
     if not rest:
         raise ConfigError(f"job: missing; expected a job file: pear-ray {stage} JOB.toml")
     path, *words = rest
-    job = read_job(Path(path), [word for word in words if word not in (*HELP, DRY_RUN, PLAN)])
-    if set(words) & set(HELP):
+    job = read_job(Path(path), [word for word in words if word not in HELP | {"--dry-run", "--plan"}])
+    if HELP & set(words):
         print(f"{USAGE}\n\nkeys, with their values in {path}:\n\n{help_text(job)}")
         return 0
-    if PLAN in words:
+    if "--plan" in words:
         print(importlib.import_module("pear_ray.plan").plan(job))
         return 0
     configure_logging(job.tracking.logs, "%(asctime)s %(message)s", datefmt="%H:%M:%S")
     importlib.import_module("pear_ray.preflight").check_inputs(job, stage)
-    if DRY_RUN in words:
+    if "--dry-run" in words:
         print(job.model_dump_json(indent=2))
         return 0
     # Imported late: a mistake in the job is reported before Ray and torch are loaded.

@@ -2,11 +2,8 @@
 
 
 class ConfigError(ValueError):
-    """A job, a file or a folder that the user named cannot be used.
-
-    The message names the file and the field, then what was expected and what was found. The command line prints it
-    without a traceback and exits with code 2.
-    """
+    """A job, a file or a folder that the user named cannot be used. The message names the file and the field, then the
+    expected and the actual value; the command line prints it without a traceback and exits with code 2."""
 
 
 def require(holds: object, field: str, expected: str, got: object) -> None:

@@ -63,6 +63,22 @@ _ROLLOUTS = {
     "eval_clipped_ratio": "Fraction of the evaluated completions that were truncated",
 }
 
+_COOPERATE = {
+    "rl_weight": "Weight of the rollouts in the loss of the step",
+    "rl_loss": "RL objective's loss of the rollouts",
+    "sft_loss": "SFT objective's loss of the demonstrations, nats per token",
+    "sft_nll": "Unweighted negative log-likelihood of the demonstrations, nats per token",
+    "sft_tokens": "Trainable tokens of demonstrations, all ranks",
+    "sft_weight_mean": "Mean importance weight of the demonstrations' tokens",
+    "sft_effective_sample_size": "Effective sample size of the demonstrations' token weights, fraction of the tokens",
+    "sft_grad_norm": "Gradient norm of a step on demonstrations alone, before clipping",
+    "cooperative_gain": "RL objective of BRIDGE's policy minus that of its shadow, on the same rollouts",
+    "shadow_loss": "Loss of the rollouts minimized by BRIDGE's shadow",
+    "shadow_grad_norm": "Gradient norm of BRIDGE's shadow before clipping",
+    "prefix_frac": "Fraction of TRAPO's completions that continue a demonstration's prefix",
+    "frozen_frac": "Fraction of the parameters frozen in MIFO's step on demonstrations",
+}
+
 METRIC_HELP: dict[str, dict[str, str]] = {
     "engine": {
         "num_requests_running": "Running requests of a vLLM engine",
@@ -97,25 +113,7 @@ METRIC_HELP: dict[str, dict[str, str]] = {
         "weight_frac_at_ceiling": "Fraction of the tokens with the maximum weight",
     },
     "rl": _TRAINING | _ROLLOUTS,
-    "cooperate": _TRAINING
-    | _ROLLOUTS
-    | {
-        "rl_weight": "Weight of the rollouts in the loss of the step",
-        "rl_loss": "RL objective's loss of the rollouts",
-        "sft_loss": "SFT objective's loss of the demonstrations, nats per token",
-        "sft_nll": "Unweighted negative log-likelihood of the demonstrations, nats per token",
-        "sft_tokens": "Trainable tokens of demonstrations, all ranks",
-        "sft_weight_mean": "Mean importance weight of the demonstrations' tokens",
-        "sft_effective_sample_size": (
-            "Effective sample size of the demonstrations' token weights, fraction of the tokens"
-        ),
-        "sft_grad_norm": "Gradient norm of a step on demonstrations alone, before clipping",
-        "cooperative_gain": ("RL objective of BRIDGE's policy minus that of its shadow, on the same rollouts"),
-        "shadow_loss": "Loss of the rollouts minimized by BRIDGE's shadow",
-        "shadow_grad_norm": "Gradient norm of BRIDGE's shadow before clipping",
-        "prefix_frac": "Fraction of TRAPO's completions that continue a demonstration's prefix",
-        "frozen_frac": "Fraction of the parameters frozen in MIFO's step on demonstrations",
-    },
+    "cooperate": _TRAINING | _ROLLOUTS | _COOPERATE,
 }
 """Help text for every metric, by stage."""
 
@@ -134,9 +132,8 @@ class Tracker:
         self._stage = stage
         self._tags = {"run": str(folder), "stage": stage}
         self._step = prometheus.Gauge("pear_ray_step", "Latest step of the stage", TAGS)
-        self._step_time = prometheus.Gauge(
-            "pear_ray_step_time_seconds", "End of the latest step of the stage, Unix time", TAGS
-        )
+        text = "End of the latest step of the stage, Unix time"
+        self._step_time = prometheus.Gauge("pear_ray_step_time_seconds", text, TAGS)
         self._gauges = {
             name: prometheus.Gauge(prometheus_name(stage, name), text, TAGS)
             for name, text in METRIC_HELP[stage].items()
@@ -161,15 +158,11 @@ class Tracker:
         return self
 
     def log(self, step: int, **values: Any) -> None:
-        """Log one step. Values are numbers, strings, or lists and dicts of numbers.
-
-        Raises:
-            KeyError: a number has no text in `METRIC_HELP`.
-        """
+        """Log one step. Values are numbers with a text in `METRIC_HELP` (else KeyError), strings, or lists and dicts of
+        numbers."""
         now = round(time.time(), 3)
-        row = {"stage": self._stage, "step": step, "time": now, **values}
         with self._path.open("a") as file:
-            file.write(json.dumps(finite(row)) + "\n")
+            file.write(json.dumps(finite({"stage": self._stage, "step": step, "time": now, **values})) + "\n")
         scalars = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         self._step.set(step, self._tags)
         self._step_time.set(now, self._tags)
@@ -189,11 +182,9 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, or those of one stage; empty if there is no file.
-
-    A last line without a newline was torn by a kill and is skipped.
-    """
+    """Return the rows of metrics.jsonl, or those of one stage; empty if there is no file."""
     path = run_dir / "metrics.jsonl"
+    # A last line without a newline was torn by a kill.
     whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
     rows = map(json.loads, whole.splitlines())
     return [row for row in rows if stage in (None, row["stage"])]

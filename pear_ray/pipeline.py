@@ -40,8 +40,4 @@ def prepare(job: Job, run: RunDir) -> None:
 
 def load_stage(name: str) -> Callable[[Job, RunDir], dict[str, Any]]:
     """Return a stage that imports its module, and the engines behind it, only when it runs."""
-
-    def stage(job: Job, run: RunDir) -> dict[str, Any]:
-        return importlib.import_module(f"pear_ray.{name}").run(job, run)
-
-    return stage
+    return lambda job, run: importlib.import_module(f"pear_ray.{name}").run(job, run)

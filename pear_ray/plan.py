@@ -7,16 +7,8 @@ from dataclasses import dataclass, replace
 
 from pear_ray.config import Cooperate, Job
 from pear_ray.errors import ConfigError
-from pear_ray.train.memory import (
-    FROZEN_BYTES,
-    GIB,
-    IDLE_ITEMS,
-    ModelDims,
-    engine_memory,
-    rank_memory,
-    read_model_dims,
-    store_memory,
-)
+from pear_ray.train import memory
+from pear_ray.train.memory import GIB, ModelDims, read_model_dims
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Usable GiB of the GPUs that are sold, and their nominal GB.
@@ -48,26 +40,19 @@ class Role:
     @property
     def remedy(self) -> str:
         """Keys of the job that make the role smaller."""
-        if self.name == "ranks":
-            shadow = ", cooperate.method.shadow_offload" if "shadow" in self.items else ""
-            return (
-                "more learner.num_workers, a smaller learner.tokens_per_micro_batch"
-                f"{shadow}, learner.activation_checkpointing or learner.offload"
-            )
-        return "a larger generator.tensor_parallel_size or a smaller generator.max_num_seqs"
+        if self.name != "ranks":
+            return "a larger generator.tensor_parallel_size or a smaller generator.max_num_seqs"
+        shadow = ", cooperate.method.shadow_offload" if "shadow" in self.items else ""
+        keys = f"more learner.num_workers, a smaller learner.tokens_per_micro_batch{shadow}"
+        return f"{keys}, learner.activation_checkpointing or learner.offload"
 
 
 def plan(job: Job) -> str:
-    """Return the table, one line per role.
-
-    Raises:
-        ConfigError: a model's configuration cannot be read, or a role does not fit into
-            `placement.gpu_gib`.
-    """
-    dims_by_field = {"model.path": read_model_dims("model.path", job.model_path())}
-    for source in job.behavior:
-        field = f"behavior.{source}.path"
-        dims_by_field[field] = read_model_dims(field, job.model_path(source))
+    """Return the table, one line per role; raise ConfigError if a model's configuration cannot be read, or a role does
+    not fit into `placement.gpu_gib`."""
+    paths = {"model.path": job.model_path()}
+    paths |= {f"behavior.{source}.path": job.model_path(source) for source in job.behavior}
+    dims_by_field = {field: read_model_dims(field, path) for field, path in paths.items()}
     roles = list(job_roles(job, dims_by_field))
     gpu_gib = job.placement.gpu_gib
     for role in roles:
@@ -82,15 +67,14 @@ def plan(job: Job) -> str:
     ]
     lines += ["", f"{'stage':<10}{'role':<28}{'devices':>8}{'GiB each':>10}  of which (GiB)"]
     lines += [table_line(role, gpu_gib) for role in roles]
-    student, num_ranks = dims_by_field["model.path"], job.learner.num_workers
+    dims, element_bytes = dims_by_field["model.path"], ELEMENT_BYTES[job.model.dtype]
+    num_ranks = job.learner.num_workers
     on_node = min(num_ranks, 8)
-    store_gib = [
-        store_memory(student, ELEMENT_BYTES[job.model.dtype], count, num_ranks) / GIB for count in (on_node, 0)
-    ]
+    sizes = [memory.store_memory(dims, element_bytes, count, num_ranks) / GIB for count in (on_node, 0)]
     lines += [
         "",
-        f"object store: {store_gib[0]:.1f} GiB on a node with {on_node} of the ranks,"
-        f" {store_gib[1]:.1f} GiB on a node with engines: two versions of the weights",
+        f"object store: {sizes[0]:.1f} GiB on a node with {on_node} of the ranks, {sizes[1]:.1f} GiB on a node with"
+        " engines: two versions of the weights",
     ]
     return "\n".join(lines)
 
@@ -114,15 +98,13 @@ def job_roles(job: Job, dims_by_field: Mapping[str, ModelDims]) -> Iterator[Role
 
 def rank_role(job: Job, stage: str, dims: ModelDims) -> Role:
     """Return the learner ranks of a stage."""
-    element_bytes = ELEMENT_BYTES[job.model.dtype]
-    items = rank_memory(dims, element_bytes, job.learner, num_trained(job, dims))
+    items = memory.rank_memory(dims, ELEMENT_BYTES[job.model.dtype], job.learner, num_trained(job, dims))
     return Role(stage, "ranks", job.learner.num_workers, items)
 
 
 def num_trained(job: Job, dims: ModelDims) -> int:
     """Return the number of trained parameters: all, or those of the adapters."""
-    lora = job.learner.lora
-    return dims.num_parameters if lora is None else dims.lora_parameters(lora)
+    return dims.num_parameters if job.learner.lora is None else dims.lora_parameters(job.learner.lora)
 
 
 def cooperate_role(job: Job, cooperate: Cooperate, dims: ModelDims) -> Role:
@@ -134,33 +116,28 @@ def cooperate_role(job: Job, cooperate: Cooperate, dims: ModelDims) -> Role:
         freezes = method.type == "alternate" and method.frozen_frac > 0
         if not freezes or learner.offload != "none":
             return role
-        frozen = FROZEN_BYTES * num_trained(job, dims) / learner.num_workers
+        frozen = memory.FROZEN_BYTES * num_trained(job, dims) / learner.num_workers
         return replace(role, items={**role.items, "frozen": frozen})
     element_bytes = ELEMENT_BYTES[job.model.dtype]
     total = dims.num_parameters + dims.lora_parameters(method.lora)
     joint = replace(dims, num_parameters=total)
-    items = rank_memory(joint, element_bytes, learner, total)
+    items = memory.rank_memory(joint, element_bytes, learner, total)
     if method.meta_objective:
         shadow = learner.model_copy(update={"offload": method.shadow_offload})
-        shadow_items = rank_memory(joint, element_bytes, shadow, total)
-        items["shadow"] = sum(shadow_items.get(name, 0.0) for name in IDLE_ITEMS)
+        shadow_items = memory.rank_memory(joint, element_bytes, shadow, total)
+        items["shadow"] = sum(shadow_items.get(name, 0.0) for name in memory.IDLE_ITEMS)
     return Role("cooperate", "ranks", learner.num_workers, items)
 
 
 def engine_role(job: Job, stage: str, name: str, dims: ModelDims) -> Role:
     """Return the vLLM engines of a stage. Scoring computes logits of every token in a batch, sampling those of one
     token per sequence."""
-    settings = job.generator
-    items = engine_memory(
-        dims,
-        ELEMENT_BYTES[job.model.dtype],
-        settings.tensor_parallel_size,
-        settings.max_num_batched_tokens if stage == "score" else settings.max_num_seqs,
-        settings.max_model_len,
-    )
-    num_devices = settings.num_engines * settings.tensor_parallel_size
+    settings, element_bytes = job.generator, ELEMENT_BYTES[job.model.dtype]
+    num_logits = settings.max_num_batched_tokens if stage == "score" else settings.max_num_seqs
+    parallel = settings.tensor_parallel_size
+    items = memory.engine_memory(dims, element_bytes, parallel, num_logits, settings.max_model_len)
     usable_share = settings.gpu_memory_utilization if settings.num_gpus else 1.0
-    return Role(stage, f"engines of {name}", num_devices, items, usable_share)
+    return Role(stage, f"engines of {name}", settings.num_engines * parallel, items, usable_share)
 
 
 def table_line(role: Role, gpu_gib: float | None) -> str:

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 from pear_ray.config import Job
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 from pear_ray.tasks import make_tasks
 
 
@@ -25,12 +25,11 @@ def check_inputs(job: Job, stage: str) -> None:
         raise ConfigError("cooperate: missing; expected a section [cooperate] with a method")
     # Remote paths are checked when they are read.
     is_local = corpus.path is not None and "://" not in corpus.path
-    if is_local and not glob(os.path.expanduser(corpus.path or "")):
-        raise ConfigError(f"corpus.path: expected a file or folder that exists, got {corpus.path!r}")
-    if job.rl.replay is not None and not Path(job.rl.replay).is_dir():
-        raise ConfigError(
-            f"rl.replay: expected RUN/rl/rollouts of a run with rl.record, got {job.rl.replay!r}, which is no folder"
-        )
+    fits = not is_local or glob(os.path.expanduser(corpus.path or ""))
+    require(fits, "corpus.path", "a file or folder that exists", repr(corpus.path))
+    replay = job.rl.replay
+    expected = "RUN/rl/rollouts of a run with rl.record"
+    require(replay is None or Path(replay).is_dir(), "rl.replay", expected, f"{replay!r}, which is no folder")
     models = {"model.path": job.model.path}
     models |= {f"behavior.{source}.path": model.path for source, model in job.behavior.items()}
     models |= {f"evaluation.checkpoints.{n}": p for n, p in job.evaluation.checkpoints.items()}
@@ -41,16 +40,13 @@ def check_inputs(job: Job, stage: str) -> None:
 
 def check_model_folder(field: str, path: str) -> None:
     """Raise ConfigError if a folder has no config or tokenizer; leave hub names to the hub."""
-    looks_like_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
     folder = Path(path)
     if not folder.exists():
-        if looks_like_hub_name:
-            return
-        raise ConfigError(f"{field}: expected a folder that exists or a hub name, got {path!r}")
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{field}: expected a Hugging Face folder, got {path!r} without config.json")
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(
-            f"{field}: expected tokenizer.json and tokenizer_config.json beside config.json, got"
-            f" {path!r} without a tokenizer"
-        )
+        looks_like_hub_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+        require(looks_like_hub_name, field, "a folder that exists or a hub name", repr(path))
+        return
+    has_config = (folder / "config.json").exists()
+    require(has_config, field, "a Hugging Face folder", f"{path!r} without config.json")
+    has_tokenizer = any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    expected = "tokenizer.json and tokenizer_config.json beside config.json"
+    require(has_tokenizer, field, expected, f"{path!r} without a tokenizer")

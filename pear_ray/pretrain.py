@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from pear_ray.config import Job, Pretrain, TaskSpec
-from pear_ray.errors import ConfigError
+from pear_ray.errors import require
 from pear_ray.run import RunDir, connect
 from pear_ray.tasks import Demonstrator, make_tasks
 
@@ -27,11 +27,9 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     connect()
     sources = {"base": job.model, **job.behavior}
     models = {name: source.pretrain for name, source in sources.items() if source.pretrain}
-    if models and not isinstance(make_tasks(job.tasks)[0], Demonstrator):
-        raise ConfigError(
-            "tasks.0: expected a task that writes demonstrations, for the models with `pretrain`,"
-            f" got {job.tasks[0].name!r}"
-        )
+    fits = not models or isinstance(make_tasks(job.tasks)[0], Demonstrator)
+    expected = "a task that writes demonstrations, for the models with `pretrain`"
+    require(fits, "tasks.0", expected, repr(job.tasks[0].name))
     folder = run.folder / "pretrain"
     folder.mkdir(exist_ok=True)
     losses: dict[str, Any] = {}

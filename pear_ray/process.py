@@ -36,8 +36,7 @@ class LogContext(logging.Filter):
 
     def set(self, run: str | None, stage: str | None) -> None:
         """Set run and stage of the records to come."""
-        self.run = run
-        self.stage = stage
+        self.run, self.stage = run, stage
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the fields to a record."""
@@ -72,10 +71,8 @@ def prepare_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc reuse freed memory on CPUs instead of returning it to the system.
-
-    With glibc's defaults a vLLM engine maps each step's tensors anew, at 20 % of its speed.
-    """
+    """Let malloc reuse freed memory on CPUs instead of returning it to the system: with glibc's defaults a vLLM engine
+    maps each step's tensors anew, at 20 % of its speed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, MALLOC_THRESHOLD)

@@ -1,14 +1,13 @@
-"""Records that flow between the stages, in the order of the data flow.
+"""Records that flow between the stages, in the order of the data flow; those in Parquet have an Arrow schema, too.
 
 `_T` is the packed tokens of one rank's micro-batch, `_G` one problem's group of completions. Log-probabilities are
-natural logs in float32; `logprobs_T[t]` is the log-probability OF token t. Records written to Parquet have an Arrow
-schema, derived from their annotations.
+natural logs in float32; `logprobs_T[t]` is the log-probability OF token t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -22,8 +21,7 @@ Array = Sequence[Any] | np.ndarray
 def schema_of(record: type) -> pa.Schema:
     """Return the Arrow schema of a dataclass: one column per field, int32 and float32 numbers, lists for tuples, maps
     for dicts; `Annotated[..., pa.DataType]` overrides the type."""
-    hints = get_type_hints(record, include_extras=True)
-    return pa.schema([(column.name, _arrow_type(hints[column.name])) for column in fields(record)])
+    return pa.schema([(name, _arrow_type(hint)) for name, hint in get_type_hints(record, include_extras=True).items()])
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
@@ -42,14 +40,11 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 @dataclass(frozen=True)
 class Example:
-    """One offline trace: a conversation that ends with the assistant's message.
+    """One offline trace: a conversation that ends with the assistant's message. Made by the user or by `sample`, which
+    adds the sampler's token ids and log-probs for `score` to verify; read by `score`.
 
-    Made by the user or by `sample`, read by `score`. `sample` adds the sampler's token ids and log-probs, so that
-    `score` can verify that it computes the same.
-
-        Example(example_id="tutor-17", messages=({"role": "user", "content": "3 7 9 > 30 :"},
-                {"role": "assistant", "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}),
-                source="tutor", split="train", correct=True)
+        Example("tutor-17", messages=({"role": "user", "content": "3 7 9 > 30 :"}, {"role": "assistant",
+                "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}), source="tutor", split="train", correct=True)
     """
 
     example_id: str
@@ -63,18 +58,15 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example as token ids, or the reason why it was rejected ("" if it was not).
+    """An example as token ids, or the reason why it was rejected ("" if it was not); internal to `score`.
 
-    Internal to `score`. `response_ids` start with the first assistant message; in a multi-turn conversation they
-    include the other messages' tokens, and `trainable` marks the assistant's (None: all). `scorer` is the entry of
-    [behavior] whose model scores the row; it differs from `source` if a fallback replaces an unknown author. `content`
-    is a hash of the prompt, `digest` of the whole conversation.
+    `response_ids` start with the first assistant message; in a multi-turn conversation they include the other messages'
+    tokens, and `trainable` marks the assistant's (None: all). `scorer` is the entry of [behavior] whose model scores
+    the row: not `source` if a fallback replaces an unknown author. `content` is a hash of the prompt, `digest` of all.
 
-        TokenizedExample("tutor-17", source="tutor", scorer="tutor", split="train",
-                         split_is_given=False, correct=True, prompt_ids=(16, 20, 22, 2, 43, 3),
-                         response_ids=(11, 43, 5, ...), trainable=None,
-                         recorded_logprobs=(-0.51, ...), truncated=False, content=-46116860184,
-                         digest="9c1e...", reason="")
+        TokenizedExample("tutor-17", source="tutor", scorer="tutor", split="train", split_is_given=False, correct=True,
+            prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), trainable=None, truncated=False,
+            recorded_logprobs=(-0.51, ...), content=-46116860184, digest="9c1e...", reason="")
     """
 
     example_id: str
@@ -95,19 +87,18 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class ScoredExample:
-    """An example as token ids, with the log-probability that its author gave each response token.
+    """An example as token ids, with the log-probability that its author gave each response token. Made by `score`, read
+    by `sft`.
 
-    Made by `score`, read by `sft`. `behavior_logprobs` has one float32 per response token, 0 if `trainable` is false
-    (None: all are trainable). `logprobs_from` is "behavior" (computed here under the author's model), "reference"
-    (under a fallback for an unknown author) or "recorded" (supplied with the corpus and verified on a sample);
-    `recorded_gap` is the largest difference between recorded and computed log-probs, in nats, if both exist. `top_ids`
-    and `top_logprobs` hold the k likeliest tokens of each position, flattened, if the job requests them.
+    `behavior_logprobs` has one float32 per response token, 0 if `trainable` is false (None: all are trainable).
+    `logprobs_from` is "behavior" (computed here under the author's model), "reference" (under a fallback for an unknown
+    author) or "recorded" (supplied with the corpus and verified on a sample); `recorded_gap` is the largest difference
+    between recorded and computed log-probs, in nats, if both exist. `top_ids` and `top_logprobs` hold the k likeliest
+    tokens of each position, flattened, if the job requests them.
 
-        ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...),
-                      behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/tutor",
-                      source="tutor", tokenizer_digest="5f0c...", template_digest="a1b2...",
-                      split="train", correct=True, recorded_gap=2.4e-7, trainable=None,
-                      truncated=False, logprobs_from="behavior")
+        ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), source="tutor",
+            behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/tutor", tokenizer_digest="5f0c...",
+            template_digest="a1b2...", split="train", correct=True, recorded_gap=2.4e-7, logprobs_from="behavior")
     """
 
     example_id: str
@@ -130,12 +121,10 @@ class ScoredExample:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, with what its task needs to grade a completion.
+    """A prompt, with what its task needs to grade a completion. Made by a task, read by `sample`, `rl` and `evaluate`.
 
-    Made by a task, read by `sample`, `rl` and `evaluate`.
-
-        Problem("countdown-3-7-9-30", "countdown", ({"role": "user", "content": "3 7 9 > 30 :"},),
-                reference="3 7 9 > 30", split="train")
+    Problem("countdown-3-7-9-30", "countdown", ({"role": "user", "content": "3 7 9 > 30 :"},),
+            reference="3 7 9 > 30", split="train")
     """
 
     problem_id: str
@@ -208,14 +197,13 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """A sequence to train on: the common input of SFT and RL.
+    """A sequence to train on: the common input of SFT and RL. All arrays have one entry per token (prompt included), 0
+    for tokens that are not trainable.
 
     In SFT `sampled_logprobs` are the behavior policy's, and `coefficients` are 1, or negative for a wrong response; in
-    RL they are the engine's and the advantage. All arrays have one entry per token (prompt included), 0 for tokens that
-    are not trainable. `origin` is the corpus source or the problem id, for diagnostics only. For distillation
-    `teacher_ids` and `teacher_logprobs` are the behavior policy's k likeliest tokens of each position; for a KL penalty
-    `reference_logprobs` are the reference policy's log-probs of the same tokens. `from_demonstration` marks tokens of a
-    demonstration (None: none).
+    RL they are the engine's and the advantage. `origin` is the corpus source or the problem id, for diagnostics only.
+    For distillation `teacher_ids` and `teacher_logprobs` are the behavior policy's k likeliest tokens of each position;
+    for a KL penalty `reference_logprobs` are the reference policy's. `from_demonstration` marks demonstrations' tokens.
 
         TrainingSequence(token_ids=[16, 20, 3, 11, 1], trainable=[0, 0, 0, 1, 1], origin="tutor",
                          sampled_logprobs=[0, 0, 0, -0.7, -0.01], coefficients=[0, 0, 0, 1, 1])
@@ -244,14 +232,9 @@ class TrainingSequence:
         top_logprobs: Array | None = None,
         reference_logprobs: Array | None = None,
     ) -> TrainingSequence:
-        """Create the sequence of one prompt and one response.
-
-        `sampled_logprobs`, `reference_logprobs` and `response_trainable` (bool; default: all) have one entry per
-        response token; `top_ids` and `top_logprobs` have k per response token, flattened.
-
-        Raises:
-            ValueError: the number of log-probs differs from the number of response tokens.
-        """
+        """Create the sequence of one prompt and one response. `sampled_logprobs`, `reference_logprobs` and
+        `response_trainable` (bool; default: all) have one entry per response token, else ValueError; `top_ids` and
+        `top_logprobs` have k per response token, flattened."""
         num_prompt, num_response = len(prompt_ids), len(response_ids)
         trainable = np.zeros(num_prompt + num_response, dtype=bool)
         trainable[num_prompt:] = True if response_trainable is None else response_trainable
@@ -265,11 +248,9 @@ class TrainingSequence:
             padded[num_prompt:] = logprobs
             return np.where(trainable, padded, np.float32(0))
 
-        def top_k(values: Array | None, dtype: type) -> np.ndarray | None:
-            if values is None:
-                return None
+        def top_k(values: Array, dtype: type) -> np.ndarray:
             rows: np.ndarray = np.asarray(values, dtype).reshape(num_response, -1)
-            return np.concatenate([np.zeros((num_prompt, rows.shape[1]), dtype), rows])
+            return np.pad(rows, ((num_prompt, 0), (0, 0)))
 
         return cls(
             token_ids=np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)]),
@@ -277,20 +258,20 @@ class TrainingSequence:
             sampled_logprobs=masked(sampled_logprobs),
             coefficients=trainable.astype(np.float32) * coefficient,
             origin=origin,
-            teacher_ids=top_k(top_ids, np.int64),
-            teacher_logprobs=top_k(top_logprobs, np.float32),
+            teacher_ids=None if top_ids is None else top_k(top_ids, np.int64),
+            teacher_logprobs=None if top_logprobs is None else top_k(top_logprobs, np.float32),
             reference_logprobs=None if reference_logprobs is None else masked(reference_logprobs),
         )
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One rank's micro-batch: whole sequences end to end, with counts of the GLOBAL batch.
+    """One rank's micro-batch: whole sequences end to end, with counts of the GLOBAL batch. A loss returns sums over its
+    own tokens; the learner divides once by `num_trainable_tokens_global`.
 
-    `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts at 0 in each. A loss
-    returns sums over its own tokens; the learner divides once by `num_trainable_tokens_global`. `num_sequences_global`
-    counts sequences with a trainable token outside demonstrations; `num_demonstration_*_global` count those of
-    `from_demonstration_T`. `origins[s]` is the origin of sequence s.
+    `sequence_ids_T` numbers the sequences of this micro-batch from 0; `position_ids_T` restarts at 0 in each;
+    `origins[s]` is the origin of sequence s. `num_sequences_global` counts sequences with a trainable token outside
+    demonstrations; `num_demonstration_*_global` count those of `from_demonstration_T`.
 
         TrainingBatch(token_ids_T=[16, 3, 11, 1, 17, 3, 1], position_ids_T=[0, 1, 2, 3, 0, 1, 2],
                       sequence_ids_T=[0, 0, 0, 0, 1, 1, 1], trainable_T=[0, 0, 1, 1, 0, 0, 1], ...)
@@ -318,9 +299,9 @@ class Attempt:
     """A sampled answer of an evaluation, one row of RUN/evaluate/attempts.parquet. Token ids and log-probs (nats, per
     token) are kept for the first answer to each problem.
 
-        Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...",
-                correct=True, reward=1.0, num_tokens=13, finish_reason="stop", mean_logprob=-0.21,
-                note="", parts={"style_undo": 1.0}, response_ids=None, logprobs=None)
+        Attempt("sft", "countdown-3-7-9-30", "countdown", sample=3, text="undo 30 - 9 = ...", correct=True, reward=1.0,
+                num_tokens=13, finish_reason="stop", mean_logprob=-0.21, note="", parts={"style_undo": 1.0},
+                response_ids=None, logprobs=None)
     """
 
     checkpoint: str
@@ -339,7 +320,5 @@ class Attempt:
     logprobs: tuple[float, ...] | None
 
 
-EXAMPLE_SCHEMA = schema_of(Example)
-TOKENIZED_SCHEMA = schema_of(TokenizedExample)
-SCORED_SCHEMA = schema_of(ScoredExample)
-ATTEMPT_SCHEMA = schema_of(Attempt)
+EXAMPLE_SCHEMA, TOKENIZED_SCHEMA = schema_of(Example), schema_of(TokenizedExample)
+SCORED_SCHEMA, ATTEMPT_SCHEMA = schema_of(ScoredExample), schema_of(Attempt)

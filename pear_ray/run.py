@@ -33,7 +33,7 @@ from ray.util import metrics as prometheus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pear_ray.config import Job
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 from pear_ray.process import LOG_CONTEXT
 
 # Raised whenever a stage writes files that earlier versions of the package cannot read, or reads files that they did
@@ -113,8 +113,7 @@ class RunDir:
         try:
             with self._log_context(stage):
                 facts = function(self.job, self)
-        except ConfigError:
-            # Refused before any output: a corrected job may use the directory.
+        except ConfigError:  # Refused before any output: a corrected job may use the directory.
             self.forget(stage)
             raise
         seconds = round(time.time() - started, 3)
@@ -148,11 +147,9 @@ class RunDir:
 
     @contextmanager
     def resumable_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
-        """Yield a work directory that survives an interruption, for the next attempt to resume.
-
-        It is discarded if it was `made_from` other inputs, and on ConfigError. The subdirectory `name` of it replaces
-        `name` in the run directory if the block ends without an error.
-        """
+        """Yield a work directory that survives an interruption, for the next attempt to resume; it is discarded if it
+        was `made_from` other inputs, and on ConfigError. The subdirectory `name` of it replaces `name` in the run
+        directory if the block ends without an error."""
         target, partial = self.folder / name, self.folder / f"{name}.partial"
         made_from = json.loads(json.dumps(made_from))
         path = partial / MADE_FROM
@@ -197,28 +194,22 @@ class RunDir:
 
 @contextmanager
 def open_run(job: Job) -> Iterator[RunDir]:
-    """Lock the run directory of `job`, waiting while another process holds it.
-
-    Raises:
-        ConfigError: the directory belongs to another job, has an older layout, or cannot be made.
-        TimeoutError: another process held it for more than `run.wait_seconds`.
-    """
+    """Lock the run directory of `job`, waiting while another process holds it: raise TimeoutError after
+    `run.wait_seconds`, and ConfigError if it belongs to another job, has an older layout, or cannot be made."""
     folder = job.folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir: expected a folder that can be made, got {job.run.dir!r}: {error}") from error
-    lock = filelock.FileLock(folder / ".lock")
-    try:
+    lock, seconds = filelock.FileLock(folder / ".lock"), job.run.wait_seconds
+    with suppress(filelock.Timeout):
         lock.acquire(timeout=0)
-    except filelock.Timeout:
+    if not lock.is_locked:
         log.info("%s: locked by another process; waiting", folder)
-        try:
-            lock.acquire(timeout=job.run.wait_seconds)
-        except filelock.Timeout:
-            raise TimeoutError(
-                f"{folder}: still locked by another process after run.wait_seconds = {job.run.wait_seconds:.0f} s"
-            ) from None
+        with suppress(filelock.Timeout):
+            lock.acquire(timeout=seconds)
+    if not lock.is_locked:
+        raise TimeoutError(f"{folder}: still locked by another process after run.wait_seconds = {seconds:.0f} s")
     try:
         run = RunDir(job)
         if run.manifest["stages"]:
@@ -231,19 +222,15 @@ def open_run(job: Job) -> Iterator[RunDir]:
 
 def check_layout(path: Path, document: dict[str, Any], stages: str = "") -> None:
     """Raise ConfigError if a manifest or the facts of a scored corpus have an older layout."""
-    if document.get("layout") != LAYOUT:
-        again = stages or ", ".join(document.get("stages", {})) or "pipeline"
-        raise ConfigError(
-            f"{path}: expected layout {LAYOUT}, got that of another version of pear-ray: use another run.dir and run"
-            f" again: {again}"
-        )
+    again = stages or ", ".join(document.get("stages", {})) or "pipeline"
+    got = f"that of another version of pear-ray: use another run.dir and run again: {again}"
+    require(document.get("layout") == LAYOUT, str(path), f"layout {LAYOUT}", got)
 
 
 def check_same_job(job: Job, path: Path) -> None:
     """Raise ConfigError, with every key that differs, if `path` records another job."""
     document = json.loads(path.read_text())
-    with suppress(ValidationError):
-        # Keys that are new since then have their defaults.
+    with suppress(ValidationError):  # Keys that are new since then have their defaults.
         document = json.loads(Job(**document).model_dump_json())
     there, here = dict(flatten(document)), dict(flatten(json.loads(job.model_dump_json())))
     differing = [
@@ -279,10 +266,8 @@ def installed_versions() -> dict[str, str]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a new path beside `path`, renamed to `path` if the block ends without an error.
-
-    The name is unique: two processes may write the same file, and the last rename wins.
-    """
+    """Yield a new path beside `path`, renamed to `path` if the block ends without an error. The name is unique: two
+    processes may write the same file, and the last rename wins."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
@@ -316,20 +301,16 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def connect() -> None:
-    """Connect to the cluster of RAY_ADDRESS or on this machine, or start one.
-
-    Without a runtime environment: with one, Ray cannot use its prestarted workers, and each process starts two seconds
-    later. Secrets and caches (HF_TOKEN, HF_HOME) belong into the nodes' environment, because Ray stores and displays
-    runtime environments.
-    """
+    """Connect to the cluster of RAY_ADDRESS or on this machine, or start one."""
+    # Without a runtime environment: Ray stores and displays it (secrets like HF_TOKEN belong into that of the nodes)
+    # and could not use its prestarted workers, so that each process would start two seconds later.
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
 
 
 def set_job_status(message: str, **metadata: str) -> None:
     """Show `message` on the job's dashboard page and add `metadata` to the job, if the process is one of Ray's jobs."""
-    config = os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)
-    if config is None:
+    if (config := os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR)) is None:
         return
     connect()
     job_id = json.loads(config)["metadata"]["job_submission_id"]
@@ -342,8 +323,7 @@ def set_job_status(message: str, **metadata: str) -> None:
 
     try:
         asyncio.run(put_status())
-    except (RuntimeError, RayError) as error:
-        # A job that is being stopped accepts no status.
+    except (RuntimeError, RayError) as error:  # A job that is being stopped accepts no status.
         log.warning("job status %r could not be set: %s", message, error)
 
 

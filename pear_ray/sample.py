@@ -7,7 +7,7 @@ import logging
 from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +24,6 @@ from pear_ray.run import RunDir, atomic_folder, connect
 from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 
-if TYPE_CHECKING:
-    from pear_ray.data.tokenizer import Tokenizer
-
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +37,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     with (
         closing(Tracker(run.folder, "sample", job.tracking).rewind(0)) as tracker,
         RewardPool(job.tasks, job.rewards) as reward_pool,
-        EnginePool.from_job(job, job.model_path(sources[0]), log_event) as pool,
+        EnginePool(job, job.model_path(sources[0]), log_event) as pool,
         atomic_folder(run.folder / "sample") as folder,
     ):
         for number, source in enumerate(sources):
@@ -55,11 +52,8 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
 
 
 def sample_source(job: Job, source: str, pool: EnginePool, reward_pool: RewardPool) -> tuple[list[dict[str, Any]], int]:
-    """Return the example rows of one source and the number of completions they took.
-
-    Raises:
-        ConfigError: too few completions are correct.
-    """
+    """Return the example rows of one source and the number of completions they took; raise ConfigError if too few are
+    correct."""
     settings, path = job.corpus.sample, job.model_path(source)
     assert settings is not None
     num_examples = settings.num_examples[source]
@@ -81,26 +75,21 @@ def sample_source(job: Job, source: str, pool: EnginePool, reward_pool: RewardPo
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         completions = [completion for (completion,) in pool.generate(requests)]
-        pairs = [(p, c.text) for (_, p), c in zip(drawn, completions, strict=True)]
-        grades = reward_pool.grade(pairs)
+        grades = reward_pool.grade([(p, c.text) for (_, p), c in zip(drawn, completions, strict=True)])
         for (epoch, problem), completion, grade in zip(drawn, completions, grades, strict=True):
-            row = {
-                "example_id": f"{source}-{problem.problem_id}-{epoch}",
-                "messages": [*problem.messages, {"role": "assistant", "content": completion.text}],
-                "source": source,
-                "correct": True,
-                "response_ids": completion.token_ids,
-                "behavior_logprobs": completion.logprobs,
-            }
-            is_whole = completion.finish_reason == "stop"
-            if grade.correct and is_whole and keeps_token_ids(tokenizer, row):
+            if not grade.correct or completion.finish_reason != "stop":
+                continue
+            messages = [*problem.messages, {"role": "assistant", "content": completion.text}]
+            # A corpus is text: if it is tokenized into other ids than the sampled ones, the log-probs would be wrong.
+            if encode_conversation(tokenizer, messages).response_ids == list(completion.token_ids):
+                row = {
+                    "example_id": f"{source}-{problem.problem_id}-{epoch}",
+                    "messages": messages,
+                    "source": source,
+                    "correct": True,
+                    "response_ids": completion.token_ids,
+                    "behavior_logprobs": completion.logprobs,
+                }
                 rows.append(row)
         num_attempts += len(drawn)
     return rows[:num_examples], num_attempts
-
-
-def keeps_token_ids(tokenizer: Tokenizer, row: dict[str, Any]) -> bool:
-    """Return whether a row's text is tokenized into the sampled ids, since a corpus is text and log-probs of other
-    tokens would be wrong."""
-    encoded = encode_conversation(tokenizer, row["messages"])
-    return encoded.response_ids == list(row["response_ids"])

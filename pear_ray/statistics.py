@@ -20,13 +20,8 @@ def seed_of(*parts: object) -> int:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Return the unbiased probability that at least one of k samples is correct.
-
-    1 - C(n - c, k) / C(n, k), as a product that never overflows (arXiv 2107.03374, section 2.1).
-
-    Raises:
-        ValueError: not 0 <= c <= n, or not 1 <= k <= n.
-    """
+    """Return the unbiased probability that one of k samples or more is correct: 1 - C(n - c, k) / C(n, k), as a product
+    that never overflows (arXiv 2107.03374, section 2.1). Raise ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct: expected 0 to {num_samples}, got {num_correct}")
     if not 1 <= k <= num_samples:
@@ -38,25 +33,18 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 def pass_at_k_by_problem(num_samples: int, num_correct: np.ndarray, k: int) -> np.ndarray:
     """Return pass@k of each problem, float64 [problems], from `num_correct` int64 [problems]."""
-    table = np.array([pass_at_k(num_samples, c, k) for c in range(num_samples + 1)])
-    return table[num_correct]
+    return np.array([pass_at_k(num_samples, c, k) for c in range(num_samples + 1)])[num_correct]
 
 
 def bootstrap_interval(
     values: np.ndarray, seed: int, num_resamples: int = 2000, coverage: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of `values` [problems].
-
-    Raises:
-        ValueError: no value.
-    """
+    """Return the percentile bootstrap interval of the mean of `values` [problems]; raise ValueError if it is empty."""
     if len(values) == 0:
         raise ValueError("values: expected at least one, got none")
     # Not scipy.stats.bootstrap: it refuses a single value, and its ends differ in the last digit.
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(values), size=(num_resamples, len(values)))
-    means = values[draws].mean(axis=1)
-    low, high = np.quantile(means, [(1 - coverage) / 2, (1 + coverage) / 2])
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(num_resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - coverage) / 2, (1 + coverage) / 2])
     return float(low), float(high)
 
 
@@ -68,11 +56,7 @@ def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, float]:
 
 def mean_over_seeds(values: np.ndarray) -> dict[str, float]:
     """Return the mean of a few independent runs, its standard error and Student's 95 % interval: value, standard_error,
-    low, high.
-
-    Raises:
-        ValueError: fewer than two values.
-    """
+    low, high. Raise ValueError if there are fewer than two."""
     from scipy import stats  # Takes over a second to import.
 
     if len(values) < 2:
@@ -93,17 +77,14 @@ def overtraining(loss: float, lowest: float) -> str:
 def weight_summary(
     sums: Mapping[str, np.ndarray], num_tokens: int, clip_log_weight: tuple[float, float]
 ) -> dict[str, float | list[float] | dict[str, float]]:
-    """Return metrics of one step's importance weights, from `Weighted.weight_sums` over all micro-batches and ranks.
-
-    `effective_sample_size` is (sum w)^2 / (sum w^2) / tokens; quantiles come from a histogram of log-weights and are
-    exact to 1/120 of the clip range.
-    """
+    """Return metrics of one step's importance weights, from `Weighted.weight_sums` over all micro-batches and ranks:
+    `effective_sample_size` is (sum w)^2 / (sum w^2) / tokens, and quantiles are exact to 1/120 of the clip range."""
     mean_log_ratio = float(sums["log_ratio"]) / num_tokens
     variance = float(sums["log_ratio_squared"]) / num_tokens - mean_log_ratio**2
     weight, squared = float(sums["weight"]), float(sums["weight_squared"])
-    counts = np.asarray(sums["tokens_by_position"])
-    by_position = np.asarray(sums["weight_by_position"]) / np.maximum(counts, 1)
-    sources = [name.removeprefix("sequences/") for name in sums if name.startswith("sequences/")]
+    by_position = np.asarray(sums["weight_by_position"]) / np.maximum(np.asarray(sums["tokens_by_position"]), 1)
+    prefix = "sequences/"
+    num_sequences = {name.removeprefix(prefix): float(n) for name, n in sums.items() if name.startswith(prefix)}
     return {
         "effective_sample_size": weight**2 / squared / num_tokens if squared else 0.0,
         "weight_mean": weight / num_tokens,
@@ -113,9 +94,7 @@ def weight_summary(
         "weight_quantiles": histogram_quantiles(sums["weight_histogram"], clip_log_weight),
         "weight_by_position": [float(v) for v in by_position],
         "first_weight_by_source": {
-            source: float(sums[f"first_weight/{source}"]) / float(sums[f"sequences/{source}"])
-            for source in sources
-            if float(sums[f"sequences/{source}"]) > 0
+            source: float(sums[f"first_weight/{source}"]) / n for source, n in num_sequences.items() if n > 0
         },
     }
 

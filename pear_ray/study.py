@@ -16,7 +16,7 @@ import io
 import json
 import logging
 from collections import deque
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import ray
 
 from pear_ray import pipeline
 from pear_ray.config import Arm, Job, start_of
-from pear_ray.errors import ConfigError
+from pear_ray.errors import require
 from pear_ray.process import configure_logging
 from pear_ray.rank import predictors
 from pear_ray.run import RunDir, connect, open_run, write_json
@@ -41,10 +41,8 @@ WHEN = BEFORE, AFTER = "before RL", "after RL"
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Run every stage; raise ConfigError if there are fewer than two arms or two seeds."""
-    if len(job.study_arms) < 2:
-        raise ConfigError(f"arms: expected at least two to compare, got {len(job.study_arms)}")
-    if len(job.study.seeds) < 2:
-        raise ConfigError(f"study.seeds: expected at least two, got {list(job.study.seeds)}")
+    require(len(job.study_arms) >= 2, "arms", "at least two to compare", len(job.study_arms))
+    require(len(job.study.seeds) >= 2, "study.seeds", "at least two", list(job.study.seeds))
     plan = write_plan(job, run.folder / "study" / "plan.json")
     pipeline.prepare(job, run)
     run_cells(job)
@@ -60,17 +58,14 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
 
 
 def write_plan(job: Job, path: Path) -> dict[str, Any]:
-    """Write and return the plan of the study.
-
-    Plans with fewer arms or seeds that were written before are kept under `earlier`, oldest first.
-    """
+    """Write and return the plan of the study. Plans with fewer arms or seeds that were written before are kept under
+    `earlier`, oldest first."""
+    own_keys = {"sft", "rl", "cooperate"}
     plan: dict[str, Any] = {
         "hypothesis": job.study.hypothesis,
         "primary": f"pass@{min(job.evaluation.ks)} after RL, paired over seeds",
         "baseline": baseline_of(job),
-        "arms": {
-            arm.name: arm.model_dump(include={"sft", "rl", "cooperate"}, exclude_none=True) for arm in job.study_arms
-        },
+        "arms": {arm.name: arm.model_dump(include=own_keys, exclude_none=True) for arm in job.study_arms},
         "seeds": list(job.study.seeds),
     }
     plan, earlier = json.loads(json.dumps(plan)), []
@@ -91,19 +86,15 @@ def baseline_of(job: Job) -> str:
 
 
 def run_cells(job: Job) -> None:
-    """Train every arm with every seed.
-
-    Raises:
-        RayTaskError: a cell failed. The others resume when the study is run again.
-    """
+    """Train every arm with every seed; raise RayTaskError if one fails: the others resume when the study runs again."""
     connect()
     waiting = deque((arm, seed) for seed in job.study.seeds for arm in job.study_arms)
     running: dict[Any, str] = {}
     while waiting or running:
         while waiting and len(running) < job.study.max_parallel:
             arm, seed = waiting.popleft()
-            document = job.of_arm(arm, seed).model_dump()
-            running[run_cell.remote(document, arm.stages)] = f"{arm.name}@{seed}"
+            ref = run_cell.remote(job.of_arm(arm, seed).model_dump(), arm.stages)
+            running[ref] = f"{arm.name}@{seed}"
         finished, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_SECONDS)
         for ref in finished:
             name = running.pop(ref)
@@ -161,7 +152,12 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
         for (name, when, k), values in scores.items()
         if name != baseline
     ]
-    means = {when: np.array([scores[name, when, min(ks)].mean() for name in arms]) for when in WHEN}
+    before, after = (np.array([scores[name, when, min(ks)].mean() for name in arms]) for when in WHEN)
+    reversals = [
+        {"better_before": name, "better_after": other}
+        for (i, name), (j, other) in permutations(enumerate(arms), 2)
+        if before[i] > before[j] and after[i] < after[j]
+    ]
     primary = AFTER, f"pass@{min(ks)}"
     return {
         "seeds": list(job.study.seeds),
@@ -169,8 +165,8 @@ def compare(job: Job, folder: Path) -> dict[str, Any]:
         "arms": arms,
         "differences": differences,
         "primary": [row for row in differences if (row["when"], row["metric"]) == primary],
-        "spearman": predictors.spearman(means[BEFORE], means[AFTER]),
-        "reversals": reversals(list(arms), means[BEFORE], means[AFTER]),
+        "spearman": predictors.spearman(before, after),
+        "reversals": reversals,
     }
 
 
@@ -181,23 +177,13 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
 def mean_seconds(job: Job, folder: Path, arm: Arm) -> dict[str, float]:
     """Return the mean seconds of SFT and of the last stage, interrupted attempts included."""
-    homes = job.homes(folder)
-    seconds: dict[str, list[float]] = {stage: [] for stage in ("sft", arm.last_stage)}
-    for seed in job.study.seeds:
-        manifest = json.loads((homes[f"{arm.name}@{seed}"] / "manifest.json").read_text())
-        for stage, values in seconds.items():
-            entry = manifest["stages"].get(stage, {})
-            values.append(entry.get("seconds", 0.0) + entry.get("seconds_before", 0.0))
-    return {stage: float(np.mean(values)) for stage, values in seconds.items()}
-
-
-def reversals(names: list[str], before: np.ndarray, after: np.ndarray) -> list[dict[str, str]]:
-    """Return pairs of arms of which the one with the better mean before RL has the worse after."""
-    return [
-        {"better_before": names[i], "better_after": names[j]}
-        for i, j in permutations(range(len(names)), 2)
-        if before[i] > before[j] and after[i] < after[j]
-    ]
+    folders = [job.homes(folder)[f"{arm.name}@{seed}"] for seed in job.study.seeds]
+    manifests = [json.loads((home / "manifest.json").read_text())["stages"] for home in folders]
+    seconds = {}
+    for stage in ("sft", arm.last_stage):
+        entries = [stages.get(stage, {}) for stages in manifests]
+        seconds[stage] = float(np.mean([e.get("seconds", 0.0) + e.get("seconds_before", 0.0) for e in entries]))
+    return seconds
 
 
 def spreadsheet(found: dict[str, Any]) -> str:
@@ -207,9 +193,8 @@ def spreadsheet(found: dict[str, Any]) -> str:
     seeds = [f"seed {seed}" for seed in found["seeds"]]
     writer = csv.DictWriter(file, columns + seeds, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for name, arm in found["arms"].items():
-        for when in WHEN:
-            for metric, score in arm[when].items():
-                row = {"arm": name, "when": when, "metric": metric} | score
-                writer.writerow(row | dict(zip(seeds, score["by_seed"], strict=True)))
+    for (name, arm), when in product(found["arms"].items(), WHEN):
+        for metric, score in arm[when].items():
+            row = {"arm": name, "when": when, "metric": metric} | score
+            writer.writerow(row | dict(zip(seeds, score["by_seed"], strict=True)))
     return file.getvalue()

@@ -131,8 +131,7 @@ class Weights(Section):
     timeout_seconds: float = Field(300.0, gt=0)
     """Longest wait for a version."""
     full_every: int = Field(8, gt=0)
-    """One version in this many is published in full, the others as a delta if that is less than half the size; 1: all
-    in full."""
+    """One version in this many is published in full, the others as deltas if below half the size; 1: all in full."""
     max_logprob_gap: float = Field(0.1, gt=0)
     """`rl` stops if engine and learner disagree by more nats in the parity check."""
 

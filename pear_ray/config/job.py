@@ -1,12 +1,10 @@
-"""A job: one frozen section per table, one docstring per key.
-
-A job is a TOML file; `--section.key value` on the command line overrides it. Paths in a job are relative to the working
-directory of the command.
-"""
+"""A job: one frozen section per table, one docstring per key. Paths are relative to the working directory of the
+command."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +13,7 @@ from pydantic import Field, ValidationError
 from pear_ray.config.base import Section, describe, overridden
 from pear_ray.config.engines import Generator, Learner, Placement, Rewards, Weights
 from pear_ray.config.rl import Cooperate, Rl
-from pear_ray.config.sft import Corpus, Sft
+from pear_ray.config.sft import Corpus, Sft, Temperature
 from pear_ray.errors import ConfigError, require
 
 # The last training stage of an arm: its checkpoints are "after RL".
@@ -97,8 +95,7 @@ class Evaluation(Section):
     """Completions per problem."""
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 8), min_length=1)
     """Values of k in the reported pass@k."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
+    temperature: Temperature = 1.0
     checkpoints: dict[str, str] = Field({})
     """Further models to evaluate beside those of the run: name and Hugging Face folder."""
 
@@ -190,44 +187,30 @@ class Study(Section):
 
 
 class Job(Section):
-    """All sections."""
+    """All sections; the docstring of a table's class explains it."""
 
     run: Run
-    """The run directory and the seed."""
     model: Model
-    """The policy to train."""
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     """Problems for `sample`, `rl` and `evaluate`."""
     corpus: Corpus = Corpus()
-    """The offline traces."""
     behavior: dict[str, ModelSource] = Field({})
     """The model that wrote the rows of each `source`."""
     sft: Sft = Sft()
-    """Stage `sft`."""
     rl: Rl = Rl()
-    """Stage `rl`."""
     cooperate: Cooperate | None = None
     """Stage `cooperate`; if set, a job without arms runs `cooperate` instead of `rl`."""
     generator: Generator
-    """The vLLM engines."""
     learner: Learner = Learner()
-    """The DeepSpeed ranks."""
     weights: Weights = Weights()
-    """Weight transfer."""
     rewards: Rewards = Rewards()
-    """Reward workers."""
     evaluation: Evaluation = Evaluation()
-    """Stage `evaluate`."""
     rank: Ranking = Ranking()
-    """Stage `rank`."""
     tracking: Tracking = Tracking()
-    """Logs and metrics."""
     placement: Placement = Placement()
-    """Node labels of each role."""
     arms: tuple[Arm, ...] = ()
     """Arms of stages `pipeline` and `study`; without any, the job is the only one."""
     study: Study = Study()
-    """Stage `study`."""
 
     def _check(self) -> None:
         self._check_sources()
@@ -256,10 +239,8 @@ class Job(Section):
 
     def _check_sizes(self) -> None:
         rl, learner, generator = self.rl, self.learner, self.generator
-        expected = (
-            f"room for a sequence of generator.max_model_len {generator.max_model_len} on"
-            f" sequence_parallel {learner.sequence_parallel} ranks"
-        )
+        ranks = f"sequence_parallel {learner.sequence_parallel} ranks"
+        expected = f"room for a sequence of generator.max_model_len {generator.max_model_len} on {ranks}"
         fits = learner.tokens_per_pack >= generator.max_model_len
         require(fits, "learner.tokens_per_micro_batch", expected, learner.tokens_per_micro_batch)
         longest, buffer = generator.max_new_tokens, rl.overlong_buffer_tokens
@@ -321,13 +302,10 @@ class Job(Section):
     def homes(self, folder: Path) -> dict[str, Path]:
         """Return the output folders of training stages below a run directory, by the prefix of their checkpoints'
         labels: "" for the run itself, "pear" for an arm, "pear@3" for an arm with a seed of a study."""
-        arms = {arm.name: folder / "arms" / arm.name for arm in self.arms}
-        seeds = {
-            f"{arm.name}@{seed}": folder / "seeds" / str(seed) / arm.name
-            for seed in self.study.seeds
-            for arm in self.study_arms
-        }
-        return {"": folder} | arms | seeds
+        homes = {"": folder} | {arm.name: folder / "arms" / arm.name for arm in self.arms}
+        for seed, arm in product(self.study.seeds, self.study_arms):
+            homes[f"{arm.name}@{seed}"] = folder / "seeds" / str(seed) / arm.name
+        return homes
 
     def of_arm(self, arm: Arm, seed: int | None = None) -> Job:
         """Return the job of an arm, or of an arm with a seed of a study: in a run directory below this one, on this

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from pear_ray.config.base import Fraction, Section, by_type, describe, overridden
 from pear_ray.config.engines import Learner, Lora
-from pear_ray.config.sft import Optimizer, Schedule, Sft
+from pear_ray.config.sft import LearningRate, Optimizer, Schedule, Sft, Temperature
 from pear_ray.errors import ConfigError, require
 
 ClipRatio = Annotated[
@@ -67,8 +67,7 @@ class Rl(Optimizer):
     """Prompts per step."""
     group_size: int = Field(8, gt=1)
     """Completions per prompt."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
+    temperature: Temperature = 1.0
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Advantages from the rewards of a group."""
     loss: Annotated[PpoLoss | GspoLoss | CispoLoss | NftLoss, Field(discriminator="type"), by_type("ppo")] = PpoLoss()
@@ -101,10 +100,8 @@ class Rl(Optimizer):
     """Write every step's rollouts to RUN/rl/rollouts, as Parquet."""
     replay: str | None = None
     """Train on recorded rollouts of this folder, without engines."""
-    learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
+    learning_rate: LearningRate = 1e-6
     schedule: Schedule = "constant"
-    """Learning rate after the warm-up."""
 
     def _check(self) -> None:
         buffer = self.overlong_buffer_tokens
@@ -141,8 +138,7 @@ class AlternateMethod(Section):
 
     type: Literal["alternate"] = "alternate"
     frozen_frac: float = Field(0.0, ge=0, lt=1)
-    """Fraction of each parameter that the step on traces leaves alone: the elements that the step on rollouts moved
-    most (MIFO)."""
+    """Fraction of each parameter frozen in the step on traces: elements that the one on rollouts moved most (MIFO)."""
 
 
 class BridgeMethod(Mixture):
@@ -154,8 +150,7 @@ class BridgeMethod(Mixture):
     lora_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the adapters; by default ten times that of the weights."""
     meta_objective: bool = True
-    """Train the adapters on what the traces gain for RL; otherwise they train as the weights do, and there is no
-    shadow."""
+    """Train the adapters on what the traces gain for RL; else they train as the weights do, without a shadow."""
     refresh_steps: int = Field(0, ge=0)
     """Steps after which the shadow's weights are reset to the policy's; 0: never."""
     shadow_offload: Literal["none", "optimizer", "parameters"] = "none"

@@ -9,7 +9,9 @@ from pydantic import Field
 from pear_ray.config.base import Bounds, Fraction, Section, by_type
 from pear_ray.errors import require
 
-Schedule = Literal["cosine", "linear", "constant"]
+Temperature = Annotated[float, Field(gt=0, description="Sampling temperature.")]
+LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate.")]
+Schedule = Annotated[Literal["cosine", "linear", "constant"], Field(description="Learning rate after the warm-up.")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 CLIP_LOG_RATIO = {None: (-0.08, 0.3), "short_answers": (-0.5, 0.5)}
@@ -20,8 +22,7 @@ class CorpusSample(Section):
 
     num_examples: dict[str, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     """Correct completions to keep from each source of [behavior]."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature."""
+    temperature: Temperature = 1.0
     max_attempts_per_example: int = Field(20, gt=0)
     """Fail after this many completions per example to keep."""
 
@@ -79,8 +80,7 @@ class Corpus(Section):
     recorded_logprobs: Literal["probe", "ignore"] = "probe"
     """Use the log-probs in the rows if a sample of them agrees with the engine's, or always compute them anew."""
     probe_rows: int = Field(256, gt=0)
-    """Rows of each source that are scored in every way to compare: by the engine, by the trainer's forward pass, and as
-    recorded."""
+    """Rows of each source to score in every way and compare: by the engine, by the trainer, and as recorded."""
     max_logprob_gap: float = Field(0.1, gt=0)
     """`score` fails if two of these differ by more nats per token on average."""
     top_logprobs: int = Field(0, ge=0)
@@ -95,10 +95,8 @@ class Corpus(Section):
 class Optimizer(Section):
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
+    learning_rate: LearningRate
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(0.0, ge=0)
@@ -187,8 +185,7 @@ class Sft(Optimizer):
     normalize: Literal["none", "per_sequence", "per_batch"] = "none"
     """Scale the weights to mean 1 within each sequence, or over the tokens of each step."""
     control: Literal["none", "mean_weight", "shuffled", "centered"] = "none"
-    """Control experiments for PEAR: give every token the mean weight; permute the weights; subtract each trace's mean
-    log-ratio."""
+    """Control experiments for PEAR: mean weight everywhere; weights permuted; minus each trace's mean log-ratio."""
     sources: tuple[str, ...] = ()
     """Train and measure the held-out loss only on rows of these sources; empty: all."""
     negatives: bool = False
@@ -205,8 +202,7 @@ class Sft(Optimizer):
     """Optimizer steps between measurements of the held-out loss."""
     heldout_rows: int = Field(512, gt=0)
     """Largest number of held-out rows to measure."""
-    learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate."""
+    learning_rate: LearningRate = 1e-5
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:
