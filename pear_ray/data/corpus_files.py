@@ -31,6 +31,7 @@ ROWS_PER_BLOCK = 1024
 class CorpusFiles:
     """The files of one corpus, all of one kind; `digest` covers their names, sizes and times."""
 
+    path: str
     filesystem: AbstractFileSystem
     paths: tuple[str, ...]
     are_parquet: bool
@@ -89,7 +90,7 @@ def find_corpus_files(path: str) -> CorpusFiles:
     paths = parquet or lines
     require(paths, "corpus.path", f".parquet or one of {', '.join(JSON_SUFFIXES)}", f"{path} without such a file")
     facts = [(file, infos[file].get("size"), str(infos[file].get("mtime"))) for file in paths]
-    return CorpusFiles(filesystem, tuple(paths), bool(parquet), fingerprint(json.dumps(facts)))
+    return CorpusFiles(path, filesystem, tuple(paths), bool(parquet), fingerprint(json.dumps(facts)))
 
 
 def resolve_filesystem(path: str) -> tuple[AbstractFileSystem, str]:

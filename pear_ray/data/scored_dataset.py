@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def scan_dataset(folder: Path, row_filter: RowFilter) -> list[RowGroup]:
     top_k = next(filter(None, map(top_k_of_first_row, files)), 0) if row_filter.top_logprobs else 0
     with ThreadPoolExecutor(NUM_READERS) as pool:
         scanned = pool.map(lambda file: list(scan_file(file, row_filter, top_k)), files)
-        groups = list(chain.from_iterable(scanned))
+        groups = [group for in_file in scanned for group in in_file]
     present = sorted({source for group in groups for source in group.sources})
     unknown = sorted(set(row_filter.sources) - set(present))
     require(not unknown, "sft.sources", f"among {present} ({folder})", unknown)
@@ -136,8 +135,7 @@ def scan_file(path: Path, row_filter: RowFilter, top_k: int) -> Iterator[RowGrou
             raise ConfigError(f"{path}: expected readable pages: {error}") from error
         check_rows(path, table, row_filter, top_k)
         num_train, num_heldout = (int(row_filter.mask(table, s).sum()) for s in ("train", "heldout"))
-        sources = tuple(sorted(set(table.column("source").to_pylist())))
-        yield RowGroup(str(path), number, num_train, num_heldout, sources)
+        yield RowGroup(str(path), number, num_train, num_heldout, tuple(sorted(table["source"].unique().to_pylist())))
 
 
 def with_all_columns(table: pa.Table) -> pa.Table:
@@ -162,7 +160,7 @@ def check_rows(path: Path, table: pa.Table, row_filter: RowFilter, top_k: int) -
     for field, theirs, ours in zip(names[:2], digests, row_filter.digests, strict=True):
         reject(field, theirs != ours, theirs, f"{ours} (the model's)")
     reject("split", ~np.isin(splits, ["train", "heldout"]), splits, "'train' or 'heldout'")
-    reject("source", np.equal(sources, None), sources, "a name")
+    reject("source", pc.is_null(table.column("source")).to_numpy(), sources, "a name")
 
     lengths = {name: list_lengths(table.column(name)) for name in (*TOKEN_COLUMNS, "trainable", *TEACHER_COLUMNS)}
     for field in ("response_ids", "prompt_ids"):
@@ -231,16 +229,14 @@ def first_rows(groups: Sequence[RowGroup], row_filter: RowFilter, split: str, li
     return pa.concat_tables(tables).slice(0, limit) if tables else None
 
 
-def training_sequences(
-    table: pa.Table, negative_coefficient: float, with_teacher: bool = False
-) -> list[TrainingSequence]:
+def training_sequences(table: pa.Table, negative_coefficient: float, teacher: bool = False) -> list[TrainingSequence]:
     """Return rows as training sequences, wrong ones with coefficient `-negative_coefficient`; the teacher's top-k
-    log-probs are attached only `with_teacher`."""
+    log-probs are attached only if `teacher`."""
     table = with_all_columns(table)
     columns = [
         *(table.column(name).to_numpy() for name in TOKEN_COLUMNS),
         *(table.column(name).to_pylist() for name in ("correct", "source")),
-        *(table.column(name).to_numpy() for name in ("trainable", *(TEACHER_COLUMNS if with_teacher else ()))),
+        *(table.column(name).to_numpy() for name in ("trainable", *(TEACHER_COLUMNS if teacher else ()))),
     ]
     return [
         TrainingSequence.of(prompt, response, logprobs, -negative_coefficient if correct is False else 1.0, *others)

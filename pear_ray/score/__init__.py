@@ -19,7 +19,6 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,50 +28,42 @@ import ray.data
 
 from pear_ray.config import Job
 from pear_ray.data.corpus_files import CorpusFiles, find_corpus_files, read_corpus
-from pear_ray.errors import ConfigError
-from pear_ray.metrics import Tracker
-from pear_ray.ray_cluster import connect
-from pear_ray.run import LAYOUT, RunDir, installed_versions, write_json
-from pear_ray.score.checks import (
+from pear_ray.errors import ConfigError, require
+from pear_ray.run import LAYOUT, RunDir, connect, installed_versions, write_json
+from pear_ray.score.merge import (
     check_recorded_logprobs,
     check_rejected,
-    check_same_tokenizer,
-    check_trainer_gaps,
     compare_with_trainer,
+    merge_files,
+    merged_rejects,
 )
-from pear_ray.score.merge import MergeLogprobs, ScoreStats, merged_rejects
-from pear_ray.score.progress import Progress
-from pear_ray.score.scorer import Scorer, group_by_architecture
+from pear_ray.score.scorer import log_progress, run_scorers
 from pear_ray.score.shards import (
     ScoringPlan,
-    Shard,
     TokenizedFile,
-    all_shards,
+    logprobs_path,
     plan_scoring,
     tokenization_rejects,
     write_sorted,
 )
-from pear_ray.score.tokenize import TokenizeConfig, TokenizeRows
+from pear_ray.score.tokenize import TokenizeRows, check_same_tokenizer
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 256
 BYTES_PER_BLOCK = 16 * 2**20
-# Ray Data returns the results of a task together: one item per task, up to this many tasks.
-MAX_TASKS = 4096
 
 
 def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Score the corpus into RUN/scored; return the facts for the manifest."""
     digests = check_same_tokenizer(job)
-    path = job.corpus.path or str(run.folder / "sample")
-    files = find_corpus_files(path)
+    files = find_corpus_files(job.corpus.path or str(run.folder / "sample"))
     made_from = {"corpus": files.digest, "tokenizer": digests, "versions": installed_versions()}
     if not run.is_made_from("scored", made_from):
         connect()
         configure_ray_data(job)
         with run.resumable_folder("scored", made_from) as folder:
-            facts = score_corpus(job, run, files, path, folder, digests)
+            facts = score_corpus(job, run, files, folder, digests)
             write_json(folder / "scored" / "facts.json", {"layout": LAYOUT} | facts)
     facts = json.loads((run.folder / "scored" / "facts.json").read_text())
     log.info("score: %d of %d rows rejected", facts["rejected"], facts["rows"])
@@ -83,34 +74,24 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return facts
 
 
-def score_corpus(
-    job: Job, run: RunDir, files: CorpusFiles, path: str, folder: Path, digests: tuple[str, str]
-) -> dict[str, Any]:
+def score_corpus(job: Job, run: RunDir, files: CorpusFiles, folder: Path, digests: tuple[str, str]) -> dict[str, Any]:
     """Do the steps that are missing in the work directory `folder`; return the stage's facts."""
     tokenized = tokenize_corpus(job, files, folder)
     num_rows = sum(file.num_rows for file in tokenized)
-    if num_rows == 0:
-        raise ConfigError(f"corpus.path: expected at least one row, got none in {path}")
+    require(num_rows, "corpus.path", "at least one row", f"none in {files.path}")
     num_rejected = sum(file.num_rejected for file in tokenized)
-    check_rejected(job, path, num_rejected, num_rows, tokenization_rejects(folder, tokenized))
+    check_rejected(job, files.path, num_rejected, num_rows, tokenization_rejects(folder, tokenized))
 
     plan = plan_scoring(folder, tokenized, job.corpus.probe_rows)
     score_shards(job, run, folder, plan, tokenized)
     stats = merge_files(job, folder, plan, tokenized, digests)
-    check_rejected(job, path, stats.num_rejected, num_rows, merged_rejects(folder))
+    check_rejected(job, files.path, stats.num_rejected, num_rows, merged_rejects(folder))
     check_recorded_logprobs(job, stats)
 
-    gaps = compare_with_trainer(job, folder)
-    check_trainer_gaps(job, gaps)
+    calibration = compare_with_trainer(job, folder)
     with (folder / "scored" / "rejected.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in merged_rejects(folder))
-    no_probe = {"rows": 0, "tokens": 0}
-    return {
-        "rows": num_rows,
-        "rejected": stats.num_rejected,
-        "sources": stats.by_source(),
-        "calibration": {s: no_probe if gap is None else asdict(gap) for s, gap in gaps.items()},
-    }
+    return {"rows": num_rows, "rejected": stats.num_rejected, "sources": stats.by_source(), "calibration": calibration}
 
 
 def configure_ray_data(job: Job) -> None:
@@ -131,19 +112,15 @@ def tokenize_corpus(job: Job, files: CorpusFiles, folder: Path) -> list[Tokenize
         return [TokenizedFile.from_dict(document) for document in json.loads(done.read_text())]
     shutil.rmtree(folder / "tokenized", ignore_errors=True)
     (folder / "tokenized").mkdir()
-    tokenizer = TokenizeRows(job.model_path(), TokenizeConfig.from_job(job))
+    rows = TokenizeRows(job)
+    tokenize = rows.from_parquet if files.are_parquet else rows.from_json_lines
+    write_args = (folder, job.corpus.rows_per_part)
     try:
         written = (
             read_corpus(files, job.corpus.columns)
-            .map_batches(
-                tokenizer.from_parquet if files.are_parquet else tokenizer.from_json_lines,
-                batch_size=ROWS_PER_BATCH,
-                batch_format="pyarrow",
-            )
+            .map_batches(tokenize, batch_size=ROWS_PER_BATCH, batch_format="pyarrow")
             .sort("example_id")
-            .map_batches(
-                write_sorted, fn_args=(folder, job.corpus.rows_per_part), batch_size=None, batch_format="pyarrow"
-            )
+            .map_batches(write_sorted, fn_args=write_args, batch_size=None, batch_format="pyarrow")
             .take_all()
         )
     except ray.exceptions.RayTaskError as error:
@@ -159,60 +136,13 @@ def tokenize_corpus(job: Job, files: CorpusFiles, folder: Path) -> list[Tokenize
 
 
 def score_shards(job: Job, run: RunDir, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile]) -> None:
-    """Score every shard without log-probs, one architecture after the other."""
+    """Score every shard without log-probs."""
     (folder / "logprobs").mkdir(exist_ok=True)
-    shards = all_shards(tokenized)
-    missing = [shard for shard in shards if not shard.logprobs_path(folder).exists()]
+    shards = [shard for file in tokenized for shard in file.shards]
+    missing = [s for s in shards if not logprobs_path(folder, s.file, s.row_group, s.scorer).exists()]
     if len(missing) < len(shards):
         text = f"{len(shards) - len(missing)} of {len(shards)} shards were scored before"
         run.event("score", "resumed", text)
         log.info("score: %s", text)
-    with closing(Tracker(run.folder, "score", job.tracking).rewind(0)) as tracker:
-        num_rejected = sum(file.num_rejected for file in tokenized)
-        progress = Progress(run, tracker, missing, num_rejected)
-        for models in group_by_architecture(job):
-            of_models = [shard for shard in missing if shard.scorer in models]
-            if of_models:
-                progress.follow(run_scorers(job, folder, plan, models, of_models))
-
-
-def run_scorers(
-    job: Job, folder: Path, plan: ScoringPlan, models: dict[str, str], shards: list[Shard]
-) -> ray.data.Dataset:
-    """Return a lazy dataset of `ShardResult`; vLLM actors score the shards as it is consumed."""
-    settings = job.generator
-    items = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.scorer)]
-    return ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS)).map(
-        Scorer,
-        fn_constructor_args=(
-            folder, models, plan, job.model.dtype, settings, job.run.seed, job.corpus.top_logprobs
-        ),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=settings.min_engines,
-            max_size=settings.num_engines,
-            # Without it Ray 2.60 calls the engine from another thread than the constructor's, and on CPUs the number of
-            # threads is kept per thread.
-            enable_true_multi_threading=True,
-            max_concurrent_calls_per_actor=1,
-        ),
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_actor_gpus,
-        label_selector=job.placement.generators,
-    )  # fmt: skip
-
-
-def merge_files(
-    job: Job, folder: Path, plan: ScoringPlan, tokenized: Sequence[TokenizedFile], digests: tuple[str, str]
-) -> ScoreStats:
-    """Merge token ids and log-probs, file by file; return the statistics of all rows."""
-    for name in ("scored", "rejected", "probe"):
-        (folder / name).mkdir(exist_ok=True)
-    models = {source: job.model_path(source) for source in job.behavior}
-    items = [{"number": number, "name": file.name} for number, file in enumerate(tokenized)]
-    merged = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_TASKS)).map(
-        MergeLogprobs(folder, plan, models, digests)
-    )
-    stats = ScoreStats()
-    for row in merged.iter_rows():
-        stats.merge(json.loads(row["stats"]))
-    return stats
+    num_rejected = sum(file.num_rejected for file in tokenized)
+    log_progress(job, run, run_scorers(job, folder, plan, missing), missing, num_rejected)

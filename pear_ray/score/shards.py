@@ -1,18 +1,16 @@
-"""The tokenized corpus in shards, which are scored, stored and resumed as a whole.
-
-The work directory of the stage:
+"""The tokenized corpus in shards, which are scored, stored and resumed as a whole. The stage's work directory:
 
     tokenized/NAME.parquet              rows in the order of example_id, cut into row groups
-    logprobs/NAME-GROUP-SCORER.parquet  one shard: the rows of one scorer in a row group
+    logprobs/NAME-GROUP-SCORER.parquet  one shard: the rows of one scorer in a row group; done if it exists
     scored/part-NUMBER.parquet  rejected/  probe/    both merged, file by file
 
-A shard is done if its log-probs exist. Which rows an engine sees together depends on the corpus only, never on
-interruptions, so the output is bit-identical after any crash.
+Which rows an engine sees together depends on the corpus only, so the output is bit-identical after any crash.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,35 +23,25 @@ import pyarrow.parquet as pq
 
 from pear_ray.data.tokenizer import fingerprint
 from pear_ray.run import atomic_write
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 
+# Ray Data returns the results of a task together: one item per task, up to this many tasks.
+MAX_TASKS = 4096
 LEAKED = "split: expected 'heldout', as in other rows of this prompt, got 'train'"
-LOGPROBS_SCHEMA = pa.schema(
-    [
-        ("row", pa.int32()),
-        ("logprobs", pa.list_(pa.float32())),
-        ("top_ids", pa.list_(pa.int32())),
-        ("top_logprobs", pa.list_(pa.float32())),
-    ]
-)
+FLOATS, IDS = pa.list_(pa.float32()), pa.list_(pa.int32())
+LOGPROBS_SCHEMA = pa.schema({"row": pa.int32(), "logprobs": FLOATS, "top_ids": IDS, "top_logprobs": FLOATS})
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The usable rows of one scorer in one row group of a tokenized file.
-
-    Shard("3f0c", row_group=2, scorer="tutor", num_rows=391, num_tokens=80122)
-    """
+    """The usable rows of one scorer in one row group of a tokenized file. Example: Shard("3f0c", row_group=2,
+    scorer="tutor", num_rows=391, num_tokens=80122)."""
 
     file: str
     row_group: int
     scorer: str
     num_rows: int
     num_tokens: int
-
-    def logprobs_path(self, folder: Path) -> Path:
-        """Return the path of the shard's log-probs."""
-        return logprobs_path(folder, self.file, self.row_group, self.scorer)
 
 
 @dataclass(frozen=True)
@@ -70,39 +58,30 @@ class TokenizedFile:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> TokenizedFile:
         """Return the file that `asdict` and JSON made a dict of."""
-        shards = tuple(Shard(**shard) for shard in document["shards"])
-        return cls(**{**document, "shards": shards})
+        return cls(**{**document, "shards": tuple(Shard(**shard) for shard in document["shards"])})
 
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Which rows are rejected, scored, and part of the probe.
-
-    `probe_fractions` is the share of each scorer's rows in the probe; `leaked_prompts` are the contents (hashes) of
-    held-out prompts that also occur in training rows.
-    """
+    """Which rows are rejected, scored, and part of the probe. `probe_fractions` is the share of each scorer's rows in
+    the probe; `leaked_prompts` are the contents (hashes) of held-out prompts that also occur in training rows."""
 
     probe_fractions: Mapping[str, float]
     leaked_prompts: frozenset[int]
 
     def reject_reasons(self, table: pa.Table) -> list[str]:
         """Return why each row is rejected, "" if it is not."""
-        reasons = table.column("reason").to_pylist()
-        if self.leaked_prompts:
-            columns = (table.column(name).to_pylist() for name in ("split", "content"))
-            for row, (split, content) in enumerate(zip(*columns, strict=True)):
-                if not reasons[row] and split == "train" and content in self.leaked_prompts:
-                    reasons[row] = LEAKED
-        return reasons
+        columns = (table.column(name).to_pylist() for name in ("reason", "split", "content"))
+        return [
+            LEAKED if not reason and split == "train" and content in self.leaked_prompts else reason
+            for reason, split, content in zip(*columns, strict=True)
+        ]
 
     def in_probe(self, table: pa.Table) -> np.ndarray:
         """Return which rows are in the probe, bool [rows]; the draw depends on example_id only."""
-        columns = (table.column(name).to_pylist() for name in ("example_id", "scorer"))
-        drawn = [
-            seed_of("probe", example_id) < self.probe_fractions.get(scorer, 0) * 2**31
-            for example_id, scorer in zip(*columns, strict=True)
-        ]
-        return np.array(drawn, dtype=bool)
+        limits = [self.probe_fractions.get(scorer, 0) * 2**31 for scorer in table.column("scorer").to_pylist()]
+        draws = [seed_of("probe", example_id) for example_id in table.column("example_id").to_pylist()]
+        return np.array(draws) < np.array(limits)
 
     def to_score(self, table: pa.Table) -> np.ndarray:
         """Return which rows an engine scores, bool [rows]: not recorded, or in the probe."""
@@ -113,32 +92,28 @@ class ScoringPlan:
 
 def plan_scoring(folder: Path, files: Sequence[TokenizedFile], probe_rows: int) -> ScoringPlan:
     """Return a plan with about `probe_rows` rows per scorer in the probe."""
-    totals: dict[str, int] = {}
-    for shard in all_shards(files):
-        totals[shard.scorer] = totals.get(shard.scorer, 0) + shard.num_rows
+    totals: Counter[str] = Counter()
+    for file in files:
+        for shard in file.shards:
+            totals[shard.scorer] += shard.num_rows
     fractions = {scorer: min(1.0, probe_rows / total) for scorer, total in totals.items()}
     # Drawn splits depend on the prompt alone; only given ones can leak.
     if not any(file.has_given_splits for file in files):
         return ScoringPlan(fractions, frozenset())
 
-    def prompts(split: str, among: np.ndarray | None = None) -> np.ndarray:
-        found = [np.empty(0, np.int64)]
-        for file in files:
-            path = tokenized_path(folder, file.name)
-            table = pq.read_table(path, columns=["content"], filters=[("split", "==", split)])
-            values = np.unique(table.column("content").drop_null().to_numpy())
-            found.append(values if among is None else np.intersect1d(values, among))
-        return np.unique(np.concatenate(found))
+    def prompts(selected: pc.Expression) -> pa.Array:
+        paths = [str(tokenized_path(folder, file.name)) for file in files]
+        table = pq.ParquetDataset(paths, filters=selected).read(columns=["content"])
+        return table.column("content").drop_null().unique()
 
-    leaked = prompts("train", among=prompts("heldout"))
-    return ScoringPlan(fractions, frozenset(leaked.tolist()))
+    heldout = prompts(pc.field("split") == "heldout")
+    leaked = prompts((pc.field("split") == "train") & pc.field("content").isin(heldout))
+    return ScoringPlan(fractions, frozenset(leaked.to_pylist()))
 
 
 def write_sorted(block: pa.Table, folder: Path, rows_per_shard: int) -> pa.Table:
-    """Write a block of rows as a tokenized file and return it as one row, JSON in column `file`.
-
-    No other block has rows with the same ids.
-    """
+    """Write a block of rows as a tokenized file and return it as one row, JSON in column `file`. No other block has
+    rows with the same ids."""
     if not block.num_rows:
         return pa.table({"file": pa.array([], pa.string())})
     block = reject_repeats(block.combine_chunks())
@@ -174,27 +149,21 @@ def reject_repeats(block: pa.Table) -> pa.Table:
 def cut_shards(rows: pa.Table, file: str, row_group: int) -> Iterator[Shard]:
     """Yield the shards of one row group, in the order of their scorers."""
     usable = rows.filter(pc.equal(rows.column("reason"), ""))
-    lengths = pc.add(
-        pc.list_value_length(usable.column("prompt_ids")), pc.list_value_length(usable.column("response_ids"))
-    )
-    table = pa.table({"scorer": usable.column("scorer"), "tokens": lengths})
+    table = pa.table({"scorer": usable.column("scorer"), "tokens": sequence_lengths(usable)})
     totals = table.group_by("scorer").aggregate([([], "count_all"), ("tokens", "sum")])
     for row in totals.sort_by("scorer").to_pylist():
         yield Shard(file, row_group, row["scorer"], row["count_all"], row["tokens_sum"])
 
 
-def all_shards(files: Sequence[TokenizedFile]) -> list[Shard]:
-    """Return all shards in the order of their rows."""
-    return [shard for file in files for shard in file.shards]
+def sequence_lengths(rows: pa.Table) -> pa.ChunkedArray:
+    """Return the number of tokens of each row."""
+    return pc.add(*(pc.list_value_length(rows.column(name)) for name in ("prompt_ids", "response_ids")))
 
 
 def tokenization_rejects(folder: Path, files: Sequence[TokenizedFile]) -> Iterator[dict[str, str]]:
     """Yield example_id and reason of the rows that tokenization rejected."""
-    for file in files:
-        if file.num_rejected:
-            path, columns = tokenized_path(folder, file.name), ["example_id", "reason"]
-            table = pq.read_table(path, columns=columns, filters=[("reason", "!=", "")])
-            yield from table.to_pylist()
+    for path in (tokenized_path(folder, file.name) for file in files if file.num_rejected):
+        yield from pq.read_table(path, columns=["example_id", "reason"], filters=[("reason", "!=", "")]).to_pylist()
 
 
 def tokenized_path(folder: Path, name: str) -> Path:

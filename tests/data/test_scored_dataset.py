@@ -189,7 +189,7 @@ def test_values_under_a_null_list_are_ignored():
 
 
 def sequence_of(**changes):
-    (sequence,) = training_sequences(table_of(row("a", **changes)), 0.1, with_teacher=True)
+    (sequence,) = training_sequences(table_of(row("a", **changes)), 0.1, teacher=True)
     return sequence
 
 

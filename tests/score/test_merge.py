@@ -12,7 +12,15 @@ import pytest
 
 from pear_ray.records import SCORED_SCHEMA, TOKENIZED_SCHEMA
 from pear_ray.score.merge import MergeLogprobs, ScoreStats
-from pear_ray.score.shards import LEAKED, ScoringPlan, TokenizedFile, tokenized_path, write_logprobs, write_sorted
+from pear_ray.score.shards import (
+    LEAKED,
+    ScoringPlan,
+    TokenizedFile,
+    logprobs_path,
+    tokenized_path,
+    write_logprobs,
+    write_sorted,
+)
 
 MODELS = {scorer: f"models/{scorer}" for scorer in ("tutor", "coder")}
 DIGESTS = ("vocabulary", "template")
@@ -61,7 +69,7 @@ def store(folder, rows, scores, rows_per_shard=2):
         ]
         if found:
             # Engines score short rows first: positions are in any order.
-            write_logprobs(shard.logprobs_path(folder), found[::-1])
+            write_logprobs(logprobs_path(folder, shard.file, shard.row_group, shard.scorer), found[::-1])
     return file.name
 
 
@@ -286,7 +294,7 @@ def test_stats_are_merged_over_files(folder):
         assert stats.num_rejected == 1
         assert stats.by_source() == expected
         # Merged statistics can be merged again.
-        assert stats_of(json.loads(json.dumps(stats.to_dict()))).by_source() == expected
+        assert stats_of(json.loads(json.dumps(vars(stats)))).by_source() == expected
 
 
 def test_repeated_merge_writes_the_same_bytes(folder):

@@ -155,7 +155,7 @@ def test_prompt_and_response_columns(make_tokenizer):
 
 def test_default_source(make_tokenizer):
     rows = (row(source=None), row(source=""), row(source="coder"))
-    found = usable(from_json(make_tokenizer(default_source="tutor"), *rows))
+    found = usable(from_json(make_tokenizer(source="tutor"), *rows))
     assert [one["source"] for one in found] == ["tutor", "tutor", "coder"]
     assert [one["scorer"] for one in found] == ["tutor", "tutor", "coder"]
 
@@ -172,10 +172,10 @@ def test_fallback_scorer_ignores_recorded_logprobs(make_tokenizer):
     assert found["reason"].startswith("source: expected an entry of [behavior]")
 
 
-@pytest.mark.parametrize("truncates", [False, True])
-def test_row_that_fills_the_context_is_kept_whole(make_tokenizer, truncates):
+@pytest.mark.parametrize("on_overlength", ["reject", "truncate"])
+def test_row_that_fills_the_context_is_kept_whole(make_tokenizer, on_overlength):
     exact = row(messages=turns("w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"))
-    (found,) = usable(from_json(make_tokenizer(truncates=truncates), exact))
+    (found,) = usable(from_json(make_tokenizer(on_overlength=on_overlength), exact))
     assert len(found["prompt_ids"] + found["response_ids"]) == 12
     assert found["response_ids"][-1] == END and not found["truncated"]
 
@@ -187,7 +187,7 @@ def test_truncation_cuts_all_columns(make_tokenizer, limit, has_more):
     num_response = 7 if has_more else 3
     long = row(messages=messages, behavior_logprobs=[-n / 8 for n in range(num_response)])
     (whole,) = usable(from_json(make_tokenizer(), long))
-    (found,) = usable(from_json(make_tokenizer(max_model_len=limit, truncates=True), long))
+    (found,) = usable(from_json(make_tokenizer(max_model_len=limit, on_overlength="truncate"), long))
     num_kept = min(num_response, limit - 2)
     assert found["truncated"] == (num_kept < num_response)
     assert found["prompt_ids"] == whole["prompt_ids"]
@@ -198,7 +198,7 @@ def test_truncation_cuts_all_columns(make_tokenizer, limit, has_more):
 
 
 def test_recorded_ids_are_compared_before_truncation(make_tokenizer):
-    cut = make_tokenizer(max_model_len=5, truncates=True)
+    cut = make_tokenizer(max_model_len=5, on_overlength="truncate")
     rows = (row(response_ids=[7, 8, END]), row(response_ids=[7, 8]))
     found = from_json(cut, *rows)
     assert [one["response_ids"] for one in found] == [[7, 8], []]
@@ -240,7 +240,7 @@ def test_recorded_logprobs_may_be_integers_or_rounded_above_zero(make_tokenizer)
 def test_ignored_recorded_logprobs_are_not_validated(make_tokenizer):
     recorded = [[-1.0, -1.0, -1.0], [math.nan], [10**400]]
     rows = [row(behavior_logprobs=values) for values in recorded]
-    found = usable(from_json(make_tokenizer(keeps_recorded=False), *rows))
+    found = usable(from_json(make_tokenizer(recorded_logprobs="ignore"), *rows))
     assert [one["recorded_logprobs"] for one in found] == [None, None, None]
 
 

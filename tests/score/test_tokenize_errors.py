@@ -107,7 +107,7 @@ BAD_VALUES = {
     "too long a prompt": (
         {"messages": turns("w1 " * 12, "w2")},
         "messages: expected fewer than generator.max_model_len = 12 tokens before the first answer, got 12",
-        {"truncates": True},
+        {"on_overlength": "truncate"},
     ),
     "other ids": ({"response_ids": [7, 8, 2]}, OTHER_IDS),
     "ids without an end": ({"response_ids": [7, 8]}, OTHER_IDS),
