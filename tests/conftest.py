@@ -149,8 +149,9 @@ def engine_of(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[Ca
     """vLLM engines of the tied and of the untied model, each in its own process. They start slowly, so each starts once
     and serves model after model."""
     from pear_ray.config import Generator as Settings
-    from pear_ray.engines.engine_factory import VllmEngineFactory
+    from pear_ray.config import Job
     from pear_ray.engines.engine_pool import EnginePool
+    from pear_ray.weights.fetch import WeightCache
 
     settings = Settings(
         max_new_tokens=24,
@@ -164,8 +165,14 @@ def engine_of(ray_session: None, tiny_model: Callable[..., Path]) -> Iterator[Ca
 
         @cache
         def engine(tied: bool) -> EnginePool:
-            factory = VllmEngineFactory("float32", settings, seed=0)
-            pool = EnginePool(factory, str(tiny_model(tied)), settings, log_event=lambda kind, text: None)
+            path = str(tiny_model(tied))
+            job = Job(
+                run={"dir": "unused", "seed": 0},
+                model={"path": path, "dtype": "float32"},
+                generator=settings,
+                tasks=[{"name": "countdown"}],
+            )
+            pool = EnginePool(job, path, lambda kind, text: None, WeightCache)
             return started.enter_context(pool)
 
         yield engine

@@ -9,7 +9,6 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,29 +20,25 @@ import ray
 from torch import Tensor
 
 from pear_ray.engines.generator import Generator, Request, ScoreRequest
-from pear_ray.weights.adapters import AdapterCache
 from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import WeightVersion
 
 log = logging.getLogger(__name__)
 
+MakeCache = Callable[[], WeightCache]
 # Results that finish within this time of each other share one poll.
 COALESCE_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
 class WeightUpdateResult:
-    """A weight version that an engine has loaded.
-
-    Generation goes on during `fetch_seconds` and `prepare_seconds` and stops for `pause_seconds`. `parity_logprobs` are
-    the engine's log-probs of each parity request, float32 [tokens].
-    """
+    """A weight version that an engine has loaded. Generation stops only for `pause_seconds`."""
 
     version: int
     fetch_seconds: float
     prepare_seconds: float
     pause_seconds: float
-    parity_logprobs: tuple[np.ndarray, ...]
+    parity_logprobs: tuple[np.ndarray, ...]  # of each parity request, float32 [tokens]
 
 
 @dataclass(frozen=True)
@@ -56,18 +51,9 @@ class PollResult:
 
 @ray.remote(num_cpus=0)
 class EngineActor:
-    """Runs one engine in a thread of its own and exits if it fails or hangs for `timeout_seconds`.
+    """Runs one engine in a thread of its own and exits if it fails or hangs for `timeout_seconds`."""
 
-    `make_engine()` runs in the thread that steps the engine: vLLM on CPUs keeps its number of OpenMP threads for each
-    calling thread.
-    """
-
-    def __init__(
-        self,
-        make_engine: Callable[[], Generator],
-        make_cache: Callable[[], WeightCache | AdapterCache],
-        timeout_seconds: float,
-    ) -> None:
+    def __init__(self, make_engine: Callable[[], Generator], make_cache: MakeCache, timeout_seconds: float) -> None:
         # The blocking ray.get of a weight fetch runs in a thread, not in the event loop.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._cache = make_cache()
@@ -75,7 +61,7 @@ class EngineActor:
         # Actions for the engine thread, which runs them between two steps.
         self._inbox: queue.SimpleQueue[Callable[[Generator], None]] = queue.SimpleQueue()
         # Requests for weights that are not loaded yet.
-        self._held: deque[tuple[str, Request]] = deque()
+        self._held: list[tuple[str, Request]] = []
         self._finished: list[tuple[str, Any]] = []
         self._is_idle = True
         self._idle_seconds = 0.0
@@ -86,11 +72,7 @@ class EngineActor:
         threading.Thread(target=self._run_engine, args=(make_engine,), daemon=True).start()
 
     async def ready(self) -> str:
-        """Wait until the engine has started; return the id of its node. Must be called first.
-
-        Raises:
-            Exception: the engine failed to start.
-        """
+        """Return the id of the node once the engine has started, or raise as it did. Must be called first."""
         self._loop = asyncio.get_running_loop()
         await asyncio.wrap_future(self._started)
         return ray.get_runtime_context().get_node_id()
@@ -114,11 +96,8 @@ class EngineActor:
     async def update_weights(
         self, versions: Sequence[WeightVersion], parity_requests: Sequence[ScoreRequest], timeout_seconds: float
     ) -> WeightUpdateResult:
-        """Load the last of `versions`, each of which may be a delta from the one before.
-
-        Generation goes on while the weights are fetched and prepared, and pauses for the swap; unfinished completions
-        continue with the new weights.
-        """
+        """Load the last of `versions`, each of which may be a delta from the one before. Generation goes on while they
+        are fetched and prepared; unfinished completions continue with the new weights."""
         started = time.perf_counter()
         newest = versions[-1].version
         tensors = await asyncio.to_thread(self._fetch, versions, timeout_seconds)
@@ -135,7 +114,6 @@ class EngineActor:
         return WeightUpdateResult(newest, fetched - started, prepared - fetched, pause_seconds, logprobs)
 
     def _fetch(self, versions: Sequence[WeightVersion], timeout_seconds: float) -> dict[str, Tensor]:
-        """Fetch the last version, after its base version if the cache lacks that."""
         *earlier, newest = versions
         if earlier and newest.base_version not in (None, self._cache.version):
             self._cache.fetch(earlier[0], timeout_seconds)
@@ -146,7 +124,6 @@ class EngineActor:
         await self._between_steps(lambda engine: engine.load_folder(path, version))
 
     async def _between_steps(self, action: Callable[[Generator], Any]) -> Any:
-        """Run `action` in the engine thread, then add the held requests."""
         done: Future[Any] = Future()
 
         def act(engine: Generator) -> None:
@@ -154,20 +131,19 @@ class EngineActor:
                 done.set_result(action(engine))
             except Exception as error:  # of the engine; the caller handles it
                 done.set_exception(error)
-            held, self._held = list(self._held), deque()
+            held, self._held = self._held, []
             self._add_all(engine, held)
 
         self._inbox.put(act)
         return await asyncio.wrap_future(done)
 
     def _run_engine(self, make_engine: Callable[[], Generator]) -> None:
-        """Build the engine and step it forever; the target of its thread."""
+        # Built in the thread that steps it: vLLM on CPUs keeps its number of OpenMP threads for each calling thread.
         try:
             with self._watchdog():
                 engine = self._engine = make_engine()
         except BaseException as error:  # vLLM may raise SystemExit; `ready` raises all of them
-            is_plain = isinstance(error, Exception)
-            self._started.set_exception(error if is_plain else RuntimeError(repr(error)))
+            self._started.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             return
         self._started.set_result(None)
         try:
@@ -180,7 +156,6 @@ class EngineActor:
 
     @contextmanager
     def _watchdog(self) -> Iterator[None]:
-        """Exit the process with a traceback if the block hangs."""
         faulthandler.dump_traceback_later(self._timeout_seconds, exit=True)
         try:
             yield
@@ -188,13 +163,12 @@ class EngineActor:
             faulthandler.cancel_dump_traceback_later()
 
     def _exit(self, reason: str) -> NoReturn:
-        """Exit the process, so that the pool replaces the engine."""
+        # The pool replaces the engine.
         log.exception(reason)
         logging.shutdown()
         os._exit(1)
 
     def _run_actions(self, engine: Generator) -> None:
-        """Run all actions of the inbox; wait for one while the engine is idle."""
         while engine.is_idle or not self._inbox.empty():
             began = time.perf_counter()
             action = self._inbox.get()
@@ -213,10 +187,7 @@ class EngineActor:
                 self._report([(key, error)], engine.is_idle)
 
     def _score(self, engine: Generator, parity_requests: Sequence[ScoreRequest]) -> tuple[np.ndarray, ...]:
-        """Return the log-probs of `parity_requests`, scored before new requests are added.
-
-        Otherwise the engine's batches would depend on when messages arrive.
-        """
+        # Before new requests are added: otherwise the engine's batches would depend on when messages arrive.
         keys = [f"parity-{number}" for number in range(len(parity_requests))]
         for key, request in zip(keys, parity_requests, strict=True):
             engine.add(key, request)
@@ -228,7 +199,6 @@ class EngineActor:
         return tuple(logprobs[key] for key in keys)
 
     def _report(self, finished: Sequence[tuple[str, Any]], is_idle: bool) -> None:
-        """Hand results from the engine thread to the event loop."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._record, finished, is_idle)
 

@@ -1,7 +1,5 @@
-"""A pool of vLLM engine actors with least-loaded dispatch, replacement and autoscaling.
-
-Engines that die or whose node drains are replaced, and their unfinished requests resubmitted.
-"""
+"""A pool of vLLM engine actors with least-loaded dispatch, autoscaling, and replacement of engines that die or whose
+node drains."""
 
 from __future__ import annotations
 
@@ -10,54 +8,77 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 
-from pear_ray.config import Generator as Settings
 from pear_ray.config import Job
-from pear_ray.engines.engine_actor import WeightUpdateResult
-from pear_ray.engines.engine_factory import EngineHandle, InFlight, MakeCache, VllmEngineFactory
-from pear_ray.engines.generator import Request, ScoreRequest, same_architecture
+from pear_ray.engines.engine_actor import EngineActor, MakeCache, WeightUpdateResult
+from pear_ray.engines.generator import Generator, Request, ScoreRequest, same_architecture
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import WeightVersion
 
-# Longest time an engine holds a poll open without results, in seconds.
-POLL_SECONDS = 10.0
-# An engine counts as dead if a poll is overdue by its timeouts and this.
-GRACE_SECONDS = 30.0
-# A request is not resubmitted after this number of engines died with it in flight.
-MAX_ATTEMPTS = 20
-# An engine beyond `min_engines` is stopped after the pool was idle this long.
-IDLE_SECONDS = 60.0
-# Spot nodes drain with a notice of 30 to 120 s.
-DRAIN_CHECK_SECONDS = 2.0
-# Consecutive deaths of engines that had not finished a request.
-MAX_DEATHS = 5
+POLL_SECONDS = 10.0  # longest time an engine holds a poll open without results
+GRACE_SECONDS = 30.0  # an engine counts as dead if a poll is overdue by its timeouts and this
+MAX_ATTEMPTS = 20  # a request is not resubmitted after this number of engines died with it in flight
+IDLE_SECONDS = 60.0  # an engine beyond `min_engines` is stopped after the pool was idle this long
+DRAIN_CHECK_SECONDS = 2.0  # spot nodes drain with a notice of 30 to 120 s
+MAX_DEATHS = 5  # consecutive deaths of engines that had not finished a request
 MAX_FAILED_UPDATES = 5
 
 
+@dataclass
+class InFlight:
+    """A request that is not finished; `num_attempts` counts the engines it was sent to."""
+
+    key: Hashable
+    request: Request
+    num_attempts: int = 0
+
+
+@dataclass(eq=False)
+class EngineHandle:
+    """The pool's record of one engine actor."""
+
+    number: int
+    actor: Any
+    is_ready: bool = False
+    node_id: str = ""
+    has_finished_any: bool = False
+    num_failed_updates: int = 0  # in a row
+    polled_at: float = 0.0  # start of the open poll, in `time.monotonic()` seconds
+    is_updating: bool = False
+    requested_version: int = -1  # newest weight version the engine was asked to load
+    in_flight: dict[str, InFlight] = field(default_factory=dict)
+    num_sequences: int = 0  # unfinished sequences of all requests in flight
+    idle_seconds: float = 0.0
+
+
 class EnginePool(AbstractContextManager["EnginePool"]):
-    """Between `settings.min_engines` and `settings.num_engines` engines, stopped on exit.
+    """Between `generator.min_engines` and `generator.num_engines` engines, stopped on exit.
 
     The constructor starts them with the model in `path` and does not wait. `log_event(kind, text)` records deaths,
-    preemptions and scaling.
+    preemptions and scaling. `make_cache()` builds the cache through which an engine fetches weight versions; None: the
+    engines follow no learner.
     """
 
     def __init__(
-        self, factory: VllmEngineFactory, path: str, settings: Settings, log_event: Callable[[str, str], None]
+        self, job: Job, path: str, log_event: Callable[[str, str], None], make_cache: MakeCache | None = None
     ) -> None:
-        self._factory = factory
+        self._job = job
+        self._settings = job.generator
         self._path = path
-        self._settings = settings
+        self._make_cache = make_cache
         self._log_event = log_event
         self._engines: dict[int, EngineHandle] = {}
         # Callbacks of actor calls that have not ended.
         self._calls: dict[Any, tuple[EngineHandle, Callable[[EngineHandle, Any], None]]] = {}
         self._finished: list[tuple[Hashable, Any]] = []
         self._backlog: deque[InFlight] = deque()
-        self._versions: tuple[WeightVersion, ...] = ()
-        self._parity_requests: tuple[ScoreRequest, ...] = ()
-        self._update_seconds = settings.timeout_seconds
+        # Arguments of the latest `update_weights`.
+        self._update_arguments: tuple[tuple[WeightVersion, ...], Sequence[ScoreRequest], float] | None = None
         self._was_ready = False
         self._num_started = 0
         self._num_deaths = 0
@@ -65,26 +86,17 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         self._num_folders_loaded = 0
         self._busy_at = time.monotonic()
         self._drain_checked_at = time.monotonic()
+        # Idle time of all engines together since the start.
         self.idle_seconds = 0.0
-        """Idle time of all engines together since the start."""
+        # By engine number; cleared by the caller.
         self.weight_updates: list[tuple[int, WeightUpdateResult]] = []
-        """Finished weight updates by engine number; cleared by the caller."""
         self.failed_updates: list[tuple[int, Exception]] = []
-        for _ in range(settings.min_engines):
+        for _ in range(job.generator.min_engines):
             self._start()
-
-    @classmethod
-    def from_job(
-        cls, job: Job, path: str, log_event: Callable[[str, str], None], make_cache: MakeCache | None = None
-    ) -> EnginePool:
-        """Start the pool of vLLM engines configured by `job` with the model in `path`."""
-        settings, labels = job.generator, job.placement.generators
-        factory = VllmEngineFactory(job.model.dtype, settings, job.run.seed, make_cache, labels)
-        return cls(factory, path, settings, log_event)
 
     def __exit__(self, *error: object) -> None:
         for engine in self._engines.values():
-            self._factory.stop(engine.actor)
+            ray.kill(engine.actor)
         self._engines.clear()
         self._calls.clear()
 
@@ -96,7 +108,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
     @property
     def num_sequences(self) -> int:
         """Return the number of unfinished sequences."""
-        waiting = sum(item.num_sequences for item in self._backlog)
+        waiting = sum(item.request.num_samples for item in self._backlog)
         return waiting + sum(engine.num_sequences for engine in self._engines.values())
 
     @property
@@ -110,13 +122,10 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         self._dispatch()
 
     def pop_finished(self) -> list[tuple[Hashable, Any]]:
-        """Return the (key, result) pairs finished since the last call, as of `Generator.step`.
+        """Return the (key, result) pairs finished since the last call, as of `Generator.step`; does not wait.
 
-        Does not wait. Replaces engines that died.
-
-        Raises:
-            RuntimeError: engines died in a row, or with the same request in flight.
-            Exception: an engine failed to start or refused a request.
+        Replaces engines that died. Raises RuntimeError if they died in a row or with the same request in flight, or the
+        error of an engine that failed to start or refused a request.
         """
         self._advance()
         finished, self._finished = self._finished, []
@@ -126,7 +135,6 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         return finished
 
     def _advance(self) -> None:
-        """Handle ended calls, replace lost engines and dispatch the backlog."""
         calls = list(self._calls)
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
         for call in ready:
@@ -138,38 +146,35 @@ class EnginePool(AbstractContextManager["EnginePool"]):
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 # The result may be lost with its node.
                 self._replace(engine, str(error))
-        for engine in self._overdue():
+        latest = time.monotonic() - POLL_SECONDS - self._settings.timeout_seconds - GRACE_SECONDS
+        for engine in [engine for engine in self._engines.values() if engine.is_ready and engine.polled_at < latest]:
             self._replace(engine, "no answer in time (generator.timeout_seconds)")
-        for engine in self._draining():
-            count = len(engine.in_flight)
-            text = f"engine {engine.number} stopped, its node drains: {count} requests resubmitted"
-            self._log_event("preempted", text)
-            self._stop(engine)
-            self._start()
+        if time.monotonic() >= self._drain_checked_at + DRAIN_CHECK_SECONDS:
+            self._drain_checked_at = time.monotonic()
+            # Nodes that are preempted, or drained by an autoscaler; Ray Train uses the same source.
+            node_ids = set(ray._private.state.state.get_draining_nodes())
+            for engine in [engine for engine in self._engines.values() if engine.node_id in node_ids]:
+                text = f"engine {engine.number} stopped, its node drains: {len(engine.in_flight)} requests resubmitted"
+                self._log_event("preempted", text)
+                self._stop(engine)
+                self._start()
         self._dispatch()
 
     def update_weights(
         self, versions: tuple[WeightVersion, ...], parity_requests: Sequence[ScoreRequest], timeout_seconds: float
     ) -> None:
-        """Ask every engine to load the last of `versions`, then score `parity_requests` with it.
+        """Ask every engine to load the last of `versions`, then score `parity_requests` with it; does not wait.
 
-        Does not wait: results arrive in `weight_updates` and `failed_updates`. `pop_finished` raises RuntimeError after
-        `MAX_FAILED_UPDATES` failures of one engine in a row.
+        Results arrive in `weight_updates` and `failed_updates`. After `MAX_FAILED_UPDATES` of one engine in a row
+        `pop_finished` raises RuntimeError.
         """
-        self._versions = versions
-        self._parity_requests = tuple(parity_requests)
-        self._update_seconds = timeout_seconds
+        self._update_arguments = versions, tuple(parity_requests), timeout_seconds
         for engine in self._engines.values():
             self._update(engine)
 
     def load_folder(self, path: str) -> None:
-        """Serve the model in `path` from every engine. No request may be in flight.
-
-        Engines restart if its architecture differs from that of the current model.
-
-        Raises:
-            TimeoutError: an engine did not load it in time.
-        """
+        """Serve the model in `path` from every engine; no request may be in flight. Engines restart if its architecture
+        differs from that of the current model. TimeoutError if one does not load it in time."""
         self.wait_ready()
         loads_in_place = same_architecture(self._path, path)
         self._path = path
@@ -222,11 +227,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         return [results[number] for number in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Any]]:
-        """Yield (index of the request, result) as requests finish.
-
-        Raises:
-            TimeoutError: nothing finished for `settings.timeout_seconds`.
-        """
+        """Yield (index of the request, result) as requests finish; TimeoutError if none does for `timeout_seconds`."""
         self.wait_ready()
         timeout_seconds = self._settings.timeout_seconds
         # Distinguishes these keys from those of an abandoned stream.
@@ -236,10 +237,8 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         deadline = time.monotonic() + timeout_seconds
         while missing:
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"none of {len(missing)} requests finished within {timeout_seconds:.0f} s"
-                    " (generator.timeout_seconds)"
-                )
+                text = f"none of {len(missing)} requests finished within {timeout_seconds:.0f} s"
+                raise TimeoutError(f"{text} (generator.timeout_seconds)")
             ray.wait(self.pending_calls, timeout=1.0, fetch_local=False)
             for key, result in self.pop_finished():
                 deadline = time.monotonic() + timeout_seconds
@@ -247,11 +246,28 @@ class EnginePool(AbstractContextManager["EnginePool"]):
                     yield missing.pop(key), result
 
     def _start(self) -> EngineHandle:
-        engine = EngineHandle(self._num_started, self._factory.start(self._path))
+        engine = EngineHandle(self._num_started, self._start_actor())
         self._num_started += 1
         self._engines[engine.number] = engine
         self._calls[engine.actor.ready.remote()] = engine, self._on_ready
         return engine
+
+    def _start_actor(self) -> Any:
+        job, settings = self._job, self._settings
+        if settings.num_gpus == 0:
+            # No chunked prefill: see `Generator`.
+            batch_tokens = max(settings.max_num_batched_tokens, settings.max_model_len + 1)
+            settings = settings.model_copy(update={"max_num_batched_tokens": batch_tokens})
+        make_engine = partial(
+            Generator, self._path, job.model.dtype, settings, job.run.seed, follows_learner=self._make_cache is not None
+        )
+        actor_class = EngineActor.options(  # type: ignore[attr-defined]
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_actor_gpus,
+            label_selector=dict(job.placement.generators),
+            max_concurrency=1000,
+        )
+        return actor_class.remote(make_engine, self._make_cache or WeightCache, settings.timeout_seconds)
 
     def _on_ready(self, engine: EngineHandle, call: Any) -> None:
         try:
@@ -265,8 +281,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         engine.is_ready = True
         self._was_ready = True
         self._poll(engine)
-        if self._versions:
-            self._update(engine)
+        self._update(engine)
 
     def _poll(self, engine: EngineHandle) -> None:
         engine.polled_at = time.monotonic()
@@ -278,33 +293,19 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         engine.idle_seconds = poll.idle_seconds
         for key, result in poll.finished:
             item = engine.in_flight.pop(key)
-            engine.num_sequences -= item.num_sequences
+            engine.num_sequences -= item.request.num_samples
             self._finished.append((item.key, result))
             self._num_deaths = 0
             engine.has_finished_any = True
         self._poll(engine)
 
-    def _draining(self) -> list[EngineHandle]:
-        """Return the engines on draining nodes, checked every `DRAIN_CHECK_SECONDS`."""
-        if time.monotonic() < self._drain_checked_at + DRAIN_CHECK_SECONDS:
-            return []
-        self._drain_checked_at = time.monotonic()
-        # Nodes that are preempted, or drained by an autoscaler; Ray Train uses the same source.
-        node_ids = set(ray._private.state.state.get_draining_nodes())
-        return [engine for engine in self._engines.values() if engine.node_id in node_ids]
-
-    def _overdue(self) -> list[EngineHandle]:
-        latest = time.monotonic() - POLL_SECONDS - self._settings.timeout_seconds - GRACE_SECONDS
-        engines = self._engines.values()
-        return [engine for engine in engines if engine.is_ready and engine.polled_at < latest]
-
     def _update(self, engine: EngineHandle) -> None:
-        """Request the newest version unless the engine is updating or has been asked for it."""
-        newest = self._versions[-1].version
-        if not engine.is_ready or engine.is_updating or engine.requested_version >= newest:
+        if self._update_arguments is None or not engine.is_ready or engine.is_updating:
             return
-        call = engine.actor.update_weights.remote(self._versions, self._parity_requests, self._update_seconds)
-        self._calls[call] = engine, self._on_update
+        newest = self._update_arguments[0][-1].version
+        if engine.requested_version >= newest:
+            return
+        self._calls[engine.actor.update_weights.remote(*self._update_arguments)] = engine, self._on_update
         engine.is_updating = True
         engine.requested_version = newest
 
@@ -318,30 +319,22 @@ class EnginePool(AbstractContextManager["EnginePool"]):
             self.failed_updates.append((engine.number, error.cause))
             engine.num_failed_updates += 1
             if engine.num_failed_updates == MAX_FAILED_UPDATES:
-                raise RuntimeError(
-                    f"engine {engine.number} failed to update its weights {MAX_FAILED_UPDATES}"
-                    f" times in a row: {error.cause}"
-                ) from error
+                text = f"engine {engine.number} failed to update its weights {MAX_FAILED_UPDATES} times in a row"
+                raise RuntimeError(f"{text}: {error.cause}") from error
             return
         engine.num_failed_updates = 0
         self._update(engine)
 
     def _stop(self, engine: EngineHandle) -> None:
         del self._engines[engine.number]
-        self._factory.stop(engine.actor)
+        ray.kill(engine.actor)
         self._backlog.extendleft(reversed(engine.in_flight.values()))
 
     def _replace(self, engine: EngineHandle, reason: str) -> None:
-        """Start an engine in place of a dead one and resubmit its requests.
-
-        Raises:
-            RuntimeError: more than `MAX_DEATHS` such deaths, or `MAX_ATTEMPTS` of one request.
-        """
         self._num_deaths += not engine.has_finished_any
-        in_flight = engine.in_flight.values()
-        text = f"engine {engine.number} died, {len(in_flight)} requests resubmitted: {reason}"
+        text = f"engine {engine.number} died, {len(engine.in_flight)} requests resubmitted: {reason}"
         self._log_event("died", text)
-        exhausted = [item.key for item in in_flight if item.num_attempts >= MAX_ATTEMPTS]
+        exhausted = [item.key for item in engine.in_flight.values() if item.num_attempts >= MAX_ATTEMPTS]
         if exhausted:
             raise RuntimeError(f"{MAX_ATTEMPTS} engines died over request {exhausted[0]}; {text}")
         if self._num_deaths > MAX_DEATHS:
@@ -350,9 +343,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
         self._start()
 
     def _dispatch(self) -> None:
-        """Send the backlog to the least loaded engines, with one call for each engine."""
-        if not self._backlog:
-            return
+        # To the least loaded engines, with one call each.
         ready = [(engine.num_sequences, engine.number, engine) for engine in self._engines.values() if engine.is_ready]
         if not ready:
             return
@@ -365,7 +356,7 @@ class EnginePool(AbstractContextManager["EnginePool"]):
             item.num_attempts += 1
             key = str(self._num_dispatched)
             engine.in_flight[key] = item
-            engine.num_sequences += item.num_sequences
+            engine.num_sequences += item.request.num_samples
             batches.setdefault(number, []).append((key, item.request))
             heapq.heapreplace(ready, (engine.num_sequences, number, engine))
         for number, batch in batches.items():

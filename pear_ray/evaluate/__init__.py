@@ -27,10 +27,9 @@ from pear_ray.data.tokenizer import encode_problems, fingerprint
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.evaluate.scorecard import checkpoint_card, heldout_nll, heldout_rows, kl_from_start, scorecard
-from pear_ray.ray_cluster import connect
 from pear_ray.records import ATTEMPT_SCHEMA, Attempt, Completion, Grade, Problem
 from pear_ray.rewards.pool import RewardPool
-from pear_ray.run import RunDir, atomic_write, write_json
+from pear_ray.run import RunDir, atomic_write, connect, write_json
 from pear_ray.statistics import seed_of
 from pear_ray.tasks import heldout_problems
 
@@ -97,7 +96,7 @@ def sample_missing(
     connect()
     heldout = heldout_rows(job.scored_folder)
     with (
-        EnginePool.from_job(job, checkpoints[missing[0]], partial(run.event, "evaluate")) as pool,
+        EnginePool(job, checkpoints[missing[0]], partial(run.event, "evaluate")) as pool,
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         for label in missing:

@@ -174,7 +174,7 @@ class Workers:
     def start(cls, stage: RolloutStage) -> Iterator[Workers]:
         """Start all workers and wait until the engines are ready."""
         job, log_event = stage.job, partial(stage.run.event, stage.name)
-        start_pool = partial(EnginePool.from_job, job, stage.start_model, log_event)
+        start_pool = partial(EnginePool, job, stage.start_model, log_event)
         with (
             start_pool() if job.rl.kl_coefficient else nullcontext() as reference_pool,
             start_pool(stage.make_weight_cache) as pool,

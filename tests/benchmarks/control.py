@@ -30,7 +30,6 @@ import ray
 from pear_ray.config import Job, Pretrain
 from pear_ray.data.batch_queue import BatchQueue, take_batch
 from pear_ray.engines.engine_actor import PollResult, WeightUpdateResult
-from pear_ray.engines.engine_factory import VllmEngineFactory
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion
@@ -132,21 +131,19 @@ class SimulatedEngine:
             setattr(self, method, RemoteMethod(getattr(host, method), name))
 
 
-class SimulatedEngineFactory(VllmEngineFactory):
-    """Simulated engines, spread over a few processes."""
+class SimulatedPool(EnginePool):
+    """Simulated engines, spread over a few processes; they end with their hosts."""
 
-    def __init__(self, num_hosts: int, latency_seconds: float) -> None:
+    def __init__(self, job: Job, num_hosts: int, latency_seconds: float) -> None:
         host = Host.options(max_concurrency=10_000)  # type: ignore[attr-defined]
         self._hosts = [host.remote(latency_seconds) for _ in range(num_hosts)]
-        self._num_started = 0
+        super().__init__(job, "", print)
 
-    def start(self, path: str) -> SimulatedEngine:
-        self._num_started += 1
-        host = self._hosts[self._num_started % len(self._hosts)]
-        return SimulatedEngine(host, str(self._num_started))
+    def __exit__(self, *error: object) -> None:
+        pass
 
-    def stop(self, actor: SimulatedEngine) -> None:
-        """They end with their hosts."""
+    def _start_actor(self) -> SimulatedEngine:
+        return SimulatedEngine(self._hosts[self._num_started % len(self._hosts)], str(self._num_started))
 
 
 def job_of(folder: Path, num_engines: int, groups_per_second: int) -> Job:
@@ -203,8 +200,7 @@ def running(job: Job, num_hosts: int, latency_seconds: float) -> Iterator[tuple[
     """Board, queue and the thread of the loop, with engines that stand."""
     Path(job.run.dir).mkdir()
     registry, queue, ended = PolicyVersions.remote(), BatchQueue.remote(), threading.Event()  # type: ignore[attr-defined]
-    servers = SimulatedEngineFactory(num_hosts, latency_seconds)
-    with EnginePool(servers, "", job.generator, print) as pool, RewardPool(job.tasks, job.rewards) as reward_pool:
+    with SimulatedPool(job, num_hosts, latency_seconds) as pool, RewardPool(job.tasks, job.rewards) as reward_pool:
         pool.wait_ready()
         stage = RolloutStage(job, RunDir(job), "rl", job.model.path)
         workers, link = Workers(pool, None, reward_pool), Link(registry, queue, ended)

@@ -112,7 +112,7 @@ def stage(model: str, num_problems: int, num_samples: int) -> None:
     job, problems, work = asked(model, num_problems, num_samples)
     with (
         tempfile.TemporaryDirectory() as folder,
-        EnginePool.from_job(job, model, print) as pool,
+        EnginePool(job, model, print) as pool,
         RewardPool(job.tasks, job.rewards) as reward_pool,
     ):
         pool.generate([request.sample for request in work[:16]])

@@ -38,10 +38,10 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from pear_ray.config import Generator, Pretrain
-from pear_ray.engines.engine_factory import VllmEngineFactory
+from pear_ray.config import Job, Pretrain
 from pear_ray.engines.engine_pool import EnginePool
 from pear_ray.train.new_model import write_new_model
+from pear_ray.weights.fetch import WeightCache
 from pear_ray.weights.publish import Publisher
 from pear_ray.weights.registry import PolicyVersions
 
@@ -232,13 +232,12 @@ def compare(model: str, dtype: str, words: argparse.Namespace) -> None:
     """Print the table of one dtype."""
     count = sum(t.numel() for t in load_file(Path(model) / "model.safetensors").values())
     num_bytes = count * getattr(torch, dtype).itemsize
-    settings = Generator(num_engines=NUM_ENGINES, num_cpus=0.5, threads=1, max_new_tokens=8, max_model_len=32)
+    settings = {"num_engines": NUM_ENGINES, "num_cpus": 0.5, "threads": 1, "max_new_tokens": 8, "max_model_len": 32}
+    document = {"run": {"dir": "unused", "seed": 0}, "model": {"path": model, "dtype": dtype}, "generator": settings}
+    job = Job(**document, tasks=[{"name": "countdown"}])  # type: ignore[arg-type]
     registry = PolicyVersions.remote()  # type: ignore[attr-defined]
     ranks = [Rank.remote(rank, model, dtype, registry) for rank in range(NUM_RANKS)]  # type: ignore[attr-defined]
-    with (
-        copiers(num_bytes) as copies,
-        EnginePool(VllmEngineFactory(dtype, settings, seed=0), model, settings, print) as pool,
-    ):
+    with copiers(num_bytes) as copies, EnginePool(job, model, print, WeightCache) as pool:
         pool.wait_ready()
         print(f"{dtype}: {count / 1e6:.1f} million parameters, {words.changed:.1%} changed a round")
         print(f"  {'':<23}" + "".join(f"{name:>10}" for name in COLUMNS))
