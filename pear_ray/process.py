@@ -28,30 +28,21 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MALLOC_THRESHOLD = 2**30
 
 
-class LogContext(logging.Filter):
-    """Adds run and stage of this process, and `extra={"step": step}`, to every log record."""
-
-    run: str | None = None
-    stage: str | None = None
-
-    def set(self, run: str | None, stage: str | None) -> None:
-        """Set run and stage of the records to come."""
-        self.run, self.stage = run, stage
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Add the fields to a record."""
-        record.__dict__ |= {"run": self.run, "stage": self.stage, "step": getattr(record, "step", None)}
-        return True
+# Run and stage of this process, for its log records.
+LOG_CONTEXT: dict[str, str | None] = {"run": None, "stage": None}
 
 
-LOG_CONTEXT = LogContext()
+def add_context(record: logging.LogRecord) -> bool:
+    """Add run, stage and step (`extra={"step": step}`) to a log record."""
+    record.__dict__ |= LOG_CONTEXT | {"step": getattr(record, "step", None)}
+    return True
 
 
 def configure_logging(form: Literal["text", "json"], text_format: str = "%(message)s", **options: Any) -> None:
     """Send this process's log lines to stderr, in the form of `tracking.logs`: text for people (`options` go to
     logging.Formatter), or JSON objects with run, stage and step for log collectors."""
     handler = logging.StreamHandler()
-    handler.addFilter(LOG_CONTEXT)
+    handler.addFilter(add_context)
     handler.setFormatter(JsonFormatter(JSON_FIELDS) if form == "json" else logging.Formatter(text_format, **options))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 

@@ -32,7 +32,7 @@ from ray.exceptions import RayError
 from ray.util import metrics as prometheus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pear_ray.config import Job
+from pear_ray.config import TRAINING_STAGES, Job
 from pear_ray.errors import ConfigError, require
 from pear_ray.process import LOG_CONTEXT
 
@@ -54,9 +54,7 @@ OUTPUTS = {
     "pretrain": "pretrain",
     "sample": "sample",
     "score": "scored",
-    "sft": "sft/export",
-    "rl": "rl/export",
-    "cooperate": "cooperate/export",
+    **{stage: f"{stage}/export" for stage in TRAINING_STAGES},
     "evaluate": "evaluate/scorecard.json",
     "rank": "rank/ranking.json",
     "report": "report/index.html",
@@ -69,8 +67,6 @@ ALWAYS_RUN = ("rank", "report", "pipeline", "study")
 
 # Fingerprint of a directory's inputs, kept beside its contents.
 MADE_FROM = "made_from.json"
-
-EVENTS_HELP = "Events in events.jsonl: worker deaths, restarts, resumes, engines added or removed"
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +100,10 @@ class RunDir:
         started = time.time()
         entry = {"state": "running", "started": started}
         if previous.get("state") == "running":
-            if seconds := previous.get("seconds_before", 0.0) + self._seconds_alive(previous["started"]):
+            # To the last line that the interrupted attempt wrote.
+            paths = (self.folder / name for name in ("metrics.jsonl", "events.jsonl"))
+            written = max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+            if seconds := previous.get("seconds_before", 0.0) + max(0.0, written - previous["started"]):
                 entry["seconds_before"] = round(seconds, 3)
             self.event(stage, "resumed", "an earlier attempt did not finish")
         elif previous.get("state") == "done" and stage not in ALWAYS_RUN:
@@ -123,13 +122,13 @@ class RunDir:
     @contextmanager
     def _log_context(self, stage: str) -> Iterator[None]:
         """Name the stage in log lines and on the dashboard's page of the job."""
-        before = LOG_CONTEXT.run, LOG_CONTEXT.stage
-        LOG_CONTEXT.set(str(self.folder), stage)
+        before = dict(LOG_CONTEXT)
+        LOG_CONTEXT.update(run=str(self.folder), stage=stage)
         set_job_status(f"{stage} of {self.folder}", run=str(self.folder), stage=stage)
         try:
             yield
         finally:
-            LOG_CONTEXT.set(*before)
+            LOG_CONTEXT.update(before)
         report = self.folder / OUTPUTS["report"]
         if report.exists():
             set_job_status(f"{stage} of {self.folder} is done", report=report.as_uri())
@@ -140,10 +139,11 @@ class RunDir:
         with (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps({"time": now, "stage": stage, "kind": kind, "text": text, **facts}) + "\n")
         tags = {"run": str(self.folder), "stage": stage, "kind": kind}
+        meaning = "Events in events.jsonl: worker deaths, restarts, resumes, engines added or removed"
+        prometheus.Counter("pear_ray_events", meaning, tuple(tags)).inc(tags=tags)
         # Alerts use the time: a counter that first appears has no increase.
-        counter, latest = "pear_ray_events", "pear_ray_event_time_seconds"
-        prometheus.Counter(counter, EVENTS_HELP, tuple(tags)).inc(tags=tags)
-        prometheus.Gauge(latest, "Time of the latest event of this kind, Unix time", tuple(tags)).set(now, tags)
+        meaning = "Time of the latest event of this kind, Unix time"
+        prometheus.Gauge("pear_ray_event_time_seconds", meaning, tuple(tags)).set(now, tags)
 
     @contextmanager
     def resumable_folder(self, name: str, made_from: dict[str, Any]) -> Iterator[Path]:
@@ -175,12 +175,6 @@ class RunDir:
         """Return whether `resumable_folder` has finished `name` from the same inputs."""
         path = self.folder / name / MADE_FROM
         return path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(made_from))
-
-    def _seconds_alive(self, started: float) -> float:
-        """Return the seconds from the start of an interrupted attempt to the last line it wrote."""
-        paths = (self.folder / name for name in ("metrics.jsonl", "events.jsonl"))
-        written = [path.stat().st_mtime for path in paths if path.exists()]
-        return max(0.0, max(written, default=started) - started)
 
     def forget(self, stage: str) -> None:
         """Drop the stage's entry, as if it had never run."""

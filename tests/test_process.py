@@ -18,12 +18,12 @@ def root() -> Iterator[logging.Logger]:
     handlers, level = logger.handlers[:], logger.level
     yield logger
     logger.handlers[:], logger.level = handlers, level
-    LOG_CONTEXT.set(None, None)
+    LOG_CONTEXT.update(run=None, stage=None)
 
 
 def test_json_lines_name_run_stage_and_step(root, capsys):
     configure_logging("json")
-    LOG_CONTEXT.set("/runs/a", "rl")
+    LOG_CONTEXT.update(run="/runs/a", stage="rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
     logging.getLogger("elsewhere").warning("without a step")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
@@ -49,6 +49,6 @@ def test_an_error_keeps_its_traceback_in_one_json_line(root, capsys):
 
 def test_text_lines_have_only_the_format_given(root, capsys):
     configure_logging("text", "%(asctime)s %(message)s", datefmt="noon")
-    LOG_CONTEXT.set("/runs/a", "rl")
+    LOG_CONTEXT.update(run="/runs/a", stage="rl")
     logging.getLogger("pear_ray.x").info("pass rate %.1f", 0.5, extra={"step": 3})
     assert capsys.readouterr().err == "noon pass rate 0.5\n"

@@ -2,21 +2,8 @@
 # ruff: noqa: F401
 
 from pear_ray.config.base import describe
-from pear_ray.config.engines import Generator, Learner, Lora, Rewards, Weights
-from pear_ray.config.job import (
-    TRAINING_STAGES,
-    Arm,
-    Evaluation,
-    Job,
-    Model,
-    Pretrain,
-    Run,
-    Study,
-    TaskSpec,
-    Tracking,
-    is_after_rl,
-    start_of,
-)
+from pear_ray.config.engines import Generator, Learner, Lora, Rewards
+from pear_ray.config.job import TRAINING_STAGES, Arm, Job, Model, Pretrain, TaskSpec, Tracking, is_after_rl, start_of
 from pear_ray.config.read import read_job
 from pear_ray.config.rl import AlternateMethod, BridgeMethod, Cooperate, Rl, SumMethod, TrapoMethod
-from pear_ray.config.sft import Columns, Corpus, IwObjective, KlObjective, Optimizer, SedObjective, Sft, TrSftObjective
+from pear_ray.config.sft import Columns, IwObjective, KlObjective, Optimizer, SedObjective, Sft, TrSftObjective

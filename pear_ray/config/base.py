@@ -74,11 +74,10 @@ def describe(error: ValidationError, root: type[Section], prefix: str = "") -> l
             detail["type"] == "too_short" and any(o[: len(location)] == location for o in inner)
         ):
             continue
-        # A validator's message may begin with a key below the section that it checks.
-        is_key = detail["type"] == "extra_forbidden"
         names, _ = keys_at(location, root)
-        _, known = keys_at(location[:-1], root) if is_key else ([], {})
+        _, known = keys_at(location[:-1], root)
         field = ".".join([prefix, *names] if prefix else names)
+        # A validator's message may begin with a key below the section that it checks.
         for message in _message(detail, known).split("\n"):
             joint = "." if re.match(r"[\w.]+: ", message) else ": "
             lines.append(f"{field}{joint}{message}" if field else message)

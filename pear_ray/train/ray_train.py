@@ -188,7 +188,7 @@ class PreemptionWatcher:
 def setup_worker(job: Job, stage: str) -> None:
     """Configure a rank's process: logging, and a thread per CPU, since ranks that share cores wait on each other."""
     configure_logging(job.tracking.logs)
-    LOG_CONTEXT.set(str(job.folder.absolute()), stage)
+    LOG_CONTEXT.update(run=str(job.folder.absolute()), stage=stage)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
