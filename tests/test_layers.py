@@ -48,7 +48,7 @@ BREACHES = {
     "rl imports cooperate": ("rl/scheduler.py", "import pear_ray.cooperate.schedulers", LAYERS),
     "weights import rl": ("weights/publish.py", "import pear_ray.rl.scheduler", LAYERS),
     "data imports weights": ("data/scored_dataset.py", "import pear_ray.weights.publish", LAYERS),
-    "losses import weights": ("losses/packing.py", "import pear_ray.weights.publish", LAYERS),
+    "losses import weights": ("losses/packing.py", "import pear_ray.weights", LAYERS),
     "metrics import tasks": ("metrics.py", "import pear_ray.tasks", LAYERS),
     "records import losses": ("records.py", "import pear_ray.losses.packing", LAYERS),
     "a module without a layer": ("utils.py", "", LAYERS),
