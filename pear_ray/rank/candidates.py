@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pear_ray.config import Job, is_after_rl, read_job, start_of
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 from pear_ray.metrics import read_metrics
 from pear_ray.statistics import overtraining, pass_at_k_by_problem
 
@@ -24,108 +25,66 @@ SAMPLER = ("samples_per_problem", "temperature", "max_new_tokens")
 class Candidate:
     """A checkpoint that RL could start from.
 
-    `card` is its part of the scorecard; `num_correct` int64 [problems], in the order of `CandidateSet.problem_ids`.
-    None if unknown: `trained_on`, data and loss of its SFT (held-out losses are comparable within one such name);
-    `regime` of its held-out loss; `after_rl`, pass@1 after RL.
+    `card` is its part of the scorecard; `num_correct` of `num_samples` answers, int64 [problems], in one order for all
+    candidates. None if unknown: `trained_on`, data and loss of its SFT (held-out losses are comparable within one such
+    name); `regime` of its held-out loss; `after_rl`, pass@1 after RL.
 
-        Candidate("pear/sft", card={"heldout_nll": 0.41, ...}, num_correct=array([3, 0, 16]),
+        Candidate("pear/sft", card={"heldout_nll": 0.41, ...}, num_samples=16, num_correct=array([3, 0, 16]),
                   trained_on="corpus, nll", regime="stable", after_rl=0.62)
     """
 
     label: str
     card: dict[str, Any]
+    num_samples: int
     num_correct: np.ndarray
     trained_on: str | None
     regime: str | None
     after_rl: float | None
 
-
-@dataclass(frozen=True)
-class CandidateSet:
-    """All candidates, evaluated on the same problems with the same `SAMPLER` settings."""
-
-    problem_ids: tuple[str, ...]
-    sampler: dict[str, Any]
-    candidates: tuple[Candidate, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """Answers sampled per problem."""
-        return int(self.sampler["samples_per_problem"])
-
-    def pass_at_k(self, candidate: Candidate, k: int) -> np.ndarray:
+    def pass_at_k(self, k: int) -> np.ndarray:
         """Return pass@k of each problem, float64 [problems]."""
-        return pass_at_k_by_problem(self.num_samples, candidate.num_correct, k)
+        return pass_at_k_by_problem(self.num_samples, self.num_correct, k)
 
 
-def read_candidates(job: Job) -> CandidateSet:
-    """Return the candidates of the job's own run and of `rank.runs`.
-
-    Raises:
-        ConfigError: no evaluation, missing attempts, or evaluations that are not comparable.
-    """
+def read_candidates(job: Job) -> tuple[dict[str, Any], list[Candidate]]:
+    """Return the `SAMPLER` settings and the candidates of the job's own run and of `rank.runs`. Raise ConfigError if an
+    evaluation or attempts are missing, or if evaluations are not comparable."""
     folders = {"": job.folder} | {f"{folder}:": Path(folder) for folder in job.rank.runs}
-    cards = {folder: read_scorecard(folder) for folder in folders.values()}
-    check_same_sampling(cards)
-    counts = {folder: count_correct(folder, cards[folder]) for folder in folders.values()}
+    cards: dict[Path, dict[str, Any]] = {}
+    for folder in folders.values():
+        path = folder / "evaluate" / "scorecard.json"
+        try:
+            cards[folder] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: expected the output of stage `evaluate`, got {error}") from error
+    sampler = {key: cards[job.folder].get(key) for key in SAMPLER}
+    for folder, card in cards.items():
+        for key, own in sampler.items():
+            field = f"{folder}/evaluate/scorecard.json: {key}"
+            require(card.get(key) == own, field, f"{own}, as in {job.folder}", card.get(key))
+    counts = {folder: count_correct(folder, card) for folder, card in cards.items()}
     _, problem_ids = counts[job.folder]
     candidates: list[Candidate] = []
     for prefix, folder in folders.items():
         num_correct, own_ids = counts[folder]
-        if own_ids != problem_ids:
-            raise ConfigError(
-                f"{folder}/evaluate/attempts.parquet: expected the problems of {job.folder} (tasks,"
-                f" evaluation.num_problems, run.seed), got {len(own_ids)} of which"
-                f" {len(set(own_ids) & set(problem_ids))} are the same"
-            )
+        expected = f"the problems of {job.folder} (tasks, evaluation.num_problems, run.seed)"
+        got = f"{len(own_ids)} of which {len(set(own_ids) & set(problem_ids))} are the same"
+        require(own_ids == problem_ids, f"{folder}/evaluate/attempts.parquet", expected, got)
         candidates += run_candidates(job, prefix, folder, cards[folder], num_correct)
     labels = sorted(candidate.label for candidate in candidates)
     for key in ("after_rl", "trained_on"):
-        if unknown := sorted(getattr(job.rank, key).keys() - set(labels)):
-            raise ConfigError(f"rank.{key}: expected names among {labels}, got {unknown}")
-    if len(candidates) < 2:
-        raise ConfigError(
-            f"{job.folder}/evaluate/scorecard.json: expected at least two checkpoints that RL could"
-            f" start from (evaluation.checkpoints, rank.runs), got {labels}"
-        )
-    sampler = {key: cards[job.folder].get(key) for key in SAMPLER}
-    return CandidateSet(problem_ids, sampler, tuple(candidates))
-
-
-def read_scorecard(folder: Path) -> dict[str, Any]:
-    """Return RUN/evaluate/scorecard.json.
-
-    Raises:
-        ConfigError: the file is missing or truncated.
-    """
-    path = folder / "evaluate" / "scorecard.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected the output of stage `evaluate`, got {error}") from error
-
-
-def check_same_sampling(cards: dict[Path, dict[str, Any]]) -> None:
-    """Raise ConfigError if two evaluations differ in `SAMPLER` settings."""
-    (own, first), *others = cards.items()
-    for folder, card in others:
-        for key in SAMPLER:
-            if card.get(key) != first.get(key):
-                raise ConfigError(
-                    f"{folder}/evaluate/scorecard.json: {key}: expected {first.get(key)}, as in"
-                    f" {own}, got {card.get(key)}"
-                )
+        unknown = sorted(getattr(job.rank, key).keys() - set(labels))
+        require(not unknown, f"rank.{key}", f"names among {labels}", unknown)
+    expected = "at least two checkpoints that RL could start from (evaluation.checkpoints, rank.runs)"
+    require(len(candidates) > 1, f"{job.folder}/evaluate/scorecard.json", expected, labels)
+    return sampler, candidates
 
 
 def count_correct(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Return the number of correct answers by checkpoint, int64 [problems], and the problem ids.
-
-    Raises:
-        ConfigError: the file is missing, or has too many or too few answers.
-    """
+    """Return the number of correct answers by checkpoint, int64 [problems], and the problem ids. Raise ConfigError if
+    the file is missing, or has too many or too few answers."""
     path = folder / "evaluate" / "attempts.parquet"
-    if not path.exists():
-        raise ConfigError(f"{path}: expected the output of stage `evaluate`, got no file")
+    require(path.exists(), str(path), "the output of stage `evaluate`", "no file")
     table = pq.read_table(path, columns=["checkpoint", "problem_id", "correct"])
     grouped = table.group_by(["checkpoint", "problem_id"]).aggregate([("correct", "sum"), ("correct", "count")])
     counts = {(row["checkpoint"], row["problem_id"]): row for row in grouped.to_pylist()}
@@ -135,11 +94,8 @@ def count_correct(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndar
     for label in card["checkpoints"]:
         rows = [counts.get((label, problem_id), {}) for problem_id in problem_ids]
         sampled = [row.get("correct_count", 0) for row in rows]
-        if set(sampled) != {num_samples}:
-            raise ConfigError(
-                f"{path}: checkpoint {label!r}: expected {num_samples} answers to each of"
-                f" {len(problem_ids)} problems, got {sum(sampled)} in all"
-            )
+        expected = f"{num_samples} answers to each of {len(problem_ids)} problems"
+        require(set(sampled) == {num_samples}, f"{path}: checkpoint {label!r}", expected, f"{sum(sampled)} in all")
         num_correct[label] = np.array([row["correct_sum"] for row in rows], np.int64)
     return num_correct, problem_ids
 
@@ -153,23 +109,21 @@ def run_candidates(
     own_job = job if folder == job.folder else read_job(config) if config.exists() else None
     homes = own_job.homes(folder) if own_job else {}
     after: dict[str | None, list[float]] = {}
-    for label, counts in num_correct.items():
-        if is_after_rl(label):
-            pass_rate = float(counts.mean()) / card["samples_per_problem"]
-            after.setdefault(start_of(label, num_correct), []).append(pass_rate)
-    for label, own_card in card["checkpoints"].items():
-        if is_after_rl(label):
-            continue
+    for label in filter(is_after_rl, num_correct):
+        pass_rate = float(num_correct[label].mean()) / card["samples_per_problem"]
+        after.setdefault(start_of(label, num_correct), []).append(pass_rate)
+    for label in itertools.filterfalse(is_after_rl, card["checkpoints"]):
         arm, _, stage = label.rpartition("/")
         home = homes.get(arm) if stage == "sft" else None
-        name = prefix + label
-        measured = float(np.mean(after[label])) if label in after else None
+        losses = [row for row in read_metrics(home, "sft") if "heldout_loss" in row] if home else []
+        name, measured = prefix + label, float(np.mean(after[label])) if label in after else None
         yield Candidate(
             label=name,
-            card=own_card,
+            card=card["checkpoints"][label],
+            num_samples=card["samples_per_problem"],
             num_correct=num_correct[label],
             trained_on=job.rank.trained_on.get(name) or (sft_recipe(home) if home else None),
-            regime=sft_regime(home) if home else None,
+            regime=overtraining(losses[-1]["heldout_loss"], losses[-1]["lowest_heldout_loss"]) if losses else None,
             after_rl=job.rank.after_rl.get(name, measured),
         )
 
@@ -185,9 +139,3 @@ def sft_recipe(home: Path) -> str | None:
     authors = f" of {', '.join(sft['sources'])}" if sft.get("sources") else ""
     loss = f"{sft['objective']['type']}, weights {sft['level']}, control {sft['control']}"
     return f"{data}{authors}, {loss}"
-
-
-def sft_regime(home: Path) -> str | None:
-    """Return the over-training regime of the SFT in a run folder, if it measured held-out loss."""
-    rows = [row for row in read_metrics(home, "sft") if "heldout_loss" in row]
-    return overtraining(rows[-1]["heldout_loss"], rows[-1]["lowest_heldout_loss"]) if rows else None

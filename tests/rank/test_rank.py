@@ -15,7 +15,6 @@ import pytest
 from pear_ray import rank
 from pear_ray.config import Arm, Job
 from pear_ray.errors import ConfigError
-from pear_ray.rank.candidates import read_candidates
 from pear_ray.records import ATTEMPT_SCHEMA
 from pear_ray.run import open_run
 from pear_ray.statistics import pass_at_k
@@ -90,7 +89,7 @@ def write(
 
 
 def ranking_of(job: Job) -> dict[str, Any]:
-    return rank.rank_candidates(job, read_candidates(job))
+    return rank.rank_candidates(job)
 
 
 def by_label(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -146,7 +145,7 @@ def test_files_hold_the_ranking(narrow_and_wide: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == [row["label"] for row in document["candidates"]]
     assert float(rows[0]["pass_at_k.value"]) == document["candidates"][0]["pass_at_k"]["value"]
-    assert run.facts("rank")["first"] == "wide"
+    assert run.manifest["stages"]["rank"]["facts"]["first"] == "wide"
 
 
 def test_tied_candidates_get_no_clear_advice(tmp_path: Path) -> None:
