@@ -26,8 +26,9 @@ from pear_ray.report.load import RunData, load_run
 from pear_ray.run import RunDir, atomic_folder
 
 WIDTH = 100
-# In the order of the page. A section that has nothing to show is listed as missing.
-SECTIONS: dict[Callable[[RunData], Section | None], str] = {
+NOT_IN_SPREADSHEET = ("path", "pass_at_k", "pass_at_k_curve", "parts", "kl_from_start")
+# By name in page.html.j2. A section without rows is listed as missing.
+SECTIONS: dict[Callable[[RunData], Section], str] = {
     results.study: "",
     results.arms: "pass@k of the checkpoints (no evaluate/scorecard.json)",
     results.differences: "paired differences between arms (none in evaluate/scorecard.json)",
@@ -45,9 +46,9 @@ SECTIONS: dict[Callable[[RunData], Section | None], str] = {
 def run(job: Job, run: RunDir) -> dict[str, Any]:
     """Write index.html, report.md and report.csv into RUN/report."""
     data = load_run(job, run.folder)
-    sections = {section: section(data) for section in SECTIONS}
-    shown = [section for section in sections.values() if section]
-    missing = [SECTIONS[key] for key, section in sections.items() if not section and SECTIONS[key]]
+    sections = {function.__name__: function(data) for function in SECTIONS}
+    shown = {name: section for name, section in sections.items() if any(table.rows for table in section.tables)}
+    missing = [text for function, text in SECTIONS.items() if text and function.__name__ not in shown]
     with atomic_folder(run.folder / "report") as folder:
         (folder / "index.html").write_text(page(data, shown, missing))
         (folder / "report.md").write_text(markdown(data, missing))
@@ -55,7 +56,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     return {"page": str(run.folder / "report" / "index.html")}
 
 
-def page(data: RunData, sections: list[Section], missing: list[str]) -> str:
+def page(data: RunData, sections: dict[str, Section], missing: list[str]) -> str:
     """Return the page. It loads nothing from the network."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -73,8 +74,8 @@ def page(data: RunData, sections: list[Section], missing: list[str]) -> str:
 
 def markdown(data: RunData, missing: list[str]) -> str:
     """Return conclusion and main tables; the table of arms comes first."""
-    sections = [results.study(data) or results.arms(data), results.differences(data)]
-    tables = [table for section in sections if section for table in section.tables]
+    sections = (results.study(data) if data.study else results.arms(data), results.differences(data))
+    tables = [table for section in sections for table in section.tables if table.rows]
     if any(arm.rows for arm in data.arms):
         tables.append(results.training(data))
     texts = [results.conclusion(data), results.caution(data)]
@@ -92,17 +93,19 @@ def spreadsheet(data: RunData) -> str:
         row: dict[str, Any] = {"checkpoint": label}
         if label in trained:
             arm, stage = trained[label]
-            row |= {"arm": arm.name, "stage": stage, "steps": len(arm.of(stage))}
-            row["seconds"] = arm.manifest.get("stages", {}).get(stage, {}).get("seconds")
-        card = dict(data.cards.get(label, {}))
-        for k, score in card.pop("pass_at_k", {}).items():
-            row[f"pass_at_{k}"] = score["value"]
-            row |= {f"pass_at_{k}_{end}": score[end] for end in ("low", "high")}
-        parts, divergence = card.pop("parts", {}), card.pop("kl_from_start", None)
-        row |= {key: card[key] for key in card if key not in ("path", "pass_at_k_curve")}
-        if divergence:
+            seconds = arm.manifest.get("stages", {}).get(stage, {}).get("seconds")
+            row |= {"arm": arm.name, "stage": stage, "steps": len(arm.of(stage)), "seconds": seconds}
+        card = data.cards.get(label, {})
+        for k, score in card.get("pass_at_k", {}).items():
+            row |= {
+                f"pass_at_{k}": score["value"],
+                f"pass_at_{k}_low": score["low"],
+                f"pass_at_{k}_high": score["high"],
+            }
+        row |= {key: value for key, value in card.items() if key not in NOT_IN_SPREADSHEET}
+        if divergence := card.get("kl_from_start"):
             row["kl_from_start"] = divergence["value"]
-        rows.append(row | parts)
+        rows.append(row | card.get("parts", {}))
     header = dict.fromkeys(["checkpoint", "arm", "stage", "steps", "seconds", *(key for row in rows for key in row)])
     file = io.StringIO()
     writer = csv.DictWriter(file, list(header), lineterminator="\n")

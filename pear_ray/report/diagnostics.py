@@ -20,11 +20,9 @@ SCORES = ("rows", "from_behavior", "from_recorded", "from_reference", "response_
 CALIBRATION = ("rows", "bias", "spread", "mean_gap", "max_gap")
 
 
-def weights(data: RunData) -> Section | None:
+def weights(data: RunData) -> Section:
     """Importance weights of SFT."""
     arms = [arm for arm in data.arms if arm.weighted]
-    if not arms:
-        return None
     first = [
         {"arm": arm.name, "source": source, "mean": mean(values), "first to last": ends(values)}
         for arm in arms
@@ -34,20 +32,12 @@ def weights(data: RunData) -> Section | None:
         {"arm": arm.name} | means(arm.weighted, ("weight_mean", "effective_sample_size", *FRACTIONS)) for arm in arms
     ]
     sizes = {arm.name: by_step(arm.weighted, "effective_sample_size") for arm in arms}
-    return Section(
-        "Importance weights",
-        "The weight of the first token gathers the log-ratios of the whole answer: its mean by source shows which"
-        " sources the policy learns from (1: plain SFT). Effective sample size: (Σw)² / (Σw²) over the tokens of a"
-        " step, as a share of them.",
-        (
-            Table(first, "Weight of the first token: all steps, first and last tenth"),
-            Table(averages, "Means over all steps; frac: share of tokens"),
-        ),
-        [
-            draw("SFT: effective sample size", "share of tokens", sizes),
-            *(figure for arm in arms for figure in weight_figures(arm)),
-        ],
+    tables = (
+        Table(first, "Weight of the first token: all steps, first and last tenth"),
+        Table(averages, "Means over all steps; frac: share of tokens"),
     )
+    figures = [draw("SFT: effective sample size", "share of tokens", sizes)]
+    return Section(tables, figures + [figure for arm in arms for figure in weight_figures(arm)])
 
 
 def first_weights(arm: ArmData) -> dict[str, np.ndarray]:
@@ -74,11 +64,11 @@ def weight_figures(arm: ArmData) -> Iterator[Markup]:
     yield draw(title, "mean weight", along_answer, x_label=x_label)
 
 
-def scores(data: RunData) -> Section | None:
+def scores(data: RunData) -> Section:
     """The behavior policies' log-probs, and their calibration."""
     facts = data.folders[0].manifest.get("stages", {}).get("score", {}).get("facts")
     if not facts:
-        return None
+        return Section()
     sources = [
         {"source": source} | {key: row.get(key, 0) for key in SCORES} | {"recorded_gap_max": row["recorded_gap_max"]}
         for source, row in facts["sources"].items()
@@ -87,23 +77,18 @@ def scores(data: RunData) -> Section | None:
         {"behavior model": source} | {key: row.get(key) for key in CALIBRATION}
         for source, row in facts["calibration"].items()
     ]
-    return Section(
-        "Behavior log-probs",
+    caption = "Trainer minus engine on a sample. Bias: mean, spread: standard deviation"
+    text = (
         "Each response token has its log-probability under the policy that wrote it: scored by that behavior model,"
         " recorded in the corpus and confirmed on a sample, or scored by a reference model if the author is unknown."
-        f" Gaps in nats. Rejected: {facts['rejected']} of {facts['rows']} rows.",
-        (
-            Table(sources),
-            Table(calibration, "Trainer minus engine on a sample. Bias: mean, spread: standard deviation"),
-        ),
+        f" Gaps in nats. Rejected: {facts['rejected']} of {facts['rows']} rows."
     )
+    return Section((Table(sources), Table(calibration, caption)), text=text)
 
 
-def parity(data: RunData) -> Section | None:
+def parity(data: RunData) -> Section:
     """Engine against trainer."""
     arms = [arm for arm in data.arms if arm.last]
-    if not arms:
-        return None
     rows = []
     for arm in arms:
         gaps, staleness = (column(arm.last, key) for key in ("logprob_parity_max", "staleness_max"))
@@ -112,17 +97,11 @@ def parity(data: RunData) -> Section | None:
         row |= means(arm.last, PARITY_METRICS)
         rows.append(row | {"staleness_max": float(np.fmax.reduce(staleness, initial=np.nan))})
     lines = {arm.name: by_step(arm.last, "logprob_parity_max", np.max) for arm in arms}
-    return Section(
-        "Do engines and trainer agree?",
-        "At every step both compute the log-probs of a fixed set of answers with the same weights. The gap is the"
-        " largest difference over the tokens, in nats; up to 1e-4 is float32 rounding. Other columns: means over the"
-        " tokens of the rollouts; staleness in steps.",
-        (Table(rows),),
-        [draw("RL: log-prob parity", "largest gap, nats", lines, log=True, level=(PARITY_TOLERANCE, "1e-4"))],
-    )
+    level = (PARITY_TOLERANCE, "1e-4")
+    return Section((Table(rows),), [draw("RL: log-prob parity", "largest gap, nats", lines, log=True, level=level)])
 
 
-def seconds(data: RunData) -> Section | None:
+def seconds(data: RunData) -> Section:
     """Time of stages and of RL steps."""
     stages = [
         {"run or arm": arm.name, "stage": stage} | {key: entry.get(key) for key in ("state", "seconds")}
@@ -132,17 +111,10 @@ def seconds(data: RunData) -> Section | None:
         if stage not in ("report", "pipeline")
     ]
     steps = [{"arm": arm.name} | means(arm.last, SECONDS) for arm in data.arms if arm.last]
-    if not stages and not steps:
-        return None
-    return Section(
-        "Time",
-        "In an RL step learners wait for rollouts, train and publish weights; engines pause to load them, sample, and"
-        " idle. Learners wait while engines sample, unless rollouts run ahead.",
-        (Table(stages, "Stages"), Table(steps, "Means over RL steps")),
-    )
+    return Section((Table(stages, "Stages"), Table(steps, "Means over RL steps")))
 
 
-def events(data: RunData) -> Section | None:
+def events(data: RunData) -> Section:
     """Failures, restarts and resumes, oldest first."""
     found = [
         {"time": event.get("time", 0.0), "run or arm": arm.name}
@@ -150,8 +122,6 @@ def events(data: RunData) -> Section | None:
         for arm in data.folders
         for event in arm.events
     ]
-    if not found:
-        return None
     last = sorted(found, key=lambda row: row["time"])[-MAX_EVENTS:]
     text = f"Failures, restarts and resumes: the last {len(last)} of {len(found)}."
-    return Section("Events", text, (Table([row | {"time": clock(row["time"])} for row in last]),))
+    return Section((Table([row | {"time": clock(row["time"])} for row in last]),), text=text)

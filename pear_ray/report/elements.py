@@ -68,12 +68,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Text, tables and figures under one heading."""
+    """Tables and figures under a heading of page.html.j2, with text if it depends on the run."""
 
-    title: str
-    text: str
-    tables: Sequence[Table]
+    tables: Sequence[Table] = ()
     figures: Iterable[Markup] = ()
+    text: str = ""
 
 
 def as_text(value: Any) -> str:

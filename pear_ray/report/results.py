@@ -91,10 +91,10 @@ def caution(data: RunData) -> str:
     )
 
 
-def study(data: RunData) -> Section | None:
+def study(data: RunData) -> Section:
     """Arms over seeds, and their differences seed by seed."""
     if not data.study:
-        return None
+        return Section()
     found, plan = data.study, data.study["plan"]
     text = f"Primary metric: {plan['primary']}, against {found['baseline']}."
     if plan["hypothesis"]:
@@ -122,14 +122,14 @@ def study(data: RunData) -> Section | None:
         Table(arms, f"Means over {len(found['seeds'])} seeds [95 %]"),
         Table(differences, "Differences, paired over seeds [95 %]"),
     )
-    return Section("Study", text, tables)
+    return Section(tables, text=text)
 
 
-def arms(data: RunData) -> Section | None:
+def arms(data: RunData) -> Section:
     """pass@k before and after RL."""
     card = data.scorecard
     if not card:
-        return None
+        return Section()
     trained = {label for arm in data.arms for label in (f"{arm.prefix}sft", arm.after_rl)}
     pairs = [(label, label, "") for label in data.cards if label not in trained]
     pairs += [(arm.name, data.before_rl(arm), arm.after_rl) for arm in data.arms]
@@ -141,14 +141,12 @@ def arms(data: RunData) -> Section | None:
             if paired := data.difference(after, before, k):
                 change = interval(paired, signed=True)
             rows.append({"arm": name, "metric": f"pass@{k}", "before RL": first, "after RL": last, "change": change})
-    return Section(
-        "Results by arm",
+    text = (
         f"pass@k on {card['num_problems']} held-out problems, {card['samples_per_problem']} answers each, temperature"
         f" {card['temperature']}, seed {card['seed']}, with 95 % intervals over problems. Before RL means after SFT."
-        f" Settings by arm: {settings(data.job) or '-'}.",
-        (Table(rows),),
-        [before_and_after(data, k) for k in data.ks],
+        f" Settings by arm: {settings(data.job) or '-'}."
     )
+    return Section((Table(rows),), [before_and_after(data, k) for k in data.ks], text)
 
 
 def settings(job: Job) -> str:
@@ -180,7 +178,7 @@ def before_and_after(data: RunData, k: int) -> Markup:
     return draw(f"pass@{k} before and after RL", f"pass@{k}", lines, x_label="", level=level, ticks=WHEN)
 
 
-def differences(data: RunData) -> Section | None:
+def differences(data: RunData) -> Section:
     """Differences between arms, paired over problems; a study has them over seeds instead."""
     rows = []
     for row in data.scorecard.get("differences", []):
@@ -190,18 +188,14 @@ def differences(data: RunData) -> Section | None:
             columns |= {"difference": interval(row, signed=True), "interval": crosses_zero(row)}
             floor = "below" if abs(row["value"]) < NOISE_FLOOR else "not below"
             rows.append(columns | {f"noise floor {number(NOISE_FLOOR)}": floor if after_rl else "-"})
-    text = (
-        "Both arms of a pair answered the same problems with the same seeds; 95 % intervals over problems. The noise"
-        " floor applies to pass@1 after RL from one seed."
-    )
-    return Section("Differences between arms", text, (Table(rows),)) if rows else None
+    return Section((Table(rows),))
 
 
-def ranking(data: RunData) -> Section | None:
+def ranking(data: RunData) -> Section:
     """The ranking of the checkpoints that RL could start from, how far training moved them, and pass@k for every k."""
     document = data.ranking
     if not document:
-        return None
+        return Section()
     record = document["track_record"]
     candidates = [{key: row.get(key) for key in CANDIDATE} for row in document["candidates"]]
     moves: list[dict[str, Any]] = []
@@ -223,8 +217,7 @@ def ranking(data: RunData) -> Section | None:
             " held-out problems in nats per answer",
         ),
     )
-    title = "Which checkpoint should RL start from?"
-    return Section(title, document["advice"], tables, pass_at_k_curves(data))
+    return Section(tables, pass_at_k_curves(data), document["advice"])
 
 
 def pass_at_k_curves(data: RunData) -> Iterator[Markup]:
@@ -247,10 +240,10 @@ def pass_at_k_curves(data: RunData) -> Iterator[Markup]:
         yield draw(f"pass@k {'after' if after else 'before'} RL", "pass@k", lines, x_label="k", ticks=ticks)
 
 
-def learning(data: RunData) -> Section | None:
+def learning(data: RunData) -> Section:
     """SFT and RL, step by step."""
     if not any(arm.of("sft") or arm.last for arm in data.arms):
-        return None
+        return Section()
     seeds: dict[str, dict[str, list[Rows]]] = {"SFT": {}, "RL": {}}
     for arm in data.arms:
         name = arm.name.partition("@")[0]
@@ -260,15 +253,7 @@ def learning(data: RunData) -> Section | None:
     for stage, key, title, unit in CURVES:
         lines = {name: over_seeds(rows, key) for name, rows in seeds[stage].items()}
         figures.append(draw(f"{stage}: {title}", unit, lines))
-    return Section(
-        "Learning curves",
-        "Thick: mean over neighboring steps. Several seeds: their mean, with a band from lowest to highest. RL is stage"
-        " rl or cooperate; pass rate is that of the training problems. The loss of a weighted arm is not comparable"
-        " with that of a plain one; the negative log-likelihood (nll) is. In the table, means over the first and the"
-        " last tenth of the steps.",
-        (training(data),),
-        figures,
-    )
+    return Section((training(data),), figures)
 
 
 def over_seeds(seeds: list[Rows], key: str) -> Line:
@@ -298,10 +283,8 @@ def training(data: RunData) -> Table:
     )
 
 
-def answers(data: RunData) -> Section | None:
+def answers(data: RunData) -> Section:
     """Length and likelihood of the answers, and some of them side by side."""
-    if not data.cards:
-        return None
     parts = sorted({part for card in data.cards.values() for part in card.get("parts", {})})
     keys = ("completions_mean_length", "completions_clipped_ratio", "mean_logprob", "heldout_nll")
     rows = [
@@ -310,13 +293,7 @@ def answers(data: RunData) -> Section | None:
         | {part: card.get("parts", {}).get(part) for part in parts}
         for label, card in data.cards.items()
     ]
-    return Section(
-        "Answers",
-        "Means over all sampled answers: tokens, share cut off at the length limit, log-prob per token under the"
-        " checkpoint (nats), then the properties recorded by the reward function. Held-out nll: of the held-out corpus"
-        " rows, nats per token.",
-        (Table(rows), Table(side_by_side(data), "Problems on which the grades differ most")),
-    )
+    return Section((Table(rows), Table(side_by_side(data), "Problems on which the grades differ most")))
 
 
 def side_by_side(data: RunData) -> list[dict[str, Any]]:
@@ -328,8 +305,7 @@ def side_by_side(data: RunData) -> list[dict[str, Any]]:
     rows = []
     for problem in sorted(by_problem, key=lambda problem: (-spread[problem], problem))[:NUM_PROBLEMS]:
         for label in list(data.cards)[:MAX_CHECKPOINTS]:
-            if answer := by_problem[problem].get(label):
-                grade = "correct" if answer["correct"] else "wrong"
-                row = {"problem": problem, "checkpoint": label, "grade": grade}
-                rows.append(row | {"first answer": answer["text"][:MAX_CHARACTERS]})
+            if given := by_problem[problem].get(label):
+                row = {"problem": problem, "checkpoint": label, "grade": "correct" if given["correct"] else "wrong"}
+                rows.append(row | {"first answer": given["text"][:MAX_CHARACTERS]})
     return rows
