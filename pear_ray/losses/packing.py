@@ -94,6 +94,7 @@ def concatenate(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]
     """Return one micro-batch of these sequences in a global batch with these counts."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
     packed: dict[str, Any] = {
+        **counts,
         "position_ids_T": np.concatenate([np.arange(length) for length in lengths]),
         "sequence_ids_T": np.repeat(np.arange(len(lengths)), lengths),
         "origins": tuple(sequence.origin for sequence in sequences),
@@ -106,4 +107,4 @@ def concatenate(sequences: Sequence[TrainingSequence], counts: Mapping[str, int]
             pairs = zip(arrays, lengths, strict=True)
             zeroed = [np.zeros(length, present[0].dtype) if a is None else a for a, length in pairs]
             packed[f"{name}_T"] = np.concatenate(zeroed)
-    return TrainingBatch(**packed, **counts)
+    return TrainingBatch(**packed)

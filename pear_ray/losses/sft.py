@@ -49,8 +49,7 @@ class TrSft(TokenLoss):
     alpha: float = 0.1
 
     def __call__(self, tokens: LossInputs) -> Tensor:
-        trust = (tokens.logprobs.detach().exp() / self.alpha).clamp(max=1.0)
-        return -trust * tokens.logprobs
+        return -(tokens.logprobs.detach().exp() / self.alpha).clamp(max=1.0) * tokens.logprobs
 
 
 @dataclass(frozen=True)

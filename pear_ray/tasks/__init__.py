@@ -24,9 +24,9 @@ from math import lcm
 from typing import Any, Protocol, runtime_checkable
 
 from pear_ray.config import TaskSpec
-from pear_ray.errors import ConfigError
+from pear_ray.errors import ConfigError, require
 from pear_ray.records import Grade, Problem
-from pear_ray.seeds import seed_of
+from pear_ray.statistics import seed_of
 
 ENTRY_POINT_GROUP = "pear_ray.tasks"
 BUILT_IN = {
@@ -39,8 +39,7 @@ BUILT_IN = {
 class Task(Protocol):
     """A family of problems with verifiable answers, constructed in each process that uses it."""
 
-    name: str
-    """The `task` of its problems; the reward worker finds the grader of an answer by it."""
+    name: str  # the `task` of its problems; the reward worker finds the grader of an answer by it
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Yield distinct problems of `split`, "train" or "heldout", in an order fixed by `seed`."""
@@ -71,12 +70,8 @@ class FileBacked(Protocol):
 
 
 def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
-    """Construct the tasks of a job, in its order, ready to yield problems.
-
-    Raises:
-        ConfigError: as `make_graders`; a task's file is missing; or two tasks share a name, so that
-            the grader of a problem would be ambiguous.
-    """
+    """Construct the tasks of a job, in its order, ready to yield problems. Raise ConfigError as `make_graders`, if a
+    task's file is missing, or if two tasks share a name, so that the grader of a problem would be ambiguous."""
     tasks = make_graders(specs)
     for number, task in enumerate(tasks):
         if isinstance(task, FileBacked):
@@ -94,47 +89,49 @@ def make_tasks(specs: Sequence[TaskSpec]) -> list[Task]:
 
 
 def make_graders(specs: Sequence[TaskSpec]) -> list[Task]:
-    """Construct the tasks of a job for grading alone: files of problems may be missing.
+    """Construct the tasks of a job for grading alone: files of problems may be missing. Raise ConfigError if a name
+    selects no class, or a class that is no task or rejects its options."""
+    return [_make_grader(f"tasks.{number}", spec) for number, spec in enumerate(specs)]
 
-    Raises:
-        ConfigError: a name that selects no class, or a class that is no task or rejects its
-            options.
-    """
-    return [_make_task(f"tasks.{number}", spec) for number, spec in enumerate(specs)]
+
+def _make_grader(field: str, spec: TaskSpec) -> Task:
+    task_class = _load_class(f"{field}.name", spec.name)
+    try:
+        task: Task = task_class(**spec.options)
+    except ImportError as error:
+        raise ConfigError(
+            f"{field}.name: expected the packages that {spec.name!r} needs, which pear-ray[tasks]"
+            f" installs for built-in tasks, got {type(error).__name__}: {error}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field}.options: {error}") from error
+    name = getattr(task, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{field}.name: expected a task whose `name` is a non-empty string, got {name!r} of {spec.name!r}"
+        )
+    return task
 
 
 def endless_problems(specs: Sequence[TaskSpec], split: str, seed: int) -> Iterator[tuple[int, Problem]]:
-    """Yield (epoch, problem) forever: the tasks mixed by weight, each epoch in its own order.
-
-    The stream depends on the arguments alone, so a resumed run needs only its position in it.
-
-    Raises:
-        ConfigError: as `make_tasks`.
-        ValueError: a task has no problem of the split.
-    """
+    """Yield (epoch, problem) forever: the tasks mixed by weight, each epoch in its own order. The stream depends on the
+    arguments alone, so a resumed run needs only its position in it. Raise ValueError if a task has no such problem."""
     tasks, weights = make_tasks(specs), [spec.weight for spec in specs]
     for epoch in count():
-        empty = True
+        problem = None
         for problem in mixed_problems(tasks, split, seed + epoch, weights):
-            empty = False
             yield epoch, problem
-        if empty:
+        if problem is None:
             raise ValueError(f"tasks: expected problems of split {split!r} in each task, got none")
 
 
 def heldout_problems(specs: Sequence[TaskSpec], num_each: int, seed: int) -> list[Problem]:
-    """Return `num_each` held-out problems of each task, the same for every evaluation with `seed`.
-
-    Raises:
-        ConfigError: a task holds out fewer.
-    """
+    """Return `num_each` held-out problems of each task, the same for every evaluation with `seed`. Raise ConfigError if
+    a task holds out fewer."""
     stream = mixed_problems(make_tasks(specs), "heldout", seed_of(seed, "evaluate"))
     problems = list(islice(stream, num_each * len(specs)))
-    if len(problems) < num_each * len(specs):
-        raise ConfigError(
-            f"evaluation.num_problems: expected at most {len(problems) // len(specs)}, the number"
-            f" of problems that each task holds out, got {num_each}"
-        )
+    expected = f"at most {len(problems) // len(specs)}, the number of problems that each task holds out"
+    require(len(problems) == num_each * len(specs), "evaluation.num_problems", expected, num_each)
     return problems
 
 
@@ -148,7 +145,9 @@ def mixed_problems(
     which every task has T * p problems. The rest of a larger task comes in other epochs, whose order differs.
     """
     streams = [task.problems(split, seed) for task in tasks]
-    shares = _integer_ratio(weights or [1.0] * len(tasks))
+    # Integers in exactly the ratio of the weights: sums of them do not round.
+    exact = [Fraction(weight) for weight in weights or [1] * len(tasks)]
+    shares = [int(weight * lcm(*(other.denominator for other in exact))) for weight in exact]
     total = sum(shares)
     buffers: list[deque[Problem]] = [deque() for _ in streams]
     num_yielded = [0] * len(streams)
@@ -182,38 +181,8 @@ def split_by_hash(text: str, heldout_fraction: float) -> str:
     return "heldout" if seed_of(text) < heldout_fraction * 2**31 else "train"
 
 
-def _integer_ratio(weights: Sequence[float]) -> list[int]:
-    """Return integers in exactly the ratio of `weights`: sums of them do not round."""
-    exact = [Fraction(weight) for weight in weights]
-    scale = lcm(*(weight.denominator for weight in exact))
-    return [int(weight * scale) for weight in exact]
-
-
-def _make_task(field: str, spec: TaskSpec) -> Task:
-    task_class = _load_class(f"{field}.name", spec.name)
-    try:
-        task: Task = task_class(**spec.options)
-    except ImportError as error:
-        raise ConfigError(
-            f"{field}.name: expected the packages that {spec.name!r} needs, which pear-ray[tasks]"
-            f" installs for built-in tasks, got {type(error).__name__}: {error}"
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{field}.options: {error}") from error
-    name = getattr(task, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{field}.name: expected a task whose `name` is a non-empty string, got {name!r} of {spec.name!r}"
-        )
-    return task
-
-
 def _load_class(field: str, name: str) -> type[Any]:
-    """Return the class that a task's name selects.
-
-    Raises:
-        ConfigError: there is none, there are two, it cannot be imported, or it is no task.
-    """
+    """Return the class that a task's name selects; ConfigError if none, two, not importable, or no task."""
     entry = EntryPoint(name, _object_reference(field, name), ENTRY_POINT_GROUP)
     try:
         loaded = entry.load()

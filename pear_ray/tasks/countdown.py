@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ NUM_NUMBERS = 3
 CODE_SUCCESSORS = 3
 
 Numbers = tuple[int, ...]
+Chain = tuple["Step", ...]
 
 
 class Step(NamedTuple):
@@ -45,18 +47,9 @@ class Step(NamedTuple):
     result: int
 
 
-Chain = tuple[Step, ...]
-
-
-def write_build(chain: Chain) -> str:
-    """Return the chain forward: `build 7 * 3 = 21 , 21 + 9 = 30`."""
-    return "build " + " , ".join(f"{s.left} {s.sign} {s.right} = {s.result}" for s in chain)
-
-
-def write_undo(chain: Chain) -> str:
-    """Return the same chain backward: `undo 30 - 9 = 21 , 21 / 3 = 7`."""
-    steps = (f"{s.result} {INVERSE[s.sign]} {s.right} = {s.left}" for s in reversed(chain))
-    return "undo " + " , ".join(steps)
+def write_chain(style: str, chain: Chain) -> str:
+    """Return the chain as an answer: `build 7 * 3 = 21 , 21 + 9 = 30`."""
+    return f"{style} " + " , ".join(f"{left} {sign} {right} = {result}" for left, sign, right, result in chain)
 
 
 def read_style(text: str) -> str:
@@ -67,43 +60,36 @@ def read_style(text: str) -> str:
     return "try" if "no" in words and words[0] != "code" else words[0]
 
 
+@dataclass(eq=False)
 class Countdown:
-    """Generated problems with a certain grade, and demonstrations of the game.
+    """Generated problems with a certain grade, and demonstrations of the game. A problem is three sorted numbers and a
+    target that they reach: 4,473 of them with `max_number=12`. A hash of the problem alone decides its split. An answer
+    is correct if one of its last `attempts` chains is; one of style code begins with `code_numbers` numbers."""
 
-    A problem is three sorted numbers and a target that they reach: 4,473 of them with `max_number=12`. A hash of the
-    problem alone decides its split. An answer is correct if one of its last `attempts` chains is; an answer of style
-    code begins with `code_numbers` numbers.
-    """
+    label: str = "countdown"
+    max_number: int = 12
+    max_result: int = 99
+    heldout_fraction: float = 0.1
+    attempts: int = 1
+    code_numbers: int = 30
 
-    def __init__(
-        self,
-        label: str = "countdown",
-        max_number: int = 12,
-        max_result: int = 99,
-        heldout_fraction: float = 0.1,
-        attempts: int = 1,
-        code_numbers: int = 30,
-    ) -> None:
-        if max_number < 1 or max_result < 2 * max_number:
+    def __post_init__(self) -> None:
+        if self.max_number < 1 or self.max_result < 2 * self.max_number:
             raise ValueError(
-                f"max_result: expected at least 2 * max_number = {2 * max_number}, so that each"
-                f" position has a legal step, got {max_result}"
+                f"max_result: expected at least 2 * max_number = {2 * self.max_number}, so that each position has a"
+                f" legal step, got {self.max_result}"
             )
-        check_heldout_fraction(heldout_fraction)
-        for field, value in (("attempts", attempts), ("code_numbers", code_numbers)):
+        check_heldout_fraction(self.heldout_fraction)
+        for field, value in (("attempts", self.attempts), ("code_numbers", self.code_numbers)):
             if value < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
-        self.name = label
-        self.max_number = max_number
-        self.max_result = max_result
-        self.heldout_fraction = heldout_fraction
-        self.attempts = attempts
-        self.code_numbers = code_numbers
-        self._number_words = {str(number) for number in range(max_result + 1)}
+        self.name = self.label
+        self._number_words = dict.fromkeys(map(str, range(self.max_result + 1)))
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Yield each problem of the split once, in an order fixed by the seed."""
-        order = list(self._chains(split))
+        check_split(split)
+        order = list(self._chains[split])
         random.Random(f"{self.name} {split} {seed}").shuffle(order)
         for numbers, target in order:
             yield self._problem(numbers, target, split)
@@ -111,16 +97,22 @@ class Countdown:
     def demonstrations(
         self, styles: Mapping[str, float], solved_fraction: float, seed: int
     ) -> Iterator[tuple[Problem, str]]:
-        """Yield problems of split train with answers, forever, in styles drawn by weight.
-
-        A problem is drawn in proportion to the number of chains that solve it. `solved_fraction` of the answers (in
-        style many: of the chains) solve it; the others are random legal chains of its numbers, which teach format and
-        arithmetic and reach the target by chance only.
-        """
-        self._check_demonstrations(styles, solved_fraction)
-        chains = self._chains("train")
+        """Yield problems of split train with answers, forever, in styles drawn by weight. A problem is drawn in
+        proportion to the number of chains that solve it. `solved_fraction` of the answers (in style many: of the
+        chains) solve it; the others are random legal chains of its numbers, which teach format and arithmetic and reach
+        the target by chance only."""
+        if set(styles) - set(STYLES) or any(v < 0 for v in styles.values()) or not any(styles.values()):
+            raise ValueError(f"styles: expected weights over {', '.join(STYLES)}, got {dict(styles)}")
+        if styles.get("wander") and self.max_number < 2 * NUM_NUMBERS:
+            raise ValueError(
+                f"styles: expected max_number of at least {2 * NUM_NUMBERS} for style wander, which"
+                f" uses numbers outside the problem, got {self.max_number}"
+            )
+        if not 0 <= solved_fraction <= 1:
+            raise ValueError(f"solved_fraction: expected 0 to 1, got {solved_fraction}")
+        chains = self._chains["train"]
         keys = list(chains)
-        weights = list(itertools.accumulate(len(chains[key]) for key in keys))
+        weights = list(itertools.accumulate(map(len, chains.values())))
         rng = random.Random(f"{self.name} demonstrations {seed}")
         names, style_weights = list(styles), list(styles.values())
         while True:
@@ -133,7 +125,14 @@ class Countdown:
     def grade(self, problem: Problem, text: str) -> Grade:
         """Reward 1 if one of the last `attempts` chains, separated by `no` or `:`, solves the problem, else 0 and a
         note of the last chain's fault."""
-        numbers, target = _parse_reference(problem)
+        try:
+            given, _, goal = problem.reference.partition(" > ")
+            numbers, target = tuple(map(int, given.split())), int(goal)
+        except ValueError:
+            raise ValueError(
+                f"reference of problem {problem.problem_id}: expected numbers and a target like '3 7 9 > 30', got"
+                f" {problem.reference!r}"
+            ) from None
         words = text.split()
         ends = [i for i, word in enumerate(words) if word in ("no", ":")]
         chains = [words[i + 1 : j] for i, j in itertools.pairwise([-1, *ends, len(words)])]
@@ -145,30 +144,15 @@ class Countdown:
 
     def vocabulary(self) -> list[str]:
         """Return each word that a prompt or an answer can contain, once."""
-        numbers = [str(number) for number in range(self.max_result + 1)]
-        return [">", ":", *SIGNS, "=", ",", "no", "build", "undo", "code", *numbers]
+        return [">", ":", *SIGNS, "=", ",", "no", "build", "undo", "code", *self._number_words]
 
     def _problem(self, numbers: Numbers, target: int, split: str) -> Problem:
         text = _reference(numbers, target)
-        return Problem(
-            problem_id="-".join(map(str, (self.name, *numbers, target))),
-            task=self.name,
-            messages=({"role": "user", "content": f"{text} :"},),
-            reference=text,
-            split=split,
-        )
-
-    def _split(self, numbers: Numbers, target: int) -> str:
-        digest = hashlib.sha256(_reference(numbers, target).encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        return "heldout" if share < self.heldout_fraction else "train"
-
-    def _chains(self, split: str) -> dict[tuple[Numbers, int], list[Chain]]:
-        check_split(split)
-        return self._chains_by_split[split]
+        problem_id = "-".join(map(str, (self.name, *numbers, target)))
+        return Problem(problem_id, self.name, ({"role": "user", "content": f"{text} :"},), text, split)
 
     @cached_property
-    def _chains_by_split(self) -> dict[str, dict[tuple[Numbers, int], list[Chain]]]:
+    def _chains(self) -> dict[str, dict[tuple[Numbers, int], list[Chain]]]:
         """All legal chains of each problem, by split and (sorted numbers, target)."""
         table: dict[str, dict[tuple[Numbers, int], list[Chain]]] = {"train": {}, "heldout": {}}
         for numbers in itertools.combinations_with_replacement(range(1, self.max_number + 1), NUM_NUMBERS):
@@ -178,7 +162,9 @@ class Countdown:
                     by_target.setdefault(chain[-1].result, []).append(chain)
             for target, chains in by_target.items():
                 if target > 0:
-                    table[self._split(numbers, target)][numbers, target] = chains
+                    digest = hashlib.sha256(_reference(numbers, target).encode()).digest()
+                    is_heldout = int.from_bytes(digest[:8], "big") / 2**64 < self.heldout_fraction
+                    table["heldout" if is_heldout else "train"][numbers, target] = chains
         return table
 
     def _legal_chains(self, current: int, others: list[int]) -> Iterator[Chain]:
@@ -205,27 +191,21 @@ class Countdown:
             current = steps[-1].result
         return tuple(steps)
 
-    def _check_demonstrations(self, styles: Mapping[str, float], solved_fraction: float) -> None:
-        if set(styles) - set(STYLES) or any(v < 0 for v in styles.values()) or not any(styles.values()):
-            expected = f"weights over {', '.join(STYLES)}"
-            raise ValueError(f"styles: expected {expected}, got {dict(styles)}")
-        if styles.get("wander") and self.max_number < 2 * NUM_NUMBERS:
-            raise ValueError(
-                f"styles: expected max_number of at least {2 * NUM_NUMBERS} for style wander, which"
-                f" uses numbers outside the problem, got {self.max_number}"
-            )
-        if not 0 <= solved_fraction <= 1:
-            raise ValueError(f"solved_fraction: expected 0 to 1, got {solved_fraction}")
-
     def _answer(
         self, rng: random.Random, numbers: Numbers, target: int, style: str, solutions: Sequence[Chain | None]
     ) -> str:
         """Return an answer made of the solutions, with random play in place of each None."""
         if style == "undo":
-            return write_undo(solutions[0] or self._play_backward(rng, numbers, target))
+            (chain,) = solutions
+            if chain is None:
+                return write_chain(style, self._play(rng, target, rng.sample(numbers, NUM_NUMBERS - 1)))
+            backward = (Step(s.result, INVERSE[s.sign], s.right, s.left) for s in reversed(chain))
+            return write_chain(style, tuple(backward))
         if style == "code":
-            private = " ".join(map(str, self._private_numbers(rng)))
-            return f"code {private} : {self._answer(rng, numbers, target, 'undo', solutions)}"
+            words = ["code"]
+            for _ in range(self.code_numbers):
+                words.append(str(rng.choice(self._successors[words[-1]])))
+            return f"{' '.join(words)} : {self._answer(rng, numbers, target, 'undo', solutions)}"
         failures: list[Chain] = []
         if style == "try":
             failures = [self._play_forward(rng, numbers)]
@@ -233,29 +213,17 @@ class Countdown:
             others = sorted(set(range(1, self.max_number + 1)) - set(numbers))
             failures = [self._play_forward(rng, others) for _ in range(self.attempts - 1)]
         chains = [*failures, *(chain or self._play_forward(rng, numbers) for chain in solutions)]
-        return " no ".join(map(write_build, chains))
+        return " no ".join(write_chain("build", chain) for chain in chains)
 
     def _play_forward(self, rng: random.Random, numbers: Sequence[int]) -> Chain:
         first, *others = rng.sample(numbers, NUM_NUMBERS)
         return self._play(rng, first, others)
 
-    def _play_backward(self, rng: random.Random, numbers: Numbers, target: int) -> Chain:
-        """Play legally from the target down; returns the chain forward, as `write_undo` expects."""
-        steps = self._play(rng, target, rng.sample(numbers, NUM_NUMBERS - 1))
-        return tuple(Step(s.result, INVERSE[s.sign], s.right, s.left) for s in reversed(steps))
-
-    def _private_numbers(self, rng: random.Random) -> list[int]:
-        numbers = [rng.choice(self._successors["code"])]
-        for _ in range(self.code_numbers - 1):
-            numbers.append(rng.choice(self._successors[str(numbers[-1])]))
-        return numbers
-
     @cached_property
     def _successors(self) -> dict[str, list[int]]:
         """The private rule: which numbers may follow the word `code` and each number."""
-        words = ["code", *(str(number) for number in range(self.max_result + 1))]
-        everything = range(self.max_result + 1)
-        return {w: random.Random(f"after {w}").sample(everything, CODE_SUCCESSORS) for w in words}
+        numbers, words = range(self.max_result + 1), ["code", *self._number_words]
+        return {word: random.Random(f"after {word}").sample(numbers, CODE_SUCCESSORS) for word in words}
 
     def _find_fault(self, words: list[str], numbers: Numbers, target: int) -> str:
         """Return why the words do not solve the problem, "" if they do."""
@@ -283,7 +251,7 @@ class Countdown:
 
     def _parse_step(self, words: list[str]) -> Step | None:
         left, sign, right, equals, result = words
-        if sign not in SIGNS or equals != "=" or not {left, right, result} <= self._number_words:
+        if sign not in SIGNS or equals != "=" or not {left, right, result} <= self._number_words.keys():
             return None
         step = Step(int(left), sign, int(right), int(result))
         return step if self._apply(step.left, sign, step.right) == step.result else None
@@ -291,14 +259,3 @@ class Countdown:
 
 def _reference(numbers: Numbers, target: int) -> str:
     return f"{' '.join(map(str, numbers))} > {target}"
-
-
-def _parse_reference(problem: Problem) -> tuple[Numbers, int]:
-    numbers, _, target = problem.reference.partition(" > ")
-    try:
-        return tuple(map(int, numbers.split())), int(target)
-    except ValueError:
-        raise ValueError(
-            f"reference of problem {problem.problem_id}: expected numbers and a target like"
-            f" '3 7 9 > 30', got {problem.reference!r}"
-        ) from None

@@ -10,9 +10,10 @@ import random
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +23,7 @@ from pear_ray.records import Grade, Problem
 from pear_ray.tasks import check_heldout_fraction, check_split, split_by_hash
 
 EXTRACTORS = ("boxed", "last_number", "either")
-# No known answer is longer, and math-verify takes minutes for long formulas.
-MAX_ANSWER_CHARACTERS = 400
+MAX_ANSWER_CHARACTERS = 400  # No known answer is longer, and math-verify takes minutes for long formulas.
 JSON_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst"))
 BRACES = re.compile(r"\\f?boxed\s*\{|\\.|[{}]", re.DOTALL)
 NUMBER = re.compile(
@@ -35,79 +35,45 @@ NUMBER = re.compile(
 )
 
 
-class Row(NamedTuple):
-    """`Row("What is 6 * 7?", "42", "train")`."""
-
-    problem: str
-    answer: str
-    split: str
-
-
+@dataclass(eq=False)
 class Math:
-    r"""`Math("data/problems.jsonl.gz")`: rows of a problem and its answer.
+    """`Math("data/problems.jsonl.gz")`: rows of a problem and its answer. Rows with the same problem are one problem,
+    with the answer of the first row, and held out if one of them is."""
 
-    Args:
-        path: A file of Parquet or JSON lines (plain, .gz, .zst), or a folder of such files.
-        label: The task's name, part of the problems' ids.
-        problem: Column of the problem, text.
-        answer: Column of the answer, a number or text. Of a worked solution, a text with \boxed{},
-            the last \boxed{} is the answer.
-        split: Column with "train" or "heldout". Without it `heldout_fraction` of the problems are
-            held out, by a hash of the problem.
-        system: System prompt, "" for none.
-        instruction: Text below each problem, such as the answer's format.
-        extractor: The graded part of an answer: the last "boxed", the "last_number", or "either",
-            which is correct if one of them is.
+    path: str  # a file of Parquet or JSON lines (plain, .gz, .zst), or a folder of such files
+    label: str = "math"  # the task's name, part of the problems' ids
+    problem: str = "problem"  # column of the problem, text
+    answer: str = (
+        "answer"  # column of the answer, a number or text; of a text with \\boxed{}, the last \\boxed{} counts
+    )
+    split: str | None = None  # column with "train" or "heldout"; without it, a hash of the problem decides
+    heldout_fraction: float = 0.1  # of the problems, if no column decides
+    system: str = ""  # system prompt, "" for none
+    instruction: str = ""  # text below each problem, such as the answer's format
+    extractor: str = "boxed"  # the graded part: the last "boxed", the "last_number", or "either", if one is correct
 
-    Rows with the same problem are one problem, with the answer of the first row, and held out if one of them is.
-
-    Raises:
-        ImportError: math-verify is not installed.
-        ValueError: an option is out of range.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        label: str = "math",
-        problem: str = "problem",
-        answer: str = "answer",
-        split: str | None = None,
-        heldout_fraction: float = 0.1,
-        system: str = "",
-        instruction: str = "",
-        extractor: str = "boxed",
-    ) -> None:
-        if extractor not in EXTRACTORS:
-            raise ValueError(f"extractor: expected one of {', '.join(EXTRACTORS)}, got {extractor!r}")
-        check_heldout_fraction(heldout_fraction)
+    def __post_init__(self) -> None:
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(f"extractor: expected one of {', '.join(EXTRACTORS)}, got {self.extractor!r}")
+        check_heldout_fraction(self.heldout_fraction)
         import math_verify  # noqa: F401  Fail here, not at the first answer.
 
         # math-verify warns in each process that its own timeout is off; the reward worker has one.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
-        self.name = label
-        self._path = path
-        self._columns = [problem, answer] if split is None else [problem, answer, split]
-        self._heldout_fraction = heldout_fraction
-        self._system = system
-        self._instruction = instruction
-        self._extractor = extractor
+        self.name = self.label
+        self._columns = [self.problem, self.answer, *([] if self.split is None else [self.split])]
 
     def check_files(self) -> None:
         """Raise ConfigError if no readable file is found, without reading one."""
-        find_files(self._path)
+        find_files(self.path)
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Yield each problem of the split once, in an order fixed by the seed.
-
-        Raises:
-            ValueError: a file cannot be read, or a row is invalid.
-        """
+        """Yield each problem of the split once, in an order fixed by the seed. Raise ValueError if a file cannot be
+        read or a row is invalid."""
         check_split(split)
-        order = [row for row in self._rows if row.split == split]
+        order = [problem for problem in self._problems if problem.split == split]
         random.Random(f"{self.name} {split} {seed}").shuffle(order)
-        for row in order:
-            yield self._problem(row)
+        yield from order
 
     def grade(self, problem: Problem, text: str) -> Grade:
         """Reward 1 if the extracted answer has the value of the reference, else 0.
@@ -118,7 +84,7 @@ class Math:
         """
         answers = {"boxed": last_boxed(text), "last_number": last_number(text)}
         faults = {name: find_fault(answer, problem.reference) for name, answer in answers.items()}
-        graded = [name for name in answers if self._extractor in (name, "either")]
+        graded = [name for name in answers if self.extractor in (name, "either")]
         correct = any(not faults[name] for name in graded)
         parts = {
             "boxed_correct": float(not faults["boxed"]),
@@ -129,28 +95,18 @@ class Math:
         note = "" if correct else "; ".join(f"{name}: {faults[name]}" for name in graded)
         return Grade(float(correct), correct, parts, note)
 
-    def _problem(self, row: Row) -> Problem:
-        question = f"{row.problem}\n\n{self._instruction}" if self._instruction else row.problem
-        system = ({"role": "system", "content": self._system},) if self._system else ()
-        return Problem(
-            problem_id=f"{self.name}-{hashlib.sha256(row.problem.encode()).hexdigest()[:16]}",
-            task=self.name,
-            messages=(*system, {"role": "user", "content": question}),
-            reference=row.answer,
-            split=row.split,
-        )
-
     @cached_property
-    def _rows(self) -> list[Row]:
-        rows: dict[str, Row] = {}
-        for location, values in read_rows(self._path, self._columns):
-            row = self._parse_row(location, *values)
-            first = rows.setdefault(row.problem, row)
-            if row.split == "heldout" != first.split:
-                rows[row.problem] = first._replace(split="heldout")
-        return list(rows.values())
+    def _problems(self) -> list[Problem]:
+        problems: dict[str, Problem] = {}
+        for location, values in read_rows(self.path, self._columns):
+            problem = self._parse_row(location, *values)
+            question = problem.messages[-1]["content"]
+            first = problems.setdefault(question, problem)
+            if problem.split == "heldout" != first.split:
+                problems[question] = replace(first, split="heldout")
+        return list(problems.values())
 
-    def _parse_row(self, location: str, problem: Any, answer: Any, split: Any = None) -> Row:
+    def _parse_row(self, location: str, problem: Any, answer: Any, split: Any = None) -> Problem:
         fields = [f"{location}, {column}" for column in self._columns]
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{fields[0]}: expected text, got {problem!r}")
@@ -163,11 +119,15 @@ class Math:
                 f"{fields[1]}: expected 1 to {MAX_ANSWER_CHARACTERS} characters, in all or in a"
                 f" \\boxed{{}}, got {len(known)}: {known[:60]!r}"
             )
-        if len(self._columns) == 2:
-            split = split_by_hash(problem.strip(), self._heldout_fraction)
+        text = problem.strip()
+        if self.split is None:
+            split = split_by_hash(text, self.heldout_fraction)
         if split not in ("train", "heldout"):
             raise ValueError(f"{fields[2]}: expected 'train' or 'heldout', got {split!r}")
-        return Row(problem.strip(), known, split)
+        problem_id = f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        question = f"{text}\n\n{self.instruction}" if self.instruction else text
+        return Problem(problem_id, self.name, (*system, {"role": "user", "content": question}), known, split)
 
 
 def last_boxed(text: str) -> str | None:
@@ -212,38 +172,27 @@ def _parse(answer: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     box = f"\\boxed{{{answer.strip().rstrip('.,;')}}}"
-    parsed: list[Any] = parse(box, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-    return parsed
+    return parse(box, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
 
 
 def find_files(path: str) -> list[Path]:
     """Return the files of a path, sorted by name: in a folder the Parquet files or, if there are none, the JSON lines.
-    Names with a leading dot or underscore are skipped.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    Names with a leading dot or underscore are skipped. Raise ConfigError if there is no such file."""
     root = Path(path).expanduser()
     if not root.exists():
         raise ConfigError(f"path: expected a file or folder, got {path!r}, which does not exist")
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
     shown = [file for file in files if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)]
-    parquet = [file for file in shown if file.name.endswith(".parquet")]
-    json_lines = [file for file in shown if file.name.endswith(JSON_SUFFIXES)]
-    if not parquet and not json_lines:
-        raise ConfigError(
-            f"path: expected a file or folder with {', '.join(('.parquet', *JSON_SUFFIXES))}, got {path!r}"
-        )
-    return parquet or json_lines
+    for suffixes in ((".parquet",), JSON_SUFFIXES):
+        found = [file for file in shown if file.name.endswith(suffixes)]
+        if found:
+            return found
+    raise ConfigError(f"path: expected a file or folder with {', '.join(('.parquet', *JSON_SUFFIXES))}, got {path!r}")
 
 
 def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
     """Yield (location, values of the columns) of each row; the location is "file:number", with lines or rows counted
-    from 1.
-
-    Raises:
-        ConfigError: a file cannot be read, or a row lacks a column.
-    """
+    from 1. Raise ConfigError if a file cannot be read or a row lacks a column."""
     for file in find_files(path):
         read = _read_parquet if file.name.endswith(".parquet") else _read_json_lines
         try:
