@@ -151,13 +151,11 @@ class ReferenceScorer:
             scored[number] = logprobs
             if len(scored) == len(completions):
                 del self.pending[key]
-                yield (
-                    key,
-                    tuple(
-                        replace(completion, reference_logprobs=tuple(scored[n].tolist()))
-                        for n, completion in enumerate(completions)
-                    ),
-                )
+                with_reference = [
+                    replace(completion, reference_logprobs=tuple(scored[n].tolist()))
+                    for n, completion in enumerate(completions)
+                ]
+                yield key, tuple(with_reference)
 
 
 @dataclass(frozen=True)
