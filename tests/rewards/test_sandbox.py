@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pear_ray.rewards.sandbox import deny_network
+from pear_ray.rewards.pool import deny_network
 
 
 def open_socket(family: int) -> str:
