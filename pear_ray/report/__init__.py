@@ -97,11 +97,8 @@ def spreadsheet(data: RunData) -> str:
             row |= {"arm": arm.name, "stage": stage, "steps": len(arm.of(stage)), "seconds": seconds}
         card = data.cards.get(label, {})
         for k, score in card.get("pass_at_k", {}).items():
-            row |= {
-                f"pass_at_{k}": score["value"],
-                f"pass_at_{k}_low": score["low"],
-                f"pass_at_{k}_high": score["high"],
-            }
+            row[f"pass_at_{k}"] = score["value"]
+            row |= {f"pass_at_{k}_{end}": score[end] for end in ("low", "high")}
         row |= {key: value for key, value in card.items() if key not in NOT_IN_SPREADSHEET}
         if divergence := card.get("kl_from_start"):
             row["kl_from_start"] = divergence["value"]

@@ -28,9 +28,8 @@ def weights(data: RunData) -> Section:
         for arm in arms
         for source, values in first_weights(arm).items()
     ]
-    averages = [
-        {"arm": arm.name} | means(arm.weighted, ("weight_mean", "effective_sample_size", *FRACTIONS)) for arm in arms
-    ]
+    metrics = ("weight_mean", "effective_sample_size", *FRACTIONS)
+    averages = [{"arm": arm.name} | means(arm.weighted, metrics) for arm in arms]
     sizes = {arm.name: by_step(arm.weighted, "effective_sample_size") for arm in arms}
     tables = (
         Table(first, "Weight of the first token: all steps, first and last tenth"),
@@ -78,12 +77,7 @@ def scores(data: RunData) -> Section:
         for source, row in facts["calibration"].items()
     ]
     caption = "Trainer minus engine on a sample. Bias: mean, spread: standard deviation"
-    text = (
-        "Each response token has its log-probability under the policy that wrote it: scored by that behavior model,"
-        " recorded in the corpus and confirmed on a sample, or scored by a reference model if the author is unknown."
-        f" Gaps in nats. Rejected: {facts['rejected']} of {facts['rows']} rows."
-    )
-    return Section((Table(sources), Table(calibration, caption)), text=text)
+    return Section((Table(sources), Table(calibration, caption)))
 
 
 def parity(data: RunData) -> Section:

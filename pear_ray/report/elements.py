@@ -157,11 +157,8 @@ def draw(
     level: tuple[float, str] | None = None,
     ticks: Sequence[str] = (),
 ) -> Markup:
-    """Return a figure of the lines that have finite points; nothing if there are none.
-
-    `level` is a horizontal line and its label. `ticks` label x = 0, 1, ...; such lines have error bars, others a band
-    between `low` and `high`.
-    """
+    """Return a figure of the lines that have finite points; nothing if there are none. `level` is a horizontal line and
+    its label. `ticks` label x = 0, 1, ...; such lines have error bars, others a band between `low` and `high`."""
     lines = {name: line for name, line in lines.items() if np.isfinite(line.y).any()}
     if not lines:
         return Markup()

@@ -22,21 +22,10 @@ NOISE_FLOOR = 0.04
 MAX_CHECKPOINTS = 8
 NUM_PROBLEMS = 3
 MAX_CHARACTERS = 600
+# Columns of the ranking: how a candidate stands, what to expect of RL, how far training moved the parameters.
+STANDING = ("rank", "label", "pass_at_1", "pass_at_k", "probability_of_first", "heldout_loss", "regime")
+EXPECTED = ("group_signal", "share_without_signal", "entropy", "after_rl", "predicted_after_rl")
 MOVE = ("sft_move", "rl_move", "cosine", "sft_stable_rank_median", "rl_stable_rank_median")
-CANDIDATE = (
-    "rank",
-    "label",
-    "pass_at_1",
-    "pass_at_k",
-    "probability_of_first",
-    "heldout_loss",
-    "regime",
-    "group_signal",
-    "share_without_signal",
-    "entropy",
-    "after_rl",
-    "predicted_after_rl",
-)
 # Stage, metric, title, unit.
 CURVES = (
     ("SFT", "nll", "negative log-likelihood", "nats per token"),
@@ -118,11 +107,8 @@ def study(data: RunData) -> Section:
         }
         for row in found["differences"]
     ]
-    tables = (
-        Table(arms, f"Means over {len(found['seeds'])} seeds [95 %]"),
-        Table(differences, "Differences, paired over seeds [95 %]"),
-    )
-    return Section(tables, text=text)
+    means = Table(arms, f"Means over {len(found['seeds'])} seeds [95 %]")
+    return Section((means, Table(differences, "Differences, paired over seeds [95 %]")), text=text)
 
 
 def arms(data: RunData) -> Section:
@@ -197,25 +183,23 @@ def ranking(data: RunData) -> Section:
     if not document:
         return Section()
     record = document["track_record"]
-    candidates = [{key: row.get(key) for key in CANDIDATE} for row in document["candidates"]]
+    candidates = [{key: row.get(key) for key in STANDING + EXPECTED} for row in document["candidates"]]
     moves: list[dict[str, Any]] = []
     for arm in data.folders:
         if move := data.moves.get(arm.name):
             sft, rl = (data.cards.get(arm.prefix + s, {}).get("kl_from_start") for s in ("sft", arm.last_stage))
             row = {"arm": arm.name} | {key: move[key] for key in MOVE}
             moves.append(row | {"KL(base || SFT)": sft, "KL(SFT || RL)": rl})
+    predictors = [{"predictor": name, **scores} for name, scores in record["predictors"].items()]
+    distance = (
+        "Distance of training: of the parameters |after - before| / |before|, of the policy KL over answers to held-out"
+        " problems in nats per answer"
+    )
     tables = (
         Table(candidates, f"Candidates; rank -: dropped. k = {document['k']}, groups of {document['group_size']}"),
-        Table(
-            [{"predictor": name, **scores} for name, scores in record["predictors"].items()],
-            f"Predictors on the {record['num_known']} candidates with a known result after RL",
-        ),
+        Table(predictors, f"Predictors on the {record['num_known']} candidates with a known result after RL"),
         Table([{"caution": text} for text in document["cautions"]]),
-        Table(
-            moves,
-            "Distance of training: of the parameters |after - before| / |before|, of the policy KL over answers to"
-            " held-out problems in nats per answer",
-        ),
+        Table(moves, distance),
     )
     return Section(tables, pass_at_k_curves(data), document["advice"])
 
@@ -268,19 +252,18 @@ def over_seeds(seeds: list[Rows], key: str) -> Line:
 
 def training(data: RunData) -> Table:
     """Return the first and the last tenth of training, one row per arm."""
-    return Table(
-        [
-            {
-                "arm": arm.name,
-                "SFT steps": len(arm.of("sft")),
-                "SFT nll, nats": ends(column(arm.of("sft"), "nll")),
-                "RL steps": len(arm.last),
-                "RL pass rate": ends(column(arm.last, "pass_rate")),
-                "tokens per answer": ends(column(arm.last, "completions_mean_length")),
-            }
-            for arm in data.arms
-        ]
-    )
+    rows = [
+        {
+            "arm": arm.name,
+            "SFT steps": len(arm.of("sft")),
+            "SFT nll, nats": ends(column(arm.of("sft"), "nll")),
+            "RL steps": len(arm.last),
+            "RL pass rate": ends(column(arm.last, "pass_rate")),
+            "tokens per answer": ends(column(arm.last, "completions_mean_length")),
+        }
+        for arm in data.arms
+    ]
+    return Table(rows)
 
 
 def answers(data: RunData) -> Section:
