@@ -59,7 +59,7 @@ def rank_candidates(job: Job) -> dict[str, Any]:
     dominated = dominated_candidates(candidates, seed)
     remaining = [c for c in candidates if c.label not in dominated]
     chances = predictors.probabilities_of_first(np.array([c.pass_at_k(k) for c in remaining]), seed)
-    chance_of = {c.label: float(chance) for c, chance in zip(remaining, chances, strict=True)}
+    chance_of = dict(zip([c.label for c in remaining], chances.tolist(), strict=True))
     order = sorted(candidates, key=lambda c: (c.label in dominated, -c.pass_at_k(k).mean(), c.label))
     first, *others = order[: len(remaining)]
     document: dict[str, Any] = {

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Known results needed to fit a line to one half and test it on the other.
 MIN_POINTS = 4
+NUM_SPLITS = 200
 # Directions and passes of the randomized search for the largest singular value.
 DIRECTIONS, PASSES = 8, 8
 
@@ -69,17 +70,14 @@ def score_predictor(columns: Sequence[np.ndarray], y: np.ndarray, seed: int) -> 
 
     mean_ranks = np.mean([stats.rankdata(values) for values in columns], axis=0)
     has_pearson = len(columns) == 1 and np.ptp(columns[0]) and np.ptp(y)
-    heldout = heldout_r_squared(columns, y, seed)
     return {
         "spearman": spearman(mean_ranks, y),
         "r_squared": float(stats.pearsonr(columns[0], y).statistic) ** 2 if has_pearson else None,
-        "heldout_r_squared": heldout and {"mean": heldout[0], "sd": heldout[1]},
+        "heldout_r_squared": heldout_r_squared(columns, y, seed),
     }
 
 
-def heldout_r_squared(
-    columns: Sequence[np.ndarray], y: np.ndarray, seed: int, num_splits: int = 200
-) -> tuple[float, float] | None:
+def heldout_r_squared(columns: Sequence[np.ndarray], y: np.ndarray, seed: int) -> dict[str, float] | None:
     """Return mean and standard deviation, over random half splits, of R^2 = 1 - SSE / SST on one half of lines fitted
     to the other. The predictions of several columns, each [points], are averaged. Splits whose test half is constant
     are skipped; None if all are, or if there are fewer points than `MIN_POINTS`."""
@@ -87,7 +85,7 @@ def heldout_r_squared(
         return None
     rng = np.random.default_rng(seed)
     scores = []
-    for _ in range(num_splits):
+    for _ in range(NUM_SPLITS):
         order = rng.permutation(len(y))
         train, test = order[: len(y) // 2], order[len(y) // 2 :]
         if not np.ptp(y[test]):
@@ -98,7 +96,7 @@ def heldout_r_squared(
             predicted += (slope * x[test] + intercept) / len(columns)
         unexplained = np.square(y[test] - predicted).sum()
         scores.append(1.0 - unexplained / np.square(y[test] - y[test].mean()).sum())
-    return (float(np.mean(scores)), float(np.std(scores))) if scores else None
+    return {"mean": float(np.mean(scores)), "sd": float(np.std(scores))} if scores else None
 
 
 def probabilities_of_first(values: np.ndarray, seed: int, num_resamples: int = 2000) -> np.ndarray:

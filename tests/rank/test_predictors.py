@@ -111,8 +111,8 @@ def test_too_few_points_have_no_held_out_r_squared():
 
 def test_points_on_a_line_are_predicted_exactly():
     x = np.arange(8.0)
-    mean, spread = predictors.heldout_r_squared([x], 3 * x - 1, 0)
-    assert (mean, spread) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-9))
+    scores = predictors.heldout_r_squared([x], 3 * x - 1, 0)
+    assert scores == {"mean": pytest.approx(1.0), "sd": pytest.approx(0.0, abs=1e-9)}
     assert predictors.fit_line(x, 3 * x - 1) == (pytest.approx(3.0), pytest.approx(-1.0))
 
 
@@ -130,7 +130,7 @@ def test_held_out_r_squared_equals_lines_fitted_by_numpy():
         wrong = ((y[test] - np.mean(guesses, axis=0)) ** 2).sum()
         expected.append(1 - wrong / ((y[test] - y[test].mean()) ** 2).sum())
     measured = predictors.heldout_r_squared(columns, y, 5)
-    assert measured == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
+    assert measured == {"mean": pytest.approx(np.mean(expected)), "sd": pytest.approx(np.std(expected))}
 
 
 # Rows of arXiv 2510.01624: Spearman and R^2 of pass@1, held-out loss and pass@64 with the result after RL.
@@ -166,8 +166,7 @@ def test_held_out_r_squared_of_few_points_scatters():
     draw = np.random.default_rng(3)
     after = draw.normal(size=12)
     x = after + 0.8 * draw.normal(size=12)
-    _, spread = predictors.heldout_r_squared([x], after, 0)
-    assert spread > 0.1
+    assert predictors.heldout_r_squared([x], after, 0)["sd"] > 0.1
 
 
 def test_probability_of_first_equals_enumeration():
