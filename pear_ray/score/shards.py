@@ -4,7 +4,7 @@
     logprobs/NAME-GROUP-SCORER.parquet  one shard: the rows of one scorer in a row group; done if it exists
     scored/part-NUMBER.parquet  rejected/  probe/    both merged, file by file
 
-Which rows an engine sees together depends on the corpus only, so the output is bit-identical after any crash.
+Which rows an engine sees together does not depend on interruptions: the output is bit-identical after any crash.
 """
 
 from __future__ import annotations
