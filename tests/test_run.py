@@ -19,7 +19,6 @@ from pear_ray.run import (
     RunDir,
     atomic_folder,
     atomic_write,
-    check_layout,
     check_same_job,
     flatten,
     open_run,
@@ -391,8 +390,3 @@ def test_a_run_folder_of_an_older_layout_is_refused():
         " version of pear-ray: use another run.dir and run again: sft"
     )
     assert read("manifest.json") == manifest
-
-
-def test_a_scored_corpus_of_an_older_layout_is_refused():
-    with pytest.raises(ConfigError, match=r"facts\.json: expected layout .* run again: score$"):
-        check_layout(Path("scored/facts.json"), {"rows": 3}, "score")

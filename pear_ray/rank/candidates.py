@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_ray.config import Job, is_after_rl, read_job, start_of
 from pear_ray.errors import ConfigError, require
 from pear_ray.metrics import read_metrics
+from pear_ray.run import check_layout
 from pear_ray.statistics import overtraining, pass_at_k_by_problem
 
 # Numbers of correct answers are comparable only if these are equal.
@@ -52,7 +54,9 @@ def read_candidates(job: Job) -> tuple[dict[str, Any], list[Candidate]]:
     folders = {"": job.folder} | {f"{folder}:": Path(folder) for folder in job.rank.runs}
     cards: dict[Path, dict[str, Any]] = {}
     for folder in folders.values():
-        path = folder / "evaluate" / "scorecard.json"
+        path, manifest = folder / "evaluate" / "scorecard.json", folder / "manifest.json"
+        if manifest.exists():
+            check_layout(manifest, json.loads(manifest.read_text()))
         try:
             cards[folder] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -82,10 +86,13 @@ def read_candidates(job: Job) -> tuple[dict[str, Any], list[Candidate]]:
 
 def count_correct(folder: Path, card: dict[str, Any]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the number of correct answers by checkpoint, int64 [problems], and the problem ids. Raise ConfigError if
-    the file is missing, or has too many or too few answers."""
+    the file is missing or another, or has too many or too few answers."""
     path = folder / "evaluate" / "attempts.parquet"
     require(path.exists(), str(path), "the output of stage `evaluate`", "no file")
-    table = pq.read_table(path, columns=["checkpoint", "problem_id", "correct"])
+    try:
+        table = pq.read_table(path, columns=["checkpoint", "problem_id", "correct"])
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: expected the output of stage `evaluate`: {error}") from error
     grouped = table.group_by(["checkpoint", "problem_id"]).aggregate([("correct", "sum"), ("correct", "count")])
     counts = {(row["checkpoint"], row["problem_id"]): row for row in grouped.to_pylist()}
     problem_ids = tuple(sorted({problem_id for _, problem_id in counts}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from pear_ray.data.scored_dataset import OPTIONAL_COLUMNS, scan_dataset
 from pear_ray.errors import ConfigError
 from pear_ray.records import SCORED_SCHEMA
+from pear_ray.run import LAYOUT
 from tests.data.scored_rows import GOOD, WANTED, of_length, row, stored, table_of
 
 WITH_TEACHER = replace(WANTED, top_logprobs=True)
@@ -243,3 +245,10 @@ def test_first_mistake_of_first_bad_file_is_reported(tmp_path):
 
 def test_missing_folder_is_rejected(tmp_path):
     assert_rejected(tmp_path / "nowhere", WANTED, r"FOLDER: expected \.parquet files of stage `score`, got none")
+
+
+def test_a_corpus_of_an_older_layout_is_rejected(tmp_path):
+    (stored(tmp_path, GOOD) / "facts.json").write_text('{"rows": 3}')
+    assert_rejected(tmp_path, WANTED, rf"FOLDER/facts\.json: expected layout {LAYOUT}, got .* run again: score")
+    (tmp_path / "facts.json").write_text(json.dumps({"layout": LAYOUT, "rows": 3}))
+    assert len(scan_dataset(tmp_path, WANTED)) == 2

@@ -306,6 +306,16 @@ MISTAKES = {
         "scorecard.json: expected",
     ),
     "no attempts": (delete("attempts.parquet"), {}, "attempts.parquet: expected"),
+    "attempts of another program": (
+        lambda folder: pq.write_table(pa.table({"problem": ["a"]}), folder / "evaluate/attempts.parquet"),
+        {},
+        "attempts.parquet: expected",
+    ),
+    "older layout": (
+        lambda folder: (folder / "manifest.json").write_text('{"stages": {"rl": {}}}'),
+        {},
+        "manifest.json: expected layout .* run again: rl$",
+    ),
     "k above n": (no_change, {"k": 17}, "^rank.k: expected at most 16 samples .*, got 17$"),
     "unknown name after RL": (no_change, {"after_rl": {"x": 0.5}}, "after_rl: expected names"),
     "unknown name trained": (no_change, {"trained_on": {"x": "a"}}, "trained_on: expected names"),
