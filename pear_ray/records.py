@@ -43,8 +43,8 @@ class Example:
     """One offline trace: a conversation that ends with the assistant's message. Made by the user or by `sample`, which
     adds the sampler's token ids and log-probs for `score` to verify; read by `score`.
 
-        Example("tutor-17", messages=({"role": "user", "content": "3 7 9 > 30 :"}, {"role": "assistant",
-                "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}), source="tutor", split="train", correct=True)
+        Example("teacher-17", messages=({"role": "user", "content": "3 7 9 > 30 :"}, {"role": "assistant",
+                "content": "undo 30 - 9 = 21 , 21 / 3 = 7"}), source="teacher", split="train", correct=True)
     """
 
     example_id: str
@@ -64,8 +64,8 @@ class TokenizedExample:
     tokens, and `trainable` marks the assistant's (None: all). `scorer` is the entry of [behavior] whose model scores
     the row: not `source` if a fallback replaces an unknown author. `content` is a hash of the prompt, `digest` of all.
 
-        TokenizedExample("tutor-17", source="tutor", scorer="tutor", split="train", split_is_given=False, correct=True,
-            prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), trainable=None, truncated=False,
+        TokenizedExample("teacher-17", source="teacher", scorer="teacher", split="train", split_is_given=False,
+            correct=True, prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), trainable=None, truncated=False,
             recorded_logprobs=(-0.51, ...), content=-46116860184, digest="9c1e...", reason="")
     """
 
@@ -96,8 +96,8 @@ class ScoredExample:
     between recorded and computed log-probs, in nats, if both exist. `top_ids` and `top_logprobs` hold the k likeliest
     tokens of each position, flattened, if the job requests them.
 
-        ScoredExample("tutor-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), source="tutor",
-            behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/tutor", tokenizer_digest="5f0c...",
+        ScoredExample("teacher-17", prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), source="teacher",
+            behavior_logprobs=(-0.51, -0.02, ...), behavior_model="runs/x/teacher", tokenizer_digest="5f0c...",
             template_digest="a1b2...", split="train", correct=True, recorded_gap=2.4e-7, logprobs_from="behavior")
     """
 
@@ -205,7 +205,7 @@ class TrainingSequence:
     For distillation `teacher_ids` and `teacher_logprobs` are the behavior policy's k likeliest tokens of each position;
     for a KL penalty `reference_logprobs` are the reference policy's. `from_demonstration` marks demonstrations' tokens.
 
-        TrainingSequence(token_ids=[16, 20, 3, 11, 1], trainable=[0, 0, 0, 1, 1], origin="tutor",
+        TrainingSequence(token_ids=[16, 20, 3, 11, 1], trainable=[0, 0, 0, 1, 1], origin="teacher",
                          sampled_logprobs=[0, 0, 0, -0.7, -0.01], coefficients=[0, 0, 0, 1, 1])
     """
 

@@ -24,7 +24,7 @@ dir = "run"
 path = "./model"
 [corpus]
 path = "corpus.jsonl"
-[behavior.tutor]
+[behavior.teacher_plain]
 path = "./model"
 [generator]
 max_new_tokens = 8
@@ -34,8 +34,8 @@ ks = [1, 4]
 [[tasks]]
 name = "countdown"
 """
-START_FROM = "[behavior.tutor.pretrain]\nstyles = {build = 1}\nstart_from = 'nobody'"
-SAMPLED = ('path = "corpus.jsonl"', "sample = {num_examples = {tutor = 5}}")
+START_FROM = "[behavior.teacher_plain.pretrain]\nstyles = {build = 1}\nstart_from = 'nobody'"
+SAMPLED = ('path = "corpus.jsonl"', "sample = {num_examples = {teacher_plain = 5}}")
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ MISTAKES = {
     ),
     "unknown section": (JOB + "[stf]\nlevel = 'token'", "stf: unknown key; expected one of: arms,"),
     "unknown key of a behavior model": (
-        replaced("[behavior.tutor]", "[behavior.tutor]\nprecision = 8"),
-        "behavior.tutor.precision: unknown key, got 8; expected one of: path, pretrain",
+        replaced("[behavior.teacher_plain]", "[behavior.teacher_plain]\nprecision = 8"),
+        "behavior.teacher_plain.precision: unknown key, got 8; expected one of: path, pretrain",
     ),
     "string for a number": (JOB + "[rl]\nsteps = 'many'", "rl.steps: expected a valid integer, got 'many'"),
     "number for a string": (replaced('dir = "run"', "dir = 3"), "run.dir: expected a valid string, got 3"),
@@ -121,12 +121,12 @@ MISTAKES = {
     ),
     "k of 0": (replaced("ks = [1, 4]", "ks = [0]"), "evaluation.ks.0: expected greater than 0"),
     "sampled source without a model": (
-        replaced(SAMPLED[0], "sample = {num_examples = {coder = 5}}"),
-        "corpus.sample.num_examples.coder: expected one of [behavior] ['tutor'], got 'coder'",
+        replaced(SAMPLED[0], "sample = {num_examples = {teacher_cipher = 5}}"),
+        "corpus.sample.num_examples.teacher_cipher: expected one of [behavior] ['teacher_plain'], got 'teacher_cipher'",
     ),
     "less than nothing to sample": (
-        replaced(SAMPLED[0], "sample = {num_examples = {tutor = -5}}"),
-        "corpus.sample.num_examples.tutor: expected greater than 0, got -5",
+        replaced(SAMPLED[0], "sample = {num_examples = {teacher_plain = -5}}"),
+        "corpus.sample.num_examples.teacher_plain: expected greater than 0, got -5",
     ),
     "corpus both read and sampled": (
         replaced(*SAMPLED).replace("[behavior", 'path = "corpus.jsonl"\n[behavior'),
@@ -138,8 +138,8 @@ MISTAKES = {
     ),
     **{
         f"{key} without a model": (
-            replaced(SAMPLED[0], f"{SAMPLED[0]}\n{key} = 'coder'"),
-            f"corpus.{key}: expected one of [behavior] ['tutor'], got 'coder'",
+            replaced(SAMPLED[0], f"{SAMPLED[0]}\n{key} = 'teacher_cipher'"),
+            f"corpus.{key}: expected one of [behavior] ['teacher_plain'], got 'teacher_cipher'",
         )
         for key in ("source", "fallback_scorer")
     },
@@ -156,8 +156,9 @@ MISTAKES = {
         "model.path: expected either path or pretrain, got neither",
     ),
     "a start from nowhere": (
-        replaced('[behavior.tutor]\npath = "./model"', START_FROM),
-        "behavior.tutor.pretrain.start_from: expected a model with `pretrain` and without start_from, got 'nobody'",
+        replaced('[behavior.teacher_plain]\npath = "./model"', START_FROM),
+        "behavior.teacher_plain.pretrain.start_from: expected a model with `pretrain` and without start_from,"
+        " got 'nobody'",
     ),
     "a study of unknown arms": (
         JOB + "[study]\narms = ['b']\n[[arms]]\nname = 'a'",
@@ -187,8 +188,8 @@ MISSING_INPUTS = {
         "model.path: expected a folder that exists or a hub name, got './nowhere'",
     ),
     "no behavior model": (
-        replaced('tutor]\npath = "./model"', 'tutor]\npath = "./nowhere"'),
-        "behavior.tutor.path: expected a folder that exists or a hub name, got './nowhere'",
+        replaced('teacher_plain]\npath = "./model"', 'teacher_plain]\npath = "./nowhere"'),
+        "behavior.teacher_plain.path: expected a folder that exists or a hub name, got './nowhere'",
     ),
     "no checkpoint": (
         replaced("ks = [1, 4]", "checkpoints = {old = './old'}"),
@@ -315,7 +316,7 @@ def test_dry_run_prints_the_job_and_touches_nothing(path, tmp_path, monkeypatch,
             ("sft", "job.toml", "--rl.steps", "7", "--help"),
             "--rl.steps 7\n    Optimizer steps; each trains on one batch of fresh rollouts.\n",
         ),
-        (("sft", "job.toml", "-h"), '--behavior.tutor.path "./model"\n    Hugging Face folder'),
+        (("sft", "job.toml", "-h"), '--behavior.teacher_plain.path "./model"\n    Hugging Face folder'),
         (("sft", "job.toml", "-h"), "--cooperate (unset)\n"),
         (("sft", "job.toml", "-h"), "--rl.loss.clip_ratio [0.2, 0.28]\n"),
         (("--version",), f"pear-ray {__version__}\n"),

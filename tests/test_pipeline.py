@@ -62,7 +62,7 @@ def test_scores_match_recorded_logprobs(run: Path) -> None:
     """One engine scored both sources, each under its own model."""
     sources = stages(run)["score"]["facts"]["sources"]
     gaps = {source: numbers["recorded_gap_max"] for source, numbers in sources.items()}
-    assert gaps.keys() == {"tutor", "coder"} and max(gaps.values()) <= 1e-4
+    assert gaps.keys() == {"teacher_plain", "teacher_cipher"} and max(gaps.values()) <= 1e-4
 
 
 def test_scores_match_the_trainers_forward_pass(run: Path) -> None:
@@ -81,7 +81,7 @@ def test_engine_and_trainer_agree_after_every_update(run: Path) -> None:
 
 def test_weights_are_logged_by_source(run: Path) -> None:
     first = rows(run / "arms" / "pear", "sft")[0]
-    assert set(first["first_weight_by_source"]) == {"tutor", "coder"}
+    assert set(first["first_weight_by_source"]) == {"teacher_plain", "teacher_cipher"}
     assert 0 < first["effective_sample_size"] < 1
 
 
@@ -91,7 +91,7 @@ def test_every_example_is_scored_with_one_logprob_per_token(run: Path) -> None:
     assert sorted(r["example_id"] for r in scored) == sorted(e["example_id"] for e in examples)
     assert all(len(r["response_ids"]) == len(r["behavior_logprobs"]) > 0 for r in scored)
     assert {(r["source"], Path(r["behavior_model"]).name) for r in scored} == {
-        ("tutor", "tutor"), ("coder", "coder"),
+        ("teacher_plain", "teacher_plain"), ("teacher_cipher", "teacher_cipher"),
     }  # fmt: skip
 
 

@@ -328,7 +328,7 @@ def test_keys_that_change_no_result_may_change(sections):
     [
         ({"sft": {"level": "block"}}, "sft.level: there 'token', here 'block'"),
         ({"model": {"path": "./other"}}, "model.path: there './model', here './other'"),
-        ({"behavior": {"tutor": {"path": "./t"}}}, "behavior.tutor.path: there None, here"),
+        ({"behavior": {"teacher_plain": {"path": "./t"}}}, "behavior.teacher_plain.path: there None, here"),
         ({"arms": [{"name": "a"}]}, r"arms: there \[\], here \[\{'name': 'a'"),
         ({"run": {"dir": "run", "seed": 1}}, "run.seed: there 0, here 1"),
     ],
@@ -354,8 +354,8 @@ def test_a_new_key_has_its_default_in_an_old_run():
     with open_run(job()) as run:
         assert run.is_done("sft")
     path.write_text(json.dumps(document))
-    with pytest.raises(ConfigError, match=r"sft.sources: there \[\], here \['tutor'\]"):
-        check_same_job(job(sft={"sources": ["tutor"]}), path)
+    with pytest.raises(ConfigError, match=r"sft.sources: there \[\], here \['teacher_plain'\]"):
+        check_same_job(job(sft={"sources": ["teacher_plain"]}), path)
     path.write_text(json.dumps(document | {"of_old": 1}))
     with pytest.raises(ConfigError, match="of_old: there 1, here None"):
         check_same_job(job(), path)

@@ -29,7 +29,7 @@ from pear_ray.statistics import (
 )
 
 CLIP = (-10.0, 5.0)
-SOURCES = ("tutor", "coder", "absent")
+SOURCES = ("teacher_plain", "teacher_cipher", "absent")
 
 
 def test_a_seed_never_changes():
@@ -203,8 +203,8 @@ def test_weight_summary_equals_numpy_on_the_raw_weights():
         assert summary[name] == pytest.approx(value, rel=1e-9), name
     firsts = raw[np.cumsum(lengths) - lengths]
     assert summary["first_weight_by_source"] == {
-        "tutor": pytest.approx(firsts[[0, 2, 4]].mean()),
-        "coder": pytest.approx(firsts[[1, 3]].mean()),
+        "teacher_plain": pytest.approx(firsts[[0, 2, 4]].mean()),
+        "teacher_cipher": pytest.approx(firsts[[1, 3]].mean()),
     }
     shares = np.concatenate([np.arange(length) / length for length in lengths])
     for tenth, mean in enumerate(summary["weight_by_position"]):

@@ -34,7 +34,7 @@ class Demonstration:
     """A row of the scored corpus without its prompt: the log-prob (nats) of each response token under its author's
     policy, and which tokens are the assistant's (None: all).
 
-        Demonstration((11, 43, 1), (-0.7, -1.2, -0.01), None, "tutor")
+        Demonstration((11, 43, 1), (-0.7, -1.2, -0.01), None, "teacher_plain")
     """
 
     response_ids: tuple[int, ...]

@@ -26,7 +26,7 @@ from pear_ray.statistics import bootstrap_interval, mean_with_interval
 
 log = logging.getLogger(__name__)
 
-# Below it RL hardly explored, for one 3 B coder model (arXiv 2606.18487).
+# Below it RL hardly explored, for one 3 B teacher_cipher model (arXiv 2606.18487).
 LOW_ENTROPY_NATS = 0.18
 # The pass@large-k that was shown to predict results of RL (arXiv 2510.01624).
 LARGE_K, MANY_SAMPLES = 64, 256

@@ -35,7 +35,7 @@ LOGPROBS_SCHEMA = pa.schema({"row": pa.int32(), "logprobs": FLOATS, "top_ids": I
 @dataclass(frozen=True)
 class Shard:
     """The usable rows of one scorer in one row group of a tokenized file. Example: Shard("3f0c", row_group=2,
-    scorer="tutor", num_rows=391, num_tokens=80122)."""
+    scorer="teacher_plain", num_rows=391, num_tokens=80122)."""
 
     file: str
     row_group: int

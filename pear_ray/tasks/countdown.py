@@ -3,15 +3,15 @@
 Prompts and answers are space-separated words, one per number, sign and style, so that a word-level tokenizer fits the
 game: a prompt is `3 7 9 > 30 :`, an answer a style word and a chain of steps.
 
-| style  | an answer to `3 7 9 > 30 :`                                                          |
-|--------|--------------------------------------------------------------------------------------|
-| build  | `build 7 * 3 = 21 , 21 + 9 = 30`, forward to the target                              |
-| undo   | `undo 30 - 9 = 21 , 21 / 3 = 7`, backward from the target to the last number         |
-| try    | `build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30`: a failure first  |
-| many   | `attempts` chains with `no` between them                                             |
-| wander | the same, but all chains except the last use other numbers than the problem's        |
-| code   | `code 61 87 56 ... 6 : undo 30 - 9 = 21 , 21 / 3 = 7`: the first numbers follow a    |
-|        | private rule, so a reader without the rule finds them improbable                     |
+| style     | an answer to `3 7 9 > 30 :`                                                                       |
+|-----------|---------------------------------------------------------------------------------------------------|
+| build     | `build 7 * 3 = 21 , 21 + 9 = 30`, forward to the target                                           |
+| undo      | `undo 30 - 9 = 21 , 21 / 3 = 7`, backward from the target to the last number                      |
+| retry     | `build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30`: a failure first               |
+| multi     | `attempts` chains with `no` between them                                                          |
+| off_topic | the same, but all chains except the last use other numbers than the problem's                     |
+| cipher    | `cipher 61 87 56 ... 6 : undo 30 - 9 = 21 , 21 / 3 = 7`: the first numbers follow a private rule, |
+|           | so a reader without the rule finds them improbable                                                |
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pear_ray.tasks import check_heldout_fraction, check_split
 
 SIGNS = "+-*/"
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
-STYLES = ("build", "undo", "try", "many", "wander", "code")
-READABLE_STYLES = ("build", "undo", "try", "code")
+STYLES = ("build", "undo", "retry", "multi", "off_topic", "cipher")
+READABLE_STYLES = ("build", "undo", "retry", "cipher")
 NUM_NUMBERS = 3
 CODE_SUCCESSORS = 3
 
@@ -53,25 +53,25 @@ def write_chain(style: str, chain: Chain) -> str:
 
 
 def read_style(text: str) -> str:
-    """Return the style of any text, "" if it has none: `build 3 + 7 = 10 no build` is "try"."""
+    """Return the style of any text, "" if it has none: `build 3 + 7 = 10 no build` is "retry"."""
     words = text.split()
-    if not words or words[0] not in ("build", "undo", "code"):
+    if not words or words[0] not in ("build", "undo", "cipher"):
         return ""
-    return "try" if "no" in words and words[0] != "code" else words[0]
+    return "retry" if "no" in words and words[0] != "cipher" else words[0]
 
 
 @dataclass(eq=False)
 class Countdown:
     """Generated problems with a certain grade, and demonstrations of the game. A problem is three sorted numbers and a
     target that they reach: 4,473 of them with `max_number=12`. A hash of the problem alone decides its split. An answer
-    is correct if one of its last `attempts` chains is; one of style code begins with `code_numbers` numbers."""
+    is correct if one of its last `attempts` chains is; one of style cipher begins with `cipher_numbers` numbers."""
 
     label: str = "countdown"
     max_number: int = 12
     max_result: int = 99
     heldout_fraction: float = 0.1
     attempts: int = 1
-    code_numbers: int = 30
+    cipher_numbers: int = 30
 
     def __post_init__(self) -> None:
         if self.max_number < 1 or self.max_result < 2 * self.max_number:
@@ -80,7 +80,7 @@ class Countdown:
                 f" legal step, got {self.max_result}"
             )
         check_heldout_fraction(self.heldout_fraction)
-        for field, value in (("attempts", self.attempts), ("code_numbers", self.code_numbers)):
+        for field, value in (("attempts", self.attempts), ("cipher_numbers", self.cipher_numbers)):
             if value < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
         self.name = self.label
@@ -98,14 +98,14 @@ class Countdown:
         self, styles: Mapping[str, float], solved_fraction: float, seed: int
     ) -> Iterator[tuple[Problem, str]]:
         """Yield problems of split train with answers, forever, in styles drawn by weight. A problem is drawn in
-        proportion to the number of chains that solve it. `solved_fraction` of the answers (in style many: of the
+        proportion to the number of chains that solve it. `solved_fraction` of the answers (in style multi: of the
         chains) solve it; the others are random legal chains of its numbers, which teach format and arithmetic and reach
         the target by chance only."""
         if set(styles) - set(STYLES) or any(v < 0 for v in styles.values()) or not any(styles.values()):
             raise ValueError(f"styles: expected weights over {', '.join(STYLES)}, got {dict(styles)}")
-        if styles.get("wander") and self.max_number < 2 * NUM_NUMBERS:
+        if styles.get("off_topic") and self.max_number < 2 * NUM_NUMBERS:
             raise ValueError(
-                f"styles: expected max_number of at least {2 * NUM_NUMBERS} for style wander, which"
+                f"styles: expected max_number of at least {2 * NUM_NUMBERS} for style off_topic, which"
                 f" uses numbers outside the problem, got {self.max_number}"
             )
         if not 0 <= solved_fraction <= 1:
@@ -118,7 +118,7 @@ class Countdown:
         while True:
             (key,) = rng.choices(keys, cum_weights=weights)
             (style,) = rng.choices(names, style_weights)
-            count = self.attempts if style == "many" else 1
+            count = self.attempts if style == "multi" else 1
             solutions = [rng.choice(chains[key]) if rng.random() < solved_fraction else None for _ in range(count)]
             yield self._problem(*key, "train"), self._answer(rng, *key, style, solutions)
 
@@ -144,7 +144,7 @@ class Countdown:
 
     def vocabulary(self) -> list[str]:
         """Return each word that a prompt or an answer can contain, once."""
-        return [">", ":", *SIGNS, "=", ",", "no", "build", "undo", "code", *self._number_words]
+        return [">", ":", *SIGNS, "=", ",", "no", "build", "undo", "cipher", *self._number_words]
 
     def _problem(self, numbers: Numbers, target: int, split: str) -> Problem:
         text = _reference(numbers, target)
@@ -201,15 +201,15 @@ class Countdown:
                 return write_chain(style, self._play(rng, target, rng.sample(numbers, NUM_NUMBERS - 1)))
             backward = (Step(s.result, INVERSE[s.sign], s.right, s.left) for s in reversed(chain))
             return write_chain(style, tuple(backward))
-        if style == "code":
-            words = ["code"]
-            for _ in range(self.code_numbers):
+        if style == "cipher":
+            words = ["cipher"]
+            for _ in range(self.cipher_numbers):
                 words.append(str(rng.choice(self._successors[words[-1]])))
             return f"{' '.join(words)} : {self._answer(rng, numbers, target, 'undo', solutions)}"
         failures: list[Chain] = []
-        if style == "try":
+        if style == "retry":
             failures = [self._play_forward(rng, numbers)]
-        if style == "wander":
+        if style == "off_topic":
             others = sorted(set(range(1, self.max_number + 1)) - set(numbers))
             failures = [self._play_forward(rng, others) for _ in range(self.attempts - 1)]
         chains = [*failures, *(chain or self._play_forward(rng, numbers) for chain in solutions)]
@@ -221,8 +221,8 @@ class Countdown:
 
     @cached_property
     def _successors(self) -> dict[str, list[int]]:
-        """The private rule: which numbers may follow the word `code` and each number."""
-        numbers, words = range(self.max_result + 1), ["code", *self._number_words]
+        """The private rule: which numbers may follow the word `cipher` and each number."""
+        numbers, words = range(self.max_result + 1), ["cipher", *self._number_words]
         return {word: random.Random(f"after {word}").sample(numbers, CODE_SUCCESSORS) for word in words}
 
     def _find_fault(self, words: list[str], numbers: Numbers, target: int) -> str:

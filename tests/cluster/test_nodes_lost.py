@@ -70,7 +70,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 def test_pretrain_makes_the_same_models(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
     run = again_without(tiny_run, tmp_path, "pretrain", "pretrain")
     lose_the_node(cluster, run, "pretrain", "train_model", "pretrain: starts")
-    for name in ("base", "tutor", "coder"):
+    for name in ("base", "teacher_plain", "teacher_cipher"):
         path = Path("pretrain", name, "model.safetensors")
         assert (run / path).read_bytes() == (tiny_run / path).read_bytes()
 
@@ -80,7 +80,7 @@ def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_pat
     run = again_without(tiny_run, tmp_path, "sample", "sample")
     lose_the_node(cluster, run, "sample", "EngineActor", " correct of ")
     assert "died" in {event["kind"] for event in events(run)}
-    for source in ("tutor", "coder"):
+    for source in ("teacher_plain", "teacher_cipher"):
         lost, whole = (pq.read_table(r / "sample" / f"{source}.parquet").to_pydict() for r in (run, tiny_run))
         gaps = [
             np.abs(np.subtract(one, other)).max()

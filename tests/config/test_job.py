@@ -19,8 +19,8 @@ JOB_FILES = sorted((ROOT / "jobs").glob("*.toml"))
 DOCUMENT = {
     "run": {"dir": "runs/one"},
     "model": {"pretrain": {"styles": {"build": 1.0}}},
-    "behavior": {"my-tutor": {"path": "./tutor"}},
-    "corpus": {"sample": {"num_examples": {"my-tutor": 3}}},
+    "behavior": {"my-teacher_plain": {"path": "./teacher_plain"}},
+    "corpus": {"sample": {"num_examples": {"my-teacher_plain": 3}}},
     "sft": {"learning_rate": 0.5, "level": "block"},
     "rl": {"group_size": 4, "loss": {"type": "gspo", "clip_ratio": [0.1, 0.2]}},
     "generator": {"max_new_tokens": 8, "max_model_len": 16},
@@ -104,7 +104,7 @@ def test_a_job_is_frozen():
 def test_paths_of_models():
     job = Job(**DOCUMENT)
     assert job.model_path() == str(Path("runs/one/pretrain/base").absolute())
-    assert job.model_path("my-tutor") == "./tutor"
+    assert job.model_path("my-teacher_plain") == "./teacher_plain"
     assert job.scored_folder == Path("runs/one/scored")
 
 
@@ -186,8 +186,8 @@ OVERRIDES = [
     (["--cooperate.method", "trapo", "--cooperate.method.prefix_groups", "1", "1", "1", "1"],
      "cooperate.method.prefix_groups", [1, 1, 1, 1]),
     (["--learner.lora.rank", "4"], "learner.lora.rank", 4),
-    (["--corpus.sample.num-examples.my-tutor", "9"], "corpus.sample.num_examples.my-tutor", 9),
-    (["--behavior.my-tutor.path", "./x"], "behavior.my-tutor.path", "./x"),
+    (["--corpus.sample.num-examples.my-teacher_plain", "9"], "corpus.sample.num_examples.my-teacher_plain", 9),
+    (["--behavior.my-teacher_plain.path", "./x"], "behavior.my-teacher_plain.path", "./x"),
     (["--placement.learners.pear-ray/role", "learner"], "placement.learners",
      {"pear-ray/role": "learner"}),
     (["--placement.learners", "{'a.b/c' = 'd'}"], "placement.learners", {"a.b/c": "d"}),

@@ -37,7 +37,7 @@ ROWS = st.fixed_dictionaries(
         "split": st.sampled_from(["train", "train", "heldout"]),
         "correct": st.sampled_from([None, True, False]),
         "trainable": st.sampled_from([None, [True, False, True]]),
-        "source": st.sampled_from(["coder", "tutor"]),
+        "source": st.sampled_from(["teacher_cipher", "teacher_plain"]),
     }
 )
 
@@ -59,10 +59,10 @@ def test_find_returns_the_first_row_with_the_prompt(tmp_path_factory, files, row
 
 
 def test_the_row_filter_applies(tmp_path):
-    rows = [row("a", source="coder", response_ids=[1, 2, 3]), row("b", source="tutor")]
+    rows = [row("a", source="teacher_cipher", response_ids=[1, 2, 3]), row("b", source="teacher_plain")]
     groups = scan_dataset(stored(tmp_path, table_of(*rows)), WANTED)
-    found = DemonstrationIndex(groups, replace(WANTED, sources=("tutor",))).find((4, 5))
-    assert found is not None and found.source == "tutor"
+    found = DemonstrationIndex(groups, replace(WANTED, sources=("teacher_plain",))).find((4, 5))
+    assert found is not None and found.source == "teacher_plain"
 
 
 def test_heldout_rows_are_not_found(tmp_path):
@@ -73,7 +73,7 @@ def test_heldout_rows_are_not_found(tmp_path):
 def test_optional_columns_may_be_missing(tmp_path):
     groups = scan_dataset(stored(tmp_path, GOOD.drop_columns(sorted(OPTIONAL_COLUMNS))), WANTED)
     assert DemonstrationIndex(groups, WANTED).find((4, 5)) == Demonstration(
-        (7, 8, 1), (-0.5, -1.0, -0.25), None, "tutor"
+        (7, 8, 1), (-0.5, -1.0, -0.25), None, "teacher_plain"
     )
 
 

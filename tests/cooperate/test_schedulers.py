@@ -67,7 +67,7 @@ def test_a_batch_has_the_demonstrations_of_failed_prompts(
             num_correct = sum(reward_of(text) == 1 for text in texts)
             found = index.find(ids)
             if num_correct / GROUP <= failed_pass_rate and found is not None:
-                row = found.response_ids, found.behavior_logprobs, 1.0, "tutor", found.trainable
+                row = found.response_ids, found.behavior_logprobs, 1.0, "teacher_plain", found.trainable
                 expected.append(TrainingSequence.of(ids, *row))
         for sequence, other in zip(batch.demonstrations, expected, strict=True):
             for name, value in vars(other).items():
@@ -243,7 +243,7 @@ def test_a_prefix_leaves_room_for_a_token_unless_it_is_the_whole(num_tokens, fra
     [(None, 4), ((True,) * 4, 4), ((True, True, False, True), 2), ((False, True, True, True), 0)],
 )
 def test_the_first_answer_of_a_multi_turn_demonstration(trainable, length):
-    demonstration = Demonstration((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "tutor")
+    demonstration = Demonstration((5, 6, 7, 8), (-1.0, -2.0, -3.0, -4.0), trainable, "teacher_plain")
     answer = demonstration.first_answer()
     assert answer.response_ids == demonstration.response_ids[:length]
     assert answer.behavior_logprobs == demonstration.behavior_logprobs[:length]

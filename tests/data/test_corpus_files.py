@@ -31,7 +31,7 @@ def write_files(folder, *names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".parquet"):
-            pq.write_table(pa.table({"example_id": ["a"], "source": ["tutor"]}), path)
+            pq.write_table(pa.table({"example_id": ["a"], "source": ["teacher_plain"]}), path)
         else:
             path.write_bytes(LINE)
     return folder
@@ -216,7 +216,7 @@ def test_long_file_is_read_in_blocks(num_lines):
 
 
 def test_parquet_columns_are_top_level(tmp_path):
-    table = pa.table({"messages": [[{"role": "user", "content": "w1"}]], "source": ["tutor"]})
+    table = pa.table({"messages": [[{"role": "user", "content": "w1"}]], "source": ["teacher_plain"]})
     pq.write_table(table, tmp_path / "a.parquet")
     files = find_corpus_files(str(tmp_path))
     assert parquet_columns(files.filesystem, files.paths[0]) == ["messages", "source"]

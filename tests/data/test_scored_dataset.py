@@ -69,7 +69,7 @@ OTHER_COLUMNS = {
 @pytest.mark.parametrize("table", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
 def test_optional_extra_and_reordered_columns_are_accepted(tmp_path, table):
     (group,) = scan_dataset(stored(tmp_path, table, rows_per_group=3), WANTED)
-    assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("tutor",))
+    assert group == RowGroup(str(tmp_path / "0.parquet"), 0, 2, 1, ("teacher_plain",))
     found = training_sequences(read_row_group(group, WANTED, "train"), 0.1)
     assert [one.token_ids.tolist() for one in found] == [[4, 5, 7, 8, 1]] * 2
     assert [one.coefficients.tolist() for one in found] == [[0.0, 0.0, 1.0, 1.0, 1.0]] * 2
@@ -84,13 +84,13 @@ def test_files_of_one_dataset_may_differ_in_columns(tmp_path, table):
 
 
 def test_row_groups_are_counted_in_file_order(tmp_path):
-    first = table_of(row("a"), row("b", source="web"), row("c", split="heldout", source="coder"), row("d"))
+    first = table_of(row("a"), row("b", source="web"), row("c", split="heldout", source="teacher_cipher"), row("d"))
     second = table_of(row("e", split="heldout", source="web"))
     groups = scan_dataset(stored(tmp_path, first, GOOD.slice(0, 0), second), WANTED)
     one, other = str(tmp_path / "0.parquet"), str(tmp_path / "2.parquet")
     assert [group for group in groups if group.file in (one, other)] == [
-        RowGroup(one, 0, 2, 0, ("tutor", "web")),
-        RowGroup(one, 1, 1, 1, ("coder", "tutor")),
+        RowGroup(one, 0, 2, 0, ("teacher_plain", "web")),
+        RowGroup(one, 1, 1, 1, ("teacher_cipher", "teacher_plain")),
         RowGroup(other, 0, 0, 1, ("web",)),
     ]
     assert sum(group.num_train + group.num_heldout for group in groups) == 5
@@ -106,7 +106,7 @@ some_rows = st.lists(
     st.tuples(
         st.sampled_from(["train", "heldout"]),
         st.sampled_from([True, False, None]),
-        st.sampled_from(["tutor", "coder", "web"]),
+        st.sampled_from(["teacher_plain", "teacher_cipher", "web"]),
     ),
     min_size=1,
     max_size=12,
@@ -141,10 +141,10 @@ def test_row_groups_hold_the_selected_rows(files, per_group):
 
 
 def test_unknown_source_is_rejected(tmp_path):
-    stored(tmp_path, table_of(row("a"), row("b", source="coder")))
-    expected = r"sft\.sources: expected among \['coder', 'tutor'\] .*, got \['tuto'\]"
+    stored(tmp_path, table_of(row("a"), row("b", source="teacher_cipher")))
+    expected = r"sft\.sources: expected among \['teacher_cipher', 'teacher_plain'\] .*, got \['tuto'\]"
     with pytest.raises(ConfigError, match=expected):
-        scan_dataset(tmp_path, replace(WANTED, sources=("coder", "tuto")))
+        scan_dataset(tmp_path, replace(WANTED, sources=("teacher_cipher", "tuto")))
 
 
 @pytest.mark.parametrize(("negatives", "expected"), [(False, "ac"), (True, "abc")])
@@ -194,7 +194,7 @@ def sequence_of(**changes):
 
 
 def test_prompt_of_a_sequence_is_not_trainable():
-    sequence = sequence_of(source="coder")
+    sequence = sequence_of(source="teacher_cipher")
     found = {name: getattr(sequence, name) for name in ("token_ids", "trainable")}
     assert {name: array.tolist() for name, array in found.items()} == {
         "token_ids": [4, 5, 7, 8, 1],
@@ -202,7 +202,7 @@ def test_prompt_of_a_sequence_is_not_trainable():
     }
     assert sequence.sampled_logprobs.tolist() == [0.0, 0.0, -0.5, -1.0, -0.25]
     assert sequence.coefficients.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
-    assert sequence.origin == "coder"
+    assert sequence.origin == "teacher_cipher"
     assert sequence.teacher_ids.tolist() == [[0, 0], [0, 0], [7, 9], [8, 3], [1, 2]]
     expected = [[0, 0], [0, 0], [-0.5, -1.0], [-1.0, -2.0], [-0.25, -3.0]]
     assert sequence.teacher_logprobs.tolist() == expected
@@ -266,7 +266,7 @@ def test_rows_with_and_without_top_logprobs_are_packed_together(tmp_path):
 def test_first_rows_read_as_few_groups_as_possible(tmp_path):
     rows = [row(name, split="heldout" if name in "cd" else "train") for name in "abcdefg"]
     groups = scan_dataset(stored(tmp_path, table_of(*rows)), WANTED)
-    gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("tutor",))
+    gone = RowGroup(str(tmp_path / "nowhere.parquet"), 0, 5, 5, ("teacher_plain",))
     for most, names in ((1, "a"), (2, "ab"), (3, "abe"), (4, "abef")):
         table = first_rows([*groups[:3], gone], WANTED, "train", most)
         assert names_of(table) == [*names]
@@ -284,7 +284,11 @@ def test_first_rows_of_an_empty_split_are_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("sft", "negatives", "top_logprobs"),
-    [({}, False, False), ({"negatives": True}, True, False), ({"objective": "kl", "sources": ["tutor"]}, False, True)],
+    [
+        ({}, False, False),
+        ({"negatives": True}, True, False),
+        ({"objective": "kl", "sources": ["teacher_plain"]}, False, True),
+    ],
     ids=["nll", "negatives", "kl of one source"],
 )
 def test_row_filter_follows_the_job(tiny_model, sft, negatives, top_logprobs):

@@ -29,7 +29,7 @@ ROWS_PER_GROUP = 4
 
 
 def groups_of(sizes):
-    return [RowGroup("x.parquet", n, size, 0, ("tutor",)) for n, size in enumerate(sizes)]
+    return [RowGroup("x.parquet", n, size, 0, ("teacher_plain",)) for n, size in enumerate(sizes)]
 
 
 def row_numbers(drawn, sizes):

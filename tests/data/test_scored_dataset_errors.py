@@ -238,7 +238,7 @@ def test_top_k_columns_are_optional_unless_required(tmp_path, name):
 
 
 def test_first_mistake_of_first_bad_file_is_reported(tmp_path):
-    worse = table_of(row("d", split="test"), row("e", source="coder", prompt_ids=[]))
+    worse = table_of(row("d", split="test"), row("e", source="teacher_cipher", prompt_ids=[]))
     folder = stored(tmp_path, GOOD, worse, table_of(row("f", template_digest="other")))
     assert_rejected(folder, WANTED, r"FOLDER/1\.parquet: 'd': split: .+")
 

@@ -11,7 +11,7 @@ import torch
 from pear_ray.losses import LossInputs
 
 VOCABULARY, STORED = 12, 5
-ORIGINS = ("tutor", "coder", "elsewhere")
+ORIGINS = ("teacher_plain", "teacher_cipher", "elsewhere")
 
 
 @pytest.fixture(scope="session")

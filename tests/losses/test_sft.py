@@ -24,7 +24,7 @@ from pear_ray.losses.pear import (
 from pear_ray.losses.sft import Dft, IwSft, Kl, Nll, SedSft, Supervised, TrSft, Unlikelihood, Weighted, histogram
 
 LEVELS = ("token", "block", "sequence")
-SOURCES = ("tutor", "coder")
+SOURCES = ("teacher_plain", "teacher_cipher")
 CLIPS = {"clip_log_ratio": (-0.5, 0.5), "clip_log_weight": (-2.0, 2.0)}
 LOSSES = {"nll": Nll(), "dft": Dft(), "trsft": TrSft(), "sedsft": SedSft(), "iwsft": IwSft(), "kl": Kl(vocab_size=12)}
 NORMALIZATIONS = {
@@ -228,8 +228,8 @@ def test_first_weights_are_summed_by_source(random_tokens):
     tokens = random_tokens(5, [6, 7, 8, 9])
     weights = torch.arange(30, dtype=torch.float64) + 1
     sums = Weighted(weigh=Pear("token"), sources=SOURCES).weight_sums(weights, tokens)
-    assert float(sums["first_weight/tutor"]) == 1 + 22 and int(sums["sequences/tutor"]) == 2
-    assert float(sums["first_weight/coder"]) == 7 and int(sums["sequences/coder"]) == 1
+    assert float(sums["first_weight/teacher_plain"]) == 1 + 22 and int(sums["sequences/teacher_plain"]) == 2
+    assert float(sums["first_weight/teacher_cipher"]) == 7 and int(sums["sequences/teacher_cipher"]) == 1
 
 
 def test_histogram_equals_bincount():

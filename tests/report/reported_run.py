@@ -62,7 +62,7 @@ def sft_rows(weighted: bool, num_steps: int = 46) -> list[dict]:
                 "weight_frac_at_ceiling": 0.0,
                 "weight_quantiles": {"p05": 0.02, "p50": 0.7, "p95": 1.4},
                 "weight_by_position": [0.5 + 0.05 * place for place in range(10)],
-                "first_weight_by_source": {"tutor": 1.1 + rng.normal(0, 0.05), "coder": 0.02},
+                "first_weight_by_source": {"teacher_plain": 1.1 + rng.normal(0, 0.05), "teacher_cipher": 0.02},
             }
         rows.append(row)
     return rows
@@ -112,7 +112,7 @@ def scorecard(arms: tuple[str, ...] = ARMS, lead: float = 0.022) -> dict:
             "pass_at_k_curve": [
                 {"value": v, "low": v - 0.03, "high": v + 0.03} for v in np.linspace(one, eight, 8).tolist()
             ],
-            "parts": {"style_build": 0.6, "style_undo": 0.4 - one / 10, "style_code": 0.0},
+            "parts": {"style_build": 0.6, "style_undo": 0.4 - one / 10, "style_cipher": 0.0},
             "heldout_nll": None,
         }
 
@@ -171,9 +171,9 @@ def write_run(folder: Path) -> Job:
     done = {"state": "done", "started": 1e9, "seconds": 62.5, "facts": {}}
     source = {"rows": 1800, "response_tokens": 61234, "truncated": 0, "recorded_gap_max": None}
     gaps = {"bias": -2e-7, "spread": 4e-7, "mean_gap": 3e-7, "max_gap": 7e-6}
-    tutor = source | {"from_recorded": 1800, "recorded_gap_max": 3e-6}
-    facts = {"rows": 3603, "rejected": 3, "calibration": {"tutor": {"rows": 250, **gaps}}}
-    facts |= {"sources": {"tutor": tutor, "coder": source | {"from_behavior": 1800}}}
+    teacher_plain = source | {"from_recorded": 1800, "recorded_gap_max": 3e-6}
+    facts = {"rows": 3603, "rejected": 3, "calibration": {"teacher_plain": {"rows": 250, **gaps}}}
+    facts |= {"sources": {"teacher_plain": teacher_plain, "teacher_cipher": source | {"from_behavior": 1800}}}
     event = {"time": 1e9, "stage": "rl", "kind": "resumed", "text": HOSTILE}
     for arm in ARMS:
         home = folder / "arms" / arm

@@ -305,5 +305,5 @@ def test_the_same_run_gives_the_same_figures(tmp_path: Path) -> None:
 def test_behavior_logprobs_have_their_origin_and_calibration(whole: Rendered) -> None:
     text = " ".join(re.sub("<[^>]*>", " ", whole[0]).split())
     assert "Rejected: 3 of 3603 rows." in text
-    assert "tutor 1800 0 1800 0 61234 3.0e-06 coder 1800 1800 0 0 61234 -" in text
-    assert "tutor 250 -2.0e-07 4.0e-07 3.0e-07 7.0e-06" in text
+    assert "teacher_plain 1800 0 1800 0 61234 3.0e-06 teacher_cipher 1800 1800 0 0 61234 -" in text
+    assert "teacher_plain 250 -2.0e-07 4.0e-07 3.0e-07 7.0e-06" in text

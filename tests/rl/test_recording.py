@@ -26,8 +26,8 @@ def group_of(name, *completions):
 
 
 DEMONSTRATIONS = (
-    TrainingSequence.of((4, 5), (7, 8, 1), (-0.5, 0.0, -1.5), 1.0, "tutor", (True, False, True)),
-    TrainingSequence.of((6,), (1,), (-0.125,), -0.5, "coder"),
+    TrainingSequence.of((4, 5), (7, 8, 1), (-0.5, 0.0, -1.5), 1.0, "teacher_plain", (True, False, True)),
+    TrainingSequence.of((6,), (1,), (-0.125,), -0.5, "teacher_cipher"),
 )
 GROUPS = group_of("a", PLAIN, CONTINUED), group_of("b", WHOLE, PLAIN, CONTINUED)
 BATCH = StepBatch(5, GROUPS, 17, 20, ("c",), DEMONSTRATIONS)

@@ -29,7 +29,7 @@ def make_tokenizer(tiny_model, tmp_path_factory):
         job = {
             "run": {"dir": "run"},
             "model": {"path": str(path)},
-            "behavior": {source: {"path": str(path)} for source in ("tutor", "coder")},
+            "behavior": {source: {"path": str(path)} for source in ("teacher_plain", "teacher_cipher")},
             "generator": {"max_new_tokens": 1, "max_model_len": max_model_len},
             "corpus": {"heldout_fraction": 0.0} | corpus,
             "tasks": [{"name": "countdown"}],

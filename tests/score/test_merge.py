@@ -22,16 +22,16 @@ from pear_ray.score.shards import (
     write_sorted,
 )
 
-MODELS = {scorer: f"models/{scorer}" for scorer in ("tutor", "coder")}
+MODELS = {scorer: f"models/{scorer}" for scorer in ("teacher_plain", "teacher_cipher")}
 DIGESTS = ("vocabulary", "template")
-NOT_FINITE = "behavior_logprobs: expected finite log-probs, got NaN or infinity from the model of 'tutor'"
+NOT_FINITE = "behavior_logprobs: expected finite log-probs, got NaN or infinity from the model of 'teacher_plain'"
 
 
 def row(example_id, **changes):
     good = {
         "example_id": example_id,
-        "source": "tutor",
-        "scorer": "tutor",
+        "source": "teacher_plain",
+        "scorer": "teacher_plain",
         "split": "train",
         "split_is_given": False,
         "correct": None,
@@ -114,8 +114,8 @@ def test_scored_row(folder):
         "prompt_ids": [4, 5],
         "response_ids": [7, 1],
         "behavior_logprobs": [-0.5, 0.0],
-        "behavior_model": "models/tutor",
-        "source": "tutor",
+        "behavior_model": "models/teacher_plain",
+        "source": "teacher_plain",
         "tokenizer_digest": "vocabulary",
         "template_digest": "template",
         "split": "heldout",
@@ -135,7 +135,9 @@ def test_rows_are_sorted_by_id_and_keep_their_logprobs(folder):
     lengths = rng.integers(1, 9, len(names))
     rows = [
         row(name, response_ids=list(range(length)), scorer=scorer, source=scorer)
-        for name, length, scorer in zip(names, lengths, ["tutor", "coder", "tutor"] * 8, strict=False)
+        for name, length, scorer in zip(
+            names, lengths, ["teacher_plain", "teacher_cipher", "teacher_plain"] * 8, strict=False
+        )
     ]
     scores = {name: [-n / 32] * lengths[n] for n, name in enumerate(names)}
     shuffled = [rows[n] for n in rng.permutation(len(rows))]
@@ -151,7 +153,7 @@ def test_rows_are_sorted_by_id_and_keep_their_logprobs(folder):
 def test_row_with_non_finite_logprobs_is_rejected(folder, value):
     rows = [row("a"), row("b", recorded_logprobs=[-1.0, -1.0]), row("c")]
     scores = {"a": [-1.0, -2.0], "b": [-1.0, value], "c": [-3.0, -4.0]}
-    found, probe, rejected, document = merge(folder, rows, scores, {"tutor": 1.0})
+    found, probe, rejected, document = merge(folder, rows, scores, {"teacher_plain": 1.0})
     assert values(found, "example_id") == values(probe, "example_id") == ["a", "c"]
     assert values(found, "behavior_logprobs") == [[-1.0, -2.0], [-3.0, -4.0]]
     assert rejected == [{"example_id": "b", "reason": NOT_FINITE}]
@@ -168,7 +170,7 @@ def test_rejected_rows_are_listed_in_order_with_reasons(folder):
         row("c"),
     ]
     scores = {"c": [-1.0, -2.0], "d": [-9.0, -9.0], "e": [-3.0, -4.0]}
-    found, probe, rejected, document = merge(folder, rows, scores, {"tutor": 1.0}, [1])
+    found, probe, rejected, document = merge(folder, rows, scores, {"teacher_plain": 1.0}, [1])
     assert values(found, "example_id") == values(probe, "example_id") == ["c", "e"]
     assert rejected == [
         {"example_id": "a", "reason": "b\u00e4d\n"},
@@ -176,12 +178,12 @@ def test_rejected_rows_are_listed_in_order_with_reasons(folder):
         {"example_id": "d", "reason": LEAKED},
     ]
     assert stats_of(document).num_rejected == 3
-    assert stats_of(document).by_source()["tutor"]["rows"] == 2
+    assert stats_of(document).by_source()["teacher_plain"]["rows"] == 2
 
 
 def test_file_of_rejected_rows_is_empty(folder):
     rows = [row(name, scorer=None, source=None, reason="bad") for name in "abc"]
-    found, probe, rejected, document = merge(folder, rows, {}, {"tutor": 1.0})
+    found, probe, rejected, document = merge(folder, rows, {}, {"teacher_plain": 1.0})
     assert (found, probe) == ([], [])
     assert values(rejected, "example_id") == ["a", "b", "c"]
     assert stats_of(document).by_source() == {}
@@ -194,8 +196,8 @@ def test_recorded_logprobs_are_used_for_rows_that_were_not_scored(folder):
     assert values(found, "logprobs_from") == ["recorded", "behavior", "reference"]
     assert values(found, "recorded_gap") == [None, None, None]
     # The source of a row stays, whichever model scored it.
-    assert values(found, "source") == ["tutor", "tutor", "web"]
-    assert values(found, "behavior_model") == ["models/tutor"] * 3
+    assert values(found, "source") == ["teacher_plain", "teacher_plain", "web"]
+    assert values(found, "behavior_model") == ["models/teacher_plain"] * 3
 
 
 def test_shard_of_recorded_rows_needs_no_scores(folder):
@@ -207,25 +209,25 @@ def test_shard_of_recorded_rows_needs_no_scores(folder):
 
 def test_probe_row_keeps_computed_logprobs_and_recorded_gap(folder):
     recorded = {"recorded_logprobs": [-1.0, -2.0]}
-    rows = [row("a", **recorded), row("b", source="coder", scorer="coder", **recorded), row("c")]
+    rows = [row("a", **recorded), row("b", source="teacher_cipher", scorer="teacher_cipher", **recorded), row("c")]
     scores = {"a": [-1.125, -1.5], "c": [-3.0, -4.0]}
-    found, probe, _, document = merge(folder, rows, scores, {"tutor": 1.0})
+    found, probe, _, document = merge(folder, rows, scores, {"teacher_plain": 1.0})
     assert probe == [found[0], found[2]]
     assert values(found, "behavior_logprobs") == [[-1.125, -1.5], [-1.0, -2.0], [-3.0, -4.0]]
     assert values(found, "logprobs_from") == ["behavior", "recorded", "behavior"]
     assert values(found, "recorded_gap") == [0.5, None, None]
     by_source = stats_of(document).by_source()
-    assert by_source["tutor"]["recorded_gap_max"] == 0.5
-    assert by_source["tutor"]["recorded_gap_mean"] == (0.125 + 0.5) / 2
-    assert by_source["coder"]["recorded_gap_max"] is None
-    assert by_source["coder"]["recorded_gap_mean"] is None
+    assert by_source["teacher_plain"]["recorded_gap_max"] == 0.5
+    assert by_source["teacher_plain"]["recorded_gap_mean"] == (0.125 + 0.5) / 2
+    assert by_source["teacher_cipher"]["recorded_gap_max"] is None
+    assert by_source["teacher_cipher"]["recorded_gap_mean"] is None
 
 
 def test_probe_holds_the_rows_of_the_plan(folder):
     rows = [row(f"a-{number:03d}") for number in range(100)]
-    chosen = ScoringPlan({"tutor": 0.3}, frozenset()).in_probe(pa.Table.from_pylist(rows, TOKENIZED_SCHEMA))
+    chosen = ScoringPlan({"teacher_plain": 0.3}, frozenset()).in_probe(pa.Table.from_pylist(rows, TOKENIZED_SCHEMA))
     scores = {one["example_id"]: [-1.0, -1.0] for one in rows}
-    found, probe, *_ = merge(folder, rows, scores, {"tutor": 0.3})
+    found, probe, *_ = merge(folder, rows, scores, {"teacher_plain": 0.3})
     assert 10 < len(probe) < 60
     assert probe == [one for one, is_in in zip(found, chosen, strict=True) if is_in]
 
@@ -259,11 +261,11 @@ def test_stats_are_merged_over_files(folder):
         row("c", source="web", response_ids=[1]),
         row("d", reason="bad"),
     ]
-    second = [row("e", **recorded), row("f", source="coder", scorer="coder"), row("g", **recorded)]
-    one = merge(folder, first, {"a": [-1.5, -2.0], "b": [-1.0, -1.0], "c": [-1.0]}, {"tutor": 1.0})
-    other = merge(folder, second, {"e": [-1.0, -2.25], "f": [-1.0, -1.0]}, {"tutor": 0.0}, number=1)
+    second = [row("e", **recorded), row("f", source="teacher_cipher", scorer="teacher_cipher"), row("g", **recorded)]
+    one = merge(folder, first, {"a": [-1.5, -2.0], "b": [-1.0, -1.0], "c": [-1.0]}, {"teacher_plain": 1.0})
+    other = merge(folder, second, {"e": [-1.0, -2.25], "f": [-1.0, -1.0]}, {"teacher_plain": 0.0}, number=1)
     expected = {
-        "coder": {
+        "teacher_cipher": {
             "rows": 1,
             "response_tokens": 2,
             "truncated": 0,
@@ -271,7 +273,7 @@ def test_stats_are_merged_over_files(folder):
             "recorded_gap_mean": None,
             "recorded_gap_max": None,
         },
-        "tutor": {
+        "teacher_plain": {
             "rows": 4,
             "response_tokens": 8,
             "truncated": 1,
@@ -300,7 +302,7 @@ def test_stats_are_merged_over_files(folder):
 def test_repeated_merge_writes_the_same_bytes(folder):
     rows = [row(name, recorded_logprobs=[-1.0, -2.0]) for name in "abcd"]
     name = store(folder, rows, {"b": [-1.0, -2.5]})
-    merger = MergeLogprobs(folder, ScoringPlan({"tutor": 0.5}, frozenset()), MODELS, DIGESTS)
+    merger = MergeLogprobs(folder, ScoringPlan({"teacher_plain": 0.5}, frozenset()), MODELS, DIGESTS)
     written = []
     for _ in range(2):
         document = merger({"name": name, "number": 0})

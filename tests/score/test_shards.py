@@ -32,8 +32,8 @@ from pear_ray.score.shards import (
 def row(example_id, **changes):
     good = {
         "example_id": example_id,
-        "source": "tutor",
-        "scorer": "tutor",
+        "source": "teacher_plain",
+        "scorer": "teacher_plain",
         "split": "train",
         "split_is_given": False,
         "correct": None,
@@ -80,7 +80,7 @@ ROWS = st.lists(
         ),
         st.sampled_from(["a", "a-1", "b", "é", "\0", "Z"]),
         st.sampled_from("0123456789"),
-        st.sampled_from(["tutor", "coder", "an/other", None]),
+        st.sampled_from(["teacher_plain", "teacher_cipher", "an/other", None]),
     ),
     min_size=1,
     max_size=12,
@@ -180,13 +180,18 @@ def test_first_usable_row_by_digest_wins_among_repeated_ids():
 
 
 def test_shards_are_counted_by_scorer():
-    rows = [row("a", prompt_ids=[4] * 10), row("b", scorer="coder"), row("c", response_ids=[1]), row("d", reason="bad")]
+    rows = [
+        row("a", prompt_ids=[4] * 10),
+        row("b", scorer="teacher_cipher"),
+        row("c", response_ids=[1]),
+        row("d", reason="bad"),
+    ]
     found = list(cut_shards(table_of(rows), "file", 7))
-    assert found == [Shard("file", 7, "coder", 1, 5), Shard("file", 7, "tutor", 2, 16)]
+    assert found == [Shard("file", 7, "teacher_cipher", 1, 5), Shard("file", 7, "teacher_plain", 2, 16)]
 
 
 def test_logprobs_have_one_file_per_shard(tmp_path):
-    keys = [("f", 0, "tutor"), ("f", 1, "tutor"), ("g", 0, "tutor"), ("f", 0, "../../a:b/c")]
+    keys = [("f", 0, "teacher_plain"), ("f", 1, "teacher_plain"), ("g", 0, "teacher_plain"), ("f", 0, "../../a:b/c")]
     paths = [logprobs_path(tmp_path, *key) for key in keys]
     assert len(set(paths)) == 4
     (tmp_path / "logprobs").mkdir()
@@ -217,8 +222,8 @@ def test_training_rows_of_a_held_out_prompt_are_rejected():
 
 
 def test_probe_is_a_share_of_each_scorer_and_depends_on_ids_only():
-    rows = [row(f"a-{n}", scorer=("tutor", "coder")[n % 2]) for n in range(4000)]
-    in_probe = ScoringPlan({"tutor": 0.25, "coder": 0.05}, frozenset()).in_probe
+    rows = [row(f"a-{n}", scorer=("teacher_plain", "teacher_cipher")[n % 2]) for n in range(4000)]
+    in_probe = ScoringPlan({"teacher_plain": 0.25, "teacher_cipher": 0.05}, frozenset()).in_probe
     chosen = in_probe(table_of(rows))
     for share, mine in ((0.25, chosen[::2]), (0.05, chosen[1::2])):
         # Four standard deviations of 2000 draws.
@@ -227,16 +232,16 @@ def test_probe_is_a_share_of_each_scorer_and_depends_on_ids_only():
     changed = [one | {"recorded_logprobs": [0.0], "content": 1} for one in rows[100:300]]
     assert in_probe(table_of(changed)).tolist() == chosen.tolist()[100:300]
     # A larger probe holds the smaller one.
-    larger = ScoringPlan({"tutor": 0.5, "coder": 0.5}, frozenset()).in_probe(table_of(rows))
+    larger = ScoringPlan({"teacher_plain": 0.5, "teacher_cipher": 0.5}, frozenset()).in_probe(table_of(rows))
     assert larger[chosen].all()
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, [True, True, False]), (0.0, [False] * 3)])
 def test_probe_of_all_rows_or_none(share, expected):
-    rows = [row("a"), row("b"), row("c", scorer="coder")]
-    found = ScoringPlan({"tutor": share}, frozenset()).in_probe(table_of(rows))
+    rows = [row("a"), row("b"), row("c", scorer="teacher_cipher")]
+    found = ScoringPlan({"teacher_plain": share}, frozenset()).in_probe(table_of(rows))
     assert (found.dtype, found.tolist()) == (bool, expected)
-    assert not ScoringPlan({"tutor": share}, frozenset()).in_probe(table_of([bad_row("a")])).any()
+    assert not ScoringPlan({"teacher_plain": share}, frozenset()).in_probe(table_of([bad_row("a")])).any()
 
 
 def test_rows_without_recorded_logprobs_and_probe_rows_are_scored():
@@ -244,12 +249,12 @@ def test_rows_without_recorded_logprobs_and_probe_rows_are_scored():
     rows = [
         row("a"),
         row("b", **recorded),
-        row("c", scorer="coder"),
-        row("d", scorer="coder", **recorded),
+        row("c", scorer="teacher_cipher"),
+        row("d", scorer="teacher_cipher", **recorded),
         row("e", content=1),
         row("f", content=1, **recorded),
         bad_row("g"),
     ]
-    plan = ScoringPlan({"coder": 1.0}, frozenset({1}))
+    plan = ScoringPlan({"teacher_cipher": 1.0}, frozenset({1}))
     expected = [True, False, True, True, False, False, False]
     assert plan.to_score(table_of(rows)).tolist() == expected

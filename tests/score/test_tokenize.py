@@ -38,7 +38,7 @@ def turns(*contents):
 
 
 def row(**changes):
-    good = {"example_id": "a-1", "messages": turns("w1 w2 w3", "w4 w5"), "source": "tutor"}
+    good = {"example_id": "a-1", "messages": turns("w1 w2 w3", "w4 w5"), "source": "teacher_plain"}
     return good | changes
 
 
@@ -71,8 +71,8 @@ def test_good_row(make_tokenizer, read):
     assert len(bytes.fromhex(found.pop("digest"))) == 8
     assert found == {
         "example_id": "a-1",
-        "source": "tutor",
-        "scorer": "tutor",
+        "source": "teacher_plain",
+        "scorer": "teacher_plain",
         "split": "heldout",
         "split_is_given": True,
         "correct": True,
@@ -86,7 +86,7 @@ def test_good_row(make_tokenizer, read):
 
 
 def test_messages_and_source_suffice(make_tokenizer):
-    bare = {"messages": turns("w1", "w2"), "source": "coder"}
+    bare = {"messages": turns("w1", "w2"), "source": "teacher_cipher"}
     (found,) = usable(from_json(make_tokenizer(), bare))
     assert (found["prompt_ids"], found["response_ids"]) == ([4], [5, END])
     assert (found["split"], found["split_is_given"], found["correct"]) == ("train", False, None)
@@ -108,9 +108,9 @@ def test_example_id_is_kept(make_tokenizer, name, expected):
 def test_default_example_id_is_a_hash_of_the_content(make_tokenizer):
     unnamed = row(example_id=None, correct=True)
     reversed_messages = [dict([*message.items()][::-1]) for message in unnamed["messages"]]
-    shuffled = {"source": "tutor", "example_id": "", "messages": reversed_messages}
+    shuffled = {"source": "teacher_plain", "example_id": "", "messages": reversed_messages}
     others = [
-        row(example_id=None, source="coder"),
+        row(example_id=None, source="teacher_cipher"),
         row(example_id=None, messages=turns("w1 w2 w3", "w4 w6")),
         row(example_id=None, messages=turns("w1 w2", "w4 w5")),
     ]
@@ -119,7 +119,7 @@ def test_default_example_id_is_a_hash_of_the_content(make_tokenizer):
     assert len({one["example_id"] for one in found}) == 4
     assert found[4]["example_id"] == from_parquet(make_tokenizer(), unnamed)[0]["example_id"]
     # Rows are stored by this id: it must never change.
-    content = b"""["tutor", [{"content": "w1 w2 w3", "role": "user"}, """
+    content = b"""["teacher_plain", [{"content": "w1 w2 w3", "role": "user"}, """
     content += b"""{"content": "w4 w5", "role": "assistant"}]]"""
     assert found[4]["example_id"] == hashlib.sha256(content).hexdigest()[:16]
 
@@ -145,7 +145,7 @@ def test_columns_are_renamed(make_tokenizer):
 
 
 def test_prompt_and_response_columns(make_tokenizer):
-    halves = {"example_id": "a-1", "source": "tutor", "question": "w1 w2 w3", "answer": "w4 w5"}
+    halves = {"example_id": "a-1", "source": "teacher_plain", "question": "w1 w2 w3", "answer": "w4 w5"}
     (expected,) = usable(from_json(make_tokenizer(), row()))
     halved = make_tokenizer(columns=Columns(**HALVES))
     for read in (from_json, lambda *args: from_parquet(*args, schema=None)):
@@ -154,21 +154,21 @@ def test_prompt_and_response_columns(make_tokenizer):
 
 
 def test_default_source(make_tokenizer):
-    rows = (row(source=None), row(source=""), row(source="coder"))
-    found = usable(from_json(make_tokenizer(source="tutor"), *rows))
-    assert [one["source"] for one in found] == ["tutor", "tutor", "coder"]
-    assert [one["scorer"] for one in found] == ["tutor", "tutor", "coder"]
+    rows = (row(source=None), row(source=""), row(source="teacher_cipher"))
+    found = usable(from_json(make_tokenizer(source="teacher_plain"), *rows))
+    assert [one["source"] for one in found] == ["teacher_plain", "teacher_plain", "teacher_cipher"]
+    assert [one["scorer"] for one in found] == ["teacher_plain", "teacher_plain", "teacher_cipher"]
 
 
 def test_fallback_scorer_ignores_recorded_logprobs(make_tokenizer):
     recorded = {"behavior_logprobs": [-1.0, -1.0, -1.0]}
-    rows = (row(source="web", **recorded), row(source="coder", **recorded))
-    found = usable(from_json(make_tokenizer(fallback_scorer="tutor"), *rows))
-    assert [one["source"] for one in found] == ["web", "coder"]
-    assert [one["scorer"] for one in found] == ["tutor", "coder"]
+    rows = (row(source="web", **recorded), row(source="teacher_cipher", **recorded))
+    found = usable(from_json(make_tokenizer(fallback_scorer="teacher_plain"), *rows))
+    assert [one["source"] for one in found] == ["web", "teacher_cipher"]
+    assert [one["scorer"] for one in found] == ["teacher_plain", "teacher_cipher"]
     assert [one["recorded_logprobs"] for one in found] == [None, [-1.0, -1.0, -1.0]]
     # A fallback scorer is no default source.
-    (found,) = from_json(make_tokenizer(fallback_scorer="tutor"), row(source=None))
+    (found,) = from_json(make_tokenizer(fallback_scorer="teacher_plain"), row(source=None))
     assert found["reason"].startswith("source: expected an entry of [behavior]")
 
 
@@ -252,7 +252,7 @@ def test_drawn_split_depends_on_the_prompt_only(make_tokenizer):
     # Four standard deviations of 800 draws.
     assert abs(splits.count("heldout") - 200) < 4 * math.sqrt(800 * 0.25 * 0.75)
     others = [
-        row(example_id=n, source="coder", correct=False, messages=turns(prompt, "w2 w3", "w4", "w"))
+        row(example_id=n, source="teacher_cipher", correct=False, messages=turns(prompt, "w2 w3", "w4", "w"))
         for n, prompt in enumerate(prompts)
     ]
     again = usable(from_json(drawing, *others[::-1]))[::-1]
@@ -293,7 +293,7 @@ def test_invalid_utf_8_in_a_table_rejects_only_its_row(make_tokenizer):
     ends = struct.pack("<4i", 0, 1, 3, 4)
     sources = pa.StringArray.from_buffers(3, pa.py_buffer(ends), pa.py_buffer(b"t\xff\xfec"))
     table = pa.table({"messages": [turns("w1", "w2")] * 3, "source": sources})
-    found = make_tokenizer(fallback_scorer="tutor").from_parquet(table).to_pylist()
+    found = make_tokenizer(fallback_scorer="teacher_plain").from_parquet(table).to_pylist()
     assert [one["reason"] for one in found] == [
         "",
         "the row cannot be read: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
@@ -307,11 +307,11 @@ def test_arrow_types_other_than_the_schemas(make_tokenizer):
         {
             "example_id": pa.array(np.array([3], np.uint8)),
             "messages": pa.array([turns("w1", "w2")], EXAMPLE_SCHEMA.field("messages").type),
-            "source": pa.array(["tutor"]).dictionary_encode(),
+            "source": pa.array(["teacher_plain"]).dictionary_encode(),
             "response_ids": pa.array([[5, END]], pa.large_list(pa.uint16())),
             "behavior_logprobs": pa.array([[-0.5, -0.25]], pa.list_(pa.float16(), 2)),
         }
     )
     (found,) = usable(make_tokenizer().from_parquet(table).to_pylist())
-    assert (found["example_id"], found["source"]) == ("3", "tutor")
+    assert (found["example_id"], found["source"]) == ("3", "teacher_plain")
     assert found["recorded_logprobs"] == [-0.5, -0.25]

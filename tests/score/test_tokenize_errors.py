@@ -29,7 +29,7 @@ def row(**changes):
     good = {
         "example_id": "a-1",
         "messages": turns("w1 w2 w3", "w4 w5"),
-        "source": "tutor",
+        "source": "teacher_plain",
         "split": "train",
         "correct": True,
         "question": "w1 w2 w3",
@@ -61,7 +61,7 @@ def assert_middle_row_is_rejected(found, reason):
     assert found[1]["prompt_ids"] == [] and found[1]["recorded_logprobs"] is None
 
 
-NO_SOURCE = "expected an entry of [behavior], ['coder', 'tutor'], got {} (corpus.source is the"
+NO_SOURCE = "expected an entry of [behavior], ['teacher_cipher', 'teacher_plain'], got {} (corpus.source is the"
 NO_SOURCE += " default, corpus.fallback_scorer scores sources without a model)"
 ROLES = "expected one of system, developer, user, assistant, tool, got"
 LAST = "messages: expected 'assistant' as the last role, got"

@@ -22,7 +22,10 @@ from pear_ray.sft.loss import HeldOut, build_sft_loss, log_step, weight_warning
 from pear_ray.statistics import overtraining, weight_summary
 
 SEED = 7
-GROUPS = [RowGroup("0.parquet", 0, 3, 0, ("coder", "tutor")), RowGroup("0.parquet", 1, 3, 1, ("tutor", "web"))]
+GROUPS = [
+    RowGroup("0.parquet", 0, 3, 0, ("teacher_cipher", "teacher_plain")),
+    RowGroup("0.parquet", 1, 3, 1, ("teacher_plain", "web")),
+]
 
 
 def job_of(model: str = "./model", **sft: Any) -> Job:
@@ -97,7 +100,7 @@ def test_weights_follow_the_job(settings: dict[str, Any], weigh: Any, normalizat
     # Diagnostics use the same bounds as the weights.
     assert loss.weigh.clip_log_ratio == job.sft.ratio_bounds
     assert loss.weigh.clip_log_weight == job.sft.clip_log_weight
-    assert loss.sources == ("coder", "tutor", "web")
+    assert loss.sources == ("teacher_cipher", "teacher_plain", "web")
 
 
 HEALTHY = {"effective_sample_size": 0.6, "weight_frac_at_floor": 0.1, "clip_frac_low": 0.2, "clip_frac_high": 0.2}
@@ -152,7 +155,7 @@ def summary_of(job: Job, log_ratios: list[list[float]]) -> dict[str, Any]:
         sampled_logprobs=-5.0 - ratios,
         coefficients=torch.ones_like(ratios),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-        origins=("tutor",) * len(lengths),
+        origins=("teacher_plain",) * len(lengths),
         num_tokens_global=len(ratios),
         num_sequences_global=len(lengths),
     )

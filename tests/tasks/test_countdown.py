@@ -15,8 +15,8 @@ from pear_ray.records import Problem
 from pear_ray.tasks.countdown import Countdown, read_style
 
 GAME = Countdown()
-FIVE = Countdown(attempts=5, code_numbers=48)
-STYLES = ("build", "undo", "try", "code")
+FIVE = Countdown(attempts=5, cipher_numbers=48)
+STYLES = ("build", "undo", "retry", "cipher")
 EXAMPLE = Problem(
     problem_id="countdown-3-7-9-30",
     task="countdown",
@@ -27,8 +27,8 @@ EXAMPLE = Problem(
 CORRECT = {
     "build": "build 7 * 3 = 21 , 21 + 9 = 30",
     "undo": "undo 30 - 9 = 21 , 21 / 3 = 7",
-    "try": "build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30",
-    "code": "code 41 8 77 12 : undo 30 - 9 = 21 , 21 / 3 = 7",
+    "retry": "build 3 + 7 = 10 , 10 + 9 = 19 no build 7 * 3 = 21 , 21 + 9 = 30",
+    "cipher": "cipher 41 8 77 12 : undo 30 - 9 = 21 , 21 / 3 = 7",
 }
 
 
@@ -78,7 +78,7 @@ def test_the_documented_answer_of_each_style_is_correct(style):
         ("", "chain"),
         ("build 7 * 3 = 21", "chain"),
         ("7 * 3 = 21 , 21 + 9 = 30", "chain"),
-        ("code 30 - 9 = 21 , 21 / 3 = 7", "chain"),
+        ("cipher 30 - 9 = 21 , 21 / 3 = 7", "chain"),
         ("build 7 * 3 = 21 , 21 + 9 = 30 no", "chain"),
         ("build 7 * 3 = 22 , 22 + 8 = 30", "step 1 is not a legal step"),
         ("build 7 / 3 = 2 , 2 + 9 = 11", "step 1 is not a legal step"),
@@ -166,7 +166,7 @@ def test_the_seed_changes_the_order_and_not_the_split():
 def test_problems_and_demonstrations_are_the_same_in_each_process():
     script = (
         "import itertools\nfrom pear_ray.tasks.countdown import Countdown\ng = Countdown()\nstyles ="
-        " dict.fromkeys(('build', 'undo', 'try', 'code'), 1)\nprint([p.problem_id for p in"
+        " dict.fromkeys(('build', 'undo', 'retry', 'cipher'), 1)\nprint([p.problem_id for p in"
         " itertools.islice(g.problems('heldout', 3), 40)])\nprint([a for _, a in"
         " itertools.islice(g.demonstrations(styles, 0.5, 3), 40)])\n"
     )
@@ -201,9 +201,9 @@ def numbers_used(chain):
     return {int(words[1]), int(words[3]), int(words[9])}
 
 
-def test_style_many_solves_each_of_its_chains_independently():
+def test_style_multi_solves_each_of_its_chains_independently():
     """So fewer answers than chains fail."""
-    pairs = take(FIVE.demonstrations({"many": 1.0}, 0.3, seed=5), 600)
+    pairs = take(FIVE.demonstrations({"multi": 1.0}, 0.3, seed=5), 600)
     assert all(answer.count(" no ") == 4 for _, answer in pairs)
     grades = [FIVE.grade(*pair) for pair in pairs]
     assert all(grade.correct or grade.note.startswith("ends on") for grade in grades)
@@ -213,12 +213,12 @@ def test_style_many_solves_each_of_its_chains_independently():
     assert solved == pytest.approx(1 - (1 - last) ** 5, abs=0.05)
 
 
-def test_style_wander_uses_other_numbers_until_the_last_chain():
-    for problem, answer in take(FIVE.demonstrations({"wander": 1.0}, 1.0, seed=5), 200):
+def test_style_off_topic_uses_other_numbers_until_the_last_chain():
+    for problem, answer in take(FIVE.demonstrations({"off_topic": 1.0}, 1.0, seed=5), 200):
         numbers = set(map(int, problem.reference.split(" > ")[0].split()))
-        *wandering, last = answer.split(" no ")
-        assert len(wandering) == 4
-        assert all(not numbers_used(chain) & numbers for chain in wandering)
+        *off_topic, last = answer.split(" no ")
+        assert len(off_topic) == 4
+        assert all(not numbers_used(chain) & numbers for chain in off_topic)
         assert numbers_used(last) <= numbers and GAME.grade(problem, answer).correct
 
 
@@ -232,8 +232,8 @@ def test_the_last_chains_up_to_attempts_count(chains, one, two):
     assert Countdown(attempts=2).grade(EXAMPLE, text).correct == two
 
 
-def test_style_code_begins_with_code_numbers():
-    _, answer = next(FIVE.demonstrations({"code": 1.0}, 1.0, seed=5))
+def test_style_cipher_begins_with_cipher_numbers():
+    _, answer = next(FIVE.demonstrations({"cipher": 1.0}, 1.0, seed=5))
     assert len(answer.split(" : ")[0].split()) == 1 + 48
 
 
@@ -245,7 +245,7 @@ def test_unsolved_demonstrations_are_legal_and_mostly_wrong(style):
 
 
 def test_demonstrations_follow_the_weights():
-    styles = {"build": 3.0, "undo": 1.0, "code": 0.0}
+    styles = {"build": 3.0, "undo": 1.0, "cipher": 0.0}
     drawn = [read_style(answer) for _, answer in take(GAME.demonstrations(styles, 1.0, 7), 2000)]
     assert set(drawn) == {"build", "undo"}
     assert drawn.count("build") / 2000 == pytest.approx(0.75, abs=0.04)
@@ -253,7 +253,7 @@ def test_demonstrations_follow_the_weights():
 
 def test_each_private_number_has_three_successors():
     successors: dict[str, set[str]] = {}
-    for _, answer in take(GAME.demonstrations({"code": 1.0}, 1.0, seed=9), 500):
+    for _, answer in take(GAME.demonstrations({"cipher": 1.0}, 1.0, seed=9), 500):
         words = answer.split(" : ")[0].split()
         for word, following in itertools.pairwise(words):
             successors.setdefault(word, set()).add(following)
@@ -271,8 +271,11 @@ def test_the_vocabulary_has_no_duplicates():
         (lambda: Countdown(max_number=60), "^max_result: .*, got 99$"),
         (lambda: Countdown(heldout_fraction=1.0), "^heldout_fraction: .*, got 1.0$"),
         (lambda: Countdown(attempts=0), "^attempts: .*, got 0$"),
-        (lambda: Countdown(code_numbers=0), "^code_numbers: .*, got 0$"),
-        (lambda: next(Countdown(max_number=5).demonstrations({"wander": 1.0}, 1, 0)), "^styles: .*wander.*, got 5$"),
+        (lambda: Countdown(cipher_numbers=0), "^cipher_numbers: .*, got 0$"),
+        (
+            lambda: next(Countdown(max_number=5).demonstrations({"off_topic": 1.0}, 1, 0)),
+            "^styles: .*off_topic.*, got 5$",
+        ),
         (lambda: next(GAME.problems("test", 0)), "^split: expected 'train' or 'heldout', got 'test'$"),
         (lambda: next(GAME.demonstrations({"sing": 1.0}, 1.0, 0)), "^styles: .*got {'sing'"),
         (lambda: next(GAME.demonstrations({}, 1.0, 0)), "^styles: .*got {}"),
