@@ -65,8 +65,8 @@ class TokenizedExample:
     the row: not `source` if a fallback replaces an unknown author. `content` is a hash of the prompt, `digest` of all.
 
         TokenizedExample("teacher-17", source="teacher", scorer="teacher", split="train", split_is_given=False,
-            correct=True, prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), trainable=None, truncated=False,
-            recorded_logprobs=(-0.51, ...), content=-46116860184, digest="9c1e...", reason="")
+            correct=True, prompt_ids=(16, 20, 22, 2, 43, 3), response_ids=(11, 43, 5, ...), trainable=None,
+            truncated=False, recorded_logprobs=(-0.51, ...), content=-46116860184, digest="9c1e...", reason="")
     """
 
     example_id: str
