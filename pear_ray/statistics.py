@@ -84,7 +84,7 @@ def weight_summary(
     weight, squared = float(sums["weight"]), float(sums["weight_squared"])
     by_position = np.asarray(sums["weight_by_position"]) / np.maximum(np.asarray(sums["tokens_by_position"]), 1)
     prefix = "sequences/"
-    num_sequences = {name.removeprefix(prefix): float(n) for name, n in sums.items() if name.startswith(prefix)}
+    sources = [name.removeprefix(prefix) for name, n in sums.items() if name.startswith(prefix) and n > 0]
     return {
         "effective_sample_size": weight**2 / squared / num_tokens if squared else 0.0,
         "weight_mean": weight / num_tokens,
@@ -93,9 +93,8 @@ def weight_summary(
         **{name: float(sums[name]) / num_tokens for name in FRACTIONS},
         "weight_quantiles": histogram_quantiles(sums["weight_histogram"], clip_log_weight),
         "weight_by_position": [float(v) for v in by_position],
-        "first_weight_by_source": {
-            source: float(sums[f"first_weight/{source}"]) / n for source, n in num_sequences.items() if n > 0
-        },
+        "first_weight_by_source": {s: float(sums[f"first_weight/{s}"] / sums[f"sequences/{s}"]) for s in sources},
+        "clip_frac_low_by_source": {s: float(sums[f"clipped_low/{s}"] / sums[f"tokens/{s}"]) for s in sources},
     }
 
 

@@ -206,6 +206,10 @@ def test_weight_summary_equals_numpy_on_the_raw_weights():
         "teacher_plain": pytest.approx(firsts[[0, 2, 4]].mean()),
         "teacher_cipher": pytest.approx(firsts[[1, 3]].mean()),
     }
+    owners = np.repeat([0, 1, 0, 1, 0], lengths)
+    assert summary["clip_frac_low_by_source"] == {
+        source: pytest.approx((ratios[owners == number] <= -0.08).mean()) for number, source in enumerate(SOURCES[:2])
+    }
     shares = np.concatenate([np.arange(length) / length for length in lengths])
     for tenth, mean in enumerate(summary["weight_by_position"]):
         members = np.floor(shares * NUM_POSITIONS + 1e-9) == tenth

@@ -183,9 +183,12 @@ class Weighted(Supervised):
         }
         of_source = torch.tensor([[o == source for o in tokens.origins] for source in self.sources], dtype=torch.bool)
         for source, mask in zip(self.sources, of_source.to(weights.device), strict=True):
-            starts = is_first & mask[tokens.sequence_ids]
+            own = mask[tokens.sequence_ids]
+            starts = is_first & own
             sums[f"first_weight/{source}"] = (weights * starts).sum()
             sums[f"sequences/{source}"] = starts.sum()
+            sums[f"clipped_low/{source}"] = ((log_ratios <= low) & own).sum()
+            sums[f"tokens/{source}"] = own.sum()
         return sums
 
 

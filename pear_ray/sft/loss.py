@@ -150,9 +150,11 @@ def weight_warning(metrics: Mapping[str, Any]) -> str | None:
             f"the effective sample size is {metrics['effective_sample_size']:.0%} of the tokens: few carry the step."
             " Try a narrower sft.clip_log_weight or sft.clip_log_ratio, or more sft.examples_per_step"
         )
-    if metrics["clip_frac_low"] > MAX_CLIPPED:
+    # One implausible source is what PEAR is for: its rows get small weights, the others' do not.
+    clipped = min(metrics["clip_frac_low_by_source"].values(), default=0.0)
+    if clipped > MAX_CLIPPED:
         return (
-            f"{metrics['clip_frac_low']:.0%} of the log-ratios are at the lower clip: weights depend on position alone."
-            " Try a wider sft.clip_log_ratio, or check behavior_logprobs in the report"
+            f"of each source at least {clipped:.0%} of the log-ratios are at the lower clip: weights depend on position"
+            " alone. Try a wider sft.clip_log_ratio, or check behavior_logprobs in the report"
         )
     return None

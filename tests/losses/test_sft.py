@@ -230,6 +230,10 @@ def test_first_weights_are_summed_by_source(random_tokens):
     sums = Weighted(weigh=Pear("token"), sources=SOURCES).weight_sums(weights, tokens)
     assert float(sums["first_weight/teacher_plain"]) == 1 + 22 and int(sums["sequences/teacher_plain"]) == 2
     assert float(sums["first_weight/teacher_cipher"]) == 7 and int(sums["sequences/teacher_cipher"]) == 1
+    clipped = (tokens.log_ratios() <= -0.08).tolist()
+    of_teacher = {"teacher_plain": clipped[:6] + clipped[21:], "teacher_cipher": clipped[6:13]}
+    for source, own in of_teacher.items():
+        assert int(sums[f"tokens/{source}"]) == len(own) and int(sums[f"clipped_low/{source}"]) == sum(own)
 
 
 def test_histogram_equals_bincount():

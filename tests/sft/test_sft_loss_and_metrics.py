@@ -103,24 +103,32 @@ def test_weights_follow_the_job(settings: dict[str, Any], weigh: Any, normalizat
     assert loss.sources == ("teacher_cipher", "teacher_plain", "web")
 
 
-HEALTHY = {"effective_sample_size": 0.6, "weight_frac_at_floor": 0.1, "clip_frac_low": 0.2, "clip_frac_high": 0.2}
+HEALTHY: dict[str, Any] = {
+    "effective_sample_size": 0.6,
+    "weight_frac_at_floor": 0.1,
+    # A source that is clipped, beside one that is not, is what PEAR is for.
+    "clip_frac_low_by_source": {"teacher_plain": 0.2, "teacher_cipher": 0.9},
+}
 # (metrics that change, parts of the warning)
 WARNINGS = {
     "floor": ({"weight_frac_at_floor": 0.75}, ("75%", "smallest possible weight", "sft.level")),
     "few tokens": ({"effective_sample_size": 0.125}, ("12%", "effective sample size", "sft.clip_log_weight")),
-    "lower clip": ({"clip_frac_low": 0.625}, ("62%", "at the lower clip", "sft.clip_log_ratio")),
+    "lower clip": (
+        {"clip_frac_low_by_source": {"teacher_plain": 0.625, "teacher_cipher": 0.9}},
+        ("62%", "at the lower clip", "sft.clip_log_ratio"),
+    ),
 }
 
 
 def test_healthy_weights_and_plain_sft_have_no_warning() -> None:
     assert weight_warning(HEALTHY) is None
-    bounds = {"effective_sample_size": 0.2, "weight_frac_at_floor": 0.5, "clip_frac_low": 0.5}
+    bounds = {"effective_sample_size": 0.2, "weight_frac_at_floor": 0.5, "clip_frac_low_by_source": {"a": 0.5}}
     assert weight_warning(HEALTHY | bounds) is None
-    assert weight_warning({"loss": 0.5, "nll": 0.5, "clip_frac_low": 1.0}) is None
+    assert weight_warning({"loss": 0.5, "nll": 0.5}) is None
 
 
 @pytest.mark.parametrize(("changes", "parts"), WARNINGS.values(), ids=WARNINGS)
-def test_a_warning_names_the_metric_and_a_remedy(changes: dict[str, float], parts: tuple[str, ...]) -> None:
+def test_a_warning_names_the_metric_and_a_remedy(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
     warning = weight_warning(HEALTHY | changes)
     assert warning is not None
     for part in parts:
@@ -128,7 +136,7 @@ def test_a_warning_names_the_metric_and_a_remedy(changes: dict[str, float], part
 
 
 def test_the_most_severe_warning_wins() -> None:
-    combined: dict[str, float] = dict(HEALTHY)
+    combined = dict(HEALTHY)
     for name in ("lower clip", "few tokens", "floor"):
         changes, (_, subject, _) = WARNINGS[name]
         combined |= changes
@@ -140,7 +148,8 @@ share = st.floats(0, 1)
 
 @given(sample_size=share, at_floor=share, clipped_low=share)
 def test_there_is_a_warning_exactly_beyond_a_bound(sample_size: float, at_floor: float, clipped_low: float) -> None:
-    metrics = {"effective_sample_size": sample_size, "weight_frac_at_floor": at_floor, "clip_frac_low": clipped_low}
+    metrics = {"effective_sample_size": sample_size, "weight_frac_at_floor": at_floor}
+    metrics["clip_frac_low_by_source"] = {"a": clipped_low, "b": 1.0}
     is_healthy = sample_size >= 0.2 and at_floor <= 0.5 and clipped_low <= 0.5
     assert (weight_warning(metrics) is None) == is_healthy
 
