@@ -26,9 +26,9 @@ from pear_ray.rl.scheduler import StepBatch
 from pear_ray.rl.train_step import PolicyGradientStep, RankConfig
 from tests.cooperate import formulas
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]
 
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 800
 RANKS = (1, 2)
 NUM_STEPS = 5
 RL = {
@@ -294,7 +294,6 @@ def max_difference(tensors: dict[str, torch.Tensor], others: dict[str, torch.Ten
     return max(float((tensors[n].double() - others[n].double()).abs().max()) for n in tensors)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", METHODS)
 def test_updates_follow_the_formulas(outputs: Path, model: str, name: str) -> None:
     first_adapters = load_adapters(outputs / "1" / f"{name}, first adapters.safetensors")
@@ -314,7 +313,6 @@ def test_updates_follow_the_formulas(outputs: Path, model: str, name: str) -> No
             assert max_difference(adapters, expected["adapters"]) <= 1e-6
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_at_the_extremes_of_lambda_a_method_equals_rl_or_sft(outputs: Path, num_ranks: int, name: str) -> None:

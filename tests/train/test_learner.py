@@ -30,10 +30,12 @@ from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.records import TrainingSequence
 from pear_ray.train.learner import Learner, write_universal_checkpoint
 
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]
+
 RANKS = (1, 2, 4)
 # (ranks that save a checkpoint, ranks that resume from it)
 RESHAPED = ((2, 1), (1, 2), (4, 2))
-SECONDS = 400
+SECONDS = 800
 NUM_STEPS = 20
 # Gradient norms lie on both sides of the clip, and the learning rate changes.
 OPTIMIZER = Optimizer(learning_rate=2e-4, schedule="linear", warmup_fraction=0.0, weight_decay=1.0, max_grad_norm=5.8)
