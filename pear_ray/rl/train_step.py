@@ -231,12 +231,7 @@ class WeightPublisher:
                         f" {timeout_seconds:.0f} s, got none"
                     ) from error
             self._announce_again()
-        staleness, limit = rollouts.metrics["staleness_max"], self._job.rl.max_staleness
-        if staleness > limit:
-            raise RuntimeError(
-                f"step {step}: expected tokens sampled at most rl.max_staleness = {limit} steps"
-                f" earlier, got {staleness:.0f}"
-            )
+        check_staleness(step, rollouts.metrics["staleness_max"], self._job.rl.max_staleness)
         return rollouts
 
     def drop_before(self, step: int) -> None:
@@ -302,6 +297,14 @@ class ParityCheck:
             owners = batch.sequence_ids_T[batch.trainable_T]
             scored |= {int(origin): logprobs[owners == n] for n, origin in enumerate(batch.origins)}
         return [scored[number] for number in range(len(sequences))]
+
+
+def check_staleness(step: int, staleness: float, limit: int) -> None:
+    """Raise RuntimeError if a token of a step's batch is older than `rl.max_staleness` allows."""
+    if staleness > limit:
+        raise RuntimeError(
+            f"step {step}: expected tokens sampled at most rl.max_staleness = {limit} steps earlier, got {staleness:.0f}"
+        )
 
 
 def broadcast_from_first_rank(value: Any) -> Any:

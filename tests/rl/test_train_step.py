@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pear_ray.config import Job
+from pear_ray.engines.engine_actor import WeightUpdateResult
 from pear_ray.losses.packing import pack
 from pear_ray.records import Completion, Grade, RolloutGroup, TrainingSequence
-from pear_ray.rl.train_step import training_sequences
+from pear_ray.rl.rollouts import RolloutBatch
+from pear_ray.rl.scheduler import StepBatch
+from pear_ray.rl.train_step import ParityCheck, check_staleness, training_sequences
 
 FIELDS = ("token_ids", "trainable", "sampled_logprobs", "coefficients", "reference_logprobs")
 
@@ -141,3 +144,37 @@ def test_arrays_are_0_at_tokens_that_are_not_trainable():
 def test_other_than_one_logprob_per_token_is_refused(sampled, reference):
     with pytest.raises(ValueError, match=r"^a-1: expected 2 log-probs, .*, got 1$"):
         TrainingSequence.of([7], [1, 2], sampled, 1.0, "a-1", reference_logprobs=reference)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_batch_with_tokens_older_than_allowed_is_refused(limit):
+    check_staleness(7, float(limit), limit)
+    with pytest.raises(RuntimeError, match=rf"^step 7: .* rl\.max_staleness = {limit} .*, got {limit + 1}$"):
+        check_staleness(7, limit + 1.0, limit)
+
+
+class CertainLearner:
+    """Gives every token the log-prob -1, whatever its weights."""
+
+    def logprobs(self, batches):
+        return [np.full(int(batch.trainable_T.sum()), -1.0, np.float32) for batch in batches]
+
+
+def gap_of(engine_logprobs, limit=1e-4):
+    """Check one sequence, scored by the engines under version 3, against `CertainLearner`."""
+    job = job_of()
+    job = job.model_copy(update={"weights": job.weights.model_copy(update={"max_logprob_gap": limit})})
+    sequence = TrainingSequence.of((4, 5), (6, 7, 8), (0.0,) * 3, 1.0, "problem")
+    update = WeightUpdateResult(3, 0.0, 0.0, 0.0, (np.array(engine_logprobs, np.float32),))
+    batch = StepBatch(3, (), 0, 0, ())
+    return ParityCheck(job, CertainLearner()).check(3, RolloutBatch(batch, (sequence,), (update,), {}, {}))
+
+
+def test_parity_is_the_largest_gap_of_a_token():
+    assert gap_of([-1.0, -1.25, -1.125], limit=0.25) == 0.25
+
+
+@pytest.mark.parametrize("value", [-1.001, float("nan")])
+def test_a_gap_between_engine_and_learner_stops_the_run(value):
+    with pytest.raises(RuntimeError, match=r"^step 3: .* version 3 .* weights\.max_logprob_gap = 0\.0001, got "):
+        gap_of([-1.0, value, -1.0])
