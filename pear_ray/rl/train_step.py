@@ -303,7 +303,8 @@ def check_staleness(step: int, staleness: float, limit: int) -> None:
     """Raise RuntimeError if a token of a step's batch is older than `rl.max_staleness` allows."""
     if staleness > limit:
         raise RuntimeError(
-            f"step {step}: expected tokens sampled at most rl.max_staleness = {limit} steps earlier, got {staleness:.0f}"
+            f"step {step}: expected tokens sampled at most rl.max_staleness = {limit} steps earlier, got"
+            f" {staleness:.0f}"
         )
 
 
