@@ -73,9 +73,10 @@ TopScores = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def configure_process(path: str, settings: Settings, on_cpu: bool) -> None:
-    """Set the environment variables and threads of an engine's process."""
+    """Set the environment variables, threads and log level of an engine's process."""
     from transformers import AutoConfig
 
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
     # Read when vLLM is imported; in one process the engine starts ten times faster.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
@@ -110,7 +111,6 @@ class Generator:
     ) -> None:
         on_cpu = settings.num_gpus == 0
         configure_process(path, settings, on_cpu)
-        logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         # The import allocates a million permanent objects; collecting them costs 20 % of its time.
         gc.disable()
         from vllm import LLM
@@ -119,6 +119,7 @@ class Generator:
         gc.freeze()
         gc.enable()
 
+        chunks_prefill = only_scores or not on_cpu or settings.max_num_batched_tokens <= settings.max_model_len
         executor = "uni" if settings.tensor_parallel_size == 1 else "mp" if on_cpu else "ray"
         self._settings = settings
         self._llm = LLM(
@@ -130,9 +131,7 @@ class Generator:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             # vLLM cannot rewind a seeded CPU generator after a partial prefill.
-            enable_chunked_prefill=only_scores
-            or not on_cpu
-            or settings.max_num_batched_tokens <= settings.max_model_len,
+            enable_chunked_prefill=chunks_prefill,
             tensor_parallel_size=settings.tensor_parallel_size,
             distributed_executor_backend=executor,
             enforce_eager=on_cpu,
