@@ -120,6 +120,16 @@ def test_on_policy_dropped_groups_are_replaced_once_all_are_graded(model):
     assert [position for position, _ in scheduler.next_requests(0)] == [PROBLEMS, PROBLEMS + 1]
 
 
+def test_a_group_in_which_one_completion_has_the_mean_reward_has_signal(model):
+    scheduler = RolloutScheduler(job_of(model, dynamic_sampling=True, group_size=3), model, 0, 0)
+    for position, _ in scheduler.next_requests(0):
+        scheduler.add_completions(position, (*completions_at(0), *completions_at(0))[:3])
+        scheduler.add_rewards(position, [Grade(reward, reward == 1.0) for reward in (0.0, 0.5, 1.0)])
+    batch = scheduler.pop_batch()
+    assert batch is not None and not batch.dropped
+    assert 0.0 in batch.groups[0].advantages and any(batch.groups[0].advantages)
+
+
 def test_off_policy_a_dropped_group_is_replaced_at_once(model):
     job = job_of(model, dynamic_sampling=True, max_staleness=1)
     scheduler = RolloutScheduler(job, model, 0, 0)
