@@ -187,6 +187,14 @@ def test_dominated_candidates_are_dropped_if_trained_alike(tmp_path: Path) -> No
     assert {row["dropped_for"] for row in rows.values()} == {None}
 
 
+@pytest.mark.parametrize(("loss", "dropped_for"), [(1.01, "good"), (1.0, None), (0.99, None)])
+def test_a_candidate_is_dropped_only_for_a_lower_loss(loss: float, dropped_for: str | None, tmp_path: Path) -> None:
+    counts = {"good": counts_of(mixed(0.5, 0.6), 0), "bad": counts_of(mixed(0.9, 0.2), 1)}
+    write(tmp_path, counts, {"good": 1.0, "bad": loss})
+    document = ranking_of(job_of(tmp_path, trained_on=dict.fromkeys(counts, "corpus, nll")))
+    assert by_label(document)["bad"]["dropped_for"] == dropped_for
+
+
 def test_results_of_the_arms_are_the_track_record(tmp_path: Path) -> None:
     """Checkpoints after RL are not candidates but the results of theirs."""
     rates = [0.1, 0.2, 0.3, 0.4, 0.5]
