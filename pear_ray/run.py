@@ -79,8 +79,7 @@ class RunDir:
         self.folder = job.folder.absolute()
         self._path = self.folder / "manifest.json"
         if self._path.exists():
-            self.manifest: dict[str, Any] = json.loads(self._path.read_text())
-            check_layout(self._path, self.manifest)
+            self.manifest: dict[str, Any] = read_document(self._path)
         else:
             self.manifest = {"layout": LAYOUT, "versions": installed_versions(), "stages": {}}
         self.manifest["command"] = " ".join(["pear-ray", *sys.argv[1:]])
@@ -214,11 +213,17 @@ def open_run(job: Job) -> Iterator[RunDir]:
         lock.release()
 
 
-def check_layout(path: Path, document: dict[str, Any], stages: str = "") -> None:
-    """Raise ConfigError if a manifest or the facts of a scored corpus have an older layout."""
-    again = stages or ", ".join(document.get("stages", {})) or "pipeline"
+def read_document(path: Path) -> dict[str, Any]:
+    """Return a manifest, or the facts of a scored corpus. ConfigError if it is no JSON or of an older layout."""
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON: {error}") from error
+    # Facts name no stages: only `score` writes them.
+    again = ", ".join(document.get("stages", ["score"])) or "pipeline"
     got = f"that of another version of pear-ray: use another run.dir and run again: {again}"
     require(document.get("layout") == LAYOUT, str(path), f"layout {LAYOUT}", got)
+    return document
 
 
 def check_same_job(job: Job, path: Path) -> None:

@@ -390,3 +390,10 @@ def test_a_run_folder_of_an_older_layout_is_refused():
         " version of pear-ray: use another run.dir and run again: sft"
     )
     assert read("manifest.json") == manifest
+
+
+def test_a_manifest_that_is_cut_is_refused():
+    run_stage("sft", Stage())
+    Path("run/manifest.json").write_text('{"layout": 2, "sta')
+    with pytest.raises(ConfigError, match=r"run/manifest\.json: expected JSON: "), open_run(job()):
+        pass

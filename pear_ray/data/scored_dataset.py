@@ -7,7 +7,6 @@ scored again. So the order depends on rows and seed only, and a resumed run only
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from pear_ray.config import Job
 from pear_ray.data.tokenizer import load_tokenizer, num_embeddings, tokenizer_digests
 from pear_ray.errors import ConfigError, require
 from pear_ray.records import SCORED_SCHEMA, TrainingSequence
-from pear_ray.run import check_layout
+from pear_ray.run import read_document
 from pear_ray.statistics import seed_of
 
 NUM_READERS = 8
@@ -91,7 +90,7 @@ def scan_dataset(folder: Path, row_filter: RowFilter) -> list[RowGroup]:
     require(files, str(folder), ".parquet files of stage `score`", "none")
     # A corpus that another program scored has none.
     if (facts := folder / "facts.json").exists():
-        check_layout(facts, json.loads(facts.read_text()), "score")
+        read_document(facts)
     top_k = next(filter(None, map(top_k_of_first_row, files)), 0) if row_filter.top_logprobs else 0
     with ThreadPoolExecutor(NUM_READERS) as pool:
         scanned = pool.map(lambda file: list(scan_file(file, row_filter, top_k)), files)

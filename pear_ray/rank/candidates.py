@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pear_ray.config import Job, is_after_rl, read_job, start_of
 from pear_ray.errors import ConfigError, require
 from pear_ray.metrics import read_metrics
-from pear_ray.run import check_layout
+from pear_ray.run import read_document
 from pear_ray.statistics import overtraining, pass_at_k_by_problem
 
 # Numbers of correct answers are comparable only if these are equal.
@@ -56,7 +56,7 @@ def read_candidates(job: Job) -> tuple[dict[str, Any], list[Candidate]]:
     for folder in folders.values():
         path, manifest = folder / "evaluate" / "scorecard.json", folder / "manifest.json"
         if manifest.exists():
-            check_layout(manifest, json.loads(manifest.read_text()))
+            read_document(manifest)
         try:
             cards[folder] = json.loads(path.read_text())
         except (OSError, ValueError) as error:

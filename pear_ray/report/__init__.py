@@ -51,7 +51,7 @@ def run(job: Job, run: RunDir) -> dict[str, Any]:
     missing = [text for function, text in SECTIONS.items() if text and function.__name__ not in shown]
     with atomic_folder(run.folder / "report") as folder:
         (folder / "index.html").write_text(page(data, shown, missing))
-        (folder / "report.md").write_text(markdown(data, missing))
+        (folder / "report.md").write_text(markdown(data, sections, missing))
         (folder / "report.csv").write_text(spreadsheet(data))
     return {"page": str(run.folder / "report" / "index.html")}
 
@@ -72,10 +72,10 @@ def page(data: RunData, sections: dict[str, Section], missing: list[str]) -> str
     )
 
 
-def markdown(data: RunData, missing: list[str]) -> str:
+def markdown(data: RunData, sections: dict[str, Section], missing: list[str]) -> str:
     """Return conclusion and main tables; the table of arms comes first."""
-    sections = (results.study(data) if data.study else results.arms(data), results.differences(data))
-    tables = [table for section in sections for table in section.tables if table.rows]
+    names = ("study" if data.study else "arms", "differences")
+    tables = [table for name in names for table in sections[name].tables if table.rows]
     if any(arm.rows for arm in data.arms):
         tables.append(results.training(data))
     texts = [results.conclusion(data), results.caution(data)]

@@ -43,9 +43,8 @@ class Math:
     path: str  # a file of Parquet or JSON lines (plain, .gz, .zst), or a folder of such files
     label: str = "math"  # the task's name, part of the problems' ids
     problem: str = "problem"  # column of the problem, text
-    answer: str = (
-        "answer"  # column of the answer, a number or text; of a text with \\boxed{}, the last \\boxed{} counts
-    )
+    # Column of the answer, a number or text; of a text with \\boxed{}, the last \\boxed{} counts.
+    answer: str = "answer"
     split: str | None = None  # column with "train" or "heldout"; without it, a hash of the problem decides
     heldout_fraction: float = 0.1  # of the problems, if no column decides
     system: str = ""  # system prompt, "" for none

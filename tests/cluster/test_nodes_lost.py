@@ -1,5 +1,5 @@
 """The node that works is lost, in each stage that has no kill test of its own; `score`, `sft` and `rl` have theirs in
-tests/stages."""
+the folders of their tests."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 from pear_ray import report
 from pear_ray.config import Job
 from pear_ray.errors import ConfigError
+from pear_ray.report import results
 from pear_ray.report.load import RunData, load_run
 from pear_ray.report.results import caution, conclusion
 from pear_ray.run import open_run
@@ -191,7 +192,9 @@ def test_a_paired_change_has_its_interval(tmp_path: Path) -> None:
     card = scorecard()
     paired = {"a": "pear/sft", "b": "pear/rl", "k": 1, "value": -0.143, "low": -0.17, "high": -0.12}
     card["differences"].append(paired)
-    markdown = report.markdown(with_scorecard(tmp_path, card), [])
+    data = with_scorecard(tmp_path, card)
+    sections = {"arms": results.arms(data), "differences": results.differences(data)}
+    markdown = report.markdown(data, sections, [])
     assert "+0.143 [+0.120, +0.170]" in markdown
     assert "pear/sft - pear/rl" not in markdown
 

@@ -1,4 +1,4 @@
-"""Training sequences of a step's completions, token by token."""
+"""Training sequences of a step's completions, token by token; what a rank refuses to train on."""
 
 from __future__ import annotations
 
