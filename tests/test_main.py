@@ -343,8 +343,7 @@ def test_exit_codes_of_the_real_program(here, program):
 
 
 def test_anything_else_ends_with_code_1(here):
-    """A run folder whose manifest was destroyed: no mistake in the job."""
-    Path("run").mkdir()
-    Path("run", "manifest.json").write_text("{")
+    """A run folder that the system cannot read: no mistake in the job."""
+    Path("run", "manifest.json").mkdir(parents=True)
     ended = subprocess.run([sys.executable, "-m", "pear_ray", "sft", "job.toml"], capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" in ended.stderr
