@@ -50,7 +50,7 @@ os.environ.pop("RAY_ADDRESS", None)
 hypothesis_settings.register_profile("any machine", deadline=None)
 hypothesis_settings.load_profile("any machine")
 
-pytest_plugins = ["tests.score.fixtures"]
+pytest_plugins = ["tests.rl.fixtures", "tests.score.fixtures"]
 
 SECONDS_TO_END = 30
 VOCABULARY = [f"w{number}" for number in range(97)]

@@ -1,5 +1,5 @@
 """Corpus files, tokenization, the scored dataset and the batch loader."""
 
-from pear_ray.process import prepare_libraries
+from pear_ray.process import quiet_libraries
 
-prepare_libraries()
+quiet_libraries()

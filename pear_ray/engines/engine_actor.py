@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pear_ray.engines.generator import Generator, Request, ScoreRequest
 from pear_ray.weights.fetch import WeightCache
-from pear_ray.weights.publish import WeightVersion
+from pear_ray.weights.registry import WeightVersion
 
 log = logging.getLogger(__name__)
 

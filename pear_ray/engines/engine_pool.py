@@ -18,7 +18,7 @@ from pear_ray.config import Job
 from pear_ray.engines.engine_actor import EngineActor, MakeCache, WeightUpdateResult
 from pear_ray.engines.generator import Generator, Request, ScoreRequest, same_architecture
 from pear_ray.weights.fetch import WeightCache
-from pear_ray.weights.publish import WeightVersion
+from pear_ray.weights.registry import WeightVersion
 
 POLL_SECONDS = 10.0  # longest time an engine holds a poll open without results
 GRACE_SECONDS = 30.0  # an engine counts as dead if a poll is overdue by its timeouts and this

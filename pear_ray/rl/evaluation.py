@@ -12,7 +12,7 @@ from pear_ray.engines.generator import SampleRequest
 from pear_ray.records import Completion, Grade, Problem
 from pear_ray.statistics import bootstrap_interval, seed_of
 from pear_ray.tasks import heldout_problems
-from pear_ray.weights.publish import WeightVersion
+from pear_ray.weights.registry import WeightVersion
 
 
 class Evaluation:

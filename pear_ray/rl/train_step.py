@@ -25,7 +25,8 @@ from pear_ray.records import Completion, RolloutGroup, TrainingBatch, TrainingSe
 from pear_ray.rl.rollouts import RolloutBatch
 from pear_ray.train.ray_train import latest_checkpoint, rank_and_world_size, save_checkpoint
 from pear_ray.weights.adapters import adapter_partitions
-from pear_ray.weights.publish import Publisher, RankShard
+from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import RankShard
 
 if TYPE_CHECKING:
     from pear_ray.train.learner import Learner, StepResult

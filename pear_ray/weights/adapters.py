@@ -13,7 +13,8 @@ from pear_ray.errors import ConfigError
 from pear_ray.train.hf_folder import open_tensors
 from pear_ray.train.model import ADAPTER
 from pear_ray.weights.fetch import WeightCache
-from pear_ray.weights.publish import Partition, WeightVersion
+from pear_ray.weights.publish import Partition
+from pear_ray.weights.registry import WeightVersion
 
 SCALING = "lora_scaling"
 # peft's names, and those of adapters beside trained weights (`train.cooperate_learners`).

@@ -11,7 +11,8 @@ import ray
 import torch
 from torch import Tensor
 
-from pear_ray.weights.publish import Bucket, ParamMeta, WeightVersion, apply_delta, checksum
+from pear_ray.weights.publish import apply_delta, checksum
+from pear_ray.weights.registry import Bucket, ParamMeta, WeightVersion
 
 
 class WeightCache:

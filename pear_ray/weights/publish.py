@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import ray
@@ -12,74 +11,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pear_ray.weights.registry import Bucket, ParamMeta, RankShard
+
 # A rank's part of one parameter: name, full shape, flat tensor.
 Partition = tuple[str, tuple[int, ...], Tensor]
 # Offsets in a block of a delta fit into 16 bits.
 BLOCK_ELEMENTS = 65_536
-
-
-@dataclass(frozen=True)
-class ParamMeta:
-    """One parameter of a bucket. The flat partition of each rank has `num_bytes`.
-
-    ParamMeta("model.norm.weight", "float32", shape=(128,), num_bytes=256)
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """One object of the store: a list with the rank's partition of each of `params`.
-
-    A partition is a flat array of unsigned integers or, with a `base_version`, a `Delta` from the rank's partition in
-    that version. `checksum` is the XXH3 (64 bits) of the whole partitions in this version, so a delta applied to a
-    wrong base is detected. `may_be_base`: deltas from these partitions may follow. `reference` is a list of one, so
-    that Ray does not fetch the bytes with this record.
-    """
-
-    reference: list[Any]
-    rank: int
-    checksum: int
-    params: tuple[ParamMeta, ...]
-    base_version: int | None = None
-    may_be_base: bool = False
-
-
-class _Buckets:
-    buckets: tuple[Bucket, ...]
-
-    @property
-    def base_version(self) -> int | None:
-        """Return the version that the deltas start from; None if all buckets are full."""
-        return next((bucket.base_version for bucket in self.buckets if bucket.base_version is not None), None)
-
-
-@dataclass(frozen=True)
-class RankShard(_Buckets):
-    """One rank's part of a version; its objects hold `num_bytes` of weights."""
-
-    version: int
-    rank: int
-    buckets: tuple[Bucket, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class WeightVersion(_Buckets):
-    """All buckets of all ranks. Version v is the policy after v optimizer steps."""
-
-    version: int
-    num_ranks: int
-    buckets: tuple[Bucket, ...]
-
-    @classmethod
-    def of(cls, shards: Sequence[RankShard]) -> WeightVersion:
-        """Join the shards of all ranks, in the order of ranks."""
-        return cls(shards[0].version, len(shards), tuple(bucket for shard in shards for bucket in shard.buckets))
 
 
 class Delta(NamedTuple):

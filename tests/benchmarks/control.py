@@ -39,8 +39,7 @@ from pear_ray.rl.rollouts import Link, RolloutStage, Workers
 from pear_ray.run import RunDir
 from pear_ray.tasks import make_tasks
 from pear_ray.train.new_model import write_new_model
-from pear_ray.weights.publish import RankShard
-from pear_ray.weights.registry import PolicyVersions
+from pear_ray.weights.registry import PolicyVersions, RankShard
 
 LATENCY_SECONDS = 2.0
 TOKENS_PER_ANSWER = 16

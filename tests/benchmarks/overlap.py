@@ -22,7 +22,7 @@ import ray
 from control import job_of, running
 
 from pear_ray.data.batch_queue import take_batch
-from pear_ray.weights.publish import RankShard
+from pear_ray.weights.registry import RankShard
 
 ENGINES, GROUPS_PER_SECOND = 8, 16
 DEADLINE_SECONDS = 120.0

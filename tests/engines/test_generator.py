@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pear_ray.engines.generator import SampleRequest, ScoreRequest
-from pear_ray.weights.publish import Publisher, WeightVersion
+from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import WeightVersion
 
 # No chunked prefill here; tests/score covers chunks.
 MAX_MODEL_LEN = 48

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ def are_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 
 def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
-    """Run a stage of `num_steps` steps, kill its driver three steps before the end, and run the same command again."""
+    """Run a stage of `num_steps` steps, kill its driver three steps before the end, and run the same command again.
+    Batches recorded until then are copied to the folder `before` beside the job."""
     with (job.parent / "driver.log").open("ab") as log:
         driver = subprocess.Popen(
             [sys.executable, "-m", "pear_ray", stage, str(job)],
@@ -52,4 +54,7 @@ def run_cut_off(stage: str, job: Path, num_steps: int) -> None:
     driver.kill()
     driver.wait()
     assert len(rows(job)) < num_steps
+    recorded = job.parent / "run" / stage / "rollouts"
+    if recorded.exists():
+        shutil.copytree(recorded, job.parent / "before")
     assert run_command([stage, str(job)]) == 0

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ from pear_ray.train.learner import Learner, write_universal_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]
 
-RANKS = (1, 2, 4)
+
+def by(num_ranks, *others):
+    """Parameters of a test; four ranks, which wait for each other on two cores, are of the long tier."""
+    return pytest.param(num_ranks, *others, marks=[pytest.mark.nightly] * (num_ranks == 4))
+
+
+RANKS = [by(1), by(2), by(4)]
 # (ranks that save a checkpoint, ranks that resume from it)
-RESHAPED = ((2, 1), (1, 2), (4, 2))
+RESHAPED = [by(2, 1), by(1, 2), by(4, 2)]
+FEW, FOUR = ("1", "2", "2 to 1", "1 to 2"), ("4", "4 to 2")
 SECONDS = 800
 NUM_STEPS = 20
 # Gradient norms lie on both sides of the clip, and the learning rate changes.
@@ -170,15 +178,16 @@ def resume(number, num_ranks, model, folder):
         rank.step(learner, step, "roomy")
 
 
-def main(model, folder):
-    """Train with each number of ranks in turn, then resume with other numbers."""
+def main(model, folder, *runs):
+    """Train with 2 ranks for "2"; for "2 to 1" resume on 1 rank from the checkpoint of 2."""
     folder = Path(folder)
-    for num_ranks in RANKS:
-        run_ranks(train_variants, num_ranks, model, folder / str(num_ranks))
-    for saved_by, num_ranks in RESHAPED:
-        own = folder / f"{saved_by} to {num_ranks}"
-        write_universal_checkpoint(folder / str(saved_by) / "saved", own / "universal")
-        run_ranks(resume, num_ranks, model, own)
+    for run in runs:
+        own, (saved_by, *resumed_by) = folder / run, run.split(" to ")
+        if not resumed_by:
+            run_ranks(train_variants, int(run), model, own)
+            continue
+        write_universal_checkpoint(folder / saved_by / "saved", own / "universal")
+        run_ranks(resume, int(resumed_by[0]), model, own)
 
 
 def run_ranks(target, num_ranks, model, folder):
@@ -222,17 +231,28 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """The folder that `main` has filled."""
+    """Return a function that returns the folder of the runs of `main` on one or two ranks, or with four of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__, str(model), str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    assert process.returncode == 0, process.stderr[-5000:]
-    return folder
+
+    @cache
+    def finish(*runs):
+        command = [sys.executable, __file__, str(model), str(folder), *runs]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        assert process.returncode == 0, process.stderr[-5000:]
+        return folder
+
+    return lambda run: finish(*(FOUR if "4" in run else FEW))
+
+
+@pytest.fixture(scope="module")
+def outcome_of(finished, model):
+    """Return a function that returns the Outcome of a number of ranks."""
+    return lambda num_ranks: Outcome(num_ranks, finished(str(num_ranks)) / str(num_ranks), model)
 
 
 @pytest.fixture(scope="module", params=RANKS)
-def outcome(request, finished, model):
-    return Outcome(request.param, finished / str(request.param), model)
+def outcome(request, outcome_of):
+    return outcome_of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +297,11 @@ def largest_difference(ours, theirs):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n in RANKS for name in ("roomy", *VARIANTS_BY_RANKS[n])])
-def test_every_variant_matches_one_plain_process(finished, model, reference, num_ranks, name):
-    outcome = Outcome(num_ranks, finished / str(num_ranks), model)
+@pytest.mark.parametrize(
+    ("num_ranks", "name"), [by(n, name) for n, names in VARIANTS_BY_RANKS.items() for name in ("roomy", *names)]
+)
+def test_every_variant_matches_one_plain_process(outcome_of, reference, num_ranks, name):
+    outcome = outcome_of(num_ranks)
     for step, (expected, parameters) in enumerate(reference):
         for ours in outcome.results(f"{name}-{step}"):
             assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -330,7 +352,7 @@ def test_only_adapters_are_trained_and_an_export_merges_them(outcome, finished):
     assert trained.keys() == base.keys()
     changed = {name for name in base if not torch.equal(trained[name], base[name])}
     assert changed == {name for name in base if "_proj." in name}
-    one_rank = weights(finished / "1" / "adapters")
+    one_rank = weights(finished("1") / "1" / "adapters")
     assert largest_difference(trained, one_rank) <= 1e-5
 
 
@@ -346,9 +368,9 @@ def test_pear_without_ratios_or_discount_is_plain_sft_bit_for_bit(outcome, pear,
     assert largest_difference(weights(outcome.folder / pear), weights(outcome.folder / plain)) == 0
 
 
-@pytest.mark.parametrize("num_ranks", [n for n in RANKS if "shared" in VARIANTS_BY_RANKS[n]])
-def test_weights_sum_over_the_ranks_that_share_a_response(finished, model, num_ranks):
-    outcome = Outcome(num_ranks, finished / str(num_ranks), model)
+@pytest.mark.parametrize("num_ranks", RANKS[1:])
+def test_weights_sum_over_the_ranks_that_share_a_response(outcome_of, num_ranks):
+    outcome = outcome_of(num_ranks)
     (alone, *_), shared = outcome.results("weighted-0"), outcome.results("weighted, shared-0")
     assert alone["metric_sums"]["weight"] != pytest.approx(alone["num_tokens"], rel=1e-2)
     for ours in shared:
@@ -362,7 +384,8 @@ def test_weights_sum_over_the_ranks_that_share_a_response(finished, model, num_r
 
 @pytest.mark.parametrize(("saved_by", "num_ranks"), RESHAPED)
 def test_another_number_of_ranks_resumes(finished, model, reference, saved_by, num_ranks):
-    outcome = Outcome(num_ranks, finished / f"{saved_by} to {num_ranks}", model)
+    run = f"{saved_by} to {num_ranks}"
+    outcome = Outcome(num_ranks, finished(run) / run, model)
     for step in range(SAVED_AT, NUM_STEPS):
         for ours in outcome.results(f"roomy-{step}"):
             assert ours["loss"] == pytest.approx(reference[step][0]["loss"], abs=1e-5)

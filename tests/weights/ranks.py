@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from pear_ray.weights.publish import Publisher, WeightVersion
+from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import WeightVersion
 
 
 class Ranks:

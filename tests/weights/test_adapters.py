@@ -12,7 +12,8 @@ from pear_ray.config import Lora
 from pear_ray.errors import ConfigError
 from pear_ray.train.model import add_adapters, merged_parameters
 from pear_ray.weights.adapters import AdapterCache, adapter_partitions, merge_lora
-from pear_ray.weights.publish import Publisher, WeightVersion
+from pear_ray.weights.publish import Publisher
+from pear_ray.weights.registry import WeightVersion
 from tests.weights.ranks import assert_equal_bits, bits, partitions
 
 pytestmark = pytest.mark.usefixtures("ray_session")

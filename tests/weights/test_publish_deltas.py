@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pear_ray.weights.fetch import WeightCache
-from pear_ray.weights.publish import Delta, WeightVersion, apply_delta, compute_delta
+from pear_ray.weights.publish import Delta, apply_delta, compute_delta
+from pear_ray.weights.registry import WeightVersion
 from tests.weights.ranks import Ranks, assert_equal_bits, partitions, random_bits, with_bucket, with_changes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,8 +9,7 @@ import pytest
 import ray
 
 from pear_ray.data.batch_queue import QueueClosed
-from pear_ray.weights.publish import Bucket, RankShard
-from pear_ray.weights.registry import PolicyVersions
+from pear_ray.weights.registry import Bucket, PolicyVersions, RankShard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
