@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,12 +139,16 @@ def latest_checkpoint() -> CheckpointRef | None:
 def best_checkpoint(timeout_seconds: float) -> CheckpointRef | None:
     """Return the checkpoint with the lowest held-out loss, if any was measured; collective."""
     best_path: list[str | None] = [None]
-    if rank_and_world_size()[0] == 0:
-        measured = [report for report in committed_checkpoints(timeout_seconds) if BEST_METRIC in report.metrics]
-        if measured:
-            best_path = [min(measured, key=lambda report: report.metrics[BEST_METRIC]).checkpoint.path]
+    if rank_and_world_size()[0] == 0 and (best := best_report(committed_checkpoints(timeout_seconds))):
+        best_path = [best.checkpoint.path]
     torch.distributed.broadcast_object_list(best_path)
     return None if best_path[0] is None else CheckpointRef.open(best_path[0])
+
+
+def best_report(reports: Iterable[Any]) -> Any | None:
+    """Return the report with the lowest held-out loss, the first of equal ones; None if none was measured."""
+    measured = [report for report in reports if BEST_METRIC in report.metrics]
+    return min(measured, key=lambda report: report.metrics[BEST_METRIC], default=None)
 
 
 def committed_checkpoints(timeout_seconds: float) -> list[Any]:

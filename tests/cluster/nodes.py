@@ -15,15 +15,7 @@ import psutil
 
 SECONDS = 400.0
 # Of a job whose roles keep to the nodes with their labels.
-PLACED = """
-[weights]
-max_logprob_gap = 1e-4
-[rewards]
-processes = 1
-[placement]
-learners = {"pear-ray/role" = "learner"}
-generators = {"pear-ray/role" = "generator"}
-"""
+PLACEMENT = {"learners": {"pear-ray/role": "learner"}, "generators": {"pear-ray/role": "generator"}}
 RAYLETS = {"object_store_memory": 128 * 2**20, "include_dashboard": False}
 
 
@@ -50,16 +42,21 @@ def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool])
         time.sleep(0.1)
 
 
-def with_corpus_of(tiny_run: Path, run: Path, **changed: Any) -> Path:
-    """Make a run folder whose models and corpus are those of a finished run: stages `pretrain` and `sample` are done,
-    all others still to do. `changed` are keys of [learner] that differ."""
-    for outputs in ("pretrain", "sample"):
+# Stages and their folders.
+CORPUS = {"pretrain": "pretrain", "sample": "sample"}
+SCORED = CORPUS | {"score": "scored"}
+
+
+def with_stages_of(tiny_run: Path, run: Path, done: dict[str, str], **changed: Any) -> Path:
+    """Make a run folder in which the stages `done` are those of a finished run, and all others are still to do.
+    `changed` are keys of [learner] that differ."""
+    for outputs in done.values():
         shutil.copytree(tiny_run / outputs, run / outputs)
     job = json.loads((tiny_run / "config.json").read_text())
     job["learner"] |= changed
     (run / "config.json").write_text(json.dumps(job))
     manifest = json.loads((tiny_run / "manifest.json").read_text())
-    manifest["stages"] = {name: manifest["stages"][name] for name in ("pretrain", "sample")}
+    manifest["stages"] = {name: manifest["stages"][name] for name in done}
     (run / "manifest.json").write_text(json.dumps(manifest))
     return run
 

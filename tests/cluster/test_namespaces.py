@@ -21,7 +21,7 @@ import pytest
 
 from tests.cluster.growing import RAY, STORE, Growing, of_nodes, with_token
 from tests.cluster.namespaces import INTERFACE, Machine, machines, why_not
-from tests.cluster.nodes import assert_same_results, with_corpus_of
+from tests.cluster.nodes import CORPUS, assert_same_results, with_stages_of
 from tests.cluster.ports import page
 from tests.tiny_chain import TINY
 
@@ -85,7 +85,7 @@ def way_out(node: Machine) -> int:
 @pytest.fixture(scope="module")
 def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Models and corpus come from the run on one node, which has ended before."""
-    run = with_corpus_of(tiny_run, tmp_path_factory.mktemp("apart") / "run", cpus_per_worker=1.0)
+    run = with_stages_of(tiny_run, tmp_path_factory.mktemp("apart") / "run", CORPUS, cpus_per_worker=1.0)
     with machines(1 + len(NODES)) as (outside, *nodes):
         with outside.network(), cluster_on(nodes) as cluster:
             name = cluster.submit(
@@ -109,6 +109,7 @@ def test_ranks_and_engines_ran_on_the_machines_with_their_labels(story: Story) -
     _, first, second, generator = (node.address for node in story.nodes)
     assert story.cluster.places_seen["RayTrainWorker"] == {"learner"}
     assert story.cluster.places_seen["EngineActor"] == {"generator"}
+    assert story.cluster.places_seen["MapWorker(Map(Scorer))"] == {"generator"}
     assert story.cluster.addresses_seen["RayTrainWorker"] == {first, second}
     assert story.cluster.addresses_seen["EngineActor"] == {generator}
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.growing import Growing, growing_cluster
-from tests.cluster.nodes import PLACED
+from tests.cluster.nodes import PLACEMENT
+from tests.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
@@ -30,38 +31,23 @@ class Story:
 
 def write_job(folder: Path, model: Path) -> Path:
     """Engines are the bottleneck: each works on few answers at a time and fills a node."""
-    path = folder / "job.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{folder}/run"
-        [model]
-        path = "{model}"
-        dtype = "float32"
-        [rl]
-        steps = {STEPS}
-        prompts_per_step = 16
-        group_size = 4
-        max_staleness = 2
-        learning_rate = 1e-4
-        [generator]
-        min_engines = 1
-        num_engines = 2
-        num_cpus = 2
-        threads = 1
-        max_new_tokens = 24
-        max_model_len = 48
-        max_num_seqs = 4
-        timeout_seconds = 300
-        [learner]
-        tokens_per_micro_batch = 512
-        timeout_seconds = 300
-        {PLACED}
-        [[tasks]]
-        name = "countdown"
-        """
+    return tiny_job(
+        folder,
+        model,
+        "countdown",
+        rl={"steps": STEPS, "prompts_per_step": 16, "group_size": 4, "max_staleness": 2, "learning_rate": 1e-4},
+        generator={
+            "min_engines": 1,
+            "num_engines": 2,
+            "num_cpus": 2,
+            "threads": 1,
+            "max_new_tokens": 24,
+            "max_model_len": 48,
+            "max_num_seqs": 4,
+        },
+        learner={"tokens_per_micro_batch": 512},
+        placement=PLACEMENT,
     )
-    return path
 
 
 @pytest.fixture(scope="module")

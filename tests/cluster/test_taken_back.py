@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.cluster.nodes import PLACED, RAYLETS, SECONDS, kinds_on, until
+from tests.cluster.nodes import PLACEMENT, RAYLETS, SECONDS, kinds_on, until
+from tests.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
@@ -37,36 +38,13 @@ class Story:
 
 
 def write_job(folder: Path, model: Path) -> Path:
-    path = folder / "job.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{folder}/run"
-        [model]
-        path = "{model}"
-        dtype = "float32"
-        [rl]
-        steps = {STEPS}
-        prompts_per_step = 4
-        group_size = 4
-        learning_rate = 1e-4
-        [generator]
-        num_cpus = 0.5
-        max_new_tokens = 8
-        max_model_len = 24
-        max_num_seqs = 32
-        timeout_seconds = 300
-        [learner]
-        num_workers = 2
-        tokens_per_micro_batch = 256
-        save_every = {NEVER}
-        timeout_seconds = 300
-        {PLACED}
-        [[tasks]]
-        name = "tests.rl.parity_task:Parity"
-        """
+    return tiny_job(
+        folder,
+        model,
+        rl={"steps": STEPS, "prompts_per_step": 4, "group_size": 4, "learning_rate": 1e-4},
+        learner={"num_workers": 2, "save_every": NEVER},
+        placement=PLACEMENT,
     )
-    return path
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -10,77 +10,35 @@ import pytest
 
 from pear_ray.__main__ import run_command
 from pear_ray.rl.recording import read_batch
+from pear_ray.rl.scheduler import StepBatch
+from tests.rl.fixtures import ON_POLICY
 from tests.rl.parity_corpus import write_corpus
 from tests.rl.runs import are_equal, rows, run_cut_off, weights
+from tests.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
 STEPS = 10
 DEMONSTRATIONS_PER_STEP = 6
 MAX_LOGPROB_GAP = 1e-4
-JOB = """
-[run]
-dir = "{folder}/run"
-seed = 7
-[model]
-path = "{model}"
-dtype = "float32"
-[corpus]
-scored_path = "{corpus}"
-[sft]
-examples_per_step = {demonstrations}
-schedule = "constant"
-learning_rate = 1e-3
-warmup_fraction = 0.2
-[rl]
-steps = {steps}
-prompts_per_step = 4
-group_size = 4
-learning_rate = 1e-3
-warmup_fraction = 0.2
-{rl}
-[generator]
-num_cpus = 0.5
-max_new_tokens = 8
-max_model_len = 24
-max_num_seqs = 64
-timeout_seconds = 200
-[learner]
-num_workers = 1
-cpus_per_worker = 0.5
-tokens_per_micro_batch = 256
-save_every = 2
-timeout_seconds = 200
-[weights]
-max_logprob_gap = {max_gap}
-[rewards]
-processes = 1
-[[tasks]]
-name = "tests.rl.parity_task:Parity"
-"""
+WARMUP = {"learning_rate": 1e-3, "warmup_fraction": 0.2}
+RL = {"steps": STEPS, "prompts_per_step": 4, "group_size": 4, **WARMUP}
+SFT = {"examples_per_step": DEMONSTRATIONS_PER_STEP, "schedule": "constant", **WARMUP}
 
 
 @pytest.fixture(scope="module")
 def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Write a job file to a new folder, with these lines in [cooperate] and [rl]."""
+    """Write a job with these keys in [rl] and [cooperate]."""
     model = tiny_model(False)
     scored = tmp_path_factory.mktemp("scored")
     write_corpus(scored / "many", model)
     write_corpus(scored / "few", model, STEPS * DEMONSTRATIONS_PER_STEP)
 
-    def write(cooperate: str = "", rl: str = "", corpus: str = "few") -> Path:
-        folder = tmp_path_factory.mktemp("cooperate")
-        text = JOB.format(
-            folder=folder,
-            model=model,
-            corpus=scored / corpus,
-            steps=STEPS,
-            demonstrations=DEMONSTRATIONS_PER_STEP,
-            max_gap=MAX_LOGPROB_GAP,
-            rl=rl,
-        )
-        (folder / "job.toml").write_text(text + (f"[cooperate]\n{cooperate}" if cooperate else ""))
-        return folder / "job.toml"
+    def write(corpus: str = "few", rl: dict[str, Any] = RL, model: Path = model, **cooperate: Any) -> Path:
+        sections = {name: ON_POLICY[name] for name in ("run", "learner")}
+        sections |= {"corpus": {"scored_path": str(scored / corpus)}, "sft": SFT, "rl": rl}
+        sections |= {"cooperate": cooperate} if cooperate else {}
+        return tiny_job(tmp_path_factory.mktemp("cooperate"), model, **sections)
 
     return write
 
@@ -89,41 +47,36 @@ def write_job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run_stage(write_job: Any, ray_session: None) -> Any:
     """Run a stage on a new job; return its file."""
 
-    def run(stage: str, *settings: str, **more: str) -> Path:
-        job: Path = write_job(*settings, **more)
+    def run(stage: str, **settings: Any) -> Path:
+        job: Path = write_job(**settings)
         assert run_command([stage, str(job)]) == 0
         return job
 
     return run
 
 
-@pytest.fixture(scope="module")
-def recorded_rl(run_stage: Any) -> Path:
-    """A recorded run of stage `rl`."""
-    job: Path = run_stage("rl", rl="record = true")
-    return job
-
-
-BRIDGE = 'method = {type = "bridge", refresh_steps = 4, lora = {rank = 4}}'
+BRIDGE = {"type": "bridge", "refresh_steps": 4, "lora": {"rank": 4}}
 
 
 @pytest.fixture(scope="module")
-def bridge(run_stage: Any) -> Path:
-    """An uninterrupted run of BRIDGE."""
-    job: Path = run_stage("cooperate", BRIDGE)
+def bridge(write_job: Any, ray_session: None) -> Path:
+    """A recorded run of BRIDGE that was interrupted and resumed."""
+    job: Path = write_job(method=BRIDGE, rl=RL | {"record": True})
+    run_cut_off("cooperate", job, STEPS)
     return job
 
 
 @pytest.mark.timeout(900)
-def test_lambda_1_equals_rl(run_stage: Any, recorded_rl: Path) -> None:
-    replay = f'replay = "{recorded_rl.parent}/run/rl/rollouts"'
-    replayed = run_stage("cooperate", "method = {type = 'sum', rl_weight = 1.0}", rl=replay)
+def test_lambda_1_equals_rl(run_stage: Any, recorded_rl: Path, tiny_model: Any) -> None:
+    rl = ON_POLICY["rl"] | {"replay": f"{recorded_rl.parent}/run/rl/rollouts"}
+    replayed = run_stage("cooperate", rl=rl, model=tiny_model(True), method={"type": "sum", "rl_weight": 1.0})
     assert are_equal(weights(replayed, "cooperate"), weights(recorded_rl, "rl"))
 
 
 @pytest.mark.timeout(900)
-def test_lambda_0_equals_sft(run_stage: Any) -> None:
-    job = run_stage("cooperate", "method = {type = 'sum', rl_weight = 0.0}")
+def test_lambda_0_equals_sft(run_stage: Any, bridge: Path) -> None:
+    rl = RL | {"replay": f"{bridge.parent}/run/cooperate/rollouts"}
+    job = run_stage("cooperate", rl=rl, method={"type": "sum", "rl_weight": 0.0})
     sft_job = run_stage("sft")
     assert len(rows(sft_job)) == STEPS
     assert are_equal(weights(job, "cooperate"), weights(sft_job, "sft"))
@@ -142,20 +95,33 @@ def test_bridge_reports_the_cooperative_gain(bridge: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_bridge_repeats_to_the_bit_after_an_interruption(bridge: Path, write_job: Any) -> None:
-    job = write_job(BRIDGE)
-    run_cut_off("cooperate", job, STEPS)
-    assert [row["step"] for row in rows(job)] == list(range(STEPS))
-    assert are_equal(weights(job, "cooperate"), weights(bridge, "cooperate"))
+def test_an_interrupted_bridge_learns_what_an_uninterrupted_one_does(bridge: Path, run_stage: Any) -> None:
+    replay = f"{bridge.parent}/run/cooperate/rollouts"
+    uninterrupted = run_stage("cooperate", method=BRIDGE, rl=RL | {"replay": replay})
+    assert are_equal(weights(uninterrupted, "cooperate"), weights(bridge, "cooperate"))
+    for path in (bridge.parent / "before").iterdir():
+        step = int(path.stem.removeprefix("step-"))
+        assert without_arrays(read_batch(path.parent, step)) == without_arrays(read_batch(Path(replay), step))
+
+
+def without_arrays(batch: StepBatch) -> tuple[Any, ...]:
+    """Return what a batch holds, comparable."""
+    rows = [
+        (one.origin, one.token_ids.tolist(), one.sampled_logprobs.tolist(), one.coefficients.tolist())
+        for one in batch.demonstrations
+    ]
+    return batch.groups, batch.first_problem, batch.next_problem, batch.dropped, rows
 
 
 @pytest.mark.timeout(900)
 def test_trapo_continues_prefixes(run_stage: Any) -> None:
-    method = (
-        'method = {type = "trapo", prefix_groups = [2, 1, 1], prefix_fracs = [0.0, 0.5, 1.0],'
-        " prefix_returns = [0.0, 0.9, 0.9]}"
-    )
-    job = run_stage("cooperate", method, rl="record = true", corpus="many")
+    method = {
+        "type": "trapo",
+        "prefix_groups": [2, 1, 1],
+        "prefix_fracs": [0.0, 0.5, 1.0],
+        "prefix_returns": [0.0, 0.9, 0.9],
+    }
+    job = run_stage("cooperate", corpus="many", method=method, rl=RL | {"record": True})
     metrics = rows(job)
     assert len(metrics) == STEPS and max(row["staleness_max"] for row in metrics) == 0
     with_prefix = [row for row in metrics if row.get("prefix_frac")]
@@ -175,9 +141,11 @@ def test_trapo_continues_prefixes(run_stage: Any) -> None:
 def test_alternate_freezes_parameters_on_steps_with_failed_prompts(run_stage: Any) -> None:
     job = run_stage(
         "cooperate",
-        'method = {type = "alternate", frozen_frac = 0.1}\ntraces = "failed"\n'
-        "failed_pass_rate = 0.5\nentropy_top_frac = 0.4",
         corpus="many",
+        method={"type": "alternate", "frozen_frac": 0.1},
+        traces="failed",
+        failed_pass_rate=0.5,
+        entropy_top_frac=0.4,
     )
     metrics = rows(job)
     with_sft = [row for row in metrics if row.get("sft_tokens")]

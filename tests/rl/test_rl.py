@@ -15,6 +15,8 @@ from pear_ray.rl.recording import read_batch
 from tests.rl.fixtures import STEPS
 from tests.rl.runs import are_equal, rows, weights
 
+pytestmark = pytest.mark.cluster
+
 # Metrics that do not depend on the speed of the machine.
 METRICS = (
     "loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "pass_rate", "first_problem",
@@ -74,10 +76,13 @@ def test_groups_of_equal_rewards_are_replaced(recorded_rl: Path) -> None:
     assert all(row["grad_norm"] > 0 for row in rows(recorded_rl))
 
 
-def test_log_probs_of_engines_and_learner_agree(recorded_rl: Path, adapters: Path) -> None:
-    for job, least in ((recorded_rl, STEPS - 2), (adapters, STEPS / 2)):
-        gaps = [row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None]
-        assert len(gaps) >= least and max(gaps) <= 1e-4
+@pytest.mark.parametrize(
+    ("run", "least"), [("recorded_rl", STEPS - 2), pytest.param("adapters", STEPS / 2, marks=pytest.mark.nightly)]
+)
+def test_log_probs_of_engines_and_learner_agree(request: pytest.FixtureRequest, run: str, least: float) -> None:
+    job = request.getfixturevalue(run)
+    gaps = [row["logprob_parity_max"] for row in rows(job) if row["logprob_parity_max"] is not None]
+    assert len(gaps) >= least and max(gaps) <= 1e-4
 
 
 def test_held_out_problems_are_evaluated_and_the_best_weights_kept(recorded_rl: Path) -> None:
@@ -95,6 +100,7 @@ def test_samples_are_written_as_text(recorded_rl: Path) -> None:
     assert f"step {STEPS - 1}, problem parity-" in text and "--- completion 3: reward " in text
 
 
+@pytest.mark.nightly
 def test_adapters_are_trained_and_merged(adapters: Path, tiny_model: Any) -> None:
     exported = weights(adapters, "rl")
     base = load_file(tiny_model(True) / "model.safetensors")
@@ -102,11 +108,13 @@ def test_adapters_are_trained_and_merged(adapters: Path, tiny_model: Any) -> Non
     assert changed == {name for name in base if "q_proj" in name or "down_proj" in name}
 
 
+@pytest.mark.nightly
 def test_only_adapters_are_published(adapters: Path, recorded_rl: Path) -> None:
     alone, whole = (rows(job)[0]["published_mib_per_rank"] for job in (adapters, recorded_rl))
     assert alone < whole / 4
 
 
+@pytest.mark.nightly
 def test_staleness_is_bounded(adapters: Path) -> None:
     steps = rows(adapters)
     assert max(row["staleness_max"] for row in steps) == 1

@@ -26,6 +26,7 @@ from pear_ray.rl.recording import read_batch
 from pear_ray.statistics import seed_of
 from pear_ray.tasks import endless_problems
 from tests.rl.parity_corpus import write_corpus
+from tests.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
@@ -48,49 +49,25 @@ KILLS = {
 @pytest.fixture(scope="module")
 def job(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chaos")
-    path = folder / "job.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{folder}/run"
-        seed = 3
-        [model]
-        path = "{tiny_model(True)}"
-        dtype = "float32"
-        [rl]
-        steps = {STEPS}
-        prompts_per_step = {PROBLEMS}
-        group_size = {GROUP}
-        max_staleness = {STALENESS}
-        dynamic_sampling = true
-        record = true
-        learning_rate = 1e-4
-        [generator]
-        num_engines = 2
-        num_cpus = 0.5
-        max_new_tokens = 8
-        max_model_len = 24
-        max_num_seqs = 32
-        timeout_seconds = 300
-        [learner]
-        num_workers = 2
-        tokens_per_micro_batch = 256
-        save_every = 5
-        max_failures = 10
-        timeout_seconds = 300
-        [weights]
-        max_logprob_gap = 1e-4
-        [rewards]
-        processes = 1
-        [corpus]
-        scored_path = "{folder}/scored"
-        [sft]
-        examples_per_step = 6
-        [cooperate]
-        method = "bridge"
-        [[tasks]]
-        name = "{TASK["name"]}"
-        """
+    path = tiny_job(
+        folder,
+        tiny_model(True),
+        TASK["name"],
+        run={"seed": 3},
+        rl={
+            "steps": STEPS,
+            "prompts_per_step": PROBLEMS,
+            "group_size": GROUP,
+            "max_staleness": STALENESS,
+            "dynamic_sampling": True,
+            "record": True,
+            "learning_rate": 1e-4,
+        },
+        generator={"num_engines": 2},
+        learner={"num_workers": 2, "save_every": 5, "max_failures": 10},
+        corpus={"scored_path": f"{folder}/scored"},
+        sft={"examples_per_step": 6},
+        cooperate={"method": "bridge"},
     )
     write_corpus(folder / "scored", tiny_model(True), 100)
     return path

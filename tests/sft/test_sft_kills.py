@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from pear_ray.__main__ import run_command
+from tests.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
@@ -33,38 +34,21 @@ METRICS = ("loss", "nll", "grad_norm", "learning_rate", "num_tokens", "effective
 @pytest.fixture(scope="module")
 def job(corpus: Any, scored_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs over the scored corpus, shuffled in several windows."""
-    folder = tmp_path_factory.mktemp("sft")
-    path = folder / "job.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{folder}/undisturbed"
-        [model]
-        path = "{corpus.models["a"]}"
-        dtype = "float32"
-        [corpus]
-        scored_path = "{scored_run}/scored"
-        [sft]
-        learning_rate = 1e-3
-        examples_per_step = 30
-        epochs = 2
-        rows_per_window = 100
-        eval_every = 8
-        [learner]
-        num_workers = 2
-        cpus_per_worker = 1
-        tokens_per_micro_batch = 1024
-        save_every = 5
-        max_failures = 5
-        [generator]
-        max_new_tokens = 8
-        max_model_len = 64
-        max_num_seqs = 32
-        [[tasks]]
-        name = "countdown"
-        """
+    return tiny_job(
+        tmp_path_factory.mktemp("sft"),
+        corpus.models["a"],
+        "countdown",
+        corpus={"scored_path": f"{scored_run}/scored"},
+        sft={"learning_rate": 1e-3, "examples_per_step": 30, "epochs": 2, "rows_per_window": 100, "eval_every": 8},
+        learner={
+            "num_workers": 2,
+            "cpus_per_worker": 1,
+            "tokens_per_micro_batch": 1024,
+            "save_every": 5,
+            "max_failures": 5,
+        },
+        generator={"max_model_len": 64},
     )
-    return path
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -76,7 +60,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def undisturbed(job: Path, ray_session: None) -> Path:
     """An uninterrupted run on one rank."""
     assert run_command(["sft", str(job), "--learner.num_workers", "1"]) == 0
-    return job.parent / "undisturbed"
+    return job.parent / "run"
 
 
 @contextmanager
