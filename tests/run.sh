@@ -65,19 +65,29 @@ check() {
 }
 check ruff check .
 check ruff format --check .
-check mypy
-check lint-imports --cache-dir .venv/cache/import_linter
 
-# Tests that start Ray wait for processes half of the time: the others run in these pauses. Thousands of small tensors
-# are faster on one thread than on two that wait for each other.
+# Tests that start Ray wait for processes half of the time: the others, and the checks that take long, run in these
+# pauses. Thousands of small tensors are faster on one thread than on two that wait for each other.
+beside() {
+  local result=0 code words
+  renice -n 19 "$BASHPID" > /dev/null
+  export "$mark" OMP_NUM_THREADS=1
+  for words in mypy "lint-imports --cache-dir .venv/cache/import_linter"; do
+    echo "== $words"
+    # shellcheck disable=SC2086
+    $words || { result=1 && echo "tests/run.sh: failed: $words" >&2; }
+  done
+  echo "== pytest -m 'not cluster$tier' $*"
+  python -m pytest -m "not cluster$tier" "$@" || { code=$? && ((result)) || result=$code; }
+  exit "$result"
+}
 status=0
-echo "== pytest -m 'cluster$tier' $*, beside it pytest -m 'not cluster$tier' $*"
-env "$mark" OMP_NUM_THREADS=1 nice -n 19 python -m pytest -m "not cluster$tier" "$@" > "$scratch/others.log" 2>&1 &
+echo "== pytest -m 'cluster$tier' $*; beside it mypy, lint-imports and pytest -m 'not cluster$tier' $*"
+beside "$@" > "$scratch/others.log" 2>&1 &
 others=$!
 env "$mark" python -m pytest -m "cluster$tier" "$@" || status=$?
 others_status=0
 wait "$others" || others_status=$?
-echo "== pytest -m 'not cluster$tier' $*"
 cat "$scratch/others.log"
 # Exit code 5 of pytest: no tests of this kind were selected.
 ((status != 5)) || status=$others_status
