@@ -167,10 +167,7 @@ class Learner:
             if hasattr(parameter, "ds_tensor"):
                 yield name, tuple(parameter.ds_shape), parameter.ds_tensor.detach()
                 continue
-            flat = parameter.detach().reshape(-1)
-            size = -(-flat.numel() // num_ranks)
-            own = flat[rank * size : (rank + 1) * size]
-            yield name, tuple(parameter.shape), nn.functional.pad(own, (0, size - own.numel()))
+            yield name, tuple(parameter.shape), partition(parameter.detach(), rank, num_ranks)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint: weights, optimizer and schedule."""
@@ -283,6 +280,14 @@ def scale_gradients(engine: Any, factor: float) -> None:
         return
     for parameter in trained:
         safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)
+
+
+def partition(tensor: Tensor, rank: int, num_ranks: int) -> Tensor:
+    """Return a rank's flat part of a tensor, padded with zeros to the size of the largest, as under ZeRO-3."""
+    flat = tensor.reshape(-1)
+    size = -(-flat.numel() // num_ranks)
+    own = flat[rank * size : (rank + 1) * size]
+    return nn.functional.pad(own, (0, size - own.numel()))
 
 
 def write_universal_checkpoint(folder: Path, universal: Path) -> None:

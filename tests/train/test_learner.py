@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -29,7 +31,7 @@ from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.losses.pear import Pear
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.records import TrainingSequence
-from pear_ray.train.learner import Learner, write_universal_checkpoint
+from pear_ray.train.learner import Learner, partition, write_universal_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]
 
@@ -329,6 +331,15 @@ def test_every_parameter_is_partitioned(outcome):
     for name, tensor in before.items():
         joined = np.concatenate([part[name] for part in parts])
         assert np.array_equal(joined[: tensor.numel()], tensor.numpy().reshape(-1))
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_partitions_of_equal_size_join_to_the_whole(num_elements, num_ranks):
+    tensor = torch.arange(1.0, num_elements + 1)
+    parts = [partition(tensor, rank, num_ranks) for rank in range(num_ranks)]
+    assert {len(part) for part in parts} == {-(-num_elements // num_ranks)}
+    joined = torch.cat(parts)
+    assert torch.equal(joined[:num_elements], tensor) and not joined[num_elements:].any()
 
 
 def test_transformers_loads_an_export(outcome):
