@@ -1,4 +1,4 @@
-"""The whole chain on nodes that share no network but a cable: each has an address, a loopback and shared memory of its
+"""Stage `rl` on nodes that share no network but a cable: each has an address, a loopback and shared memory of its
 own, and the job comes from yet another machine."""
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import pytest
 
 from tests.cluster.growing import RAY, STORE, Growing, of_nodes, with_token
 from tests.cluster.namespaces import INTERFACE, Machine, machines, why_not
-from tests.cluster.nodes import CORPUS, assert_same_results, with_stages_of
+from tests.cluster.nodes import PLACEMENT, assert_trained_alike, with_sft_of
 from tests.cluster.ports import page
-from tests.tiny_chain import TINY
 
 REASON = why_not()
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -84,32 +83,27 @@ def way_out(node: Machine) -> int:
 
 @pytest.fixture(scope="module")
 def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Models and corpus come from the run on one node, which has ended before."""
-    run = with_stages_of(tiny_run, tmp_path_factory.mktemp("apart") / "run", CORPUS, cpus_per_worker=1.0)
+    """The model to start from comes from the run on one node, which has ended before."""
+    run = tmp_path_factory.mktemp("apart") / "run"
+    job = with_sft_of(tiny_run, run, learner={"cpus_per_worker": 1.0}, placement=PLACEMENT)
     with machines(1 + len(NODES)) as (outside, *nodes):
         with outside.network(), cluster_on(nodes) as cluster:
-            name = cluster.submit(
-                sys.executable, "-m", "pear_ray", "pipeline", str(TINY), "--run.dir", str(run),
-                "--placement.learners.pear-ray/role", "learner",
-                "--placement.generators.pear-ray/role", "generator",
-                "--learner.cpus_per_worker", "1",
-            )  # fmt: skip
-            job = cluster.succeeded(name)
+            name = cluster.submit(sys.executable, "-m", "pear_ray", "rl", str(job))
+            told = cluster.succeeded(name)
             opens = page(f"{cluster.dashboard}/api/jobs/")
         errors = [way_out(node) for node in nodes]
-        return Story(run, cluster, nodes, job, opens, errors, cluster.processes())
+        return Story(run, cluster, nodes, told, opens, errors, cluster.processes())
 
 
 @pytest.mark.timeout(2000)
 def test_the_result_is_that_of_one_node(story: Story, tiny_run: Path) -> None:
-    assert_same_results(story.run, tiny_run)
+    assert_trained_alike(story.run, tiny_run / "arms/pear", ("rl",))
 
 
 def test_ranks_and_engines_ran_on_the_machines_with_their_labels(story: Story) -> None:
     _, first, second, generator = (node.address for node in story.nodes)
     assert story.cluster.places_seen["RayTrainWorker"] == {"learner"}
     assert story.cluster.places_seen["EngineActor"] == {"generator"}
-    assert story.cluster.places_seen["MapWorker(Map(Scorer))"] == {"generator"}
     assert story.cluster.addresses_seen["RayTrainWorker"] == {first, second}
     assert story.cluster.addresses_seen["EngineActor"] == {generator}
 

@@ -1,5 +1,5 @@
-"""All stages that train or decide, submitted from outside to a cluster that Ray's autoscaler grows and shrinks: where
-its parts run, what comes out, who may look, what is watched."""
+"""The whole chain, submitted from outside to a cluster that Ray's autoscaler grows and shrinks: where its parts run,
+what comes out, who may look, what is watched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.growing import ROOT, TOKEN, Growing, get, growing_cluster, prometheus
-from tests.cluster.nodes import SCORED, assert_same_results, with_stages_of
+from tests.cluster.nodes import assert_evaluated_alike, assert_trained_alike, with_corpus_of
 from tests.tiny_chain import TINY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
@@ -71,8 +71,8 @@ def ask(address: str, what: str) -> Any:
 
 @pytest.fixture(scope="module")
 def story(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Models and scored corpus come from the run on one node, which has ended before."""
-    run = with_stages_of(tiny_run, tmp_path_factory.mktemp("submitted") / "run", SCORED)
+    """Models and corpus come from the run on one node, which has ended before."""
+    run = with_corpus_of(tiny_run, tmp_path_factory.mktemp("submitted") / "run")
     with ExitStack() as stack:
         cluster = stack.enter_context(growing_cluster(SECRETS, SECONDS_IDLE / 60))
         watch = stack.enter_context(prometheus(cluster, PROMETHEUS)) if PROMETHEUS else None
@@ -119,12 +119,13 @@ def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(story: Story) -
 
 def test_roles_keep_to_their_nodes(story: Story) -> None:
     places = story.cluster.places_seen
-    assert places["EngineActor"] == {"generator"}
+    assert places["EngineActor"] == places["MapWorker(Map(Scorer))"] == {"generator"}
     assert places["RayTrainWorker"] == {"learner"}
 
 
 def test_the_result_is_that_of_one_node(story: Story, tiny_run: Path) -> None:
-    assert_same_results(story.run, tiny_run)
+    assert_trained_alike(story.run / "arms/pear", tiny_run / "arms/pear", ("sft", "rl"))
+    assert_evaluated_alike(story.run, tiny_run)
 
 
 def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(story: Story) -> None:
@@ -136,14 +137,12 @@ def test_the_jobs_page_says_where_it_is_and_where_its_report_lies(story: Story) 
 
 
 @needs_prometheus
-def test_every_panel_and_alert_has_data(story: Story, scraped_metrics: set[str]) -> None:
-    """Those of `score` come from the run on one node."""
+def test_every_panel_and_alert_has_data(story: Story) -> None:
     files = ("grafana/pear_ray.json", "prometheus/rules.yml")
     texts = [(ROOT / "cluster" / file).read_text() for file in files]
     asked = {name for text in texts for name in re.findall(r"\bray_[a-z_0-9]+", text)}
     assert len(asked) > 50
-    assert {name for name in asked - story.series if "_score_" not in name} == set()
-    assert asked - story.series <= scraped_metrics
+    assert asked - story.series == set()
 
 
 @needs_prometheus
