@@ -30,6 +30,8 @@ HEAD_ID = "fe" * 28
 STORE = 128 * 2**20
 ROLES = ("learner", "generator")
 SECONDS = 900.0
+# The dashboard answers on the cores that the run needs.
+LOOK_SECONDS = 2.0
 MARK = "PEAR_RAY_TEST_CLUSTER"
 # What the autoscaler wants to be told and such nodes do not need.
 COMMANDS = (
@@ -121,7 +123,7 @@ class Growing:
             assert self.job(name)["status"] in ("PENDING", "RUNNING"), self.log(name)[-5000:]
             assert time.monotonic() < deadline, self.log(name)[-5000:]
             self.look()
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
 
     def succeeded(self, name: str, seconds: float = SECONDS) -> dict[str, Any]:
         """The job of that name once it has ended, which must be well; looks on meanwhile."""
@@ -129,7 +131,7 @@ class Growing:
         while (job := self.job(name))["status"] in ("PENDING", "RUNNING"):
             assert time.monotonic() < deadline, self.log(name)[-5000:]
             self.look()
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
         assert job["status"] == "SUCCEEDED", self.log(name)[-5000:]
         return job
 
@@ -138,7 +140,7 @@ class Growing:
         deadline = time.monotonic() + seconds
         while any(self.nodes_seen[-1].values()) and time.monotonic() < deadline:
             self.look()
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
 
     def start(self, command: list[str], environment: dict[str, str]) -> None:
         """`ray start`, whose daemons would keep a pipe open for ever."""

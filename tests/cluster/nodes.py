@@ -39,7 +39,7 @@ def until(process: subprocess.Popen[bytes], log: Path, what: Callable[[], bool])
     while not what():
         assert process.poll() is None, log.read_text()[-5000:]
         assert time.monotonic() < deadline, log.read_text()[-5000:]
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 def with_corpus_of(tiny_run: Path, run: Path) -> Path:

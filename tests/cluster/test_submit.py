@@ -114,7 +114,9 @@ def test_the_cluster_grows_for_each_role_and_shrinks_to_its_head(story: Story) -
     counts = story.cluster.nodes_seen
     nobody = {"learner": 0, "generator": 0}
     assert counts[0] == nobody and counts[-1] == nobody
-    assert {role: max(one[role] for one in counts) for role in nobody} == {"learner": 1, "generator": 1}
+    assert max(one["learner"] for one in counts) == 1
+    # The engine that replaces the killed one may ask for a node before the room of that one is free.
+    assert 1 <= max(one["generator"] for one in counts) <= 2
 
 
 def test_roles_keep_to_their_nodes(story: Story) -> None:

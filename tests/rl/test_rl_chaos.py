@@ -109,7 +109,7 @@ class Chaos:
             text = (self.job.parent / "driver.log").read_text()
             assert process.poll() is None, text[-5000:]
             assert time.monotonic() < deadline, f"no step after {before} in {SECONDS:.0f} s: {text}"
-            time.sleep(0.05)
+            time.sleep(0.2)
         time.sleep(self.draw.random() / 2)
 
     def furthest(self) -> int:
@@ -120,7 +120,7 @@ class Chaos:
         deadline = time.monotonic() + SECONDS
         while not (found := processes(kind)):
             assert time.monotonic() < deadline, f"no {kind} came in {SECONDS:.0f} s"
-            time.sleep(0.05)
+            time.sleep(0.2)
         self.draw.choice(found).kill()
         self.num_kills += 1
 

@@ -71,7 +71,7 @@ def wait_for_shard(folder: Path, driver: subprocess.Popen[bytes]) -> None:
     while len(stored_shards(folder)) <= before:
         assert driver.poll() is None, (folder / "driver.log").read_text()[-5000:]
         assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for a shard"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def table_of(folder: Path) -> Any:

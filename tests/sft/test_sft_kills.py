@@ -85,7 +85,7 @@ def wait_for_step(step: int, folder: Path, process: subprocess.Popen[bytes]) -> 
         log = folder.parent / "driver.log"
         assert process.poll() is None, log.read_text()[-5000:]
         assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s for step {step}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def kill_a_rank(draw: random.Random) -> None:
