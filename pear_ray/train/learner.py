@@ -178,6 +178,10 @@ class Learner:
         # DeepSpeed reads this flag at load time, not only from its initial configuration.
         self._engine._config.load_universal_checkpoint = universal
         self._engine.load_checkpoint(str(folder), tag="state")
+        # DeepSpeed 0.19 gives all groups of parameters one tensor with the number of steps, which each then counts up.
+        for state in self._engine.optimizer.optimizer.state.values() if universal else ():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def export(self, folder: Path, tokenizer_path: str) -> None:
         """Write a Hugging Face folder from rank 0, with adapters merged. Parameters are gathered one by one."""

@@ -31,6 +31,7 @@ from pear_ray.data.tokenizer import load_tokenizer, tokenizer_digests
 from pear_ray.losses.pear import Pear
 from pear_ray.losses.sft import Supervised, Weighted
 from pear_ray.records import TrainingSequence
+from pear_ray.train import learner as learner_module
 from pear_ray.train.learner import Learner, partition, write_universal_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]
@@ -125,10 +126,18 @@ class Rank:
         self.record("partitions", sizes)
 
 
+def in_small_groups(config):
+    """Let the optimizer have several groups of parameters, as it has with more than 1e9 parameters on a rank."""
+    config["zero_optimization"]["sub_group_size"] = 20_000
+    return config
+
+
 def start_rank(number, num_ranks, model, folder):
     """Join the process group of a new process."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
+    config_of = learner_module.deepspeed_config
+    learner_module.deepspeed_config = lambda *arguments: in_small_groups(config_of(*arguments))
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=number, world_size=num_ranks)
     return Rank(number, num_ranks, model, folder)
