@@ -30,7 +30,7 @@ HEAD_ID = "fe" * 28
 STORE = 128 * 2**20
 ROLES = ("learner", "generator")
 SECONDS = 900.0
-# The dashboard answers on the cores that the run needs.
+# Between looks at the cluster: the dashboard answers them on the cores that the run needs.
 LOOK_SECONDS = 2.0
 MARK = "PEAR_RAY_TEST_CLUSTER"
 # What the autoscaler wants to be told and such nodes do not need.

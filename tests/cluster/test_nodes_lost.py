@@ -1,5 +1,5 @@
-"""The node that works is lost, in each stage that has no kill test of its own: `score`, `sft` and `rl` have theirs in
-the folders of their tests, and test_submit kills the engine of `evaluate`."""
+"""The node that works is lost, in each stage that has no kill test of its own; `score`, `sft` and `rl` have theirs in
+the folders of their tests."""
 
 from __future__ import annotations
 
@@ -87,3 +87,14 @@ def test_sample_writes_the_same_corpus(cluster: Cluster, tiny_run: Path, tmp_pat
             for one, other in zip(lost.pop("behavior_logprobs"), whole.pop("behavior_logprobs"), strict=True)
         ]
         assert lost == whole and max(gaps) <= 1e-4
+
+
+@pytest.mark.timeout(900)
+def test_evaluate_finds_the_same(cluster: Cluster, tiny_run: Path, tmp_path: Path) -> None:
+    run = again_without(tiny_run, tmp_path, "evaluate", "evaluate")
+    lose_the_node(cluster, run, "evaluate", "EngineActor", " requests")
+    assert "died" in {event["kind"] for event in events(run)}
+    lost, whole = (json.loads((r / "evaluate/scorecard.json").read_text())["checkpoints"] for r in (run, tiny_run))
+    assert lost.keys() == whole.keys()
+    for label in lost:
+        assert lost[label]["pass_at_k"] == whole[label]["pass_at_k"]

@@ -135,3 +135,21 @@ def test_trapo_continues_prefixes(run_stage: Any) -> None:
     assert whole and all(grade.correct for grade in whole)
     assert any(c.prefix_ids and c.token_ids for c, _ in graded)
     assert all(c.num_tokens <= 8 for c, _ in graded)
+
+
+@pytest.mark.timeout(900)
+def test_alternate_freezes_parameters_on_steps_with_failed_prompts(run_stage: Any) -> None:
+    job = run_stage(
+        "cooperate",
+        corpus="many",
+        method={"type": "alternate", "frozen_frac": 0.1},
+        traces="failed",
+        failed_pass_rate=0.5,
+        entropy_top_frac=0.4,
+    )
+    metrics = rows(job)
+    with_sft = [row for row in metrics if row.get("sft_tokens")]
+    assert len(metrics) == STEPS and with_sft
+    # The mean over parameters of the share that is frozen: less than .1 of one with few changes, and more while all of
+    # its elements have changed alike, as in AdamW's first step.
+    assert all(0.05 < row["frozen_frac"] < 1 for row in with_sft)

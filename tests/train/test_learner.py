@@ -136,8 +136,8 @@ def start_rank(number, num_ranks, model, folder):
     """Join the process group of a new process."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(num_ranks)}
     torch.set_num_threads(1)
-    config_of = learner_module.deepspeed_config
-    learner_module.deepspeed_config = lambda *arguments: in_small_groups(config_of(*arguments))
+    original = learner_module.deepspeed_config
+    learner_module.deepspeed_config = lambda *arguments: in_small_groups(original(*arguments))
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=number, world_size=num_ranks)
     return Rank(number, num_ranks, model, folder)
